@@ -1,0 +1,257 @@
+//! What `module.nix` asks for: the configuration file, typed and checked.
+//!
+//! Its keys are the module's option names. Nothing unknown is accepted, so a [`Config`] that was
+//! read is one that the rest of the program can rely on: names are safe in file and unit names,
+//! paths and inputs are safe as arguments and in flake references.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::json;
+
+/// Where the module puts the file.
+pub const DEFAULT: &str = "/etc/ekiben/config.json";
+
+/// The whole file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// The webhook, if this machine has one.
+    pub webhook: Option<Webhook>,
+    /// What this machine deploys, by name.
+    pub instances: BTreeMap<String, Instance>,
+}
+
+/// The listener.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Webhook {
+    /// The only path of a URL that is answered.
+    pub path: String,
+    /// Whose tokens start what, by the token's credential name.
+    pub projects: BTreeMap<String, Project>,
+}
+
+/// One bearer of a token.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Project {
+    /// The instance that its token starts.
+    pub instance: String,
+}
+
+/// One thing this machine deploys.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Instance {
+    /// The repository.
+    pub flake_path: PathBuf,
+    /// The flake in it, and the name of the configuration.
+    pub flake_ref: FlakeRef,
+    /// Whose repository it is; evaluates and builds.
+    pub user: String,
+    /// The inputs to update; all if empty.
+    pub inputs: Vec<String>,
+    /// Activate at once, or with the next boot.
+    pub operation: Operation,
+    /// More arguments for `nix build`.
+    pub flags: Vec<String>,
+    /// Start from the upstream of the branch.
+    pub pull: bool,
+    /// Send the lock commit to the upstream of the branch.
+    pub push: bool,
+    /// Author of the lock commit.
+    pub author: Author,
+}
+
+/// What to do with a new generation, in `nixos-rebuild`'s words.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Operation {
+    /// Activate it and make it the default of the boot loader.
+    Switch,
+    /// Only make it the default of the boot loader.
+    Boot,
+}
+
+/// A flake in a repository on this machine and one of its NixOS configurations, as in
+/// `/etc/nixos?dir=hosts#web`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct FlakeRef {
+    /// The directory before the first `?` or `#`.
+    pub directory: PathBuf,
+    /// Parameters for Nix, like `submodules=1`, each as written; never `dir`, `rev` or `ref`.
+    pub parameters: Vec<String>,
+    /// The attribute of `nixosConfigurations`.
+    pub configuration: String,
+    text: String,
+}
+
+/// A name and a mail address.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Author {
+    /// The part before ` <`.
+    pub name: String,
+    /// The part between `<` and `>`.
+    pub mail: String,
+}
+
+impl Config {
+    /// Reads and checks the file; an error names it, and the key that is wrong.
+    pub fn read(path: &Path) -> Result<Self> {
+        let doing = || format!("read {}", path.display());
+        let text = fs::read_to_string(path).context(doing)?;
+        let config: Self = json::parse(&text).context(doing)?;
+        config.check().context(doing)?;
+        Ok(config)
+    }
+
+    /// The instance of that name.
+    pub fn instance(&self, name: &str) -> Result<&Instance> {
+        self.instances.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.instances.keys().map(String::as_str).collect();
+            Error::new(format!("Failed to find instance {name:?}: this machine has {}", list(&known)))
+        })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for (name, instance) in &self.instances {
+            instance_name(name).map_err(|what| format!("instances: {what}"))?;
+            instance.check().map_err(|what| format!("instances.{name}.{what}"))?;
+        }
+        if let Some(webhook) = &self.webhook {
+            if !is_url_path(&webhook.path) {
+                return Err(format!("webhook.path: expected a path like /ekiben, found {:?}", webhook.path));
+            }
+            for (name, project) in &webhook.projects {
+                file_name(name).map_err(|what| format!("webhook.projects: {what}"))?;
+                if !self.instances.contains_key(&project.instance) {
+                    return Err(format!("webhook.projects.{name}.instance: no instance {:?}", project.instance));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Instance {
+    fn check(&self) -> Result<(), String> {
+        absolute(&self.flake_path).map_err(|what| format!("flakePath: {what}"))?;
+        if !self.flake_ref.directory.starts_with(&self.flake_path) {
+            return Err(format!("flakeRef: expected a flake in flakePath {}", self.flake_path.display()));
+        }
+        if self.user.is_empty() || self.user == "root" {
+            return Err(format!("user: expected a user other than root, found {:?}", self.user));
+        }
+        match self.inputs.iter().find(|input| !is_input(input)) {
+            Some(input) => Err(format!("inputs: expected names of flake inputs, found {input:?}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl TryFrom<String> for FlakeRef {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let expected = || format!("expected a reference like /etc/nixos#host, found {text:?}");
+        let (reference, configuration) = text.split_once('#').ok_or_else(expected)?;
+        let (path, query) = reference.split_once('?').unwrap_or((reference, ""));
+        let path = path.strip_prefix("git+file://").or_else(|| path.strip_prefix("path:")).unwrap_or(path);
+        let mut directory = PathBuf::from(path);
+        let mut parameters = Vec::new();
+        for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+            match parameter.split_once('=') {
+                Some(("dir", below)) => directory.push(below),
+                Some(("rev" | "ref" | "narHash", _)) | None => {
+                    return Err(format!("expected no fixed revision, found {parameter:?}"));
+                }
+                Some(_) if parameter.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"=_-./".contains(&byte)) => {
+                    parameters.push(parameter.to_owned());
+                }
+                Some(_) => return Err(expected()),
+            }
+        }
+        absolute(&directory)?;
+        let configuration = configuration.trim_matches('"');
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
+        if configuration.is_empty() || !configuration.bytes().all(plain) {
+            return Err(expected());
+        }
+        Ok(Self { directory, parameters, configuration: configuration.to_owned(), text })
+    }
+}
+
+impl From<FlakeRef> for String {
+    fn from(reference: FlakeRef) -> Self {
+        reference.text
+    }
+}
+
+impl TryFrom<String> for Author {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let parts = text.strip_suffix('>').and_then(|rest| rest.split_once(" <"));
+        match parts {
+            Some((name, mail)) if !text.contains(['\n', '\0']) && !format!("{name}{mail}").contains(['<', '>']) => {
+                Ok(Self { name: name.into(), mail: mail.into() })
+            }
+            _ => Err(format!("expected a name like \"ekiben <ekiben@host>\", found {text:?}")),
+        }
+    }
+}
+
+impl From<Author> for String {
+    fn from(author: Author) -> Self {
+        format!("{} <{}>", author.name, author.mail)
+    }
+}
+
+/// Whether `name` can be an instance's: it becomes the name of files, of a git ref and, behind
+/// `ekiben-`, of units. An accepted name has none of `/`, `.`, `%`, `@` and spaces, and no leading `-`.
+pub fn instance_name(name: &str) -> Result<(), String> {
+    file_name(name)?;
+    if name == "webhook" { Err("the name webhook is taken by the listener's own unit".into()) } else { Ok(()) }
+}
+
+fn file_name(name: &str) -> Result<(), String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    if name.is_empty() || name.len() > 64 || name.starts_with('-') || !name.bytes().all(plain) {
+        return Err(format!("expected a name of letters, digits, _ and -, found {name:?}"));
+    }
+    Ok(())
+}
+
+/// Whether `path` means the same in a flake reference, a unit file and an argument.
+fn absolute(path: &Path) -> Result<(), String> {
+    let text = path.to_str().unwrap_or_default();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._+-@".contains(&byte);
+    let tidy = !text.split('/').skip(1).any(|part| part.is_empty() || part == "." || part == "..");
+    if text.starts_with('/') && text.bytes().all(plain) && tidy {
+        return Ok(());
+    }
+    Err(format!("expected an absolute path of letters, digits and . _ + - @, found {text:?}"))
+}
+
+fn is_url_path(path: &str) -> bool {
+    path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic() && !b"?#\"\\%".contains(&byte))
+}
+
+/// Whether `input` can be the name of a flake's input, or of an input's input (`a/b`).
+fn is_input(input: &str) -> bool {
+    input.split('/').all(|part| {
+        part.starts_with(|first: char| first.is_ascii_alphabetic())
+            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
+    })
+}
+
+fn list(names: &[&str]) -> String {
+    if names.is_empty() { "no instances".into() } else { names.join(", ") }
+}

@@ -1,0 +1,45 @@
+//! The one error type: a sentence for the administrator, "Failed to <verb> <object>: <cause>",
+//! and the last lines of what a failing program said.
+
+use std::fmt;
+
+/// What fails here fails with an [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something could not be done.
+#[derive(Debug)]
+pub struct Error {
+    message: String,
+    /// The end of the failing program's output; empty if no program was involved.
+    pub tail: Vec<String>,
+}
+
+impl Error {
+    /// An error that is said in one sentence, without a full stop.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), tail: Vec::new() }
+    }
+
+    /// The same error with the end of a program's output.
+    pub fn with_tail(self, tail: Vec<String>) -> Self {
+        Self { tail, ..self }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.message)
+    }
+}
+
+/// Says what was being done when another library's error came up.
+pub trait Context<T> {
+    /// `doing` completes "Failed to …", as in "read /etc/ekiben/config.json".
+    fn context(self, doing: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn context(self, doing: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|cause| Error::new(format!("Failed to {}: {cause}", doing())))
+    }
+}

@@ -1,0 +1,89 @@
+//! What is kept where. All of it lies below one directory that root owns, `/var/lib/ekiben`.
+//!
+//! ```text
+//! queue/<instance>              a request; root and group ekiben may write here
+//! runs/<instance>.json          the journal of the run under way; root only
+//! runs/<instance>.request       the request that this run has taken
+//! status/<instance>.json        what everybody may know
+//! status/<instance>.output      what the failing program said; root only
+//! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The places that belong to one instance.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    root: PathBuf,
+    name: String,
+}
+
+impl Layout {
+    /// `name` has to have passed [`crate::config::instance_name`].
+    pub fn new(name: &str) -> Self {
+        Self::below(Path::new("/var/lib/ekiben"), name)
+    }
+
+    /// The same below another directory.
+    pub fn below(root: &Path, name: &str) -> Self {
+        Self { root: root.to_owned(), name: name.to_owned() }
+    }
+
+    /// Those of all instances that anything is known of.
+    pub fn all(&self) -> Vec<Self> {
+        let files = fs::read_dir(self.root.join("status")).into_iter().flatten().flatten();
+        let names = files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
+        names.map(|name| Self::below(&self.root, &name)).collect()
+    }
+
+    /// The instance.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The request that waits for a run.
+    pub fn request(&self) -> PathBuf {
+        self.root.join("queue").join(&self.name)
+    }
+
+    /// The request that a run has taken.
+    pub fn taken_request(&self) -> PathBuf {
+        self.root.join("runs").join(format!("{}.request", self.name))
+    }
+
+    /// The journal of the run under way.
+    pub fn journal(&self) -> PathBuf {
+        self.root.join("runs").join(format!("{}.json", self.name))
+    }
+
+    /// What everybody may know.
+    pub fn status(&self) -> PathBuf {
+        self.root.join("status").join(format!("{}.json", self.name))
+    }
+
+    /// The end of the output of the program that failed last.
+    pub fn output(&self) -> PathBuf {
+        self.root.join("status").join(format!("{}.output", self.name))
+    }
+
+    /// What the user's stages tell root's.
+    pub fn notes(&self) -> PathBuf {
+        self.own("notes.json")
+    }
+
+    /// The link to the system that was built; keeps it from being collected as garbage.
+    pub fn candidate(&self) -> PathBuf {
+        self.own("candidate")
+    }
+
+    /// A file of the user's own.
+    pub fn own(&self, file: &str) -> PathBuf {
+        self.root.join("instances").join(&self.name).join(file)
+    }
+
+    /// The git ref that keeps the candidate commit.
+    pub fn reference(&self) -> String {
+        format!("refs/ekiben/{}", self.name)
+    }
+}

@@ -1,0 +1,293 @@
+//! Other programs: run with an environment of ours, and with an end.
+//!
+//! What a program says goes on to the journal as it is said, and its last lines are kept for the
+//! report of a failure.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, User};
+
+use crate::error::{Context, Error, Result};
+
+/// How many lines of a program's output a report holds.
+const TAIL_LINES: usize = 50;
+/// What is kept of one line.
+const LINE_BYTES: usize = 1000;
+/// How long a program may tidy up after it was asked to end.
+const GRACE: Duration = Duration::from_secs(10);
+/// How often a silent program is looked after.
+const TICK: Duration = Duration::from_millis(200);
+/// The same for one that has closed its output, and so is about to end.
+const CLOSED_TICK: Duration = Duration::from_millis(2);
+
+/// A program about to be run.
+pub struct Program {
+    command: Command,
+    name: String,
+}
+
+/// How a program ended.
+pub struct Ended {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// The last lines of its output and errors.
+    pub tail: Vec<String>,
+}
+
+impl Program {
+    /// A program found by PATH, in the environment of this process.
+    pub fn new(name: &str) -> Self {
+        let mut command = Command::new(name);
+        command.stdin(Stdio::null());
+        Self { command, name: name.to_owned() }
+    }
+
+    /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
+    /// instance's user even for the lines that run as root; nothing of that home may count here.
+    pub fn as_root(path: impl AsRef<OsStr>) -> Self {
+        let name = path.as_ref().to_string_lossy().into_owned();
+        let mut program = Self { command: Command::new(path), name };
+        program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
+        program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
+    }
+
+    /// This very program with other arguments, as `user`, who can never be root again: no group, no
+    /// capability and no way to gain any.
+    pub fn ourselves_as(user: &str) -> Result<Self> {
+        let doing = || format!("find user {user:?}");
+        let user = User::from_name(user).context(doing)?.ok_or("there is no such user").context(doing)?;
+        let ourselves = std::env::current_exe().context(|| "find this program's own file".into())?;
+        let mut program = Self::as_root("setpriv")
+            .args([format!("--reuid={}", user.uid), format!("--regid={}", user.gid)])
+            .args(["--init-groups", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"])
+            .arg(ourselves);
+        program.command.env("HOME", &user.dir).env("USER", &user.name).env("LOGNAME", &user.name);
+        program.command.current_dir("/");
+        Ok(program)
+    }
+
+    /// Hands one variable of this process' environment on.
+    pub fn keep_env(mut self, name: &str) -> Self {
+        if let Some(value) = std::env::var_os(name) {
+            self.command.env(name, value);
+        }
+        self
+    }
+
+    /// Sets a variable.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.command.arg(argument);
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.command.args(arguments);
+        self
+    }
+
+    /// The directory to run in.
+    pub fn directory(mut self, path: &Path) -> Self {
+        self.command.current_dir(path);
+        self
+    }
+
+    /// Runs the program, gives it `input`, returns its output; for programs that end soon by
+    /// themselves. Fails if it cannot be started or does not succeed.
+    pub fn output(mut self, doing: impl Fn() -> String, input: Option<&[u8]>) -> Result<Vec<u8>> {
+        let mut run = || -> io::Result<_> {
+            self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            if input.is_some() {
+                self.command.stdin(Stdio::piped());
+            }
+            let mut child = self.command.spawn()?;
+            if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+                // a program that wants no more of it has its reasons: its status tells
+                let _ = stdin.write_all(input);
+            }
+            child.wait_with_output()
+        };
+        let output = run().context(|| format!("run {}", self.name))?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        let tail: Vec<String> = String::from_utf8_lossy(&output.stderr).lines().map(String::from).collect();
+        let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
+        let said = tail.iter().find(|line| line.contains("error:") || line.contains("fatal:")).or(tail.last());
+        let said = said.map(|line| format!(": {line}")).unwrap_or_default();
+        Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(output.status))).with_tail(tail))
+    }
+
+    /// Runs the program to its end, or until `limit` has passed: then it and its children are ended,
+    /// and that is an error. Its own failure is not: see [`Ended`].
+    pub fn run(mut self, limit: Duration) -> Result<Ended> {
+        let doing = || format!("run {}", self.name);
+        let (mut reader, writer) = io::pipe().context(doing)?;
+        let errors = writer.try_clone().context(doing)?;
+        let deadline = Instant::now() + limit;
+        let child = self.command.stdout(writer).stderr(errors).process_group(0).spawn();
+        // our ends of the pipe would keep it open
+        self.command = Command::new("");
+        let mut child = child.context(doing)?;
+        let mut tail = Tail::default();
+        loop {
+            let heard = tail.follow(&mut reader).context(doing)?;
+            let ended = child.try_wait().context(doing)?;
+            match (heard, ended) {
+                // a child of the program's may hold its output open: silence is enough then
+                (Heard::Nothing | Heard::End, Some(status)) => return Ok(Ended { status, tail: tail.finish() }),
+                (Heard::End, None) => std::thread::sleep(CLOSED_TICK),
+                _ => {}
+            }
+            if Instant::now() >= deadline {
+                end(&mut child);
+                let message = format!("Failed to {}: timed out after {} s", doing(), limit.as_secs());
+                return Err(Error::new(message).with_tail(tail.finish()));
+            }
+        }
+    }
+}
+
+impl Ended {
+    /// Fails unless the program succeeded.
+    pub fn success(self, doing: impl FnOnce() -> String) -> Result<()> {
+        if self.status.success() {
+            return Ok(());
+        }
+        Err(Error::new(format!("Failed to {}: {}", doing(), describe(self.status))).with_tail(self.tail))
+    }
+}
+
+/// Ends a program and its children, first politely.
+fn end(child: &mut Child) {
+    let group = Pid::from_raw(child.id().cast_signed());
+    let _ = killpg(group, Signal::SIGTERM);
+    let deadline = Instant::now() + GRACE;
+    while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
+        std::thread::sleep(TICK);
+    }
+    let _ = killpg(group, Signal::SIGKILL);
+    let _ = child.wait();
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with {code}"),
+        (None, Some(signal)) => format!("was ended by signal {signal}"),
+        (None, None) => "ended".into(),
+    }
+}
+
+/// What came of waiting for output.
+enum Heard {
+    Something,
+    Nothing,
+    End,
+}
+
+/// The last lines of an output.
+#[derive(Default)]
+struct Tail {
+    lines: VecDeque<String>,
+    partial: Vec<u8>,
+}
+
+impl Tail {
+    /// Waits a moment for output and passes it on.
+    fn follow(&mut self, reader: &mut io::PipeReader) -> io::Result<Heard> {
+        let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
+        let mut ready = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(Heard::Nothing),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut buffer = [0; 8192];
+        let count = reader.read(&mut buffer)?;
+        // the journal may be gone, the run goes on
+        let _ = io::stderr().write_all(&buffer[..count]);
+        for &byte in &buffer[..count] {
+            if byte == b'\n' {
+                self.end_line();
+            } else if self.partial.len() < LINE_BYTES {
+                self.partial.push(byte);
+            }
+        }
+        Ok(if count > 0 { Heard::Something } else { Heard::End })
+    }
+
+    fn end_line(&mut self) {
+        if self.lines.len() == TAIL_LINES {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(String::from_utf8_lossy(&self.partial).into_owned());
+        self.partial.clear();
+    }
+
+    fn finish(mut self) -> Vec<String> {
+        if !self.partial.is_empty() {
+            self.end_line();
+        }
+        self.lines.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Program {
+        Program::new("sh").args(["-c", script])
+    }
+
+    #[test]
+    fn the_end_of_the_output_is_kept() {
+        let ended = shell("seq 1 100; echo problem >&2; exit 3").run(Duration::from_secs(10)).unwrap();
+        assert_eq!(ended.status.code(), Some(3));
+        assert_eq!(ended.tail.len(), TAIL_LINES);
+        assert_eq!(ended.tail.last().unwrap(), "problem");
+        let error = ended.success(|| "count".into()).unwrap_err();
+        assert_eq!(error.to_string(), "Failed to count: exited with 3");
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended_with_its_children() {
+        let before = Instant::now();
+        let error = shell("echo on my way; sleep 1000 & sleep 1000").run(Duration::from_millis(300)).err().unwrap();
+        assert_eq!(error.to_string(), "Failed to run sh: timed out after 0 s");
+        assert_eq!(error.tail, ["on my way"]);
+        assert!(before.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_child_left_behind_does_not_hold_the_run_up() {
+        let before = Instant::now();
+        assert!(shell("sleep 5 &").run(Duration::from_secs(60)).unwrap().status.success());
+        assert!(before.elapsed() < Duration::from_secs(3));
+    }
+
+    #[test]
+    fn output_takes_input_and_reports_errors() {
+        assert_eq!(Program::new("cat").output(|| "copy".into(), Some(b"abc")).unwrap(), b"abc");
+        let error = shell("echo 'error: no' >&2; exit 1").output(|| "try".into(), None).unwrap_err();
+        assert_eq!(error.to_string(), "Failed to try: sh exited with 1: error: no");
+        let missing = Program::new("/no/such/program").output(|| "try".into(), None).unwrap_err();
+        assert!(missing.to_string().starts_with("Failed to run /no/such/program: No such file"));
+    }
+}
