@@ -1,0 +1,248 @@
+//! The only caller of git, always as the owner of the repository.
+//!
+//! Nothing here touches the working tree, the index or a branch, [`Repository::forward`] apart.
+//! Hooks, the file system monitor and prompts are off, optional locks are not taken, and what
+//! is written is synced: git does not do so by itself.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::config::{Author, Instance};
+use crate::error::{Context, Error, Result};
+use crate::program::Program;
+
+/// How long the other side of a fetch or push may take.
+const NETWORK_LIMIT: Duration = Duration::from_secs(300);
+/// What git calls an operation under way, by the file that tells.
+const UNDER_WAY: [(&str, &str); 7] = [
+    ("MERGE_HEAD", "merge"),
+    ("rebase-merge", "rebase"),
+    ("rebase-apply", "rebase"),
+    ("CHERRY_PICK_HEAD", "cherry-pick"),
+    ("REVERT_HEAD", "revert"),
+    ("sequencer", "cherry-pick or revert"),
+    ("BISECT_LOG", "bisect"),
+];
+
+/// A repository with a working tree, on a branch.
+pub struct Repository {
+    /// The top of the working tree.
+    pub top: PathBuf,
+    /// The flake's directory below `top`: empty, or ending in `/`.
+    pub prefix: String,
+    /// The full name of the branch that HEAD stands for.
+    pub branch: String,
+    /// The commit that HEAD stands for.
+    pub head: String,
+    git_directory: PathBuf,
+}
+
+impl Repository {
+    /// Opens the instance's repository, unless it is in a state that a run must not start from: no
+    /// commit, no branch, or something under way. The error says what to do.
+    pub fn open(instance: &Instance) -> Result<Self> {
+        let directory = &instance.flake_ref.directory;
+        let place = instance.flake_path.display();
+        fs::metadata(directory).context(|| format!("open {}", directory.display()))?;
+        let top = ask(directory, ["rev-parse", "--show-toplevel"], || format!("open the repository {place}"))?;
+        let one = |argument: &str| ask(directory, ["rev-parse", argument], || format!("open the repository {place}"));
+        let top = PathBuf::from(top);
+        if top != fs::canonicalize(&instance.flake_path).context(|| format!("open {place}"))? {
+            return Err(Error::new(format!(
+                "Failed to open the repository {place}: its top is {}; set flakePath to that, and flakeRef to the flake in it",
+                top.display()
+            )));
+        }
+        let git_directory = PathBuf::from(one("--absolute-git-dir")?);
+        if !git_directory.starts_with(&top) {
+            return Err(Error::new(format!(
+                "Failed to open the repository {place}: it is a worktree or submodule of {}; use a clone of its own",
+                git_directory.display()
+            )));
+        }
+        let not_now = |why: &str| Err(Error::new(format!("Failed to start from {place}: {why}")));
+        let Ok(branch) = ask(directory, ["symbolic-ref", "HEAD"], String::new) else {
+            return not_now("HEAD is detached; check a branch out");
+        };
+        let Ok(head) = ask(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], String::new) else {
+            return not_now("the branch has no commit yet; commit the flake");
+        };
+        if let Some((_, what)) = UNDER_WAY.iter().find(|(file, _)| git_directory.join(file).exists()) {
+            return not_now(&format!("a {what} is in progress; finish or abort it"));
+        }
+        Ok(Self { prefix: one("--show-prefix")?, top, branch, head, git_directory })
+    }
+
+    /// The flake's lock file, from the top of the working tree.
+    pub fn lock_file(&self) -> String {
+        format!("{}flake.lock", self.prefix)
+    }
+
+    /// A reference by which Nix reads the flake at a commit, and nothing else of the repository.
+    pub fn flake_at(&self, commit: &str, instance: &Instance) -> Result<String> {
+        let mut parameters = vec![format!("rev={commit}")];
+        if let Some(directory) = self.prefix.strip_suffix('/') {
+            parameters.push(format!("dir={directory}"));
+        }
+        if self.ask(["rev-parse", "--is-shallow-repository"])? == "true" {
+            parameters.push("shallow=1".into());
+        }
+        parameters.extend(instance.flake_ref.parameters.iter().cloned());
+        Ok(format!("git+file://{}?{}", self.top.display(), parameters.join("&")))
+    }
+
+    /// Fails unless the lock file is in the working tree and in the index what it is in HEAD.
+    pub fn check_lock_file_is_clean(&self) -> Result<()> {
+        let path = self.lock_file();
+        let edited = |where_: &str| {
+            let place = self.top.join(&path);
+            Err(Error::new(format!("Failed to start from {}: it {where_}; commit or restore it", place.display())))
+        };
+        let committed = self.ask(["rev-parse", "--verify", "--quiet", &format!("HEAD:{path}")]).ok();
+        let staged = self.ask(["ls-files", "--stage", "--", &path])?;
+        let staged = staged.split_whitespace().nth(1).map(String::from);
+        if staged != committed {
+            return edited("has staged changes");
+        }
+        let file = self.top.join(&path);
+        let present = match fs::symlink_metadata(&file) {
+            Ok(metadata) if metadata.is_file() => Some(self.ask(["hash-object", "--path", &path, "--", &path])?),
+            Ok(_) => return edited("is no regular file"),
+            Err(_) => None,
+        };
+        if present == committed { Ok(()) } else { edited("has uncommitted changes") }
+    }
+
+    /// A file as it is in a commit, if it is there.
+    pub fn read_file(&self, commit: &str, path: &str) -> Result<Option<Vec<u8>>> {
+        let object = format!("{commit}:{path}");
+        if self.ask(["rev-parse", "--verify", "--quiet", &object]).is_err() {
+            return Ok(None);
+        }
+        self.git().args(["cat-file", "blob", &object]).output(|| format!("read {object}"), None).map(Some)
+    }
+
+    /// A commit's tree.
+    pub fn tree(&self, commit: &str) -> Result<String> {
+        self.ask(["rev-parse", &format!("{commit}^{{tree}}")])
+    }
+
+    /// Makes a commit on top of `base` in which only the lock file differs, and returns its name.
+    /// `scratch` is a file for a private index.
+    pub fn commit_lock_file(&self, base: &str, lock: &[u8], message: &str, author: &Author, scratch: &Path) -> Result<String> {
+        let doing = || format!("commit {}", self.lock_file());
+        let text = |program: Program, input| program.output(doing, input).map(|bytes| line(&bytes));
+        let _ = fs::remove_file(scratch);
+        let private = || self.git().env("GIT_INDEX_FILE", scratch);
+        let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
+        text(private().args(["read-tree", base]), None)?;
+        let entry = format!("100644,{blob},{}", self.lock_file());
+        text(private().args(["update-index", "--add", "--cacheinfo", &entry]), None)?;
+        let tree = text(private().args(["write-tree"]), None)?;
+        let commit = self.git().args(["commit-tree", "-p", base, &tree]);
+        let commit = commit.env("GIT_AUTHOR_NAME", &author.name).env("GIT_AUTHOR_EMAIL", &author.mail);
+        let commit = commit.env("GIT_COMMITTER_NAME", &author.name).env("GIT_COMMITTER_EMAIL", &author.mail);
+        let commit = text(commit, Some(message.as_bytes()))?;
+        let _ = fs::remove_file(scratch);
+        Ok(commit)
+    }
+
+    /// Keeps a commit under a ref of ours, so that git does not collect it as garbage.
+    pub fn keep(&self, reference: &str, commit: &str) -> Result<()> {
+        // no reflog for it, whatever the user's setting
+        self.ask(["-c", "core.logAllRefUpdates=true", "update-ref", reference, commit]).map(drop)
+    }
+
+    /// Fetches the branch's upstream into `reference`. Returns the commit to start from: the
+    /// upstream's, or HEAD where that is ahead.
+    pub fn fetch_upstream(&self, reference: &str) -> Result<String> {
+        let (remote, branch) = self.upstream()?;
+        let fetch = self.git().args(["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--refmap="]);
+        let fetch = fetch.args([&remote, &format!("+{branch}:{reference}")]);
+        fetch.run(NETWORK_LIMIT)?.success(|| format!("fetch {branch} from {remote}"))?;
+        let theirs = self.ask(["rev-parse", reference])?;
+        if self.contains(&theirs, &self.head) {
+            Ok(theirs)
+        } else if self.contains(&self.head, &theirs) {
+            Ok(self.head.clone())
+        } else {
+            Err(Error::new(format!("Failed to pull {branch} from {remote}: {} has other commits; merge or rebase them", self.branch)))
+        }
+    }
+
+    /// Sends a commit to the branch's upstream; never forces.
+    pub fn push(&self, commit: &str) -> Result<()> {
+        let (remote, branch) = self.upstream()?;
+        let push = self.git().args(["push", "--quiet", &remote, &format!("{commit}:{branch}")]);
+        push.run(NETWORK_LIMIT)?.success(|| format!("push {commit} to {branch} of {remote}"))
+    }
+
+    fn upstream(&self) -> Result<(String, String)> {
+        let branch = self.branch.trim_start_matches("refs/heads/");
+        let setting = |what: &str| self.ask(["config", "--get", &format!("branch.{branch}.{what}")]);
+        match (setting("remote"), setting("merge")) {
+            (Ok(remote), Ok(merge)) => Ok((remote, merge)),
+            _ => Err(Error::new(format!("Failed to find the upstream of {branch}: it has none; set it with git branch --set-upstream-to"))),
+        }
+    }
+
+    /// Whether `descendant` is `commit` or comes after it.
+    pub fn contains(&self, descendant: &str, commit: &str) -> bool {
+        self.ask(["merge-base", "--is-ancestor", commit, descendant]).is_ok()
+    }
+
+    /// Fails if going from HEAD to `commit` would have to overwrite an uncommitted edit or an
+    /// untracked file; changes nothing. `scratch` is a file for a private index.
+    pub fn check_forward(&self, commit: &str, scratch: &Path) -> Result<()> {
+        let index = self.git_directory.join("index");
+        fs::copy(&index, scratch).context(|| format!("copy {}", index.display()))?;
+        let private = || self.git().env("GIT_INDEX_FILE", scratch);
+        // its status says whether files were edited, which is no matter yet
+        let _ = private().args(["update-index", "-q", "--refresh"]).output(String::new, None);
+        let check = private().args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
+        let result = check.output(|| format!("go from {} to {commit} without touching your edits", self.head), None);
+        let _ = fs::remove_file(scratch);
+        result.map(drop)
+    }
+
+    /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`.
+    pub fn forward(&self, commit: &str) -> Result<()> {
+        let doing = || format!("fast-forward {} to {commit}", self.branch);
+        self.git().args(["merge", "--quiet", "--ff-only", commit]).output(doing, None).map(drop)
+    }
+
+    fn git(&self) -> Program {
+        git(&self.top)
+    }
+
+    fn ask<'a>(&self, arguments: impl IntoIterator<Item = &'a str> + Clone) -> Result<String> {
+        let what = arguments.clone().into_iter().collect::<Vec<_>>().join(" ");
+        ask(&self.top, arguments, || format!("run git {what} in {}", self.top.display()))
+    }
+}
+
+/// Removes a ref of ours, if it is there, in whatever state the repository is.
+pub fn drop_reference(instance: &Instance, reference: &str) -> Result<()> {
+    let doing = || format!("drop {reference}");
+    ask(&instance.flake_path, ["update-ref", "-d", reference], doing).map(drop)
+}
+
+fn git(directory: &Path) -> Program {
+    let settings = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "core.fsync=all"];
+    Program::new("git")
+        .args(settings.iter().flat_map(|setting| ["-c", setting]))
+        .env("GIT_OPTIONAL_LOCKS", "0")
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env("LC_ALL", "C")
+        .directory(directory)
+}
+
+fn ask<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>, doing: impl Fn() -> String) -> Result<String> {
+    git(directory).args(arguments).output(doing, None).map(|bytes| line(&bytes))
+}
+
+fn line(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end().to_owned()
+}

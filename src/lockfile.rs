@@ -1,0 +1,168 @@
+//! Two versions of a `flake.lock`: what changed, and whether it was allowed to.
+//!
+//! The format is Nix' lock file version 7: a graph of `nodes`, in which an input is either the name
+//! of a node or, where it follows another input, the path to that from the root.
+
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Context, Error, Result};
+
+/// A parsed lock file.
+pub struct LockFile {
+    nodes: Map<String, Value>,
+    root: String,
+}
+
+impl LockFile {
+    /// Parses the bytes of a lock file; none at all stand for a flake without inputs.
+    pub fn parse(bytes: Option<&[u8]>) -> Result<Self> {
+        let doing = || "read flake.lock".into();
+        let Some(bytes) = bytes else { return Ok(Self { nodes: Map::new(), root: String::new() }) };
+        let value: Value = serde_json::from_slice(bytes).context(doing)?;
+        match (value.get("nodes"), value.get("root")) {
+            (Some(Value::Object(nodes)), Some(Value::String(root))) => Ok(Self { nodes: nodes.clone(), root: root.clone() }),
+            _ => Err("expected nodes and root").context(doing),
+        }
+    }
+
+    /// The top-level inputs that differ in any way, with their old and new revisions.
+    pub fn changes(&self, new: &Self) -> Vec<(String, String, String)> {
+        let names: BTreeSet<_> = self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned().collect();
+        let changed = |name: &String| self.difference(new, name, &|_| false).is_some();
+        let revisions = |name: String| {
+            let (old, new) = (self.revision(&name), new.revision(&name));
+            (name, old, new)
+        };
+        names.into_iter().filter(changed).map(revisions).collect()
+    }
+
+    /// Fails if an input changed that neither is one of `allowed` nor hangs on one; an input's
+    /// input is named `a/b`. All are allowed if none are named.
+    pub fn check_only_changed(&self, new: &Self, allowed: &[String]) -> Result<()> {
+        if allowed.is_empty() {
+            return Ok(());
+        }
+        let is_allowed = |path: &str| allowed.iter().any(|input| input == path);
+        let names: BTreeSet<_> = self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned().collect();
+        match names.iter().find_map(|name| self.difference(new, name, &is_allowed)) {
+            Some(path) => Err(Error::new(format!(
+                "Failed to update {}: input {path} would change, too; flake.lock does not fit flake.nix, run nix flake lock and commit it",
+                allowed.join(", ")
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The path of the first input that differs, from the top-level input `name` on downwards;
+    /// whatever hangs on an input for which `skip` is true does not count.
+    fn difference(&self, new: &Self, name: &str, skip: &dyn Fn(&str) -> bool) -> Option<String> {
+        let mut seen = BTreeSet::new();
+        let mut todo = vec![(name.to_owned(), self.inputs(&self.root).get(name), new.inputs(&new.root).get(name))];
+        while let Some((path, old_edge, new_edge)) = todo.pop() {
+            if skip(&path) {
+                continue;
+            }
+            let (old_name, new_name) = match (old_edge, new_edge) {
+                (Some(Value::String(old_name)), Some(Value::String(new_name))) => (old_name, new_name),
+                (old_edge, new_edge) if old_edge == new_edge => continue,
+                _ => return Some(path),
+            };
+            if !seen.insert((old_name, new_name)) {
+                continue;
+            }
+            let (old_inputs, new_inputs) = (self.inputs(old_name), new.inputs(new_name));
+            let same_names = old_inputs.keys().eq(new_inputs.keys());
+            if !same_names || self.without_inputs(old_name) != new.without_inputs(new_name) {
+                return Some(path);
+            }
+            todo.extend(old_inputs.iter().map(|(below, edge)| (format!("{path}/{below}"), Some(edge), new_inputs.get(below))));
+        }
+        None
+    }
+
+    fn inputs(&self, node: &str) -> &Map<String, Value> {
+        static NONE: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+        self.nodes.get(node).and_then(|node| node.get("inputs")?.as_object()).unwrap_or(&NONE)
+    }
+
+    fn without_inputs(&self, node: &str) -> Option<Map<String, Value>> {
+        let mut node = self.nodes.get(node)?.as_object()?.clone();
+        node.remove("inputs");
+        Some(node)
+    }
+
+    /// What identifies the state of a top-level input to a human.
+    fn revision(&self, input: &str) -> String {
+        let locked = self.inputs(&self.root).get(input).and_then(Value::as_str).and_then(|node| self.nodes.get(node)?.get("locked"));
+        let text = |key: &str| locked.and_then(|locked| locked.get(key)?.as_str());
+        text("rev").or_else(|| text("narHash")).unwrap_or("none").to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Two inputs, of which `app` has a `nixpkgs` of its own and a `lib` that follows `other`.
+    fn lock(app: &str, app_nixpkgs: &str, other: &str) -> LockFile {
+        let node = |rev: &str, inputs: Value| json!({"locked": {"rev": rev}, "original": {"type": "git"}, "inputs": inputs});
+        let lock = json!({"version": 7, "root": "root", "nodes": {
+            "root": {"inputs": {"app": "app", "other": "other"}},
+            "app": node(app, json!({"nixpkgs": "nixpkgs_2", "lib": ["other"]})),
+            "nixpkgs_2": node(app_nixpkgs, json!({})),
+            "other": node(other, json!({})),
+        }});
+        LockFile::parse(Some(lock.to_string().as_bytes())).unwrap()
+    }
+
+    #[test]
+    fn an_instance_changes_its_own_inputs_and_what_hangs_on_them() {
+        let old = lock("1", "1", "1");
+        let app = ["app".to_owned()];
+        for (new, allowed, right) in [
+            (lock("2", "1", "1"), &app[..], true),
+            (lock("2", "2", "1"), &app, true),
+            (lock("1", "1", "2"), &app, false),
+            (lock("2", "1", "2"), &app, false),
+            (lock("2", "2", "2"), &[], true),
+            (lock("1", "2", "1"), &["app/nixpkgs".to_owned()], true),
+            (lock("2", "2", "1"), &["app/nixpkgs".to_owned()], false),
+        ] {
+            assert_eq!(old.check_only_changed(&new, allowed).is_ok(), right);
+        }
+        let error = old.check_only_changed(&lock("2", "1", "2"), &app).unwrap_err();
+        assert!(error.to_string().contains("input other would change"));
+    }
+
+    #[test]
+    fn new_and_vanished_inputs_are_changes() {
+        let none = LockFile::parse(None).unwrap();
+        let some = lock("1", "1", "1");
+        assert!(none.check_only_changed(&some, &["app".into()]).is_err());
+        assert!(some.check_only_changed(&none, &["app".into()]).is_err());
+        assert!(none.changes(&none).is_empty());
+        assert_eq!(none.changes(&some)[0], ("app".into(), "none".into(), "1".into()));
+    }
+
+    #[test]
+    fn changes_are_top_level_inputs_with_their_revisions() {
+        let old = lock("1", "1", "1");
+        assert!(old.changes(&lock("1", "1", "1")).is_empty());
+        assert_eq!(old.changes(&lock("1", "1", "2")), [("other".into(), "1".into(), "2".into())]);
+        assert_eq!(old.changes(&lock("1", "2", "1")), [("app".into(), "1".into(), "1".into())]);
+    }
+
+    #[test]
+    fn what_is_no_lock_file_is_an_error() {
+        for text in ["", "{", "[]", "{}", r#"{"nodes": []}"#, r#"{"nodes": {}, "root": 1}"#] {
+            assert!(LockFile::parse(Some(text.as_bytes())).is_err(), "{text}");
+        }
+        let odd = r#"{"root": "r", "nodes": {"r": {"inputs": {"a": "a", "b": 5, "c": ["a"]}}, "a": 7}}"#;
+        let odd = LockFile::parse(Some(odd.as_bytes())).unwrap();
+        assert!(odd.changes(&odd).is_empty());
+    }
+}

@@ -1,0 +1,130 @@
+//! Ekiben keeps a NixOS machine up to date from the inside. This file is the command line: which
+//! words lead to which function.
+
+mod activate;
+mod begin;
+mod build;
+mod candidate;
+mod conclude;
+mod config;
+mod error;
+mod files;
+mod gate;
+mod git;
+mod json;
+mod layout;
+mod lockfile;
+mod nix;
+mod notes;
+mod prepare;
+mod program;
+mod queue;
+mod run;
+mod status;
+mod system;
+#[cfg(test)]
+mod testing;
+mod token;
+mod webhook;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use crate::candidate::Fate;
+use crate::config::Config;
+use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
+
+const HELP: &str = "\
+Keeps a NixOS machine up to date from the inside.
+
+Usage: ekiben [--config FILE] COMMAND
+
+  trigger INSTANCE             ask for a run
+  status [--json] [INSTANCE]   show how the instances are, or one of them in detail
+  check FILE                   check a configuration file
+
+What the units run:
+  webhook
+  begin | prepare | build | activate | conclude INSTANCE
+
+Options:
+  --config FILE   the configuration (default: /etc/ekiben/config.json)
+  --help          this text
+  --version       the version
+";
+
+fn main() -> ExitCode {
+    start_logging();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    run(&arguments).unwrap_or_else(|error| {
+        log::error!("{error}.");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(arguments: &[&str]) -> Result<ExitCode> {
+    let (config, arguments) = match arguments {
+        ["--config", file, rest @ ..] => (*file, rest),
+        _ => (config::DEFAULT, arguments),
+    };
+    let config = || Config::read(Path::new(config));
+    let done = match arguments {
+        ["--help" | "-h" | "help"] => print(HELP),
+        ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
+        ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is right.\n"))),
+        ["trigger", name] => trigger(&config()?, name),
+        ["status", "--json"] => status::show(&config()?, None, true),
+        ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
+        ["status"] => status::show(&config()?, None, false),
+        ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
+        ["begin", name] => begin::begin(&Layout::new(name), config()?.instance(name)?),
+        ["prepare", name] => prepare::prepare(&Layout::new(name), config()?.instance(name)?),
+        ["build", name] => build::build(&Layout::new(name), config()?.instance(name)?),
+        // after the switch, the configuration may know nothing of the instance any more
+        ["activate", name] => layout(name).and_then(|layout| activate::activate(&layout)),
+        ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
+        // root to itself, as the instance's user
+        ["candidate", fate, name, run, options] => {
+            let options = serde_json::from_str(options).context(|| "read the run's options".into())?;
+            let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
+            return candidate::candidate(fate, &layout(name)?, &options, run);
+        }
+        _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben --help", arguments.join(" ")))),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn layout(name: &str) -> Result<Layout> {
+    config::instance_name(name).context(|| "find the instance".into())?;
+    Ok(Layout::new(name))
+}
+
+fn trigger(config: &Config, name: &str) -> Result<()> {
+    config.instance(name)?;
+    let layout = Layout::new(name);
+    let number = queue::request(&layout, status::Status::read(&layout).served)?;
+    print(&format!("Request {number} for {name}; see ekiben status {name}.\n"))
+}
+
+fn print(text: &str) -> Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context(|| "write to standard output".into())
+}
+
+/// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it.
+fn start_logging() {
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let format = move |buffer: &mut env_logger::fmt::Formatter, record: &log::Record| {
+        let (priority, word) = match record.level() {
+            log::Level::Error => (3, "error: "),
+            log::Level::Warn => (4, "warning: "),
+            log::Level::Info => (6, ""),
+            log::Level::Debug | log::Level::Trace => (7, ""),
+        };
+        if journal { writeln!(buffer, "<{priority}>{}", record.args()) } else { writeln!(buffer, "{word}{}", record.args()) }
+    };
+    env_logger::Builder::new().filter_level(log::LevelFilter::Info).parse_default_env().format(format).init();
+}

@@ -1,0 +1,110 @@
+//! The first of the user's stages: make a candidate, or find that there is nothing new.
+//!
+//! A candidate is a commit: the branch's head, or its upstream's, with new revisions of the
+//! instance's inputs on top. It exists only as an object under a ref of ours. Nothing that the
+//! user can see is changed, and nothing at all is written if nothing is new.
+
+use std::time::Duration;
+
+use crate::config::Instance;
+use crate::error::Result;
+use crate::git::Repository;
+use crate::layout::Layout;
+use crate::lockfile::LockFile;
+use crate::nix;
+use crate::notes::{Notes, Proposal};
+use crate::status;
+
+/// How long all of the fetching may take.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+/// Runs the stage; what comes of it is in the notes.
+pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
+    let mut notes = Notes::begin(layout)?;
+    match propose(layout, instance) {
+        Ok(proposal) => {
+            log::info!("{}.", describe(&proposal));
+            notes.proposal = Some(proposal);
+            notes.write(layout)
+        }
+        Err(error) => notes.fail(layout, error),
+    }
+}
+
+fn propose(layout: &Layout, instance: &Instance) -> Result<Proposal> {
+    let repository = Repository::open(instance)?;
+    repository.check_lock_file_is_clean()?;
+    let reference = layout.reference();
+    let base = if instance.pull { repository.fetch_upstream(&reference)? } else { repository.head.clone() };
+
+    let flake = repository.flake_at(&base, instance)?;
+    let old = repository.read_file(&base, &repository.lock_file())?;
+    let new = nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), LIMIT)?;
+    let (old_lock, new_lock) = (LockFile::parse(old.as_deref())?, LockFile::parse(new.as_deref())?);
+    old_lock.check_only_changed(&new_lock, &instance.inputs)?;
+    let changes = old_lock.changes(&new_lock);
+
+    let scratch = layout.own("index");
+    let commit = match &new {
+        Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &scratch)?,
+        _ => base.clone(),
+    };
+    let unchanged = status::is_deployed(layout, &commit, instance);
+    if commit != repository.head {
+        repository.check_forward(&commit, &scratch)?;
+        repository.keep(&reference, &commit)?;
+    }
+    Ok(Proposal {
+        tree: repository.tree(&commit)?,
+        branch: repository.branch.clone(),
+        head: repository.head.clone(),
+        summary: summary(&repository.head, &base, &changes),
+        base,
+        commit,
+        unchanged,
+    })
+}
+
+type Changes = [(String, String, String)];
+
+/// The commit message: which inputs in the first line, their old and new revisions below.
+fn message(changes: &Changes) -> String {
+    let lines: Vec<_> = changes.iter().map(|(name, old, new)| format!("{name}: {old} -> {new}")).collect();
+    format!("flake.lock: update {}\n\n{}\n", names(changes), lines.join("\n"))
+}
+
+fn names(changes: &Changes) -> String {
+    changes.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn summary(head: &str, base: &str, changes: &Changes) -> String {
+    match (head == base, changes.is_empty()) {
+        (true, true) => String::new(),
+        (true, false) => format!("update {}", names(changes)),
+        (false, true) => "pull".into(),
+        (false, false) => format!("pull, update {}", names(changes)),
+    }
+}
+
+fn describe(proposal: &Proposal) -> String {
+    if proposal.unchanged {
+        format!("Nothing is new: {} has been deployed", proposal.commit)
+    } else if proposal.summary.is_empty() {
+        format!("Found {}, which has not been deployed yet", proposal.commit)
+    } else {
+        format!("Proposed {}: {}", proposal.commit, proposal.summary)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_names_inputs_and_revisions() {
+        let changes = [("app".into(), "1a".into(), "2b".into()), ("lib".into(), "none".into(), "3c".into())];
+        assert_eq!(message(&changes), "flake.lock: update app, lib\n\napp: 1a -> 2b\nlib: none -> 3c\n");
+        assert_eq!(summary("a", "a", &changes), "update app, lib");
+        assert_eq!(summary("a", "b", &[]), "pull");
+    }
+}

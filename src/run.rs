@@ -1,0 +1,219 @@
+//! The journal of a run: which stage it is in, what it will activate, and what to put back.
+//!
+//! Only root writes it. It is on disk before the first change and gone after the last, so a
+//! journal that is found is one of a run that was cut off, and holds all that is needed to end
+//! it: even a configuration that no longer knows the instance.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Instance;
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::nix::Generation;
+
+/// The format of journal and status; a file with another number is set aside.
+pub const FORMAT: u32 = 1;
+
+/// A stage of a run.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Stage {
+    /// Take the request; end a run that was cut off.
+    Begin,
+    /// Make a candidate.
+    #[default]
+    Prepare,
+    /// Build it.
+    Build,
+    /// Run it.
+    Activate,
+    /// Make it the branch and report.
+    Conclude,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Begin => "begin",
+            Self::Prepare => "prepare",
+            Self::Build => "build",
+            Self::Activate => "activate",
+            Self::Conclude => "conclude",
+        })
+    }
+}
+
+/// Why a run began.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Trigger {
+    /// Somebody asked: by webhook or by `ekiben trigger`.
+    Request,
+    /// The timer.
+    Timer,
+    /// Neither: `systemctl start`, or a run that was cut off.
+    Start,
+}
+
+/// How far root's part of a run has come. What an interruption leads to depends on it alone.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Phase {
+    /// Nothing was changed.
+    Begun,
+    /// The candidate may be partly or wholly activated.
+    Switching,
+    /// The system profile and the boot loader may have been changed.
+    Persisting,
+    /// The candidate runs, is healthy and will be booted: only the branch is behind.
+    Persisted,
+}
+
+/// What a run came to that changed nothing and did not fail.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Decision {
+    /// Nothing is new.
+    Unchanged,
+    /// The branch moved since the run began: another run has to start from there.
+    StartOver,
+}
+
+/// What went wrong, and where.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Failure {
+    /// In which stage.
+    pub stage: Stage,
+    /// In one sentence.
+    pub message: String,
+    /// What the failing program last said.
+    pub tail: Vec<String>,
+}
+
+/// What was before root changed anything.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Before {
+    /// The running system.
+    pub system: PathBuf,
+    /// The system profile.
+    pub generation: Option<Generation>,
+    /// The units that had failed.
+    pub failed_units: BTreeSet<String>,
+}
+
+/// A run under way.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Run {
+    format: u32,
+    /// The identifier that systemd gave it.
+    pub id: String,
+    /// The instance as it was configured when the run began.
+    pub instance: Instance,
+    /// Why it began.
+    pub trigger: Trigger,
+    /// The request it serves.
+    pub request: Option<u64>,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// The boot it began in.
+    pub boot: String,
+    /// How far root's part has come.
+    pub phase: Phase,
+    /// What it came to, if it has come to an end without changing anything.
+    pub decision: Option<Decision>,
+    /// What it activates, once that is known.
+    pub candidate: Option<PathBuf>,
+    /// What to put back.
+    pub before: Option<Before>,
+    /// What went wrong so far.
+    pub failure: Option<Failure>,
+    /// What should be said about a run that went well.
+    pub warnings: Vec<String>,
+    /// Whether the candidate takes effect only with the next boot.
+    pub reboot_needed: bool,
+}
+
+impl Failure {
+    /// What an error of a stage comes to.
+    pub fn new(stage: Stage, error: &Error) -> Self {
+        Self { stage, message: error.to_string(), tail: error.tail.clone() }
+    }
+}
+
+impl Run {
+    /// A run that begins now.
+    pub fn new(id: String, instance: Instance, trigger: Trigger, request: Option<u64>) -> Self {
+        Self {
+            format: FORMAT,
+            id,
+            instance,
+            trigger,
+            request,
+            started: now(),
+            boot: boot_id(),
+            phase: Phase::Begun,
+            decision: None,
+            candidate: None,
+            before: None,
+            failure: None,
+            warnings: Vec::new(),
+            reboot_needed: false,
+        }
+    }
+
+    /// Reads the journal; none if no run is under way. A journal that makes no sense is set aside.
+    pub fn load(layout: &Layout) -> Result<Option<Self>> {
+        let path = layout.journal();
+        let bytes = match fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("read {}", path.display()))?,
+        };
+        match serde_json::from_slice::<Self>(&bytes) {
+            Ok(run) if run.format == FORMAT => Ok(Some(run)),
+            other => {
+                let why = other.err().map_or("its format is another".into(), |error| error.to_string());
+                let aside = path.with_extension("json.unreadable");
+                log::error!("Set the journal {} aside as {}: {why}.", path.display(), aside.display());
+                fs::rename(&path, &aside).context(|| format!("set {} aside", path.display()))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Writes the journal; when this returns, it will be there after a crash.
+    pub fn save(&self, layout: &Layout) -> Result<()> {
+        let path = layout.journal();
+        let doing = || format!("write {}", path.display());
+        files::write(&path, &serde_json::to_vec_pretty(self).context(doing)?, 0o600).context(doing)
+    }
+
+    /// Enters a phase, durably.
+    pub fn enter(&mut self, phase: Phase, layout: &Layout) -> Result<()> {
+        self.phase = phase;
+        self.save(layout)
+    }
+
+    /// Removes the journal: the run has ended.
+    pub fn end(layout: &Layout) -> Result<()> {
+        let path = layout.journal();
+        files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// What tells one boot from another.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}

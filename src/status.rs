@@ -1,0 +1,321 @@
+//! What everybody may know of an instance: a file that root writes and anybody may read, and
+//! `ekiben status`, which shows it.
+//!
+//! What a failing program said may hold what is not for everybody; it is in a file of its own
+//! that only root can read.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, FlakeRef, Instance};
+use crate::error::{Context, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
+
+/// How many ended runs are remembered.
+const HISTORY: usize = 20;
+
+/// What is known of one instance.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Status {
+    format: u32,
+    /// The run under way.
+    pub running: Option<Running>,
+    /// The highest number of a request that an ended run has served.
+    pub served: u64,
+    /// What was deployed last.
+    pub deployed: Option<Deployed>,
+    /// The ended runs, the last one first.
+    pub runs: Vec<Ended>,
+}
+
+/// A run under way.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Running {
+    /// The last stage of root's that began.
+    pub stage: Stage,
+    /// Why the run began.
+    pub trigger: Trigger,
+    /// When, in seconds since 1970.
+    pub started: u64,
+}
+
+/// A commit that this machine runs.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Deployed {
+    /// The commit.
+    pub commit: String,
+    /// The system it was built to.
+    pub system: PathBuf,
+    /// From which flake.
+    flake_ref: FlakeRef,
+    /// With which arguments.
+    flags: Vec<String>,
+    /// Higher than that of all earlier deployments by this machine's instances.
+    number: u64,
+}
+
+/// How a run can end.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    /// The machine runs, or will boot, what the run proposed, and it is the branch.
+    Deployed,
+    /// Nothing was new.
+    Unchanged,
+    /// The branch moved; another run starts from there.
+    StartedOver,
+    /// It failed before anything was changed.
+    Failed,
+    /// It failed, and what had been changed was put back.
+    RolledBack,
+    /// It failed, and putting back what had been changed failed, too.
+    Stuck,
+}
+
+/// A run that has ended.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    /// How.
+    pub result: Outcome,
+    /// Why it began.
+    pub trigger: Trigger,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// When it ended.
+    pub finished: u64,
+    /// What it proposed to run.
+    pub commit: Option<String>,
+    /// What was new in it.
+    pub summary: Option<String>,
+    /// In which stage it failed.
+    pub stage: Option<Stage>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// What to know all the same.
+    pub warnings: Vec<String>,
+    /// Whether the machine runs the new system only after a reboot.
+    pub reboot_needed: bool,
+}
+
+impl Status {
+    /// Reads what is known; nothing, if the file is not there or makes no sense.
+    pub fn read(layout: &Layout) -> Self {
+        let path = layout.status();
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Self::default(),
+            other => other.map_err(|error| error.to_string()),
+        };
+        let status = text.and_then(|text| serde_json::from_slice::<Self>(&text).map_err(|error| error.to_string()));
+        match status {
+            Ok(status) if status.format == FORMAT => status,
+            other => {
+                let why = other.err().unwrap_or_else(|| "its format is another".into());
+                log::warn!("Passed over the status {}: {why}.", path.display());
+                Self::default()
+            }
+        }
+    }
+
+    /// Says that a run is in one of root's stages.
+    pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
+        let running = Running { stage, trigger: run.trigger, started: run.started };
+        Self { running: Some(running), ..Self::read(layout) }.write(layout)
+    }
+
+    /// Says how a run ended. `deployed` is the commit and system that the machine has from it.
+    pub fn report(layout: &Layout, run: &Run, ended: Ended, deployed: Option<(String, PathBuf)>) -> Result<()> {
+        let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
+        let mut status = Self { running: None, ..Self::read(layout) };
+        // a run that has to be started over has served nobody
+        if ended.result != Outcome::StartedOver {
+            status.served = status.served.max(run.request.unwrap_or(0));
+        }
+        if let Some((commit, system)) = deployed {
+            let Instance { flake_ref, flags, .. } = run.instance.clone();
+            status.deployed = Some(Deployed { commit, system, flake_ref, flags, number });
+        }
+        status.runs.insert(0, ended);
+        status.runs.truncate(HISTORY);
+        status.write(layout)
+    }
+
+    fn write(mut self, layout: &Layout) -> Result<()> {
+        self.format = FORMAT;
+        let path = layout.status();
+        let doing = || format!("write {}", path.display());
+        files::write(&path, &serde_json::to_vec_pretty(&self).context(doing)?, 0o644).context(doing)
+    }
+}
+
+impl Ended {
+    /// The end of `run`, now.
+    pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
+        Self {
+            result,
+            trigger: run.trigger,
+            started: run.started,
+            finished: now(),
+            commit: None,
+            summary: None,
+            stage: failure.map(|failure| failure.stage),
+            error: failure.map(|failure| failure.message.clone()),
+            warnings: run.warnings.clone(),
+            reboot_needed: run.reboot_needed,
+        }
+    }
+}
+
+/// Whether this very commit is what was last deployed of its flake, by whichever instance.
+pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
+    let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
+    let last = all_deployed(layout).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
+    last.is_some_and(|deployed| deployed.commit == commit)
+}
+
+/// What each of this machine's instances deployed last.
+fn all_deployed(layout: &Layout) -> Vec<Deployed> {
+    layout.all().iter().filter_map(|instance| Status::read(instance).deployed).collect()
+}
+
+/// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
+pub fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
+    let path = layout.output();
+    let doing = || format!("write {}", path.display());
+    if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
+}
+
+/// An instance as `ekiben status --json` shows it.
+#[derive(Serialize)]
+struct Shown {
+    /// Whether a request waits for a run; none if this user may not know.
+    queued: Option<bool>,
+    #[serde(flatten)]
+    status: Status,
+    /// What the program that failed last said; empty if this user may not know.
+    output: String,
+}
+
+/// Shows one instance, or all; as JSON by name, or for humans.
+pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<()> {
+    let names: Vec<&str> = match instance {
+        Some(name) => config.instance(name).map(|_| vec![name])?,
+        None => config.instances.keys().map(String::as_str).collect(),
+    };
+    let look = |name: &&str| {
+        let layout = Layout::new(name);
+        let shown = Shown {
+            queued: layout.request().try_exists().ok(),
+            status: Status::read(&layout),
+            output: fs::read_to_string(layout.output()).unwrap_or_default(),
+        };
+        ((*name).to_owned(), shown)
+    };
+    let shown: BTreeMap<String, Shown> = names.iter().map(look).collect();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&shown).context(|| "write the status".into())?);
+    } else if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
+        print!("{}", details(name, shown, now()));
+    } else {
+        print!("{}", table(&shown, now()));
+    }
+    Ok(())
+}
+
+/// A line for each instance.
+fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
+    let mut rows = vec![["INSTANCE", "STATE", "LAST RUN", "WHEN", "COMMIT"].map(String::from)];
+    for (name, shown) in shown {
+        let last = shown.status.runs.first();
+        rows.push([
+            name.clone(),
+            shown.state(),
+            last.map_or("never".into(), |run| run.result.to_string()),
+            last.map_or(String::new(), |run| ago(run.finished, now)),
+            shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(12).collect()),
+        ]);
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..5).map(width).collect();
+    let line = |row: &[String; 5]| {
+        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// All that is known of one instance.
+fn details(name: &str, shown: &Shown, now: u64) -> String {
+    let mut lines = vec![format!("{name}: {}", shown.state())];
+    let mut add = |what: &str, value: &str| {
+        if !value.is_empty() {
+            lines.push(format!("  {what:<9} {value}"));
+        }
+    };
+    if let Some(deployed) = &shown.status.deployed {
+        add("deployed", &deployed.commit);
+        add("system", &deployed.system.display().to_string());
+    }
+    if let Some(run) = shown.status.runs.first() {
+        add("last run", &format!("{}, {}", run.result, ago(run.finished, now)));
+        add("proposed", run.commit.as_deref().unwrap_or_default());
+        add("what", run.summary.as_deref().unwrap_or_default());
+        add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
+        add("error", run.error.as_deref().unwrap_or_default());
+        for warning in &run.warnings {
+            add("warning", warning);
+        }
+        if run.reboot_needed {
+            add("reboot", "needed: the new system runs after it");
+        }
+    }
+    // a program's output may hold anything
+    let plain = |line: &str| line.replace(|letter: char| letter.is_control() && letter != '\t', "?");
+    lines.extend(shown.output.lines().map(|line| format!("  | {}", plain(line))));
+    lines.join("\n") + "\n"
+}
+
+impl Shown {
+    fn state(&self) -> String {
+        match (&self.status.running, self.queued) {
+            (Some(running), _) => format!("running ({})", running.stage),
+            (None, Some(true)) => "queued".into(),
+            (None, _) => "idle".into(),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Deployed => "deployed",
+            Self::Unchanged => "unchanged",
+            Self::StartedOver => "started over",
+            Self::Failed => "failed",
+            Self::RolledBack => "rolled back",
+            Self::Stuck => "STUCK, needs a hand",
+        })
+    }
+}
+
+/// How long ago a moment is, in its largest unit.
+fn ago(then: u64, now: u64) -> String {
+    let seconds = now.saturating_sub(then);
+    let (count, unit) = match seconds {
+        0..60 => (seconds, "s"),
+        60..3600 => (seconds / 60, "min"),
+        3600..86400 => (seconds / 3600, "h"),
+        _ => (seconds / 86400, "d"),
+    };
+    format!("{count} {unit} ago")
+}

@@ -1,0 +1,59 @@
+//! The running NixOS: what it is, switching it, and taking turns at that. Root only.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Deserialize;
+
+use crate::error::{Context, Error, Result};
+use crate::program::{Ended, Program};
+
+/// What NixOS runs.
+const CURRENT: &str = "/run/current-system";
+/// Held by whoever changes what this machine runs.
+const TURN: &str = "/run/ekiben.lock";
+
+/// Waits until no other run changes what this machine runs, and keeps others waiting until it is
+/// dropped.
+pub fn turn() -> Result<Flock<File>> {
+    let doing = || format!("lock {TURN}");
+    let file = File::options().append(true).create(true).open(TURN).context(doing)?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)
+}
+
+/// The system that runs now.
+pub fn current() -> Result<PathBuf> {
+    fs::canonicalize(CURRENT).context(|| format!("read {CURRENT}"))
+}
+
+/// Has a system do one of `switch-to-configuration`'s actions.
+pub fn switch_to(system: &Path, action: &str, limit: Duration) -> Result<Ended> {
+    log::info!("{}: {action} ...", system.display());
+    Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/")).run(limit)
+}
+
+/// The units that have failed, or that systemd starts again and again.
+pub fn failed_units() -> Result<BTreeSet<String>> {
+    #[derive(Deserialize)]
+    struct Unit {
+        #[serde(rename = "unit")]
+        name: String,
+        active: String,
+        sub: String,
+    }
+    let list = Program::as_root("systemctl").args(["list-units", "--all", "--full", "--no-pager", "--output=json"]);
+    let list = list.output(|| "list the units".into(), None)?;
+    let units: Vec<Unit> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
+    let failed = units.into_iter().filter(|unit| unit.active == "failed" || unit.sub == "auto-restart");
+    Ok(failed.map(|unit| unit.name).collect())
+}
+
+/// Fails if units have failed that had not before.
+pub fn check_units(before: &BTreeSet<String>) -> Result<()> {
+    let failed = failed_units()?;
+    let new: Vec<_> = failed.difference(before).map(String::as_str).collect();
+    if new.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to start {}", new.join(", ")))) }
+}
