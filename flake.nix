@@ -1,0 +1,112 @@
+{
+  description = "Ekiben keeps a NixOS machine up to date from the inside";
+
+  inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
+
+  outputs =
+    { self, nixpkgs }:
+    let
+      inherit (nixpkgs) lib;
+      eachSystem =
+        function:
+        lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (
+          system: function nixpkgs.legacyPackages.${system}.pkgs
+        );
+
+      package =
+        { lib, rustPlatform }:
+        rustPlatform.buildRustPackage {
+          pname = "ekiben";
+          inherit ((lib.importTOML ./Cargo.toml).package) version;
+          src = lib.fileset.toSource {
+            root = ./.;
+            fileset = lib.fileset.unions [
+              ./Cargo.toml
+              ./Cargo.lock
+              ./clippy.toml
+              ./rustfmt.toml
+              ./src
+            ];
+          };
+          cargoLock.lockFile = ./Cargo.lock;
+          meta = {
+            description = "Keeps a NixOS machine up to date from the inside";
+            license = lib.licenses.mit;
+            mainProgram = "ekiben";
+            platforms = lib.platforms.linux;
+          };
+        };
+
+      scenarios = import ./nixos-tests { inherit self nixpkgs; };
+    in
+    {
+      packages = eachSystem (pkgs: rec {
+        ekiben = pkgs.callPackage package { };
+        default = ekiben;
+      });
+
+      overlays.default = final: _: { ekiben = final.callPackage package { }; };
+
+      nixosModules = rec {
+        ekiben =
+          { lib, pkgs, ... }:
+          {
+            imports = [ ./module.nix ];
+            services.ekiben.package =
+              lib.mkDefault
+                self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+          };
+        default = ekiben;
+      };
+
+      # what module.nix makes of the scenarios' machines: ci/render writes it to ci/rendered
+      legacyPackages = eachSystem (pkgs: {
+        rendered = scenarios.rendered pkgs;
+      });
+
+      checks = eachSystem (
+        pkgs:
+        scenarios.tests pkgs
+        // {
+          options = import ./nixos-tests/options.nix { inherit self nixpkgs pkgs; };
+          rendered = scenarios.renderedCheck pkgs;
+          clippy = self.packages.${pkgs.stdenv.hostPlatform.system}.default.overrideAttrs (old: {
+            pname = "ekiben-clippy";
+            nativeBuildInputs = old.nativeBuildInputs ++ [ pkgs.clippy ];
+            buildPhase = "cargo clippy --all-targets --all-features -- --deny warnings";
+            installPhase = "touch $out";
+            doCheck = false;
+          });
+          format = pkgs.runCommand "ekiben-format" { } ''
+            ${lib.getExe pkgs.nixfmt-rfc-style} --check ${./flake.nix} ${./module.nix} ${./nixos-tests}/*.nix
+            ${lib.getExe pkgs.deadnix} --fail ${./flake.nix} ${./module.nix} ${./nixos-tests}
+            touch $out
+          '';
+        }
+      );
+
+      formatter = eachSystem (pkgs: pkgs.nixfmt-tree or pkgs.nixfmt-rfc-style);
+
+      devShells = eachSystem (pkgs: {
+        default = pkgs.mkShell {
+          inputsFrom = [ self.packages.${pkgs.stdenv.hostPlatform.system}.default ];
+          packages = [
+            pkgs.clippy
+            pkgs.deadnix
+            pkgs.nixfmt-rfc-style
+            pkgs.rust-analyzer
+            pkgs.rustfmt
+          ];
+        };
+      });
+
+      apps = eachSystem (pkgs: {
+        # the main job, told as a story, on one virtual machine
+        demo = {
+          type = "app";
+          program = lib.getExe (scenarios.tests pkgs).demo.driver;
+          meta.description = "Ekiben's main job, told as a story, on one virtual machine";
+        };
+      });
+    };
+}

@@ -1,0 +1,579 @@
+# The NixOS module: options in, one JSON file and systemd units out, nothing else.
+#
+# The units are the state machine and the sandbox. What each directive is for is said where it
+# is missing or surprising; src/ says what the stages do.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    concatStringsSep
+    filterAttrs
+    hasPrefix
+    literalExpression
+    mapAttrs
+    mapAttrs'
+    mapAttrsToList
+    mkEnableOption
+    mkIf
+    mkOption
+    nameValuePair
+    optionalAttrs
+    types
+    ;
+
+  cfg = config.services.ekiben;
+  ekiben = lib.getExe cfg.package;
+  hostName = config.networking.hostName;
+
+  # not types.path: a Nix path would be copied to the store, where everybody can read it
+  externalPath =
+    types.addCheck types.str (path: hasPrefix "/" path && !hasPrefix builtins.storeDir path)
+    // {
+      description = "absolute path outside the Nix store, as a string";
+    };
+  # as in src/config.rs, which checks it again
+  isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
+  isFree = name: isName name && name != "webhook";
+
+  instance = types.submodule (
+    { config, ... }:
+    {
+      options = {
+        flakePath = mkOption {
+          type = externalPath;
+          example = "/var/nixos-config";
+          description = "The git repository that holds this machine's flake. It belongs to {option}`user`.";
+        };
+        flakeRef = mkOption {
+          type = types.str;
+          default = "${config.flakePath}#${hostName}";
+          defaultText = literalExpression ''"''${flakePath}#''${config.networking.hostName}"'';
+          example = "/var/nixos-config?dir=hosts#web";
+          description = ''
+            The flake in {option}`flakePath` and its NixOS configuration to deploy, as for
+            {command}`nixos-rebuild --flake`. Without `#name`, the host name is taken.
+          '';
+        };
+        user = mkOption {
+          type = types.str;
+          example = "deploy";
+          description = ''
+            The unprivileged user whose repository this is. Fetching, evaluating and building are
+            done as this user, with the SSH keys, {file}`.netrc` and git configuration of its home.
+          '';
+        };
+        inputs = mkOption {
+          type = types.listOf types.str;
+          default = [ ];
+          example = [ "my-project" ];
+          description = "The flake inputs to update; no other may change. All inputs if empty.";
+        };
+        dates = mkOption {
+          type = types.nullOr types.str;
+          default = "04:40";
+          example = "daily";
+          description = ''
+            When to look for something new without being asked, in the format of
+            {manpage}`systemd.time(7)`; `null` for never.
+          '';
+        };
+        persistent = mkOption {
+          type = types.bool;
+          default = true;
+          description = "Whether to make up for a run that was due while the machine was off.";
+        };
+        randomizedDelaySec = mkOption {
+          type = types.str;
+          default = "0";
+          example = "45min";
+          description = "Delay each run of the timer by a random time of at most this.";
+        };
+        fixedRandomDelay = mkOption {
+          type = types.bool;
+          default = false;
+          description = "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
+        };
+        operation = mkOption {
+          type = types.enum [
+            "switch"
+            "boot"
+          ];
+          default = "switch";
+          description = "Whether a new system runs at once, or after the next boot.";
+        };
+        flags = mkOption {
+          type = types.listOf types.str;
+          default = [ ];
+          example = [
+            "--option"
+            "extra-substituters"
+            "https://cache.example.org"
+          ];
+          description = "More arguments for {command}`nix build`.";
+        };
+        pull = mkOption {
+          type = types.bool;
+          default = false;
+          description = ''
+            Whether to start from the upstream of the branch that is checked out, if that is ahead.
+            A branch and an upstream that both have commits of their own are an error.
+          '';
+        };
+        push = mkOption {
+          type = types.bool;
+          default = false;
+          description = "Whether to push to the upstream what has been deployed. Nothing is ever forced.";
+        };
+        author = mkOption {
+          type = types.strMatching "[^<>\n]+ <[^<>\n]+>";
+          default = "ekiben <ekiben@${hostName}>";
+          defaultText = literalExpression ''"ekiben <ekiben@''${config.networking.hostName}>"'';
+          description = "Author and committer of the commits that update {file}`flake.lock`.";
+        };
+        extraPackages = mkOption {
+          type = types.listOf types.package;
+          default = [ ];
+          example = literalExpression "[ pkgs.git-crypt ]";
+          description = "More programs for {option}`user`'s stages, such as the repository's git filters.";
+        };
+      };
+    }
+  );
+
+  project = types.submodule {
+    options = {
+      tokenFile = mkOption {
+        type = externalPath;
+        example = literalExpression ''config.age.secrets."my-project-token".path'';
+        description = ''
+          A file with the bearer token of this project: at least 16 letters, digits and `-._~+/`, with
+          one line end at most. It is read by systemd, so it can be anywhere and readable by root only.
+        '';
+      };
+      instance = mkOption {
+        type = types.str;
+        example = "my-project";
+        description = "The instance that this project's token starts.";
+      };
+    };
+  };
+
+  # what src/config.rs reads; its keys are the options
+  settings = {
+    webhook =
+      if !cfg.webhook.enable then
+        null
+      else
+        {
+          inherit (cfg.webhook) path;
+          projects = mapAttrs (_: project: { inherit (project) instance; }) cfg.webhook.projects;
+        };
+    instances = mapAttrs (_: instance: {
+      inherit (instance)
+        flakePath
+        user
+        inputs
+        operation
+        flags
+        pull
+        push
+        author
+        ;
+      flakeRef = withConfiguration instance.flakeRef;
+    }) cfg.instances;
+  };
+  withConfiguration = ref: if lib.hasInfix "#" ref then ref else "${ref}#${hostName}";
+
+  # a configuration that the program would refuse fails here, not on the machine
+  checked =
+    pkgs.runCommand "ekiben-config.json"
+      {
+        json = builtins.toJSON settings;
+        passAsFile = [ "json" ];
+      }
+      ''
+        cp "$jsonPath" config.json
+        ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) "${ekiben} check config.json"}
+        cp config.json $out
+      '';
+
+  # for everything that is not root's
+  sandbox = {
+    AmbientCapabilities = "";
+    # "", not [ ]: an empty list is rendered as no line at all, and drops nothing
+    CapabilityBoundingSet = "";
+    KeyringMode = "private";
+    LockPersonality = true;
+    MemoryDenyWriteExecute = true;
+    NoNewPrivileges = true;
+    PrivateDevices = true;
+    PrivateTmp = true;
+    ProtectClock = true;
+    ProtectControlGroups = true;
+    ProtectHostname = true;
+    ProtectKernelLogs = true;
+    ProtectKernelModules = true;
+    ProtectKernelTunables = true;
+    ProtectProc = "invisible";
+    ProtectSystem = "strict";
+    RemoveIPC = true;
+    RestrictNamespaces = true;
+    RestrictRealtime = true;
+    RestrictSUIDSGID = true;
+    SystemCallArchitectures = "native";
+    SystemCallErrorNumber = "EPERM";
+  };
+
+  webhookSocket = {
+    description = "Socket of Ekiben's webhook";
+    wantedBy = [ "sockets.target" ];
+    listenStreams = [
+      (
+        if cfg.webhook.socket != null then
+          cfg.webhook.socket
+        else if lib.hasInfix ":" cfg.webhook.host then
+          "[${cfg.webhook.host}]:${toString cfg.webhook.port}"
+        else
+          "${cfg.webhook.host}:${toString cfg.webhook.port}"
+      )
+    ];
+    socketConfig = {
+      # an address that comes up later than this
+      FreeBind = true;
+      # the token decides who may do what, as it does on TCP
+      SocketMode = "0666";
+      # a service that fails again and again must not take the socket with it
+      TriggerLimitIntervalSec = 0;
+    };
+  };
+
+  webhookService = {
+    description = "Ekiben's webhook";
+    # not only when somebody knocks, so that a token that is missing is seen at once
+    wantedBy = [ "multi-user.target" ];
+    requires = [ "ekiben-webhook.socket" ];
+    after = [ "ekiben-webhook.socket" ];
+    # or the switch would stop the socket, too, and refuse connections
+    stopIfChanged = false;
+    restartTriggers = [ checked ];
+    startLimitIntervalSec = 0;
+    serviceConfig = sandbox // {
+      Type = "notify";
+      ExecStart = "${ekiben} webhook";
+      Restart = "always";
+      RestartSec = "200ms";
+      WatchdogSec = "30s";
+      DynamicUser = true;
+      # may write the queue, and nothing else
+      SupplementaryGroups = [ "ekiben" ];
+      LoadCredential = mapAttrsToList (
+        name: project: "token-${name}:${project.tokenFile}"
+      ) cfg.webhook.projects;
+      RuntimeDirectory = "ekiben-webhook";
+      RuntimeDirectoryMode = "0700";
+      UMask = "0007";
+      # of the file system, only this
+      TemporaryFileSystem = "/:ro";
+      BindReadOnlyPaths = [
+        builtins.storeDir
+        "/etc/ekiben"
+        "/run/systemd/notify"
+        "/var/lib/ekiben/status"
+      ];
+      BindPaths = [ "/var/lib/ekiben/queue" ];
+      # the inherited socket goes on to be the world's; no other can be opened
+      PrivateNetwork = true;
+      RestrictAddressFamilies = "AF_UNIX";
+      IPAddressDeny = "any";
+      PrivateIPC = true;
+      PrivateUsers = true;
+      ProcSubset = "pid";
+      ProtectHome = true;
+      DevicePolicy = "closed";
+      SystemCallFilter = [
+        "@system-service"
+        "~@privileged"
+        "~@resources"
+      ];
+      LimitCORE = 0;
+      LimitNOFILE = 256;
+      MemoryMax = "32M";
+      TasksMax = 100;
+    };
+  };
+
+  path = name: _: {
+    description = "Requests for Ekiben's instance ${name}";
+    wantedBy = [ "paths.target" ];
+    pathConfig.PathExists = [
+      "/var/lib/ekiben/queue/${name}"
+      # a run that was cut off
+      "/var/lib/ekiben/runs/${name}.json"
+      "/var/lib/ekiben/runs/${name}.request"
+    ];
+  };
+
+  timer = name: instance: {
+    description = "Timer of Ekiben's instance ${name}";
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnCalendar = instance.dates;
+      Persistent = instance.persistent;
+      RandomizedDelaySec = instance.randomizedDelaySec;
+      FixedRandomDelay = instance.fixedRandomDelay;
+      AccuracySec = "1s";
+    };
+  };
+
+  service = name: instance: {
+    description = "Deployment by Ekiben's instance ${name}";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    # it survives the switch that it makes
+    restartIfChanged = false;
+    stopIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    # requests are never refused for being many
+    startLimitIntervalSec = 0;
+    path = [
+      config.nix.package
+      config.programs.ssh.package
+      pkgs.gitMinimal
+      pkgs.gnutar
+      pkgs.gzip
+      pkgs.util-linux
+      pkgs.xz
+    ]
+    ++ instance.extraPackages;
+    environment =
+      config.nix.envVars
+      // config.networking.proxy.envVars
+      // {
+        # the home is read-only
+        XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
+      };
+    serviceConfig = sandbox // {
+      Type = "oneshot";
+      # + is root without the sandbox
+      ExecStart = [
+        "+${ekiben} begin ${name}"
+        "${ekiben} prepare ${name}"
+        "${ekiben} build ${name}"
+        "+${ekiben} activate ${name}"
+      ];
+      # whatever happened; does nothing if activate has done it
+      ExecStopPost = "+${ekiben} conclude ${name}";
+      # the stages have limits of their own, which add up to less
+      TimeoutStartSec = "8h";
+      TimeoutStopSec = "2h";
+      User = instance.user;
+      StateDirectory = "ekiben/instances/${name}";
+      StateDirectoryMode = "0700";
+      CacheDirectory = "ekiben/${name}";
+      CacheDirectoryMode = "0700";
+      ReadWritePaths = [ "-${instance.flakePath}" ];
+      # SSH keys, .netrc and git configuration are there
+      ProtectHome = "read-only";
+      # netlink: the resolver sorts addresses by it
+      RestrictAddressFamilies = [
+        "AF_UNIX"
+        "AF_INET"
+        "AF_INET6"
+        "AF_NETLINK"
+      ];
+      SystemCallFilter = [
+        "@system-service"
+        "~@privileged"
+      ];
+    };
+  };
+
+  forInstances =
+    function: instances:
+    mapAttrs' (name: instance: nameValuePair "ekiben-${name}" (function name instance)) instances;
+
+  assertions =
+    let
+      inherit (cfg) instances;
+      projects = if cfg.webhook.enable then cfg.webhook.projects else { };
+      perInstance = name: instance: [
+        {
+          assertion = isFree name;
+          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than `webhook`.";
+        }
+        {
+          assertion = config.users.users ? ${instance.user};
+          message = "`services.ekiben.instances.${name}.user`: there is no user `${instance.user}`. Write `users.users.${instance.user}.isNormalUser = true;`, or the name of the user that owns ${instance.flakePath}.";
+        }
+        {
+          assertion = instance.user != "root";
+          message = "`services.ekiben.instances.${name}.user`: root must not evaluate a repository. Write the name of an unprivileged user, and give it ${instance.flakePath}.";
+        }
+        {
+          assertion =
+            let
+              reference = builtins.head (builtins.match "([^#?]*).*" instance.flakeRef);
+              directory = lib.removePrefix "git+file://" (lib.removePrefix "path:" reference);
+            in
+            directory == instance.flakePath || hasPrefix "${instance.flakePath}/" directory;
+          message = "`services.ekiben.instances.${name}.flakeRef`: `${instance.flakeRef}` is not in the repository. Write a flake in `flakePath`, as in `${instance.flakePath}#${hostName}`.";
+        }
+      ];
+      perProject = name: project: [
+        {
+          assertion = isName name;
+          message = "`services.ekiben.webhook.projects.${name}`: this name cannot be a credential's. Write one of letters, digits, `_` and `-`.";
+        }
+        {
+          assertion = instances ? ${project.instance};
+          message = "`services.ekiben.webhook.projects.${name}.instance`: there is no instance `${project.instance}`. Write one of `services.ekiben.instances`: ${concatStringsSep ", " (builtins.attrNames instances)}.";
+        }
+        (
+          let
+            others = filterAttrs (_: other: other.tokenFile == project.tokenFile) projects;
+          in
+          {
+            assertion = builtins.attrNames others == [ name ];
+            message = "`services.ekiben.webhook.projects.${name}.tokenFile`: ${concatStringsSep " and " (builtins.attrNames others)} have the same token file `${project.tokenFile}`. Write one of its own for each.";
+          }
+        )
+      ];
+    in
+    lib.concatLists (mapAttrsToList perInstance instances ++ mapAttrsToList perProject projects);
+
+  # the program that this one replaces: its configuration works as it is
+  predecessor = [
+    "services"
+    "patchouli-deployment"
+  ];
+  aliases =
+    map
+      (
+        option:
+        lib.mkAliasOptionModule (predecessor ++ option) (
+          [
+            "services"
+            "ekiben"
+          ]
+          ++ option
+        )
+      )
+      [
+        [ "enable" ]
+        [ "instances" ]
+        [
+          "webhook"
+          "enable"
+        ]
+        [
+          "webhook"
+          "host"
+        ]
+        [
+          "webhook"
+          "port"
+        ]
+        [
+          "webhook"
+          "path"
+        ]
+        [
+          "webhook"
+          "projects"
+        ]
+      ];
+in
+{
+  imports = aliases;
+
+  options.services.ekiben = {
+    enable = mkEnableOption "Ekiben, which keeps this machine up to date from the inside";
+    package = lib.mkPackageOption pkgs "ekiben" { };
+    instances = mkOption {
+      type = types.attrsOf instance;
+      default = { };
+      description = "What this machine deploys. The name becomes part of the units' names: `ekiben-<name>`.";
+      example = literalExpression ''
+        {
+          web = {
+            flakePath = "/var/nixos-config";
+            user = "deploy";
+            inputs = [ "my-project" ];
+          };
+        }
+      '';
+    };
+    webhook = {
+      enable = mkEnableOption "the webhook";
+      host = mkOption {
+        type = types.str;
+        default = "127.0.0.1";
+        example = "::1";
+        description = "The address to listen on.";
+      };
+      port = mkOption {
+        type = types.port;
+        default = 8787;
+        description = "The port to listen on.";
+      };
+      socket = mkOption {
+        type = types.nullOr externalPath;
+        default = null;
+        example = "/run/ekiben.sock";
+        description = "A Unix socket to listen on, for a proxy, instead of {option}`host` and {option}`port`.";
+      };
+      path = mkOption {
+        type = types.strMatching "/[^?#%\" \\]*";
+        default = "/ekiben";
+        description = "The path of the URL.";
+      };
+      projects = mkOption {
+        type = types.attrsOf project;
+        default = { };
+        description = "Who may start what: a token for each project that pushes here.";
+        example = literalExpression ''
+          {
+            my-project = {
+              tokenFile = "/run/secrets/my-project-token";
+              instance = "web";
+            };
+          }
+        '';
+      };
+    };
+    settings = mkOption {
+      type = types.attrs;
+      internal = true;
+      readOnly = true;
+      default = settings;
+      defaultText = "the configuration file, before it is checked";
+      description = "What {file}`/etc/ekiben/config.json` holds.";
+    };
+  };
+
+  config = mkIf cfg.enable {
+    inherit assertions;
+    environment.etc."ekiben/config.json".source = checked;
+    environment.systemPackages = [ cfg.package ];
+    users.groups.ekiben = { };
+    systemd = {
+      paths = forInstances path cfg.instances;
+      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
+      services =
+        forInstances service cfg.instances
+        // optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookService; };
+      sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
+      # as in src/layout.rs
+      tmpfiles.rules = [
+        "d /var/lib/ekiben 0755 root root -"
+        "d /var/lib/ekiben/queue 2770 root ekiben -"
+        "d /var/lib/ekiben/runs 0700 root root -"
+        "d /var/lib/ekiben/status 0755 root root -"
+      ];
+    };
+  };
+}
