@@ -1,0 +1,282 @@
+"""One host: a Debian system booted by systemd in namespaces of its own.
+
+A `Machine` has the calls of the NixOS test driver's class of that name that the scenarios use,
+with the same meaning, so that one script runs on both. What differs: a crash loses what is in
+memory file systems, but nothing that was written to the disk and not yet synced, since the
+kernel goes on; and limits of memory and tasks apply only where the kernel lets cgroups have
+these controllers.
+"""
+
+import os
+import pty
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+RETRY_SECONDS = 0.1
+
+
+class Failure(Exception):
+    """A step of a scenario went wrong; the message says which and how."""
+
+
+def retry(what, condition, timeout):
+    """Calls `condition` until it is true; fails after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failure(f"timed out after {timeout} s: {what}")
+        time.sleep(RETRY_SECONDS)
+
+
+class Machine:
+    """A host named `name`; `disk` is the directory that outlives its boots."""
+
+    def __init__(self, name, address, root, disk, cgroup, log):
+        self.name = name
+        self.address = address
+        self.root = root
+        self.disk = disk
+        self.cgroup = cgroup
+        self.log_file = log
+        self.init = None
+        self.process = None
+
+    # life
+
+    def start(self, allow_reboot=False):
+        """Boots the host, if it is not running; returns when systemd answers."""
+        if self.init:
+            return
+        self.log("boots")
+        began = time.monotonic()
+        self.cgroup.mkdir(parents=True, exist_ok=True)
+        console, console_end = pty.openpty()
+        threading.Thread(target=self._keep_console, args=(console,), daemon=True).start()
+
+        def enter_cgroup():
+            (self.cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--pid", "--fork", "--kill-child=KILL",
+             HERE / "boot", self.root, self.disk, self.name, os.ttyname(console_end)],
+            stdin=subprocess.PIPE, stdout=console_end, stderr=console_end, text=True, preexec_fn=enter_cgroup)
+        os.close(console_end)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        retry("the host's first process", lambda: children.read_text().strip(), 10)
+        self.init = int(children.read_text().split()[0])
+        self._plug_in()
+        self.process.stdin.write("go\n")
+        self.process.stdin.close()
+        retry("systemd to answer", lambda: self._run(
+            "systemctl is-system-running --wait", stderr=subprocess.DEVNULL).stdout.strip() in ("running", "degraded"), 60)
+        self.log(f"is up after {time.monotonic() - began:.1f} s")
+
+    def shutdown(self):
+        """Powers the host off, orderly."""
+        if not self.init:
+            return
+        self.log("is shut down")
+        self._run("systemctl poweroff --no-block")
+        try:
+            self.process.wait(90)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{self.name} did not shut down in 90 s") from None
+        self._gone()
+
+    def crash(self):
+        """Ends the host at once, as a power cut would; its disk stays."""
+        if not self.init:
+            return
+        self.log("crashes")
+        os.kill(self.init, signal.SIGKILL)
+        self.process.wait()
+        self._gone()
+
+    def release(self):
+        """Ends the host, if it runs, and keeps its journal beside the log."""
+        if self.init:
+            journal = self._run("journalctl --no-pager -o short-precise")
+            self.log_file.with_suffix(".journal").write_text(journal.stdout)
+            self.crash()
+
+    def _gone(self):
+        self.init = None
+        subprocess.run(["find", self.cgroup, "-mindepth", "1", "-depth", "-type", "d", "-delete"], stderr=subprocess.DEVNULL)
+
+    def _keep_console(self, console):
+        with open(self.log_file, "ab") as log:
+            while True:
+                try:
+                    log.write(os.read(console, 65536))
+                    log.flush()
+                except OSError:  # no process has the console open any more
+                    return
+
+    def _plug_in(self):
+        """Joins the host to the bridge, as eth1, like the first network of a NixOS test."""
+        port = f"port-{self.address.rsplit('.', 1)[1]}"
+        inside = ["nsenter", "--target", str(self.init), "--net", "ip"]
+        for command in (
+            ["ip", "link", "add", port, "type", "veth", "peer", "name", "eth1", "netns", str(self.init)],
+            ["ip", "link", "set", port, "master", "bridge", "up"],
+            [*inside, "addr", "add", f"{self.address}/24", "dev", "eth1"],
+            [*inside, "link", "set", "eth1", "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ):
+            subprocess.run(command, check=True)
+
+    def block(self):
+        """Pulls the network cable."""
+        self._cable("down")
+
+    def unblock(self):
+        """Plugs the network cable in again."""
+        self._cable("up")
+
+    def _cable(self, state):
+        subprocess.run(["ip", "link", "set", f"port-{self.address.rsplit('.', 1)[1]}", state], check=True)
+
+    # commands
+
+    def log(self, message):
+        """Says what goes on, in the driver's manner."""
+        print(f"{self.name}: {message}", flush=True)
+
+    def _run(self, command, timeout=900, stderr=None):
+        if not self.init:
+            raise Failure(f"{self.name} is not running")
+        return subprocess.run(
+            ["nsenter", "--target", str(self.init), "--all", "env", "-i", "-C", "/", f"PATH={PATH}", "HOME=/root", "USER=root",
+             "LC_ALL=C.UTF-8", "timeout", str(timeout), "bash", "-c", f"set -euo pipefail; {command}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace")
+
+    def execute(self, command, check_return=True, check_output=True, timeout=900):
+        """Runs a shell command as root; returns its exit status and its output."""
+        self.start()
+        done = self._run(command, timeout or 900)
+        return (done.returncode, done.stdout)
+
+    def succeed(self, *commands, timeout=None):
+        """Runs commands that have to succeed; returns their output."""
+        output = ""
+        for command in commands:
+            self.log(f"must succeed: {command}")
+            status, text = self.execute(command, timeout=timeout)
+            if status != 0:
+                raise Failure(f"{self.name}: exit status {status} of: {command}\n{text}")
+            output += text
+        return output
+
+    def fail(self, *commands, timeout=None):
+        """Runs commands that have to fail; returns their output."""
+        output = ""
+        for command in commands:
+            self.log(f"must fail: {command}")
+            status, text = self.execute(command, timeout=timeout)
+            if status == 0:
+                raise Failure(f"{self.name}: unexpected success of: {command}\n{text}")
+            output += text
+        return output
+
+    def wait_until_succeeds(self, command, timeout=900):
+        """Repeats a command until it succeeds; returns its output."""
+        return self._wait(command, timeout, lambda status: status == 0)
+
+    def wait_until_fails(self, command, timeout=900):
+        """Repeats a command until it fails; returns its output."""
+        return self._wait(command, timeout, lambda status: status != 0)
+
+    def _wait(self, command, timeout, wanted):
+        self.log(f"waiting for: {command}")
+        last = (0, "")
+
+        def attempt():
+            nonlocal last
+            last = self.execute(command)
+            return wanted(last[0])
+
+        try:
+            retry(command, attempt, timeout)
+        except Failure as failure:
+            raise Failure(f"{self.name}: {failure}; the last output was:\n{last[1]}") from None
+        return last[1]
+
+    def systemctl(self, query, user=None):
+        """Runs systemctl; returns its exit status and its output."""
+        return self.execute(f"systemctl {query}")
+
+    def get_unit_property(self, unit, name):
+        """One property of a unit, as systemd shows it."""
+        return self.succeed(f"systemctl show --property {name} --value {shlex.quote(unit)}").strip()
+
+    def wait_for_unit(self, unit, user=None, timeout=900):
+        """Waits until a unit is active; fails at once if it has failed."""
+        self.log(f"waiting for unit {unit}")
+
+        def active():
+            state = self.execute(f"systemctl show --property ActiveState --value {shlex.quote(unit)}")[1].strip()
+            if state == "failed":
+                raise Failure(f"{self.name}: unit {unit} has failed")
+            return state == "active"
+
+        retry(f"{self.name}: unit {unit} to be active", active, timeout)
+
+    def require_unit_state(self, unit, require_state="active"):
+        """Fails unless a unit is in the given state now."""
+        state = self.execute(f"systemctl show --property ActiveState --value {shlex.quote(unit)}")[1].strip()
+        if state != require_state:
+            raise Failure(f"{self.name}: unit {unit} is {state}, not {require_state}")
+
+    def wait_for_file(self, filename, timeout=900):
+        """Waits until a file exists."""
+        self.wait_until_succeeds(f"test -e {shlex.quote(filename)}", timeout)
+
+    def wait_for_open_port(self, port, addr="localhost", timeout=900):
+        """Waits until something listens on a TCP port."""
+        self.wait_until_succeeds(f"nc -z {addr} {port}", timeout)
+
+    def wait_for_closed_port(self, port, addr="localhost", timeout=900):
+        """Waits until nothing listens on a TCP port."""
+        self.wait_until_fails(f"nc -z {addr} {port}", timeout)
+
+    def copy_from_host(self, source, target):
+        """Copies a file or directory into the host."""
+        parent = shlex.quote(os.path.dirname(target))
+        self.succeed(f"mkdir -p {parent}")
+        root = Path(f"/proc/{self.init}/root")
+        inside = root / target.lstrip("/")
+        if Path(source).is_dir():
+            shutil.copytree(source, inside, dirs_exist_ok=True, symlinks=True)
+        else:
+            shutil.copy(source, inside)
+
+
+def script_environment(machines):
+    """The names that a scenario's script finds, as in a NixOS test."""
+
+    @contextmanager
+    def subtest(name):
+        print(f"subtest: {name}", flush=True)
+        began = time.monotonic()
+        try:
+            yield
+        except Exception:
+            print(f"subtest FAILED: {name}", file=sys.stderr, flush=True)
+            raise
+        print(f"subtest passed in {time.monotonic() - began:.1f} s: {name}", flush=True)
+
+    def start_all():
+        for machine in machines.values():
+            machine.start()
+
+    names = {name.replace("-", "_"): machine for name, machine in machines.items()}
+    return {**names, "subtest": subtest, "start_all": start_all, "machines": list(machines.values()), "retry": retry}

@@ -1,0 +1,74 @@
+# The flake of a host, whose NixOS is a stand-in: a system is a directory of a few files that says
+# what its inputs say, and a switch-to-configuration that breaks in the way that the file `trouble`
+# of the input `app` names. A virtual machine's flake is in nixos-tests/virtual-machine.nix.
+{
+  inputs = {
+    app = {
+      url = "git+file:///srv/app";
+      flake = false;
+    };
+    other = {
+      url = "git+file:///srv/other";
+      flake = false;
+    };
+  };
+  outputs =
+    {
+      self,
+      app,
+      other,
+    }:
+    let
+      troubleFile = app + "/trouble";
+      trouble =
+        if builtins.pathExists troubleFile then
+          builtins.replaceStrings [ "\n" ] [ "" ] (builtins.readFile troubleFile)
+        else
+          "none";
+      system =
+        name:
+        if trouble == "evaluation" then
+          throw "trouble in evaluation"
+        else
+          {
+            config.system.build.toplevel = derivation {
+              name = "nixos-system-${name}-stand-in";
+              system = "@system@";
+              builder = "/bin/sh";
+              PATH = "/usr/bin";
+              inherit app other trouble;
+              revision = self.rev or "none";
+              switch = ./switch-to-configuration;
+              args = [
+                "-euc"
+                ''
+                  [ $trouble != build ] || { echo "trouble in build" >&2; exit 1; }
+                  mkdir -p $out/bin $out/etc
+                  cp $switch $out/bin/switch-to-configuration
+                  chmod +x $out/bin/switch-to-configuration
+                  cp $app/content $out/etc/app
+                  cp $other/content $out/etc/other
+                  echo $revision > $out/etc/revision
+                  echo $trouble > $out/trouble
+                  echo stand-in > $out/nixos-version
+                  echo 1 > $out/init-interface-version
+                  ln -s /sbin/init $out/init
+                ''
+              ];
+            };
+          };
+    in
+    {
+      nixosConfigurations = builtins.listToAttrs (
+        map
+          (name: {
+            inherit name;
+            value = system name;
+          })
+          [
+            "machine"
+            "server"
+          ]
+      );
+    };
+}

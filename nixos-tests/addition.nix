@@ -1,0 +1,25 @@
+# What a virtual machine's flake adds to the machine from its inputs: the contents of `app` and
+# `other` show in /etc, and a file `trouble` in `app` breaks the system in the way it names.
+{ config, lib, ... }:
+let
+  cfg = config.scenario;
+  read = input: lib.fileContents "${input}/content";
+  trouble = if builtins.pathExists "${cfg.app}/trouble" then lib.fileContents "${cfg.app}/trouble" else "none";
+in
+{
+  options.scenario = {
+    revision = lib.mkOption { };
+    app = lib.mkOption { };
+    other = lib.mkOption { };
+  };
+  config = lib.mkMerge [
+    {
+      environment.etc = {
+        app.text = read cfg.app;
+        other.text = read cfg.other;
+        revision.text = cfg.revision;
+      };
+    }
+    (lib.mkIf (trouble == "evaluation") { environment.etc.app.text = throw "trouble in evaluation"; })
+  ];
+}

@@ -1,0 +1,110 @@
+# What the scripts of all scenarios share: a machine with a repository, and inputs to update.
+# ruff: noqa
+import json
+import shlex
+
+REPOSITORY = "/var/nixos-config"
+PROFILE = "/nix/var/nix/profiles/system"
+
+
+def as_deploy(command):
+    """The command line that runs `command` as the user that owns the repository."""
+    return f"runuser -u deploy -- env HOME=/home/deploy bash -euc {shlex.quote(command)}"
+
+
+def deploy(machine, command):
+    """Runs a command as the user that owns the repository, in it."""
+    return machine.succeed(as_deploy(f"cd {REPOSITORY}; {command}")).strip()
+
+
+def publish(machine, name, content, trouble=None):
+    """Gives the input `name` a new revision; returns that."""
+    trouble = f"echo {trouble} > trouble; git add trouble" if trouble else "git rm -q --ignore-unmatch trouble"
+    return machine.succeed(as_deploy(
+        f"cd /srv/{name}; echo {content} > content; {trouble}; git add content; git commit -qm {content}; git rev-parse HEAD"
+    )).strip()
+
+
+def install(machine):
+    """Makes the inputs and the repository, and has the machine run what the repository says."""
+    machine.wait_for_unit("multi-user.target")
+    machine.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost"))
+    for name in ("app", "other"):
+        machine.succeed(as_deploy(f"git init -qb main /srv/{name}"))
+        publish(machine, name, "1")
+    machine.succeed(as_deploy(f"git init -qb main {REPOSITORY}; cp -Lr /etc/scenario/. {REPOSITORY}; chmod -R u+w {REPOSITORY}"))
+    deploy(machine, "rm token-*; git add .; nix flake lock; git add .; git commit -qm initial")
+    rebuild(machine)
+
+
+def rebuild(machine):
+    """What an administrator does by hand, as `nixos-rebuild switch` would."""
+    target = f'{REPOSITORY}#nixosConfigurations.$(hostname).config.system.build.toplevel'
+    system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
+    machine.succeed(f"nix-env --profile {PROFILE} --set {system}", f"{system}/bin/switch-to-configuration switch")
+
+
+def status(machine, instance):
+    """What `ekiben status --json` says of an instance."""
+    return json.loads(machine.succeed(f"ekiben status --json {instance}"))[instance]
+
+
+def last_run(machine, instance):
+    """How the last run of an instance ended."""
+    return status(machine, instance)["runs"][0]
+
+
+def runs(machine, instance):
+    """How many runs of an instance have ended."""
+    return len(status(machine, instance)["runs"])
+
+
+def wait_for_run(machine, instance, after):
+    """Waits until more than `after` runs of an instance have ended, and none is under way; returns the last."""
+    machine.wait_until_succeeds(
+        f"ekiben status --json {instance} | jq -e '.{instance} | (.runs | length) > {after} and .running == null and .queued == false'"
+    )
+    machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")
+    return last_run(machine, instance)
+
+
+def head(machine):
+    """The repository's current commit."""
+    return deploy(machine, "git rev-parse HEAD")
+
+
+def generation(machine):
+    """Number and path of the current generation, as in "system-3-link /nix/store/..."."""
+    return machine.succeed(f"echo $(readlink {PROFILE}) $(readlink -f {PROFILE})").strip()
+
+
+def running(machine):
+    """The path of the running system."""
+    return machine.succeed("readlink -f /run/current-system").strip()
+
+
+def shows(machine, name):
+    """What the running system says of an input."""
+    return machine.succeed(f"cat /etc/{name}").strip()
+
+
+def digest(machine):
+    """What must not change: every file of the working tree with its time, the index, HEAD and all refs but ours."""
+    return deploy(machine, " ; ".join((
+        "find . -path ./.git -prune -o -type f -printf '%T@ %m %p ' -exec sha256sum {} + -o -printf '%y %l %p\\n' | sort",
+        "sha256sum .git/index .git/HEAD .git/config",
+        "git for-each-ref --format='%(objectname) %(refname)' | grep -v refs/ekiben/ || true",
+        "git reflog --all | sha256sum",
+    )))
+
+
+def check_deployed(machine, instance):
+    """Checks that the last run deployed: branch, profile, running system and status agree."""
+    run = last_run(machine, instance)
+    assert run["result"] == "deployed", run
+    assert run["commit"] == head(machine), run
+    assert deploy(machine, "git status --porcelain") == ""
+    assert deploy(machine, "git for-each-ref refs/ekiben") == ""
+    assert shows(machine, "revision") == head(machine)
+    assert generation(machine).endswith(f" {running(machine)}")
+    machine.require_unit_state(f"ekiben-{instance}.service", "inactive")

@@ -1,0 +1,67 @@
+# The scenarios: every `<name>.nix` here that has a `<name>.py` beside it.
+#
+# The Nix file holds the machines (`nodes`, as in a NixOS test), the Python file, behind
+# common.py, the script. Both run twice: here as a NixOS test, on virtual machines that rebuild
+# a real NixOS; and, where there is no Nix, on the namespace hosts of ci/hosts, from what the
+# module renders for the same machines.
+{ self, nixpkgs }:
+let
+  inherit (nixpkgs) lib;
+
+  files = builtins.readDir ./.;
+  names = lib.filter (name: files ? "${name}.py") (
+    map (lib.removeSuffix ".nix") (lib.filter (lib.hasSuffix ".nix") (builtins.attrNames files))
+  );
+  scenarios = lib.genAttrs names (name: import (./. + "/${name}.nix"));
+
+  # `rebuilt` is what a machine's flake adds when it rebuilds itself: see virtual-machine.nix
+  test =
+    pkgs: name: rebuilt:
+    pkgs.testers.runNixOSTest {
+      inherit name;
+      inherit (scenarios.${name}) nodes;
+      defaults.imports = [
+        self.nixosModules.default
+        ./machine.nix
+        (import ./virtual-machine.nix {
+          inherit
+            self
+            nixpkgs
+            name
+            rebuilt
+            ;
+        })
+      ];
+      testScript = builtins.readFile ./common.py + builtins.readFile (./. + "/${name}.py");
+      # an emulated machine is some 20 times slower than one with KVM
+      globalTimeout = 4 * 3600;
+    };
+
+  rendered =
+    pkgs:
+    lib.mapAttrs (_: scenario: import ./render.nix { inherit nixpkgs pkgs scenario; }) scenarios;
+in
+{
+  tests = pkgs: lib.genAttrs names (name: test pkgs name null);
+
+  # the configuration that a machine of a scenario evaluates when it rebuilds itself
+  rebuilt =
+    pkgs: name: machine: addition:
+    (test pkgs name addition).nodes.${machine};
+
+  # scenario -> machine -> file -> contents
+  inherit rendered;
+
+  renderedCheck =
+    pkgs:
+    pkgs.runCommand "ekiben-rendered"
+      {
+        rendered = builtins.toJSON (rendered pkgs);
+        passAsFile = [ "rendered" ];
+        nativeBuildInputs = [ pkgs.python3 ];
+      }
+      ''
+        python3 ${../ci/render} --check --json "$renderedPath" --directory ${../ci/rendered}
+        touch $out
+      '';
+}

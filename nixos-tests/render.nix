@@ -1,0 +1,113 @@
+# What the module renders for a scenario's machines, as texts: machine -> file -> contents.
+#
+# These are NixOS' own modules and unit generator. Only the packages whose paths appear in the
+# units are stand-ins, so that the paths point into a host's /usr.
+{
+  nixpkgs,
+  pkgs,
+  scenario,
+}:
+let
+  inherit (nixpkgs) lib;
+
+  usr = {
+    type = "derivation";
+    name = "usr";
+    pname = "usr";
+    version = "2.30";
+    out = usr;
+    outPath = "/usr";
+    outputs = [ "out" ];
+    meta.mainProgram = "ekiben";
+  };
+  standIns = lib.genAttrs [
+    "coreutils"
+    "ekiben"
+    "findutils"
+    "gitMinimal"
+    "gnugrep"
+    "gnused"
+    "gnutar"
+    "gzip"
+    "nix"
+    "openssh"
+    "util-linux"
+    "xz"
+  ] (_: usr);
+
+  evaluate =
+    name: node:
+    import (nixpkgs + "/nixos/lib/eval-config.nix") {
+      inherit lib;
+      system = null;
+      modules = [
+        ../module.nix
+        ./machine.nix
+        node
+        (
+          { config, ... }:
+          {
+            # where the stand-ins are
+            systemd.services.ekiben-webhook = lib.mkIf config.services.ekiben.webhook.enable {
+              serviceConfig.BindReadOnlyPaths = [
+                "/lib"
+                "/lib64"
+                "/usr"
+              ];
+            };
+          }
+        )
+        {
+          _module.args.pkgs = lib.mkForce (pkgs // standIns);
+          nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
+          networking.hostName = lib.mkDefault name;
+          nix.package = usr;
+          programs.ssh.package = usr;
+          systemd.package = usr;
+          # Debian's own
+          systemd.globalEnvironment = lib.mkForce { };
+          system.stateVersion = lib.trivial.release;
+        }
+      ];
+    };
+
+  render =
+    name: node:
+    let
+      inherit (evaluate name node) config;
+      failed = map (assertion: assertion.message) (
+        lib.filter (assertion: !assertion.assertion) config.assertions
+      );
+      units = lib.filterAttrs (unit: _: lib.hasPrefix "ekiben" unit) config.systemd.units;
+      etc = lib.filterAttrs (file: _: lib.hasPrefix "scenario/" file) config.environment.etc;
+      user = user: ''
+        g ${user.group} -
+        u ${user.name} ${if user.uid == null then "-" else toString user.uid}:${user.group} - ${user.home} /bin/bash
+      '';
+      users = lib.filter (user: user.isNormalUser) (builtins.attrValues config.users.users);
+      groups = lib.filter (lib.hasPrefix "ekiben") (builtins.attrNames config.users.groups);
+    in
+    lib.throwIf (failed != [ ]) (lib.concatStringsSep "\n" failed) (
+      {
+        "etc/hostname" = "${config.networking.hostName}\n";
+        "etc/sysusers.d/scenario.conf" = lib.concatMapStrings user users + lib.concatMapStrings (group: "g ${group} -\n") groups;
+        "etc/tmpfiles.d/scenario.conf" =
+          lib.concatMapStrings (user: "d ${user.home} 0700 ${user.name} ${user.group} -\n") users
+          + lib.concatMapStrings (rule: "${rule}\n") (
+            lib.filter (rule: lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix " deploy " rule) config.systemd.tmpfiles.rules
+          );
+      }
+      // lib.mapAttrs' (file: value: lib.nameValuePair "etc/${file}" value.text) etc
+      // lib.mapAttrs' (unit: value: lib.nameValuePair "etc/systemd/system/${unit}" value.text) units
+      // lib.concatMapAttrs (
+        unit: value:
+        lib.listToAttrs (
+          map (target: lib.nameValuePair "etc/systemd/system/${target}.wants/${unit}" { link = "../${unit}"; }) value.wantedBy
+        )
+      ) units
+      // lib.optionalAttrs config.services.ekiben.enable {
+        "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
+      }
+    );
+in
+lib.mapAttrs render scenario.nodes

@@ -1,0 +1,95 @@
+# A machine of a scenario as a virtual machine that can rebuild itself, from a flake in
+# /var/nixos-config, to the same NixOS with other contents.
+#
+# The flake evaluates the very same test again, with what its inputs say added to the machine
+# (`rebuilt`); all that such a system is built from is put into the machine beforehand.
+{
+  self,
+  nixpkgs,
+  name,
+  rebuilt,
+}:
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (config.networking) hostName;
+  # with the contents that every first commit has
+  first = (import ./. { inherit self nixpkgs; }).rebuilt pkgs name hostName {
+    imports = [ ./addition.nix ];
+    scenario = {
+      revision = "none";
+      app = ./input;
+      other = ./input;
+    };
+  };
+in
+lib.mkMerge [
+  (if rebuilt == null then { } else rebuilt)
+  {
+    environment.etc."scenario/flake.nix".text = ''
+      {
+        inputs = {
+          nixpkgs.url = "path:${nixpkgs}";
+          ekiben = {
+            url = "path:${self}";
+            inputs.nixpkgs.follows = "nixpkgs";
+          };
+          app = {
+            url = "git+file:///srv/app";
+            flake = false;
+          };
+          other = {
+            url = "git+file:///srv/other";
+            flake = false;
+          };
+        };
+        outputs =
+          { self, nixpkgs, ekiben, app, other }:
+          {
+            nixosConfigurations.${hostName}.config =
+              (import "''${ekiben}/nixos-tests" { self = ekiben; inherit nixpkgs; }).rebuilt
+                nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" "${hostName}"
+                {
+                  imports = [ "''${ekiben}/nixos-tests/addition.nix" ];
+                  scenario = {
+                    revision = self.rev or "none";
+                    inherit app other;
+                  };
+                };
+          };
+      }
+    '';
+    system.switch.enable = true;
+    nix.settings = {
+      experimental-features = [
+        "nix-command"
+        "flakes"
+      ];
+      substituters = lib.mkForce [ ];
+      flake-registry = "";
+    };
+    environment.systemPackages = [
+      pkgs.curl
+      pkgs.git
+      pkgs.jq
+      pkgs.python3
+    ];
+    virtualisation = {
+      memorySize = 3072;
+      writableStore = true;
+    };
+  }
+  (lib.mkIf (rebuilt == null && config.services.ekiben.enable) {
+    system.includeBuildDependencies = true;
+    system.extraDependencies = [
+      nixpkgs.outPath
+      self.outPath
+      first.system.build.toplevel
+    ];
+    virtualisation.additionalPaths = [ first.system.build.toplevel.drvPath ];
+  })
+]

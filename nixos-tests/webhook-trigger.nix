@@ -1,0 +1,43 @@
+# A POST with a project's token deploys that project's instance, and nothing else does.
+{
+  nodes.client = { };
+  nodes.server = {
+    services.ekiben = {
+      enable = true;
+      webhook = {
+        enable = true;
+        host = "0.0.0.0";
+        projects = {
+          app = {
+            tokenFile = "/etc/scenario/token-app";
+            instance = "app";
+          };
+          # a second project may start the same instance
+          ci = {
+            tokenFile = "/etc/scenario/token-ci";
+            instance = "app";
+          };
+          other = {
+            tokenFile = "/etc/scenario/token-other";
+            instance = "other";
+          };
+        };
+      };
+      instances = {
+        app = {
+          flakePath = "/var/nixos-config";
+          user = "deploy";
+          inputs = [ "app" ];
+          dates = null;
+        };
+        other = {
+          flakePath = "/var/nixos-config";
+          user = "deploy";
+          inputs = [ "other" ];
+          dates = null;
+        };
+      };
+    };
+    networking.firewall.allowedTCPPorts = [ 8787 ];
+  };
+}

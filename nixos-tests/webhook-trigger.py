@@ -1,0 +1,97 @@
+start_all()
+install(server)
+server.wait_for_open_port(8787)
+URL = "http://server:8787/ekiben"
+
+
+def post(arguments="", url=URL):
+    """Sends a request from the client; returns the status of the answer."""
+    return client.succeed(f"curl -s -o /tmp/answer -D /tmp/head -w '%{{http_code}}' -X POST {arguments} {url}").strip()
+
+
+def token(name, scheme="Bearer"):
+    return f"-H 'Authorization: {scheme} token-{name}-0123456789'"
+
+
+def header(name):
+    return client.succeed(f"grep -i '^{name}:' /tmp/head").split(":", 1)[1].strip()
+
+
+with subtest("a token starts its own instance and no other"):
+    publish(server, "app", "2")
+    publish(server, "other", "2")
+    before = head(server)
+    assert post(token("app")) == "202"
+    assert json.loads(client.succeed("cat /tmp/answer"))["request"] > 0
+    wait_for_run(server, "app", 0)
+    check_deployed(server, "app")
+    assert (shows(server, "app"), shows(server, "other")) == ("2", "1")
+    assert runs(server, "other") == 0
+    assert deploy(server, "git rev-parse HEAD^") == before
+
+with subtest("the commit says what was updated"):
+    revision = server.succeed(as_deploy("git -C /srv/app rev-parse HEAD")).strip()
+    old = server.succeed(as_deploy("git -C /srv/app rev-parse HEAD^")).strip()
+    assert deploy(server, "git log -1 --format=%B") == f"flake.lock: update app\n\napp: {old} -> {revision}"
+    assert deploy(server, "git log -1 --format='%an <%ae>, %cn'") == "ekiben <ekiben@server>, ekiben"
+    assert deploy(server, "git diff --name-only HEAD^") == "flake.lock"
+
+with subtest("another project's token may start the same instance, another's another"):
+    publish(server, "app", "3")
+    assert post(token("ci")) == "202"
+    wait_for_run(server, "app", 1)
+    check_deployed(server, "app")
+    assert (shows(server, "app"), shows(server, "other")) == ("3", "1")
+    assert post(token("other")) == "202"
+    wait_for_run(server, "other", 0)
+    check_deployed(server, "other")
+    assert (shows(server, "app"), shows(server, "other")) == ("3", "2")
+
+with subtest("nothing new: nothing done"):
+    before = (digest(server), generation(server))
+    assert post(token("app")) == "202"
+    assert wait_for_run(server, "app", 2)["result"] == "unchanged"
+    assert (digest(server), generation(server)) == before
+
+with subtest("the scheme is matched without regard to case"):
+    assert post(token("app", "bearer")) == "202"
+    wait_for_run(server, "app", 3)
+
+with subtest("a request says nothing but that it is one"):
+    client.succeed("head -c 65536 /dev/zero | tr '\\0' x > /tmp/64k; echo x | cat /tmp/64k - > /tmp/more")
+    assert post(token("app") + """ -d '{"instance": "other", "ref": "refs/heads/other"}'""", f"'{URL}?instance=other'") == "202"
+    wait_for_run(server, "app", 4)
+    assert post(token("app") + " -H Expect: --data-binary @/tmp/64k") == "202"
+    wait_for_run(server, "app", 5)
+    assert runs(server, "other") == 1
+
+with subtest("everything else gets its answer, and nothing runs"):
+    publish(server, "app", "4")
+    publish(server, "other", "4")
+    before = (digest(server), generation(server), runs(server, "app"), runs(server, "other"))
+    for arguments in ("", "-H 'Authorization: Bearer token-app-0123456780'", "-H 'Authorization: Bearer '",
+                      "-H 'Authorization: Basic dG9rZW4tYXBwLTAxMjM0NTY3ODk6'", token("app", "Basic"),
+                      "-H 'Authorization: token-app-0123456789'", "-H 'X-Token: token-app-0123456789'"):
+        assert post(arguments) == "401", arguments
+        assert header("WWW-Authenticate") == "Bearer"
+        client.fail(f"curl -fsS -X POST {arguments} {URL}")
+    for path in ("/", "/ekiben/", "/Ekiben", "/ekiben/app", "/status", "/ekiben%2f"):
+        assert post(token("app"), f"http://server:8787{path}") == "404", path
+    for method in ("GET", "PUT", "DELETE", "OPTIONS"):
+        assert post(f"-X {method} {token('app')}") == "405", method
+        assert header("Allow") == "POST"
+    assert post(token("app") + " -H Expect: --data-binary @/tmp/more") == "413"
+    assert post(f"{token('app')} -H \"X-Long: $(head -c 9000 /tmp/64k)\"") == "431"
+    assert post(token("app") + " -H 'Transfer-Encoding: chunked' -d x") == "411"
+    client.fail(f"curl -fsS {token('app')} {URL}")
+    assert (digest(server), generation(server), runs(server, "app"), runs(server, "other")) == before
+    assert server.succeed("ls -A /var/lib/ekiben/queue") == ""
+
+with subtest("a request that cannot be written is refused"):
+    server.succeed("mount --bind -o ro /var/lib/ekiben/queue /var/lib/ekiben/queue; systemctl restart ekiben-webhook")
+    assert post(token("app")) == "503"
+    server.succeed("umount /var/lib/ekiben/queue; systemctl restart ekiben-webhook")
+    client.succeed(f"curl -fsS -X POST {token('app')} {URL}")
+    wait_for_run(server, "app", 6)
+    check_deployed(server, "app")
+    assert (shows(server, "app"), shows(server, "other")) == ("4", "2")
