@@ -52,9 +52,7 @@
           { lib, pkgs, ... }:
           {
             imports = [ ./module.nix ];
-            services.ekiben.package =
-              lib.mkDefault
-                self.packages.${pkgs.stdenv.hostPlatform.system}.default;
+            services.ekiben.package = lib.mkDefault self.packages.${pkgs.stdenv.hostPlatform.system}.default;
           };
         default = ekiben;
       };

@@ -4,7 +4,8 @@
 let
   cfg = config.scenario;
   read = input: lib.fileContents "${input}/content";
-  trouble = if builtins.pathExists "${cfg.app}/trouble" then lib.fileContents "${cfg.app}/trouble" else "none";
+  trouble =
+    if builtins.pathExists "${cfg.app}/trouble" then lib.fileContents "${cfg.app}/trouble" else "none";
 in
 {
   options.scenario = {

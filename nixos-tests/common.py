@@ -39,7 +39,7 @@ def install(machine):
 
 def rebuild(machine):
     """What an administrator does by hand, as `nixos-rebuild switch` would."""
-    target = f'{REPOSITORY}#nixosConfigurations.$(hostname).config.system.build.toplevel'
+    target = f'{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel'
     system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
     machine.succeed(f"nix-env --profile {PROFILE} --set {system}", f"{system}/bin/switch-to-configuration switch")
 

@@ -38,8 +38,7 @@ let
     };
 
   rendered =
-    pkgs:
-    lib.mapAttrs (_: scenario: import ./render.nix { inherit nixpkgs pkgs scenario; }) scenarios;
+    pkgs: lib.mapAttrs (_: scenario: import ./render.nix { inherit nixpkgs pkgs scenario; }) scenarios;
 in
 {
   tests = pkgs: lib.genAttrs names (name: test pkgs name null);

@@ -12,9 +12,9 @@
     "/var/nixos-config"
   ];
   # of a test, so they may lie in the store
-  environment.etc = lib.genAttrs [ "scenario/token-app" "scenario/token-other" "scenario/token-ci" ] (
-    name: {
-      text = "${baseNameOf name}-0123456789\n";
-    }
-  );
+  environment.etc =
+    lib.genAttrs [ "scenario/token-app" "scenario/token-other" "scenario/token-ci" ]
+      (name: {
+        text = "${baseNameOf name}-0123456789\n";
+      });
 }

@@ -1,1 +1,1 @@
-{ nixpkgs, pkgs, ... }: pkgs.runCommand "options" {} "touch $out"
+{ nixpkgs, pkgs, ... }: pkgs.runCommand "options" { } "touch $out"

@@ -82,7 +82,9 @@ let
       etc = lib.filterAttrs (file: _: lib.hasPrefix "scenario/" file) config.environment.etc;
       user = user: ''
         g ${user.group} -
-        u ${user.name} ${if user.uid == null then "-" else toString user.uid}:${user.group} - ${user.home} /bin/bash
+        u ${user.name} ${
+          if user.uid == null then "-" else toString user.uid
+        }:${user.group} - ${user.home} /bin/bash
       '';
       users = lib.filter (user: user.isNormalUser) (builtins.attrValues config.users.users);
       groups = lib.filter (lib.hasPrefix "ekiben") (builtins.attrNames config.users.groups);
@@ -90,11 +92,14 @@ let
     lib.throwIf (failed != [ ]) (lib.concatStringsSep "\n" failed) (
       {
         "etc/hostname" = "${config.networking.hostName}\n";
-        "etc/sysusers.d/scenario.conf" = lib.concatMapStrings user users + lib.concatMapStrings (group: "g ${group} -\n") groups;
+        "etc/sysusers.d/scenario.conf" =
+          lib.concatMapStrings user users + lib.concatMapStrings (group: "g ${group} -\n") groups;
         "etc/tmpfiles.d/scenario.conf" =
           lib.concatMapStrings (user: "d ${user.home} 0700 ${user.name} ${user.group} -\n") users
           + lib.concatMapStrings (rule: "${rule}\n") (
-            lib.filter (rule: lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix " deploy " rule) config.systemd.tmpfiles.rules
+            lib.filter (
+              rule: lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix " deploy " rule
+            ) config.systemd.tmpfiles.rules
           );
       }
       // lib.mapAttrs' (file: value: lib.nameValuePair "etc/${file}" value.text) etc
@@ -102,7 +107,9 @@ let
       // lib.concatMapAttrs (
         unit: value:
         lib.listToAttrs (
-          map (target: lib.nameValuePair "etc/systemd/system/${target}.wants/${unit}" { link = "../${unit}"; }) value.wantedBy
+          map (
+            target: lib.nameValuePair "etc/systemd/system/${target}.wants/${unit}" { link = "../${unit}"; }
+          ) value.wantedBy
         )
       ) units
       // lib.optionalAttrs config.services.ekiben.enable {

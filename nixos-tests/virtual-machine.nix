@@ -27,69 +27,77 @@ let
     };
   };
 in
-lib.mkMerge [
-  (if rebuilt == null then { } else rebuilt)
-  {
-    environment.etc."scenario/flake.nix".text = ''
-      {
-        inputs = {
-          nixpkgs.url = "path:${nixpkgs}";
-          ekiben = {
-            url = "path:${self}";
-            inputs.nixpkgs.follows = "nixpkgs";
+{
+  imports = lib.optional (rebuilt != null) rebuilt;
+  config = lib.mkMerge [
+    {
+      environment.etc."scenario/flake.nix".text = ''
+        {
+          inputs = {
+            nixpkgs.url = "path:${nixpkgs}";
+            ekiben = {
+              url = "path:${self}";
+              inputs.nixpkgs.follows = "nixpkgs";
+            };
+            app = {
+              url = "git+file:///srv/app";
+              flake = false;
+            };
+            other = {
+              url = "git+file:///srv/other";
+              flake = false;
+            };
           };
-          app = {
-            url = "git+file:///srv/app";
-            flake = false;
-          };
-          other = {
-            url = "git+file:///srv/other";
-            flake = false;
-          };
-        };
-        outputs =
-          { self, nixpkgs, ekiben, app, other }:
-          {
-            nixosConfigurations.${hostName}.config =
-              (import "''${ekiben}/nixos-tests" { self = ekiben; inherit nixpkgs; }).rebuilt
-                nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" "${hostName}"
-                {
-                  imports = [ "''${ekiben}/nixos-tests/addition.nix" ];
-                  scenario = {
-                    revision = self.rev or "none";
-                    inherit app other;
+          outputs =
+            { self, nixpkgs, ekiben, app, other }:
+            {
+              nixosConfigurations.${hostName}.config =
+                (import "''${ekiben}/nixos-tests" { self = ekiben; inherit nixpkgs; }).rebuilt
+                  nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" "${hostName}"
+                  {
+                    imports = [ "''${ekiben}/nixos-tests/addition.nix" ];
+                    scenario = {
+                      revision = self.rev or "none";
+                      inherit app other;
+                    };
                   };
-                };
-          };
-      }
-    '';
-    system.switch.enable = true;
-    nix.settings = {
-      experimental-features = [
-        "nix-command"
-        "flakes"
+            };
+        }
+      '';
+      system.switch.enable = true;
+      nix.settings = {
+        experimental-features = [
+          "nix-command"
+          "flakes"
+        ];
+        substituters = lib.mkForce [ ];
+        flake-registry = "";
+      };
+      environment.systemPackages = [
+        pkgs.curl
+        pkgs.git
+        pkgs.jq
+        pkgs.python3
       ];
-      substituters = lib.mkForce [ ];
-      flake-registry = "";
-    };
-    environment.systemPackages = [
-      pkgs.curl
-      pkgs.git
-      pkgs.jq
-      pkgs.python3
-    ];
-    virtualisation = {
-      memorySize = 3072;
-      writableStore = true;
-    };
-  }
-  (lib.mkIf (rebuilt == null && config.services.ekiben.enable) {
-    system.includeBuildDependencies = true;
-    system.extraDependencies = [
-      nixpkgs.outPath
-      self.outPath
-      first.system.build.toplevel
-    ];
-    virtualisation.additionalPaths = [ first.system.build.toplevel.drvPath ];
-  })
-]
+      # a machine that is a container in a chroot, as a test driver may have it, has none
+      systemd.services.ekiben-webhook =
+        lib.mkIf (config.boot.isContainer && config.services.ekiben.webhook.enable)
+          {
+            serviceConfig.PrivateUsers = lib.mkForce false;
+          };
+      virtualisation = {
+        memorySize = 3072;
+        writableStore = true;
+      };
+    }
+    (lib.mkIf (rebuilt == null && config.services.ekiben.enable) {
+      system.includeBuildDependencies = true;
+      system.extraDependencies = [
+        nixpkgs.outPath
+        self.outPath
+        first.system.build.toplevel
+      ];
+      virtualisation.additionalPaths = [ first.system.build.toplevel.drvPath ];
+    })
+  ];
+}
