@@ -64,8 +64,13 @@ def wait_for_run(machine, instance, after):
     machine.wait_until_succeeds(
         f"ekiben status --json {instance} | jq -e '.{instance} | (.runs | length) > {after} and .running == null and .queued == false'"
     )
-    machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")
+    wait_until_idle(machine, instance)
     return last_run(machine, instance)
+
+
+def wait_until_idle(machine, instance):
+    """Waits until the instance's service does not run."""
+    machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")
 
 
 def head(machine):

@@ -29,8 +29,8 @@ pub fn activate(layout: &Layout) -> Result<()> {
     let Some(mut run) = Run::load(layout)? else {
         return Err(Error::new("Failed to activate: no run is under way"));
     };
-    let turn = system::turn()?;
     Status::announce(layout, &run, Stage::Activate)?;
+    let turn = system::turn()?;
     if let Err(error) = attempt(layout, &mut run) {
         log::warn!("{error}.");
         run.failure = Some(Failure::new(Stage::Activate, &error));

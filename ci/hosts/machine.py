@@ -123,10 +123,14 @@ class Machine:
 
     def _plug_in(self):
         """Joins the host to the bridge, as eth1, like the first network of a NixOS test."""
-        port = f"port-{self.address.rsplit('.', 1)[1]}"
+        number = self.address.rsplit(".", 1)[1]
+        port = f"port-{number}"
+        # the same after each boot, or the others would go on sending to the one before
+        mac = f"52:54:00:12:01:{int(number):02x}"
         inside = ["nsenter", "--target", str(self.init), "--net", "ip"]
         for command in (
-            ["ip", "link", "add", port, "type", "veth", "peer", "name", "eth1", "netns", str(self.init)],
+            ["ip", "link", "add", port, "type", "veth", "peer", "name", "eth1", "address", mac,
+             "netns", str(self.init)],
             ["ip", "link", "set", port, "master", "bridge", "up"],
             [*inside, "addr", "add", f"{self.address}/24", "dev", "eth1"],
             [*inside, "link", "set", "eth1", "up"],

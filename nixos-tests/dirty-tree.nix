@@ -1,0 +1,14 @@
+# Whatever the owner of the repository is in the middle of stays as it is.
+{
+  nodes.machine = {
+    services.ekiben = {
+      enable = true;
+      instances.app = {
+        flakePath = "/var/nixos-config";
+        user = "deploy";
+        inputs = [ "app" ];
+        dates = null;
+      };
+    };
+  };
+}

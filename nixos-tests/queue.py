@@ -1,0 +1,97 @@
+start_all()
+install(server)
+server.wait_for_open_port(8787)
+POST = ("curl -s --max-time 10 -o /dev/null -w '%{http_code} %{exitcode} %{errormsg}\\n' "
+        "-X POST -H 'Authorization: Bearer token-app-0123456789' http://server:8787/ekiben")
+
+
+def post():
+    """Sends a request; returns its number."""
+    return json.loads(client.succeed(POST.replace("-o /dev/null -w '%{http_code} %{exitcode} %{errormsg}\\n'", "-f")))["request"]
+
+
+def hold():
+    """Has the next run wait before it changes anything, until `release`."""
+    server.succeed("systemd-run --unit=holder flock /run/ekiben.lock sleep infinity")
+    server.wait_until_fails("flock --nonblock /run/ekiben.lock true")
+
+
+def release():
+    server.succeed("systemctl stop holder")
+
+
+def wait_for_stage(stage):
+    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.running.stage == \"{stage}\"'")
+
+
+with subtest("300 requests, most of them during a run: all accepted, few runs, one of them after the last request"):
+    hold()
+    first = post()
+    wait_for_stage("prepare")
+    client.succeed(f"seq 300 | xargs -P 20 -I@ sh -c {shlex.quote(POST)} > /tmp/answers")
+    assert client.succeed("sort /tmp/answers | uniq -c").split() == ["300", "202", "0"], client.succeed("sort /tmp/answers | uniq -c")
+    publish(server, "app", "2")
+    last = post()
+    assert last > first
+    release()
+    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {last} and .app.running == null'")
+    assert shows(server, "app") == "2"
+    ended = status(server, "app")["runs"]
+    assert len(ended) <= 5, ended
+    for later, earlier in zip(ended, ended[1:]):
+        assert later["started"] >= earlier["finished"], ended
+    check_deployed(server, "app")
+
+with subtest("a request during a run leads to one more run, which sees what came before the request"):
+    before = runs(server, "app")
+    hold()
+    post()
+    wait_for_stage("activate")
+    publish(server, "app", "3")
+    number = post()
+    assert post() == number
+    release()
+    wait_for_run(server, "app", before + 1)
+    assert runs(server, "app") == before + 2
+    assert shows(server, "app") == "3"
+
+with subtest("the webhook may be gone when its request is served"):
+    before = runs(server, "app")
+    server.succeed("systemctl stop ekiben-app.path")
+    publish(server, "app", "4")
+    post()
+    server.succeed("systemctl stop ekiben-webhook.socket ekiben-webhook.service")
+    assert runs(server, "app") == before
+    server.succeed("systemctl start ekiben-app.path")
+    wait_for_run(server, "app", before)
+    assert shows(server, "app") == "4"
+    server.succeed("systemctl start ekiben-webhook.socket")
+
+with subtest("a request survives a crash of the machine"):
+    before = runs(server, "app")
+    server.succeed("systemctl stop ekiben-app.path")
+    publish(server, "app", "5")
+    post()
+    assert runs(server, "app") == before
+    server.crash()
+    server.start()
+    wait_for_run(server, "app", before)
+    check_deployed(server, "app")
+    assert shows(server, "app") == "5"
+
+with subtest("a webhook that is restarted 20 times refuses nobody"):
+    server.wait_for_open_port(8787)
+    client.succeed(
+        "rm -f /tmp/enough /tmp/answers",
+        f"systemd-run --unit=stream --setenv=PATH=$PATH sh -c {shlex.quote('until [ -e /tmp/enough ]; do ' + POST + ' >> /tmp/answers; done')}",
+    )
+    client.wait_until_succeeds("test $(wc -l < /tmp/answers) -gt 20")
+    for _ in range(20):
+        before = int(client.succeed("wc -l < /tmp/answers"))
+        server.succeed("systemctl restart ekiben-webhook.service")
+        client.wait_until_succeeds(f"test $(wc -l < /tmp/answers) -gt {before + 2}")
+    client.succeed("touch /tmp/enough")
+    client.wait_until_fails("systemctl is-active --quiet stream")
+    answers = client.succeed("sort /tmp/answers | uniq -c").split()
+    assert answers[1:] == ["202", "0"], client.succeed("sort /tmp/answers | uniq -c")
+    print(f"{answers[0]} requests through 20 restarts")

@@ -1,0 +1,35 @@
+machine.start()
+# before there is anything to deploy
+machine.succeed("systemctl stop ekiben-often.timer")
+install(machine)
+
+with subtest("what is new is deployed without being asked for"):
+    publish(machine, "app", "2")
+    publish(machine, "other", "2")
+    machine.succeed("systemctl start ekiben-often.timer")
+    machine.wait_until_succeeds("ekiben status --json often | jq -e '.often.deployed'")
+    machine.succeed("systemctl stop ekiben-often.timer")
+    wait_until_idle(machine, "often")
+    assert [run for run in status(machine, "often")["runs"] if run["result"] == "deployed"][0]["trigger"] == "timer"
+    assert (shows(machine, "app"), shows(machine, "other")) == ("2", "1")
+    assert shows(machine, "revision") == head(machine)
+
+with subtest("when nothing is new, nothing is done"):
+    before = (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles"))
+    ended = runs(machine, "often")
+    machine.succeed("systemctl start ekiben-often.timer")
+    machine.wait_until_succeeds(f"ekiben status --json often | jq -e '.often.runs | length > {ended + 3}'")
+    machine.succeed("systemctl stop ekiben-often.timer")
+    wait_until_idle(machine, "often")
+    assert (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles")) == before
+    assert {run["result"] for run in status(machine, "often")["runs"][:3]} == {"unchanged"}
+    assert "Nothing is new" in machine.succeed("journalctl -u ekiben-often -o cat")
+
+with subtest("a run that was due while the machine was off is made up for"):
+    assert runs(machine, "seldom") == 0
+    machine.succeed("touch -d '2 years ago' /var/lib/systemd/timers/stamp-ekiben-seldom.timer; sync")
+    machine.crash()
+    machine.start()
+    wait_for_run(machine, "seldom", 0)
+    assert last_run(machine, "seldom")["trigger"] == "timer"
+    assert shows(machine, "other") == "2"
