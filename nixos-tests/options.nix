@@ -1,1 +1,250 @@
-{ nixpkgs, pkgs, ... }: pkgs.runCommand "options" { } "touch $out"
+# The module by itself: configurations that have to work, mistakes that have to be named.
+{
+  self,
+  nixpkgs,
+  pkgs,
+}:
+let
+  inherit (nixpkgs) lib;
+
+  evaluate =
+    module:
+    (import (nixpkgs + "/nixos/lib/eval-config.nix") {
+      inherit lib;
+      system = null;
+      modules = [
+        self.nixosModules.default
+        {
+          nixpkgs = { inherit pkgs; };
+          networking.hostName = "host";
+          users.users.deploy.isNormalUser = true;
+          # as far as the assertions of others are concerned
+          boot.loader.grub.enable = false;
+          fileSystems."/".device = "none";
+          system.stateVersion = lib.trivial.release;
+        }
+        module
+      ];
+    }).config;
+
+  failures =
+    config:
+    map (assertion: assertion.message) (lib.filter (assertion: !assertion.assertion) config.assertions);
+  ours = lib.filterAttrs (name: _: lib.hasPrefix "ekiben" name);
+
+  # the published example of the program that this one replaces, to the letter
+  published =
+    { config, ... }:
+    {
+      enable = true;
+
+      # Global Webhook Daemon Configuration
+      webhook = {
+        enable = true;
+        host = "127.0.0.1"; # Kept local; expose via Nginx/Caddy proxy
+        port = 8787;
+        path = "/patchouli-deployment";
+      };
+
+      # Independent deployment targets
+      instances.tgautobot = {
+        flakePath = "/var/nixos-config";
+        flakeRef = "/var/nixos-config#pussy";
+        user = "licking";
+        inputs = [ "telegram-automation-bot" ];
+        dates = "daily"; # Fallback polling timer expression
+      };
+
+      # Webhook to Instance mapping
+      webhook.projects.tgautobot = {
+        tokenFile = config.age.secrets."tgautobot-cd-token".path;
+        instance = "tgautobot";
+      };
+    };
+  publishedUnder =
+    name:
+    evaluate (
+      { config, ... }:
+      {
+        options.age = lib.mkOption { };
+        config = {
+          age.secrets."tgautobot-cd-token".path = "/run/agenix/tgautobot-cd-token";
+          users.users.licking.isNormalUser = true;
+          services.${name} = published { inherit config; };
+        };
+      }
+    );
+  predecessor = publishedUnder "patchouli-deployment";
+
+  instance = {
+    flakePath = "/var/nixos-config";
+    user = "deploy";
+  };
+  project = {
+    tokenFile = "/run/token";
+    instance = "app";
+  };
+  # a working configuration with these changes
+  variant =
+    change:
+    evaluate {
+      services.ekiben = lib.recursiveUpdate {
+        enable = true;
+        instances.app = instance;
+        webhook = {
+          enable = true;
+          projects.web = project;
+        };
+      } change;
+    };
+
+  mistakes = {
+    "`services.ekiben.webhook.projects.web.instance`: there is no instance `nix`. Write one of `services.ekiben.instances`: app." =
+      {
+        webhook.projects.web.instance = "nix";
+      };
+    "`services.ekiben.webhook.projects.web.tokenFile`: other and web have the same token file `/run/token`. Write one of its own for each." =
+      {
+        webhook.projects.other = project;
+      };
+    "`services.ekiben.instances.app.flakeRef`: `/etc/nixos#host` is not in the repository. Write a flake in `flakePath`, as in `/var/nixos-config#host`." =
+      {
+        instances.app.flakeRef = "/etc/nixos#host";
+      };
+    "`services.ekiben.instances.app.flakeRef`: `/var/nixos-config-2#host` is not in the repository." = {
+      instances.app.flakeRef = "/var/nixos-config-2#host";
+    };
+    "`services.ekiben.instances.app.user`: there is no user `nobody-here`. Write `users.users.nobody-here.isNormalUser = true;`" =
+      {
+        instances.app.user = "nobody-here";
+      };
+    "`services.ekiben.instances.app.user`: root must not evaluate a repository. Write the name of an unprivileged user" =
+      {
+        instances.app.user = "root";
+      };
+    "`services.ekiben.instances.web/2`: this name cannot be part of a unit's name. Write one of letters, digits" =
+      {
+        instances."web/2" = instance;
+      };
+    "`services.ekiben.instances.webhook`: this name cannot be part of a unit's name." = {
+      instances.webhook = instance;
+    };
+    "`services.ekiben.webhook.projects.a b`: this name cannot be a credential's. Write one of letters, digits" =
+      {
+        webhook.projects."a b" = project // {
+          tokenFile = "/run/other";
+        };
+      };
+  };
+
+  # what is wrong by type has Nix' own message
+  wrongTypes = {
+    tokenFile = {
+      webhook.projects.web.tokenFile = "relative";
+    };
+    tokenInStore = {
+      webhook.projects.web.tokenFile = "${builtins.storeDir}/token";
+    };
+    flakePath = {
+      instances.app.flakePath = "nixos-config";
+    };
+    path = {
+      webhook.path = "ekiben?x";
+    };
+    author = {
+      instances.app.author = "me";
+    };
+    unknown = {
+      instances.app.input = [ "app" ];
+    };
+  };
+
+  values = config: [
+    config.services.ekiben.settings
+    config.services.ekiben.webhook.projects
+  ];
+  expect = what: condition: lib.optional (!condition) what;
+  nothing = evaluate { };
+  plain = variant { };
+  elsewhere = variant {
+    webhook = {
+      socket = "/run/ekiben.sock";
+    };
+    instances.app = {
+      flakeRef = "git+file:///var/nixos-config?dir=hosts";
+      dates = null;
+    };
+  };
+  wrong = lib.concatLists [
+    (expect "nothing is enabled, nothing is there" (
+      failures nothing == [ ]
+      && ours nothing.systemd.units == { }
+      && !(nothing.users.groups ? ekiben)
+      && !(nothing.environment.etc ? "ekiben/config.json")
+    ))
+    (expect "the published example works under its old name" (failures predecessor == [ ]))
+    (expect "the published example is the same under both names" (
+      lib.mapAttrs (_: unit: unit.text) (ours predecessor.systemd.units)
+      == lib.mapAttrs (_: unit: unit.text) (ours (publishedUnder "ekiben").systemd.units)
+    ))
+    (expect "the published example makes these units" (
+      builtins.attrNames (ours predecessor.systemd.units) == [
+        "ekiben-tgautobot.path"
+        "ekiben-tgautobot.service"
+        "ekiben-tgautobot.timer"
+        "ekiben-webhook.service"
+        "ekiben-webhook.socket"
+      ]
+    ))
+    (expect "the published example's flake is deployed" (
+      predecessor.services.ekiben.settings.instances.tgautobot.flakeRef == "/var/nixos-config#pussy"
+    ))
+    (expect "a working configuration has no failed assertion" (failures plain == [ ]))
+    (expect "the flake and its configuration go without saying" (
+      plain.services.ekiben.settings.instances.app.flakeRef == "/var/nixos-config#host"
+      && plain.services.ekiben.settings.instances.app.inputs == [ ]
+    ))
+    (expect "the host name is the configuration's name where none is given" (
+      elsewhere.services.ekiben.settings.instances.app.flakeRef
+      == "git+file:///var/nixos-config?dir=hosts#host"
+      && failures elsewhere == [ ]
+    ))
+    (expect "a Unix socket takes the place of host and port" (
+      elsewhere.systemd.sockets.ekiben-webhook.listenStreams == [ "/run/ekiben.sock" ]
+    ))
+    (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
+    (lib.concatLists (
+      lib.mapAttrsToList (
+        message: change:
+        let
+          said = failures (variant change);
+        in
+        expect "expected: ${message}\nfound: ${lib.concatStringsSep "\n" said}" (
+          lib.any (lib.hasPrefix message) said
+        )
+      ) mistakes
+    ))
+    (lib.concatLists (
+      lib.mapAttrsToList (
+        name: change:
+        expect "a wrong ${name} is accepted" (
+          !(builtins.tryEval (builtins.deepSeq (values (variant change)) true)).success
+        )
+      ) wrongTypes
+    ))
+  ];
+in
+pkgs.runCommand "ekiben-options"
+  {
+    # these are built with `ekiben check`
+    configurations = map (config: config.environment.etc."ekiben/config.json".source) [
+      predecessor
+      plain
+      elsewhere
+    ];
+    wrong = lib.concatStringsSep "\n" wrong;
+  }
+  ''
+    [ -z "$wrong" ] || { echo "$wrong"; exit 1; }
+    echo $configurations > $out
+  ''

@@ -12,7 +12,7 @@ def post():
 
 def hold():
     """Has the next run wait before it changes anything, until `release`."""
-    server.succeed("systemd-run --unit=holder flock /run/ekiben.lock sleep infinity")
+    server.succeed("systemd-run --unit=holder flock /run/ekiben.lock $(command -v sleep) infinity")
     server.wait_until_fails("flock --nonblock /run/ekiben.lock true")
 
 

@@ -112,6 +112,10 @@ let
           ) value.wantedBy
         )
       ) units
+      // lib.optionalAttrs config.services.openssh.enable {
+        "etc/systemd/system/sshd.service".link = "/usr/lib/systemd/system/ssh.service";
+        "etc/systemd/system/multi-user.target.wants/sshd.service".link = "../sshd.service";
+      }
       // lib.optionalAttrs config.services.ekiben.enable {
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }
