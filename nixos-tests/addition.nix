@@ -1,6 +1,11 @@
 # What a virtual machine's flake adds to the machine from its inputs: the contents of `app` and
 # `other` show in /etc, and a file `trouble` in `app` breaks the system in the way it names.
-{ config, lib, ... }:
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
 let
   cfg = config.scenario;
   read = input: lib.fileContents "${input}/content";
@@ -21,6 +26,11 @@ in
         revision.text = cfg.revision;
       };
     }
-    (lib.mkIf (trouble == "evaluation") { environment.etc.app.text = throw "trouble in evaluation"; })
+    (lib.mkIf (trouble == "evaluation") {
+      environment.etc.trouble.text = throw "trouble in evaluation";
+    })
+    (lib.mkIf (trouble == "build") {
+      environment.etc.trouble.source = pkgs.runCommand "trouble" { } "echo trouble in build >&2; exit 1";
+    })
   ];
 }

@@ -82,5 +82,5 @@ with subtest("a hundred runs with nothing new in a row change nothing"):
     machine.succeed("for i in $(seq 100); do systemctl start ekiben-app.service; done")
     assert (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles")) == before
     assert last_run(machine, "app")["result"] == "unchanged"
-    cpu = int(machine.succeed("systemd-run --wait --pipe --property=CPUAccounting=yes systemctl show -P CPUUsageNSec ekiben-app.service"))
+    cpu = int(machine.get_unit_property("ekiben-app.service", "CPUUsageNSec"))
     print(f"the last of them took {cpu / 1e9:.2f} s of processor time")

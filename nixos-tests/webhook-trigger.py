@@ -95,3 +95,20 @@ with subtest("a request that cannot be written is refused"):
     wait_for_run(server, "app", 6)
     check_deployed(server, "app")
     assert (shows(server, "app"), shows(server, "other")) == ("4", "2")
+
+with subtest("a token that is not fit for use is refused, by its project's name"):
+    server.succeed("touch /tmp/token; mount --bind /tmp/token $(readlink -f /etc/scenario/token-ci)")
+    for token_text, message in (
+        ("", "the token of project ci: it has less than 16 characters"),
+        ("0123456789abcde", "the token of project ci: it has less than 16 characters"),
+        ("0123456789 abcdef", "the token of project ci: it has other characters than letters"),
+        ("token-app-0123456789", "tell projects app and ci apart: they have the same token"),
+    ):
+        server.succeed(f"echo '{token_text}' > /tmp/token")
+        server.fail("systemctl restart ekiben-webhook.service")
+        server.succeed(f"journalctl -u ekiben-webhook -o cat | grep -F {shlex.quote(message)}")
+        assert not token_text or token_text not in server.succeed("journalctl -o cat -u ekiben-webhook")
+    server.succeed("umount /tmp/token || umount $(readlink -f /etc/scenario/token-ci); systemctl restart ekiben-webhook.service")
+    assert post(token("ci")) == "202"
+    wait_for_run(server, "app", 7)
+    server.fail("journalctl -o cat -u ekiben-webhook -u ekiben-app | grep -F token-app-0123456789")

@@ -72,10 +72,10 @@ fn accept(repository: &Repository, proposal: &Proposal, layout: &Layout, instanc
         log::warn!("{error}.");
     }
     // the machine runs the commit: that others do not know of it yet does not undo that
-    if instance.push
-        && let Err(error) = repository.push(&proposal.commit)
-    {
-        log::warn!("{error}.");
+    if instance.push {
+        if let Err(error) = repository.push(&proposal.commit) {
+            log::warn!("{error}.");
+        }
     }
     Ok(())
 }

@@ -73,10 +73,10 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         }
     }
     report(layout, &run, result, failure.as_ref(), proposal);
-    if result == Outcome::StartedOver
-        && let Err(error) = queue::request(layout, run.request.unwrap_or(0))
-    {
-        log::error!("{error}.");
+    if result == Outcome::StartedOver {
+        if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
+            log::error!("{error}.");
+        }
     }
     if let Err(error) = store::unroot(layout.name()) {
         log::warn!("{error}.");

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
@@ -12,9 +13,10 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, User};
+use nix::unistd::{Pid, User, pipe2};
 
 use crate::error::{Context, Error, Result};
 
@@ -137,7 +139,8 @@ impl Program {
     /// and that is an error. Its own failure is not: see [`Ended`].
     pub fn run(mut self, limit: Duration) -> Result<Ended> {
         let doing = || format!("run {}", self.name);
-        let (mut reader, writer) = io::pipe().context(doing)?;
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(doing)?;
+        let mut reader = File::from(reader);
         let errors = writer.try_clone().context(doing)?;
         let deadline = Instant::now() + limit;
         let child = self.command.stdout(writer).stderr(errors).process_group(0).spawn();
@@ -175,7 +178,7 @@ impl Ended {
 
 /// Ends a program and its children, first politely.
 fn end(child: &mut Child) {
-    let group = Pid::from_raw(child.id().cast_signed());
+    let Ok(group) = child.id().try_into().map(Pid::from_raw) else { return };
     let _ = killpg(group, Signal::SIGTERM);
     let deadline = Instant::now() + GRACE;
     while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
@@ -210,7 +213,7 @@ struct Tail {
 
 impl Tail {
     /// Waits a moment for output and passes it on.
-    fn follow(&mut self, reader: &mut io::PipeReader) -> io::Result<Heard> {
+    fn follow(&mut self, reader: &mut File) -> io::Result<Heard> {
         let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
         let mut ready = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
         match poll(&mut ready, timeout) {

@@ -49,7 +49,7 @@ pub fn request(layout: &Layout, after: u64) -> Result<u64> {
 /// Makes the request appear with its number in it, or not at all.
 fn create(path: &Path, number: u64) -> io::Result<()> {
     // of this process, so that nobody else writes to it at the same time
-    let new = path.with_file_name(format!(".{}-{}", path.file_name().unwrap_or_default().display(), std::process::id()));
+    let new = path.with_file_name(format!(".{}-{}", path.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));
     let _ = fs::remove_file(&new);
     let write = || -> io::Result<()> {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&new)?;

@@ -40,13 +40,15 @@ def retry(what, condition, timeout):
 class Machine:
     """A host named `name`; `disk` is the directory that outlives its boots."""
 
-    def __init__(self, name, address, root, disk, cgroup, log):
+    def __init__(self, name, address, root, disk, cgroup, log, quiet=False):
         self.name = name
         self.address = address
         self.root = root
         self.disk = disk
         self.cgroup = cgroup
         self.log_file = log
+        self.quiet = quiet
+        self.stderr = subprocess.DEVNULL if quiet else None
         self.init = None
         self.process = None
 
@@ -153,7 +155,8 @@ class Machine:
 
     def log(self, message):
         """Says what goes on, in the driver's manner."""
-        print(f"{self.name}: {message}", flush=True)
+        if not self.quiet:
+            print(f"{self.name}: {message}", flush=True)
 
     def _run(self, command, timeout=900, stderr=None):
         if not self.init:
@@ -161,7 +164,7 @@ class Machine:
         return subprocess.run(
             ["nsenter", "--target", str(self.init), "--all", "env", "-i", "-C", "/", f"PATH={PATH}", "HOME=/root", "USER=root",
              "LC_ALL=C.UTF-8", "timeout", str(timeout), "bash", "-c", f"set -euo pipefail; {command}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace")
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr or self.stderr, text=True, errors="replace")
 
     def execute(self, command, check_return=True, check_output=True, timeout=900):
         """Runs a shell command as root; returns its exit status and its output."""
