@@ -68,6 +68,14 @@ def wait_for_run(machine, instance, after):
     return last_run(machine, instance)
 
 
+def run(machine, instance):
+    """Starts a run and waits for its end; returns how it ended."""
+    # a switch that restarts systemd ends the connection of whoever waits
+    machine.execute(f"systemctl start ekiben-{instance}.service")
+    wait_until_idle(machine, instance)
+    return last_run(machine, instance)
+
+
 def wait_until_idle(machine, instance):
     """Waits until the instance's service does not run."""
     machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")

@@ -3,16 +3,10 @@ install(machine)
 deploy(machine, "echo one > notes; echo one > list; git add .; git commit -qm files")
 
 
-def run():
-    """A run of its own; returns how it ended."""
-    machine.execute("systemctl start ekiben-app.service")
-    return last_run(machine, "app")
-
-
 def refused(message):
     """Checks that a run is refused with this message and changes nothing."""
     before = (digest(machine), generation(machine), running(machine))
-    ended = run()
+    ended = run(machine, "app")
     assert ended["result"] == "failed" and ended["stage"] == "prepare", ended
     assert message in ended["error"], ended
     assert (digest(machine), generation(machine), running(machine)) == before
@@ -27,7 +21,7 @@ with subtest("edited, staged and untracked files survive a deployment, and are n
     deploy(machine, "echo '}{' >> flake.nix")
     find = "find . -path ./.git -prune -o -name flake.lock -o -type f -printf '%T@ %m %p ' -exec sha256sum {} + | sort"
     files, staged = deploy(machine, find), deploy(machine, "git diff --cached")
-    ended = run()
+    ended = run(machine, "app")
     assert ended["result"] == "deployed", ended
     assert (deploy(machine, find), deploy(machine, "git diff --cached")) == (files, staged)
     assert deploy(machine, "git status --porcelain").split("\n") == ["M flake.nix", "MM list", " M notes", "?? d/", "?? untracked"]
@@ -63,17 +57,16 @@ with subtest("so does whatever git is in the middle of"):
 
 with subtest("so does a repository that is none, has no commit, or is not the whole of one"):
     machine.succeed(f"mv {REPOSITORY} {REPOSITORY}.away")
-    machine.execute("systemctl start ekiben-app.service")
-    assert f"Failed to open {REPOSITORY}: No such file" in last_run(machine, "app")["error"]
+    assert f"Failed to open {REPOSITORY}: No such file" in run(machine, "app")["error"]
     machine.succeed(f"install -d -o deploy {REPOSITORY}")
-    refused_empty = run()
+    refused_empty = run(machine, "app")
     assert "not a git repository" in refused_empty["error"], refused_empty
     deploy(machine, "git init -qb main")
-    assert "the branch has no commit yet; commit the flake" in run()["error"]
+    assert "the branch has no commit yet; commit the flake" in run(machine, "app")["error"]
     machine.succeed(f"rm -r {REPOSITORY}; mv {REPOSITORY}.away {REPOSITORY}")
 
 with subtest("and afterwards it works"):
-    assert run()["result"] == "deployed"
+    assert run(machine, "app")["result"] == "deployed"
     check_deployed(machine, "app")
     assert shows(machine, "app") == "3"
 

@@ -12,11 +12,6 @@ publish(forge, "app", "2")
 server.succeed(as_deploy("ssh-keyscan -t ed25519 forge > ~/.ssh/known_hosts"))
 
 
-def run(instance="app"):
-    server.execute(f"systemctl start ekiben-{instance}.service")
-    return last_run(server, instance)
-
-
 def use(url):
     """Has the repository take the input from somewhere else, as its user would: by a commit."""
     deploy(server, f"sed -i '/app = {{/,/url/s#url = .*#url = \"{url}\";#' flake.nix; nix flake lock; git commit -qam use")
@@ -25,7 +20,7 @@ def use(url):
 with subtest("an input behind SSH is fetched with the user's key"):
     use(f"git+{SSH}")
     publish(forge, "app", "3")
-    assert run()["result"] == "deployed", status(server, "app")
+    assert run(server, "app")["result"] == "deployed", status(server, "app")
     check_deployed(server, "app")
     assert shows(server, "app") == "3"
 
@@ -33,7 +28,7 @@ with subtest("the user's git configuration counts"):
     server.succeed(as_deploy("git config --global url.ssh://deploy@forge/.insteadOf ssh://short/"))
     use("git+ssh://short/srv/app")
     publish(forge, "app", "4")
-    assert run()["result"] == "deployed", status(server, "app")
+    assert run(server, "app")["result"] == "deployed", status(server, "app")
     assert shows(server, "app") == "4"
 
 with subtest("an input behind a password is fetched with the user's netrc"):
@@ -47,7 +42,7 @@ with subtest("an input behind a password is fetched with the user's netrc"):
     deploy(server, "nix --netrc-file ~/.netrc flake lock; git commit -qam use")
     publish(forge, "app", "5")
     forge.succeed(pack)
-    assert run()["result"] == "deployed", status(server, "app")
+    assert run(server, "app")["result"] == "deployed", status(server, "app")
     assert shows(server, "app") == "5"
     assert "secret" not in server.succeed("journalctl -u ekiben-app -o cat; ekiben status --json app")
 
@@ -62,7 +57,7 @@ with subtest("an upstream that is ahead is followed, and gets the lock commit"):
     greeting = forge.succeed(as_deploy("git -C /srv/other/config.git rev-parse main")).strip()
     publish(forge, "app", "6")
     forge.succeed(pack)
-    ended = run("follower")
+    ended = run(server, "follower")
     assert ended["result"] == "deployed", ended
     assert ended["summary"] == "pull, update app", ended
     check_deployed(server, "follower")
@@ -74,7 +69,7 @@ with subtest("an edit that a pulled commit would overwrite stops the run"):
     forge.succeed(as_deploy(f"{clone}; echo bye > greeting; git commit -qam bye; git push -q"))
     deploy(server, "echo mine > greeting")
     before = digest(server)
-    ended = run("follower")
+    ended = run(server, "follower")
     assert ended["result"] == "failed" and "without touching your edits" in ended["error"], ended
     assert digest(server) == before
     deploy(server, "git checkout -q greeting")
@@ -82,7 +77,7 @@ with subtest("an edit that a pulled commit would overwrite stops the run"):
 with subtest("a branch that has gone another way than its upstream is left to its owner"):
     deploy(server, "git commit -q --allow-empty -m mine")
     before = digest(server)
-    ended = run("follower")
+    ended = run(server, "follower")
     assert ended["result"] == "failed" and "has other commits; merge or rebase them" in ended["error"], ended
     assert digest(server) == before
     deploy(server, "git reset -q --keep HEAD^")
@@ -92,7 +87,7 @@ with subtest("an upstream that cannot be pushed to is a warning"):
     deploy(server, "git rev-parse HEAD")
     publish(forge, "app", "7")
     forge.succeed(pack)
-    ended = run("follower")
+    ended = run(server, "follower")
     assert ended["result"] == "deployed", ended
     assert "Failed to push" in " ".join(ended["warnings"]), ended
     assert shows(server, "app") == "7"
