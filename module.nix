@@ -134,6 +134,55 @@ let
           defaultText = literalExpression ''"ekiben <ekiben@''${config.networking.hostName}>"'';
           description = "Author and committer of the commits that update {file}`flake.lock`.";
         };
+        healthChecks = mkOption {
+          type = types.attrsOf healthCheck;
+          default = { };
+          example = literalExpression ''
+            {
+              site.command = "curl -fsS http://localhost/";
+              database.units = [ "postgresql.service" ];
+            }
+          '';
+          description = ''
+            What tells whether a new system does its work. A check counts only if it passed before the
+            switch; if it does not pass any more after it, the old system is put back.
+          '';
+        };
+        onUnitFailure = mkOption {
+          type = types.enum [
+            "rollback"
+            "keep"
+          ];
+          default = "rollback";
+          description = ''
+            What to do if a unit fails in the switch that had not failed before: put the old system back,
+            or keep the new one and report a warning.
+          '';
+        };
+        rollback = mkOption {
+          type = types.bool;
+          default = true;
+          description = ''
+            Whether to put the old system back when the new one is not well. If not, what has been
+            done so far stays: the new system runs, but the old one may be booted.
+          '';
+        };
+        networkRetries = mkOption {
+          type = types.ints.unsigned;
+          default = 5;
+          description = "How often to try again to fetch when the network fails, after 1 s, 2 s, 4 s and so on.";
+        };
+        timeouts = mkOption {
+          type = types.submodule {
+            options = {
+              prepare = seconds 1800 "For fetching all inputs.";
+              build = seconds 14400 "For evaluating and building.";
+              activate = seconds 1800 "For one activation: of the new system, and of the old one if it is put back.";
+            };
+          };
+          default = { };
+          description = "How long the stages of a run may take, in seconds.";
+        };
         extraPackages = mkOption {
           type = types.listOf types.package;
           default = [ ];
@@ -143,6 +192,36 @@ let
       };
     }
   );
+
+  seconds =
+    default: description:
+    mkOption {
+      type = types.ints.positive;
+      inherit default description;
+    };
+
+  healthCheck = types.submodule {
+    options = {
+      command = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "curl -fsS http://localhost/";
+        description = "A shell command that has to succeed. It is run as root, with the programs of the running system.";
+      };
+      units = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "postgresql.service" ];
+        description = "Units that have to be active.";
+      };
+      timeout = seconds 30 "How long one attempt may take, in seconds.";
+      retries = mkOption {
+        type = types.ints.unsigned;
+        default = 5;
+        description = "How many more attempts a check has, a second apart.";
+      };
+    };
+  };
 
   project = types.submodule {
     options = {
@@ -182,6 +261,11 @@ let
         pull
         push
         author
+        healthChecks
+        onUnitFailure
+        rollback
+        networkRetries
+        timeouts
         ;
       flakeRef = withConfiguration instance.flakeRef;
     }) cfg.instances;
@@ -329,6 +413,19 @@ let
     };
   };
 
+  # the longest that a run can take by itself: there, checked, and back
+  longest =
+    instance:
+    let
+      inherit (instance) timeouts;
+      checks = mapAttrsToList (_: check: (check.retries + 1) * (check.timeout + 1)) instance.healthChecks;
+    in
+    3600
+    + timeouts.prepare * (instance.networkRetries + 1)
+    + timeouts.build
+    + timeouts.activate * 4
+    + lib.foldl' (a: b: a + b) 0 checks;
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -367,9 +464,9 @@ let
       ];
       # whatever happened; does nothing if activate has done it
       ExecStopPost = "+${ekiben} conclude ${name}";
-      # the stages have limits of their own, which add up to less
-      TimeoutStartSec = "8h";
-      TimeoutStopSec = "2h";
+      # the stages have limits of their own, which add up to less; a run may have to wait for another's
+      TimeoutStartSec = "${toString (2 * longest instance)}s";
+      TimeoutStopSec = "${toString (longest instance)}s";
       User = instance.user;
       StateDirectory = "ekiben/instances/${name}";
       StateDirectoryMode = "0700";
@@ -408,6 +505,12 @@ let
         {
           assertion = config.users.users ? ${instance.user};
           message = "`services.ekiben.instances.${name}.user`: there is no user `${instance.user}`. Write `users.users.${instance.user}.isNormalUser = true;`, or the name of the user that owns ${instance.flakePath}.";
+        }
+        {
+          assertion = lib.all (check: check.command != null || check.units != [ ]) (
+            builtins.attrValues instance.healthChecks
+          );
+          message = "`services.ekiben.instances.${name}.healthChecks`: a check checks nothing. Write a `command`, or the names of `units`.";
         }
         {
           assertion = instance.user != "root";

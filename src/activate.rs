@@ -8,21 +8,20 @@
 //! which reads it. This stage ends its run by itself, since the switch may have changed or removed
 //! the unit that it is part of.
 
-use std::time::Duration;
+use std::path::Path;
 
 use crate::candidate::Fate;
 use crate::conclude;
-use crate::config::Operation;
+use crate::config::{OnUnitFailure, Operation};
 use crate::error::{Error, Result};
+use crate::fault;
+use crate::health;
 use crate::layout::Layout;
 use crate::nix;
 use crate::notes::Notes;
 use crate::run::{Before, Decision, Failure, Phase, Run, Stage};
 use crate::status::Status;
 use crate::system;
-
-/// How long a switch may take.
-pub const LIMIT: Duration = Duration::from_secs(1800);
 
 /// Runs the stage, and the run to its end.
 pub fn activate(layout: &Layout) -> Result<()> {
@@ -31,10 +30,12 @@ pub fn activate(layout: &Layout) -> Result<()> {
     };
     Status::announce(layout, &run, Stage::Activate)?;
     let turn = system::turn()?;
+    fault::point("activate: begun");
     if let Err(error) = attempt(layout, &mut run) {
         log::warn!("{error}.");
         run.failure = Some(Failure::new(Stage::Activate, &error));
-        run.save(layout)?;
+        // the end is the same if this cannot be written, but for the reason in its report
+        let _ = run.save(layout);
     }
     conclude::end(layout, run, &turn)
 }
@@ -54,34 +55,64 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
         run.decision = Some(Decision::StartOver);
         return run.save(layout);
     }
+    fault::point("activate: candidate checked");
 
     let before = Before { system: system::current()?, generation: nix::current_generation()?, failed_units: system::failed_units()? };
-    let booted = before.generation.as_ref().map(|generation| generation.system.clone());
+    let is_booted = before.generation.as_ref().is_some_and(|generation| generation.system == system);
     let runs = before.system == system;
     run.candidate = Some(system.clone());
-    run.before = Some(before);
+    run.before = Some(before.clone());
 
     if run.instance.operation == Operation::Switch && !runs {
+        let passing = health::passing(&run.instance.health_checks);
         run.enter(Phase::Switching, layout)?;
-        switch(run)?;
+        fault::point("activate: switching");
+        switch(run, &system, &before)?;
+        fault::point("activate: switched");
+        health::verify(&run.instance.health_checks, &passing)?;
+        fault::point("activate: healthy");
+        if !run.reboot_needed && system::current()? != system || nix::current_generation()? != before.generation {
+            // another hand: what it did is to stay
+            run.before = None;
+            run.enter(Phase::Begun, layout)?;
+            return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime"));
+        }
     }
-    if booted.as_ref() != Some(&system) {
+    if !is_booted {
         run.enter(Phase::Persisting, layout)?;
+        fault::point("activate: persisting");
         nix::set_profile(&system)?;
-        system::switch_to(&system, "boot", LIMIT)?.success(|| "install the boot loader".into())?;
+        fault::point("activate: profile set");
+        system::switch_to(&system, "boot", run.instance.timeouts.activate)?.success(|| "install the boot loader".into())?;
+        fault::point("activate: boot loader set");
         run.reboot_needed |= run.instance.operation == Operation::Boot;
     }
-    run.enter(Phase::Persisted, layout)
+    run.enter(Phase::Persisted, layout)?;
+    fault::point("activate: persisted");
+    Ok(())
 }
 
 /// Activates the candidate without making it what is booted.
-fn switch(run: &mut Run) -> Result<()> {
-    let (Some(system), Some(before)) = (&run.candidate, &run.before) else { return Ok(()) };
-    let ended = system::switch_to(system, "test", LIMIT)?;
+fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate)?;
     match ended.status.code() {
         // the documented ones: all well, some unit failed, only a reboot can bring this
         Some(0) => Ok(()),
-        Some(4) => system::check_units(&before.failed_units).map_err(|error| error.with_tail(ended.tail)),
+        Some(4) => {
+            let new = system::check_units(&before.failed_units);
+            let keep = run.instance.on_unit_failure == OnUnitFailure::Keep;
+            match new {
+                Err(error) if !keep => Err(error.with_tail(ended.tail)),
+                Err(error) => {
+                    run.warnings.push(error.to_string());
+                    Ok(())
+                }
+                Ok(()) => {
+                    run.warnings.push("units that had failed before the switch have failed again".into());
+                    Ok(())
+                }
+            }
+        }
         Some(100) => {
             run.reboot_needed = true;
             Ok(())

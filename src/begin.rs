@@ -5,7 +5,8 @@ use std::path::Path;
 
 use crate::conclude;
 use crate::config::Instance;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::fault;
 use crate::layout::Layout;
 use crate::notes::run_id;
 use crate::queue;
@@ -18,12 +19,17 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
         // that run has been reported; this one is another
         log::warn!("{error}.");
     }
+    if layout.journal().exists() {
+        return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
+    }
     let request = queue::take(layout)?;
+    fault::point("begin: request taken");
     let run = Run::new(run_id(), instance.clone(), trigger(request), request);
     let opened = run.save(layout);
     // also if the journal cannot be written: the request would start run after run
     queue::forget(layout)?;
     opened?;
+    fault::point("begin: journal opened");
     Status::announce(layout, &run, Stage::Prepare)
 }
 

@@ -4,14 +4,12 @@ use std::time::Duration;
 
 use crate::config::Instance;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::nix;
 use crate::notes::Notes;
 use crate::run::Stage;
-
-/// How long evaluating and building may take.
-const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
 /// Runs the stage; the system is what the link `candidate` points to.
 pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
@@ -25,15 +23,20 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
     let commit = proposal.commit.clone();
     notes.stage = Stage::Build;
     notes.write(layout)?;
+    fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {
         let flake = repository.flake_at(&commit, instance)?;
         let configuration = &instance.flake_ref.configuration;
-        nix::build_system(&flake, configuration, &instance.flags, &layout.candidate(), LIMIT)
+        let limit = Duration::from_secs(instance.timeouts.build);
+        nix::build_system(&flake, configuration, &instance.flags, &layout.candidate(), limit)
     });
+    fault::point("build: built");
     match result {
         Ok(()) => {
             notes.built = true;
-            notes.write(layout)
+            notes.write(layout)?;
+            fault::point("build: noted");
+            Ok(())
         }
         Err(error) => notes.fail(layout, error),
     }

@@ -41,6 +41,10 @@ impl Fate {
 
 /// Does it. `run` is the run that the notes must be of.
 pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Result<ExitCode> {
+    let repository = Repository::open(instance);
+    if let Ok(repository) = &repository {
+        repository.recover(layout.name())?;
+    }
     if fate == Fate::Drop {
         return git::drop_reference(instance, &layout.reference()).map(|()| ExitCode::SUCCESS);
     }
@@ -48,34 +52,43 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
     let Some(proposal) = notes.and_then(|notes| notes.proposal) else {
         return Err(Error::new("Failed to find the run's proposal"));
     };
-    let repository = Repository::open(instance)?;
-    let already = repository.head == proposal.commit && repository.branch == proposal.branch;
-    if !already && (repository.branch != proposal.branch || repository.head != proposal.head) {
-        log::warn!("{} was at {}, now {} is at {}.", proposal.branch, proposal.head, repository.branch, repository.head);
+    let repository = repository?;
+    if repository.branch == proposal.branch && repository.contains(&repository.head, &proposal.commit) {
+        // done before this was cut off, or by the user
+    } else if has_moved(&repository, &proposal) {
         return Ok(ExitCode::from(MOVED));
-    }
-    if !already {
+    } else {
         repository.check_lock_file_is_clean()?;
         repository.check_forward(&proposal.commit, &layout.own("index"))?;
+        if fate == Fate::Accept {
+            if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
+                let moved = has_moved(&Repository::open(instance)?, &proposal);
+                return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
+            }
+        }
     }
     if fate == Fate::Accept {
-        accept(&repository, &proposal, layout, instance, already)?;
+        publish(&repository, &proposal, layout, instance);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn accept(repository: &Repository, proposal: &Proposal, layout: &Layout, instance: &Instance, already: bool) -> Result<()> {
-    if !already {
-        repository.forward(&proposal.commit)?;
+fn has_moved(repository: &Repository, proposal: &Proposal) -> bool {
+    let moved = repository.branch != proposal.branch || repository.head != proposal.head;
+    if moved {
+        log::info!("{} was at {}, now {} is at {}.", proposal.branch, proposal.head, repository.branch, repository.head);
     }
+    moved
+}
+
+/// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.
+fn publish(repository: &Repository, proposal: &Proposal, layout: &Layout, instance: &Instance) {
     if let Err(error) = git::drop_reference(instance, &layout.reference()) {
         log::warn!("{error}.");
     }
-    // the machine runs the commit: that others do not know of it yet does not undo that
     if instance.push {
         if let Err(error) = repository.push(&proposal.commit) {
             log::warn!("{error}.");
         }
     }
-    Ok(())
 }

@@ -7,12 +7,14 @@
 //! old one, with the repository as it was.
 
 use std::fs::File;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::Flock;
 
 use crate::candidate::{Fate, MOVED};
 use crate::error::{Context, Error, Result};
+use crate::fault;
 use crate::layout::Layout;
 use crate::nix as store;
 use crate::notes::{Notes, Proposal};
@@ -20,7 +22,7 @@ use crate::program::Program;
 use crate::queue;
 use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
 use crate::status::{self, Ended, Outcome, Status};
-use crate::{activate, system};
+use crate::system;
 
 /// How long the way from a commit to the branch, a push included, may take.
 const SETTLE_LIMIT: Duration = Duration::from_secs(600);
@@ -29,6 +31,10 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(600);
 pub fn conclude(layout: &Layout) -> Result<()> {
     if Run::load(layout)?.is_none() {
         return Ok(());
+    }
+    if system::is_stopping()? {
+        // units cannot be started any more: the next boot goes on from here
+        return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
     }
     let turn = system::turn()?;
     // while waiting for the turn, the run may have been ended
@@ -44,35 +50,37 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         log::warn!("{error}.");
         None
     });
-    let mut failure = run.failure.clone();
-    let result = match (run.phase, run.decision) {
-        (Phase::Begun, Some(Decision::Unchanged)) => Outcome::Unchanged,
-        (Phase::Begun, Some(Decision::StartOver)) => Outcome::StartedOver,
-        (Phase::Begun, None) => {
-            failure = failure.or(notes.as_ref().and_then(|notes| notes.failure.clone()));
-            Outcome::Failed
+    if run.phase == Phase::Persisted {
+        match settle(layout, &mut run, Fate::Accept) {
+            Ok(true) => {}
+            Ok(false) => run.decision = Some(Decision::StartOver),
+            Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
         }
-        (Phase::Persisted, _) => match settle(layout, &mut run, Fate::Accept) {
-            Ok(true) => Outcome::Deployed,
-            Ok(false) => back(&run, Outcome::StartedOver, &mut failure),
-            Err(error) => {
-                failure = Some(Failure::new(Stage::Conclude, &error));
-                back(&run, Outcome::RolledBack, &mut failure)
-            }
-        },
-        (Phase::Switching | Phase::Persisting, _) => back(&run, Outcome::RolledBack, &mut failure),
-    };
-    if matches!(result, Outcome::Failed | Outcome::RolledBack) && failure.is_none() {
-        failure = Some(Failure { stage: reached(&run, notes.as_ref()), message: cut_off(), tail: Vec::new() });
+        fault::point("conclude: accepted");
     }
+    let accepted = run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none();
+    if run.failure.is_none() && run.decision.is_none() && !accepted {
+        run.failure = notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(&run, notes.as_ref())));
+    }
+    let mut result = match run.decision {
+        _ if accepted => Outcome::Deployed,
+        Some(Decision::Unchanged) => Outcome::Unchanged,
+        Some(Decision::StartOver) => Outcome::StartedOver,
+        None => Outcome::Failed,
+    };
+    if !accepted && run.phase != Phase::Begun {
+        result = back(layout, &mut run, result);
+    }
+
     let proposal = notes.and_then(|notes| notes.proposal);
-    if !matches!(result, Outcome::Deployed | Outcome::Unchanged) && proposal.is_some() {
+    if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
         // a ref that is left over is overwritten by the next run
         if let Err(error) = settle(layout, &mut run, Fate::Drop) {
             log::warn!("{error}.");
         }
     }
-    report(layout, &run, result, failure.as_ref(), proposal);
+    report(layout, &run, result, proposal.as_ref());
+    fault::point("conclude: reported");
     if result == Outcome::StartedOver {
         if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
             log::error!("{error}.");
@@ -82,11 +90,22 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         log::warn!("{error}.");
     }
     Run::end(layout)?;
-    if let Some(failure) = failure {
+    if let Some(failure) = run.failure.filter(|_| result != Outcome::Deployed) {
         return Err(Error::new(format!("Run {result} in stage {}: {}", failure.stage, failure.message)));
     }
     log::info!("Run ended: {result}.");
     Ok(())
+}
+
+/// What to report of a run of which no stage says what went wrong; systemd knows some of it.
+fn cut_off(run: &Run, notes: Option<&Notes>) -> Failure {
+    let message = match std::env::var("SERVICE_RESULT").as_deref() {
+        Ok("timeout") => "it took too long".into(),
+        Ok("signal" | "core-dump") => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
+        Ok("oom-kill") => "the machine ran out of memory".into(),
+        _ => "it was cut off".into(),
+    };
+    Failure { stage: reached(run, notes), message, tail: Vec::new(), transient: true }
 }
 
 /// The stage that a run which was cut off had come to.
@@ -117,64 +136,69 @@ pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
     Err(Error::new(error).with_tail(ended.tail))
 }
 
-/// Puts back what the journal says was before; says so if that fails.
-fn back(run: &Run, result: Outcome, failure: &mut Option<Failure>) -> Outcome {
-    let Some(before) = &run.before else { return result };
+/// Puts back what the journal says was before, unless that is switched off; says so if that fails.
+fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
+    let Some(before) = run.before.clone() else { return result };
+    if !run.instance.rollback && run.failure.is_some() {
+        run.warnings
+            .push(format!("rollback is off: what the run has done so far stays; before, this machine ran {}", before.system.display()));
+        return result;
+    }
     log::warn!("Going back to {} ...", before.system.display());
-    match put_back(run, before) {
+    let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::Returning);
+    // from here on there is no other way, also if this is cut off
+    if let Err(error) = run.enter(Phase::Returning, layout) {
+        log::error!("{error}.");
+    }
+    fault::point("back: begun");
+    match put_back(run, &before, touched_boot) {
+        Ok(()) if result == Outcome::Failed => Outcome::RolledBack,
         Ok(()) => result,
         Err(error) => {
-            let first = failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
+            let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
             let message = format!("{first}going back failed: {error}; this machine needs a hand");
-            *failure = Some(Failure { stage: Stage::Conclude, message, tail: error.tail });
+            run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
             Outcome::Stuck
         }
     }
 }
 
-fn put_back(run: &Run, before: &Before) -> Result<()> {
-    if matches!(run.phase, Phase::Persisting | Phase::Persisted) {
-        store::restore_profile(before.generation.as_ref())?;
-        if let Some(generation) = &before.generation {
-            let boot = system::switch_to(&generation.system, "boot", activate::LIMIT)?;
-            boot.success(|| "restore the boot loader".into())?;
+fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
+    let limit = run.instance.timeouts.activate;
+    // what another hand has done in the meantime is to stay
+    let ours = |system: &Path| run.candidate.as_deref() == Some(system) || before.system == system;
+    if touched_boot {
+        let now = store::current_generation()?;
+        if now.as_ref().is_some_and(|now| ours(&now.system)) {
+            store::restore_profile(before.generation.as_ref())?;
+        }
+        if let Some(generation) = store::current_generation()? {
+            system::switch_to(&generation.system, "boot", limit)?.success(|| "restore the boot loader".into())?;
         }
     }
+    fault::point("back: profile restored");
+    let current = system::current()?;
     // after a reboot the old system has come up by itself
-    if run.boot == boot_id() || system::current()? != before.system {
-        let ended = system::switch_to(&before.system, "test", activate::LIMIT)?;
+    if ours(&current) && (run.boot == boot_id() || current != before.system) {
+        let ended = system::switch_to(&before.system, "test", limit)?;
         if ended.status.code() != Some(4) {
             ended.success(|| "activate the old system".into())?;
         }
         system::check_units(&before.failed_units)?;
     }
+    fault::point("back: system restored");
     Ok(())
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome, failure: Option<&Failure>, proposal: Option<Proposal>) {
+fn report(layout: &Layout, run: &Run, result: Outcome, proposal: Option<&Proposal>) {
+    let failure = run.failure.as_ref();
     let mut ended = Ended::new(run, result, failure);
-    let mut deployed = None;
-    if let Some(proposal) = proposal {
-        if result == Outcome::Deployed {
-            deployed = run.candidate.clone().map(|system| (proposal.commit.clone(), system));
-        }
-        ended.commit = Some(proposal.commit);
-        ended.summary = Some(proposal.summary);
-    }
+    ended.commit = proposal.map(|proposal| proposal.commit.clone());
+    ended.summary = proposal.map(|proposal| proposal.summary.clone());
     let tail = failure.map_or(&[][..], |failure| &failure.tail);
-    let reported = Status::report(layout, run, ended, deployed).and_then(|()| status::keep_output(layout, tail));
+    let reported = Status::report(layout, run, ended, proposal).and_then(|()| status::keep_output(layout, tail));
     if let Err(error) = reported {
-        // the machine is as it should be; only the report is missing, but for these lines
+        // the machine is as it should be; only the report is missing, but for the journal's
         log::error!("{error}.");
-    }
-}
-
-/// Why a run ended without any stage saying so: systemd knows.
-fn cut_off() -> String {
-    match std::env::var("SERVICE_RESULT").as_deref() {
-        Ok("timeout") => "it took too long".into(),
-        Ok("signal" | "core-dump") => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
-        Ok("oom-kill") => "the machine ran out of memory".into(),
-        _ => "it was cut off".into(),
     }
 }

@@ -66,6 +66,52 @@ pub struct Instance {
     pub push: bool,
     /// Author of the lock commit.
     pub author: Author,
+    /// What tells whether a new system does its work.
+    pub health_checks: BTreeMap<String, HealthCheck>,
+    /// What a unit that fails in the switch, and had not failed before, leads to.
+    pub on_unit_failure: OnUnitFailure,
+    /// Whether to go back to the old system when the new one is not well.
+    pub rollback: bool,
+    /// How often fetching is tried again when the network fails.
+    pub network_retries: u32,
+    /// What the stages may take.
+    pub timeouts: Timeouts,
+}
+
+/// A command that has to succeed, or units that have to be active, or both.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct HealthCheck {
+    /// For the shell, as root.
+    pub command: Option<String>,
+    /// By their full names.
+    pub units: Vec<String>,
+    /// Seconds for one attempt.
+    pub timeout: u64,
+    /// Attempts after the first.
+    pub retries: u32,
+}
+
+/// What to do about a unit that fails.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum OnUnitFailure {
+    /// Go back to the old system.
+    Rollback,
+    /// Keep the new one, with a warning.
+    Keep,
+}
+
+/// Limits in seconds.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Timeouts {
+    /// For fetching all inputs.
+    pub prepare: u64,
+    /// For evaluating and building.
+    pub build: u64,
+    /// For one activation, of the new system or of the old one.
+    pub activate: u64,
 }
 
 /// What to do with a new generation, in `nixos-rebuild`'s words.

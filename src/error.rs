@@ -20,11 +20,40 @@ impl Error {
         Self { message: message.into(), tail: Vec::new() }
     }
 
+    /// Whether what the failing program said has to do with this moment rather than with what it
+    /// was asked to do.
+    pub fn is_transient(&self) -> bool {
+        let said = self.tail.iter().chain([&self.message]).map(|line| line.to_ascii_lowercase());
+        said.into_iter().any(|line| TRANSIENT.iter().any(|words| line.contains(words)))
+    }
+
     /// The same error with the end of a program's output.
     pub fn with_tail(self, tail: Vec<String>) -> Self {
         Self { tail, ..self }
     }
 }
+
+/// What programs say when the network, a disk or a daemon is at fault, in lower case.
+const TRANSIENT: [&str; 18] = [
+    "cannot connect to socket",
+    "connection refused",
+    "connection reset",
+    "connection timed out",
+    "could not resolve host",
+    "couldn't connect to server",
+    "couldn't resolve host",
+    "disk quota exceeded",
+    "failed to connect to",
+    "http error 5",
+    "name or service not known",
+    "network is unreachable",
+    "no route to host",
+    "no space left on device",
+    "operation timed out",
+    "temporary failure in name resolution",
+    "timeout was reached",
+    "unable to connect",
+];
 
 impl fmt::Display for Error {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -37,7 +37,12 @@ pub fn remove(path: &Path) -> io::Result<()> {
 
 /// Makes the creation, renaming or removal of `path` durable.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
-    File::open(path.parent().ok_or(ErrorKind::InvalidInput)?)?.sync_all()
+    sync(path.parent().ok_or(ErrorKind::InvalidInput)?)
+}
+
+/// Makes the contents of a file, or the names in a directory, durable.
+pub fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 /// Reads a file of which only the directory above it is trusted: no link, no pipe, no device is

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use crate::config::{Author, Instance};
 use crate::error::{Context, Error, Result};
+use crate::fault;
 use crate::program::Program;
+use crate::savepoint::{Changed, Savepoint};
 
 /// How long the other side of a fetch or push may take.
 const NETWORK_LIMIT: Duration = Duration::from_secs(300);
@@ -151,6 +153,8 @@ impl Repository {
 
     /// Keeps a commit under a ref of ours, so that git does not collect it as garbage.
     pub fn keep(&self, reference: &str, commit: &str) -> Result<()> {
+        // of a run that was cut off: no other writes this ref
+        let _ = fs::remove_file(self.git_directory.join(format!("{reference}.lock")));
         // no reflog for it, whatever the user's setting
         self.ask(["-c", "core.logAllRefUpdates=true", "update-ref", reference, commit]).map(drop)
     }
@@ -207,10 +211,79 @@ impl Repository {
         result.map(drop)
     }
 
-    /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`.
-    pub fn forward(&self, commit: &str) -> Result<()> {
-        let doing = || format!("fast-forward {} to {commit}", self.branch);
-        self.git().args(["merge", "--quiet", "--ff-only", commit]).output(doing, None).map(drop)
+    /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`, or changes
+    /// nothing. While the files change, the branch is locked at HEAD, so nobody can commit between.
+    pub fn forward(&self, commit: &str, instance: &str) -> Result<()> {
+        let savepoint = self.savepoint(instance);
+        let files = self.changed_files(commit)?;
+        let made = savepoint.make(commit, &files);
+        if made.is_err() {
+            savepoint.discard()?;
+        }
+        made?;
+        fault::point("accept: saved");
+        let forwarded = self.update_branch(commit, || {
+            fault::point("accept: branch locked");
+            // its status says whether files were edited; read-tree knows which ones matter
+            let _ = self.ask(["update-index", "-q", "--refresh"]);
+            self.ask(["read-tree", "-m", "-u", &self.head, commit])?;
+            savepoint.sync(&files)?;
+            fault::point("accept: tree updated");
+            Ok(())
+        });
+        if forwarded.is_err() {
+            savepoint.restore(&files, &self.branch)?;
+        }
+        forwarded?;
+        fault::point("accept: branch moved");
+        savepoint.discard()
+    }
+
+    /// Ends a fast-forward of the instance that was cut off: all of it has been done, or none of it.
+    pub fn recover(&self, instance: &str) -> Result<()> {
+        let savepoint = self.savepoint(instance);
+        match savepoint.found()? {
+            Some((commit, _)) if self.contains(&self.head, &commit) => savepoint.discard(),
+            Some((commit, files)) => {
+                log::warn!("Going back from {commit}, to which {} was being fast-forwarded ...", self.branch);
+                savepoint.restore(&files, &self.branch)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn savepoint(&self, instance: &str) -> Savepoint {
+        Savepoint::of(&self.top, &self.git_directory, instance)
+    }
+
+    /// The files that differ between HEAD and a commit. Submodules are not: git leaves them alone.
+    fn changed_files(&self, commit: &str) -> Result<Vec<Changed>> {
+        let list = self.ask(["diff-tree", "-r", "-z", "--no-renames", &self.head, commit])?;
+        // ":<old mode> <new mode> <old object> <new object> <status>", the path
+        let mut parts = list.split('\0');
+        let mut files = Vec::new();
+        while let (Some(what), Some(path)) = (parts.next(), parts.next()) {
+            if !what.contains("160000") {
+                files.push(Changed { path: path.to_owned(), new: what.starts_with(":000000") });
+            }
+        }
+        Ok(files)
+    }
+
+    /// Moves the branch from HEAD to `commit`, if it is still at HEAD; `meanwhile` is done while it is
+    /// locked, and if that fails, the branch stays.
+    fn update_branch(&self, commit: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        let doing = || format!("move {} to {commit}", self.branch);
+        let mut git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]).talk()?;
+        let locked = git
+            .ask("start", "start: ok")
+            .and_then(|()| git.say(&format!("update {} {commit} {}", self.branch, self.head)))
+            .and_then(|()| git.ask("prepare", "prepare: ok"));
+        locked.context(doing)?;
+        let done = meanwhile();
+        let asked = if done.is_ok() { git.ask("commit", "commit: ok") } else { git.ask("abort", "abort: ok") };
+        done?;
+        asked.and_then(|()| git.end()).context(doing)
     }
 
     fn git(&self) -> Program {
@@ -230,7 +303,7 @@ pub fn drop_reference(instance: &Instance, reference: &str) -> Result<()> {
 }
 
 fn git(directory: &Path) -> Program {
-    let settings = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "core.fsync=all"];
+    let settings = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "core.fsync=all", "gc.auto=0", "maintenance.auto=false"];
     Program::new("git")
         .args(settings.iter().flat_map(|setting| ["-c", setting]))
         .env("GIT_OPTIONAL_LOCKS", "0")

@@ -8,9 +8,11 @@ mod candidate;
 mod conclude;
 mod config;
 mod error;
+mod fault;
 mod files;
 mod gate;
 mod git;
+mod health;
 mod json;
 mod layout;
 mod lockfile;
@@ -20,6 +22,7 @@ mod prepare;
 mod program;
 mod queue;
 mod run;
+mod savepoint;
 mod status;
 mod system;
 #[cfg(test)]
@@ -93,6 +96,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
             return candidate::candidate(fate, &layout(name)?, &options, run);
         }
+        #[cfg(feature = "fault-points")]
+        ["fault-points"] => print(&fault::POINTS.map(|point| format!("{point}\n")).concat()),
         _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben --help", arguments.join(" ")))),
     };
     done.map(|()| ExitCode::SUCCESS)

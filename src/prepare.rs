@@ -7,25 +7,29 @@
 use std::time::Duration;
 
 use crate::config::Instance;
-use crate::error::Result;
-use crate::git::Repository;
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::git::{self, Repository};
 use crate::layout::Layout;
 use crate::lockfile::LockFile;
 use crate::nix;
 use crate::notes::{Notes, Proposal};
-use crate::status;
+use crate::status::{self, Status};
 
-/// How long all of the fetching may take.
-const LIMIT: Duration = Duration::from_secs(1800);
+/// The first pause before fetching is tried again; each is twice as long as the one before.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs the stage; what comes of it is in the notes.
 pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut notes = Notes::begin(layout)?;
+    fault::point("prepare: begun");
     match propose(layout, instance) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
             notes.proposal = Some(proposal);
-            notes.write(layout)
+            notes.write(layout)?;
+            fault::point("prepare: noted");
+            Ok(())
         }
         Err(error) => notes.fail(layout, error),
     }
@@ -33,13 +37,18 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
 
 fn propose(layout: &Layout, instance: &Instance) -> Result<Proposal> {
     let repository = Repository::open(instance)?;
+    repository.recover(layout.name())?;
     repository.check_lock_file_is_clean()?;
     let reference = layout.reference();
-    let base = if instance.pull { repository.fetch_upstream(&reference)? } else { repository.head.clone() };
+    let retries = instance.network_retries;
+    let base = if instance.pull { persist(retries, || repository.fetch_upstream(&reference))? } else { repository.head.clone() };
 
     let flake = repository.flake_at(&base, instance)?;
     let old = repository.read_file(&base, &repository.lock_file())?;
-    let new = nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), LIMIT)?;
+    let limit = Duration::from_secs(instance.timeouts.prepare);
+    let update = || nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), limit);
+    let new = persist(retries, update)?;
+    fault::point("prepare: inputs updated");
     let (old_lock, new_lock) = (LockFile::parse(old.as_deref())?, LockFile::parse(new.as_deref())?);
     old_lock.check_only_changed(&new_lock, &instance.inputs)?;
     let changes = old_lock.changes(&new_lock);
@@ -49,19 +58,47 @@ fn propose(layout: &Layout, instance: &Instance) -> Result<Proposal> {
         Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &scratch)?,
         _ => base.clone(),
     };
+    fault::point("prepare: committed");
     let unchanged = status::is_deployed(layout, &commit, instance);
+    let tree = repository.tree(&commit)?;
+    Status::read(layout).check_not_bad(&base, &tree, instance)?;
     if commit != repository.head {
         repository.check_forward(&commit, &scratch)?;
         repository.keep(&reference, &commit)?;
+    } else if instance.pull {
+        git::drop_reference(instance, &reference)?;
     }
     Ok(Proposal {
-        tree: repository.tree(&commit)?,
+        tree,
         branch: repository.branch.clone(),
         head: repository.head.clone(),
         summary: summary(&repository.head, &base, &changes),
         base,
         commit,
         unchanged,
+    })
+}
+
+/// Tries again what the network failed, with growing pauses.
+fn persist<T>(retries: u32, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut pause = PAUSE;
+    for _ in 0..retries {
+        match attempt() {
+            Err(error) if error.is_transient() => {
+                log::warn!("{error}; trying again in {} s.", pause.as_secs());
+                std::thread::sleep(pause);
+                pause *= 2;
+            }
+            result => return result,
+        }
+    }
+    attempt().map_err(|error| {
+        if !error.is_transient() {
+            return error;
+        }
+        let message =
+            format!("{error}, {} times: this looks like the network, the other side or this machine, not the configuration", retries + 1);
+        Error::new(message).with_tail(error.tail)
     })
 }
 

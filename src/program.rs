@@ -6,11 +6,11 @@
 use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
@@ -135,6 +135,16 @@ impl Program {
         Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(output.status))).with_tail(tail))
     }
 
+    /// Starts the program for a conversation, line by line.
+    pub fn talk(mut self) -> Result<Conversation> {
+        let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = child.context(|| format!("run {}", self.name))?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(input), Some(output)) => Ok(Conversation { child, input, output: BufReader::new(output) }),
+            _ => Err(Error::new(format!("Failed to talk to {}", self.name))),
+        }
+    }
+
     /// Runs the program to its end, or until `limit` has passed: then it and its children are ended,
     /// and that is an error. Its own failure is not: see [`Ended`].
     pub fn run(mut self, limit: Duration) -> Result<Ended> {
@@ -163,6 +173,36 @@ impl Program {
                 return Err(Error::new(message).with_tail(tail.finish()));
             }
         }
+    }
+}
+
+/// A program that is asked and answers.
+pub struct Conversation {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Conversation {
+    /// Says a line.
+    pub fn say(&mut self, line: &str) -> io::Result<()> {
+        writeln!(self.input, "{line}")
+    }
+
+    /// Says a line and waits for the answer; another one is an error.
+    pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
+        self.say(line)?;
+        let mut answer = String::new();
+        self.output.read_line(&mut answer)?;
+        if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
+    }
+
+    /// Ends the conversation; an exit status other than 0 is an error.
+    pub fn end(self) -> io::Result<()> {
+        let Self { mut child, input, .. } = self;
+        drop(input);
+        let status = child.wait()?;
+        if status.success() { Ok(()) } else { Err(io::Error::other(describe(status))) }
     }
 }
 

@@ -75,6 +75,8 @@ pub enum Phase {
     Persisting,
     /// The candidate runs, is healthy and will be booted: only the branch is behind.
     Persisted,
+    /// What was before is being put back.
+    Returning,
 }
 
 /// What a run came to that changed nothing and did not fail.
@@ -96,6 +98,8 @@ pub struct Failure {
     pub message: String,
     /// What the failing program last said.
     pub tail: Vec<String>,
+    /// Whether the same candidate may well succeed another time.
+    pub transient: bool,
 }
 
 /// What was before root changed anything.
@@ -144,7 +148,7 @@ pub struct Run {
 impl Failure {
     /// What an error of a stage comes to.
     pub fn new(stage: Stage, error: &Error) -> Self {
-        Self { stage, message: error.to_string(), tail: error.tail.clone() }
+        Self { stage, message: error.to_string(), tail: error.tail.clone(), transient: error.is_transient() }
     }
 }
 

@@ -13,9 +13,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, FlakeRef, Instance};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::layout::Layout;
+use crate::notes::Proposal;
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
 
 /// How many ended runs are remembered.
@@ -32,6 +33,8 @@ pub struct Status {
     pub served: u64,
     /// What was deployed last.
     pub deployed: Option<Deployed>,
+    /// What could not be built or did not run, and is not tried again by the timer.
+    pub bad: Option<Bad>,
     /// The ended runs, the last one first.
     pub runs: Vec<Ended>,
 }
@@ -62,6 +65,15 @@ pub struct Deployed {
     flags: Vec<String>,
     /// Higher than that of all earlier deployments by this machine's instances.
     number: u64,
+}
+
+/// A candidate that failed by its own fault.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bad {
+    base: String,
+    tree: String,
+    options: Instance,
 }
 
 /// How a run can end.
@@ -127,23 +139,47 @@ impl Status {
         }
     }
 
+    /// Fails if the timer proposes what is known to be bad.
+    pub fn check_not_bad(&self, base: &str, tree: &str, options: &Instance) -> Result<()> {
+        let known = self.bad.as_ref().is_some_and(|bad| (bad.base.as_str(), bad.tree.as_str(), &bad.options) == (base, tree, options));
+        let by_timer = self.running.as_ref().is_some_and(|running| running.trigger == Trigger::Timer);
+        if known && by_timer {
+            return Err(Error::new(
+                "Failed to find anything new since a candidate that is known to be bad; ask for a run to try that again all the same",
+            ));
+        }
+        Ok(())
+    }
+
     /// Says that a run is in one of root's stages.
     pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
         let running = Running { stage, trigger: run.trigger, started: run.started };
         Self { running: Some(running), ..Self::read(layout) }.write(layout)
     }
 
-    /// Says how a run ended. `deployed` is the commit and system that the machine has from it.
-    pub fn report(layout: &Layout, run: &Run, ended: Ended, deployed: Option<(String, PathBuf)>) -> Result<()> {
+    /// Says how a run ended, and draws the conclusions for the next.
+    pub fn report(layout: &Layout, run: &Run, ended: Ended, proposal: Option<&Proposal>) -> Result<()> {
         let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self { running: None, ..Self::read(layout) };
         // a run that has to be started over has served nobody
         if ended.result != Outcome::StartedOver {
             status.served = status.served.max(run.request.unwrap_or(0));
         }
-        if let Some((commit, system)) = deployed {
-            let Instance { flake_ref, flags, .. } = run.instance.clone();
-            status.deployed = Some(Deployed { commit, system, flake_ref, flags, number });
+        let options = run.instance.clone();
+        match (ended.result, proposal) {
+            (Outcome::Deployed, Some(Proposal { commit, .. })) => {
+                let Instance { flake_ref, flags, .. } = options;
+                let (commit, system) = (commit.clone(), run.candidate.clone().unwrap_or_default());
+                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number });
+                status.bad = None;
+            }
+            (Outcome::Unchanged, _) => status.bad = None,
+            (Outcome::Failed | Outcome::RolledBack, Some(Proposal { base, tree, .. }))
+                if run.failure.as_ref().is_some_and(|failure| !failure.transient) =>
+            {
+                status.bad = Some(Bad { base: base.clone(), tree: tree.clone(), options });
+            }
+            _ => {}
         }
         status.runs.insert(0, ended);
         status.runs.truncate(HISTORY);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::Deserialize;
@@ -13,6 +13,10 @@ use crate::program::{Ended, Program};
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
+/// How long systemd may take for an answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// Between two attempts to switch while somebody else does.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Held by whoever changes what this machine runs.
 const TURN: &str = "/run/ekiben.lock";
 
@@ -29,10 +33,27 @@ pub fn current() -> Result<PathBuf> {
     fs::canonicalize(CURRENT).context(|| format!("read {CURRENT}"))
 }
 
-/// Has a system do one of `switch-to-configuration`'s actions.
-pub fn switch_to(system: &Path, action: &str, limit: Duration) -> Result<Ended> {
-    log::info!("{}: {action} ...", system.display());
-    Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/")).run(limit)
+/// Whether this machine is on its way down.
+pub fn is_stopping() -> Result<bool> {
+    let state = Program::as_root("systemctl").arg("is-system-running").run(ANSWER_LIMIT)?;
+    Ok(state.tail == ["stopping"])
+}
+
+/// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
+/// somebody else is switching, waits for that, with the same limit.
+pub fn switch_to(system: &Path, action: &str, limit: u64) -> Result<Ended> {
+    let deadline = Instant::now() + Duration::from_secs(limit);
+    loop {
+        log::info!("{}: {action} ...", system.display());
+        let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
+        let ended = program.run(Duration::from_secs(limit))?;
+        let locked = !ended.status.success() && ended.tail.iter().any(|line| line.contains("Could not acquire lock"));
+        if !locked || Instant::now() > deadline {
+            return Ok(ended);
+        }
+        log::info!("Something else is switching this machine; waiting ...");
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// The units that have failed, or that systemd starts again and again.

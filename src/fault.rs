@@ -1,0 +1,49 @@
+//! Places between two steps at which a test can hold a run, to kill it there or to cut the power.
+//! Only builds with the feature `fault-points` have them.
+
+/// All places, in the order in which a run that succeeds, and then one that goes back, meets them.
+#[cfg(feature = "fault-points")]
+pub const POINTS: [&str; 27] = [
+    "begin: request taken",
+    "begin: journal opened",
+    "prepare: begun",
+    "prepare: inputs updated",
+    "prepare: committed",
+    "prepare: noted",
+    "build: begun",
+    "build: built",
+    "build: noted",
+    "activate: begun",
+    "activate: candidate checked",
+    "activate: switching",
+    "activate: switched",
+    "activate: healthy",
+    "activate: persisting",
+    "activate: profile set",
+    "activate: boot loader set",
+    "activate: persisted",
+    "accept: saved",
+    "accept: branch locked",
+    "accept: tree updated",
+    "accept: branch moved",
+    "conclude: accepted",
+    "conclude: reported",
+    "back: begun",
+    "back: profile restored",
+    "back: system restored",
+];
+
+/// Holds this process for ever, if `/run/ekiben-fault` names this place.
+#[cfg(feature = "fault-points")]
+pub fn point(name: &str) {
+    assert!(POINTS.contains(&name), "{name} is no fault point");
+    if std::fs::read_to_string("/run/ekiben-fault").is_ok_and(|wanted| wanted.trim() == name) {
+        log::warn!("Held at {name}.");
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+#[cfg(not(feature = "fault-points"))]
+pub fn point(_name: &str) {}
