@@ -32,5 +32,38 @@ in
     (lib.mkIf (trouble == "build") {
       environment.etc.trouble.source = pkgs.runCommand "trouble" { } "echo trouble in build >&2; exit 1";
     })
+    (lib.mkIf (trouble == "build-hangs") {
+      environment.etc.trouble.source = pkgs.runCommand "trouble" { } "sleep 3600";
+    })
+    (lib.mkIf (trouble == "no-nixos") {
+      system.build.toplevel = lib.mkForce (pkgs.runCommand "no-nixos" { } "mkdir $out");
+    })
+    (lib.mkIf (trouble == "boot-loader") {
+      system.build.installBootLoader = lib.mkForce "${pkgs.coreutils}/bin/false";
+    })
+    (lib.mkIf (trouble == "activation") { system.activationScripts.trouble = "false"; })
+    (lib.mkIf (trouble == "hang") { system.activationScripts.trouble = "sleep 3600"; })
+    (lib.mkIf (trouble == "network") {
+      system.activationScripts.trouble = "${pkgs.iproute2}/bin/ip link set eth1 down";
+    })
+    (lib.mkIf (trouble != "network") {
+      system.activationScripts.network = "${pkgs.iproute2}/bin/ip link set eth1 up || true";
+    })
+    (lib.mkIf (trouble == "unit") {
+      systemd.services.scenario-trouble = {
+        wantedBy = [ "multi-user.target" ];
+        serviceConfig = {
+          Type = "oneshot";
+          ExecStart = "${pkgs.coreutils}/bin/false";
+        };
+      };
+    })
+    # a unit that is broken all the time is started again
+    (lib.mkIf (trouble == "flaky") {
+      systemd.services.scenario-flaky.restartTriggers = [ (read cfg.app) ];
+    })
+    (lib.mkIf (trouble == "reboot") {
+      system.systemBuilderCommands = "echo another > $out/init-interface-version";
+    })
   ];
 }

@@ -17,12 +17,11 @@ def deploy(machine, command):
     return machine.succeed(as_deploy(f"cd {REPOSITORY}; {command}")).strip()
 
 
-def publish(machine, name, content, trouble=None):
-    """Gives the input `name` a new revision; returns that."""
-    trouble = f"echo {trouble} > trouble; git add trouble" if trouble else "git rm -q --ignore-unmatch trouble"
-    return machine.succeed(as_deploy(
-        f"cd /srv/{name}; echo {content} > content; {trouble}; git add content; git commit -qm {content}; git rev-parse HEAD"
-    )).strip()
+def publish(machine, name, content, trouble="none", variant="default"):
+    """Gives the input `name` a new revision; returns that. `trouble` breaks the system that is built
+    with it; `variant` is another configuration of the machine, by its name in the scenario."""
+    write = "".join(f"echo {value} > {file}; " for file, value in (("content", content), ("trouble", trouble), ("variant", variant)))
+    return machine.succeed(as_deploy(f"cd /srv/{name}; {write} git add .; git commit -qm {content}; git rev-parse HEAD")).strip()
 
 
 def install(machine):

@@ -14,7 +14,7 @@ let
   );
   scenarios = lib.genAttrs names (name: import (./. + "/${name}.nix"));
 
-  # `rebuilt` is what a machine's flake adds when it rebuilds itself: see virtual-machine.nix
+  # `rebuilt` is what a machine's flake adds when it rebuilds itself, see virtual-machine.nix
   test =
     pkgs: name: rebuilt:
     pkgs.testers.runNixOSTest {
@@ -43,10 +43,21 @@ in
 {
   tests = pkgs: lib.genAttrs names (name: test pkgs name null);
 
-  # the configuration that a machine of a scenario evaluates when it rebuilds itself
+  # the configuration that a machine of a scenario evaluates when it rebuilds itself, from what its
+  # flake's inputs say
   rebuilt =
-    pkgs: name: machine: addition:
-    (test pkgs name addition).nodes.${machine};
+    pkgs: name: machine: scenario:
+    let
+      file = scenario.app + "/variant";
+      variant = if builtins.pathExists file then lib.fileContents file else "default";
+    in
+    (test pkgs name {
+      imports = [
+        ./addition.nix
+        { inherit scenario; }
+      ]
+      ++ lib.optional (variant != "default") scenarios.${name}.variants.${machine}.${variant};
+    }).nodes.${machine};
 
   # scenario -> machine -> file -> contents
   inherit rendered;

@@ -78,7 +78,9 @@ let
       failed = map (assertion: assertion.message) (
         lib.filter (assertion: !assertion.assertion) config.assertions
       );
-      units = lib.filterAttrs (unit: _: lib.hasPrefix "ekiben" unit) config.systemd.units;
+      units = lib.filterAttrs (
+        unit: _: lib.hasPrefix "ekiben" unit || lib.hasPrefix "scenario" unit
+      ) config.systemd.units;
       etc = lib.filterAttrs (file: _: lib.hasPrefix "scenario/" file) config.environment.etc;
       user = user: ''
         g ${user.group} -
@@ -120,5 +122,26 @@ let
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }
     );
+  # the parts of a variant that a switch to it changes
+  renderVariant =
+    name: node: variant: addition:
+    lib.mapAttrs' (file: lib.nameValuePair "variants/${variant}/${file}") (
+      lib.filterAttrs
+        (
+          file: text:
+          builtins.isString text && (lib.hasPrefix "etc/systemd" file || lib.hasPrefix "etc/ekiben" file)
+        )
+        (
+          render name {
+            imports = [
+              node
+              addition
+            ];
+          }
+        )
+    );
 in
-lib.mapAttrs render scenario.nodes
+lib.mapAttrs (
+  name: node:
+  render name node // lib.concatMapAttrs (renderVariant name node) (scenario.variants.${name} or { })
+) scenario.nodes

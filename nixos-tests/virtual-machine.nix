@@ -19,12 +19,9 @@ let
   inherit (config.networking) hostName;
   # with the contents that every first commit has
   first = (import ./. { inherit self nixpkgs; }).rebuilt pkgs name hostName {
-    imports = [ ./addition.nix ];
-    scenario = {
-      revision = "none";
-      app = ./input;
-      other = ./input;
-    };
+    app = ./input;
+    other = ./input;
+    revision = "none";
   };
 in
 {
@@ -54,13 +51,7 @@ in
               nixosConfigurations.${hostName}.config =
                 (import "''${ekiben}/nixos-tests" { self = ekiben; inherit nixpkgs; }).rebuilt
                   nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" "${hostName}"
-                  {
-                    imports = [ "''${ekiben}/nixos-tests/addition.nix" ];
-                    scenario = {
-                      revision = self.rev or "none";
-                      inherit app other;
-                    };
-                  };
+                  { inherit app other; revision = self.rev or "none"; };
             };
         }
       '';

@@ -130,6 +130,8 @@ class Machine:
         # the same after each boot, or the others would go on sending to the one before
         mac = f"52:54:00:12:01:{int(number):02x}"
         inside = ["nsenter", "--target", str(self.init), "--net", "ip"]
+        # of the host's last boot, if it crashed: the kernel takes its time
+        subprocess.run(["ip", "link", "del", port], stderr=subprocess.DEVNULL)
         for command in (
             ["ip", "link", "add", port, "type", "veth", "peer", "name", "eth1", "address", mac,
              "netns", str(self.init)],

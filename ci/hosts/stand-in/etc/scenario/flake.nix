@@ -19,12 +19,14 @@
       other,
     }:
     let
-      troubleFile = app + "/trouble";
-      trouble =
-        if builtins.pathExists troubleFile then
-          builtins.replaceStrings [ "\n" ] [ "" ] (builtins.readFile troubleFile)
+      said =
+        what: default:
+        if builtins.pathExists (app + "/${what}") then
+          builtins.replaceStrings [ "\n" ] [ "" ] (builtins.readFile (app + "/${what}"))
         else
-          "none";
+          default;
+      trouble = said "trouble" "none";
+      variant = said "variant" "default";
       system =
         name:
         if trouble == "evaluation" then
@@ -39,20 +41,32 @@
               inherit app other trouble;
               revision = self.rev or "none";
               switch = ./switch-to-configuration;
+              etc = ./systems + "/${variant}/etc";
               args = [
                 "-euc"
                 ''
-                  [ $trouble != build ] || { echo "trouble in build" >&2; exit 1; }
-                  mkdir -p $out/bin $out/etc
+                  case $trouble in
+                    build) echo "trouble in build" >&2; exit 1 ;;
+                    build-hangs) sleep 3600 ;;
+                  esac
+                  mkdir -p $out/bin
+                  cp -r $etc $out/etc
+                  chmod u+w $out/etc
                   cp $switch $out/bin/switch-to-configuration
                   chmod +x $out/bin/switch-to-configuration
+                  ln -s bin/switch-to-configuration $out/activate
                   cp $app/content $out/etc/app
                   cp $other/content $out/etc/other
                   echo $revision > $out/etc/revision
                   echo $trouble > $out/trouble
                   echo stand-in > $out/nixos-version
-                  echo 1 > $out/init-interface-version
-                  ln -s /sbin/init $out/init
+                  [ $trouble = reboot ] && echo 2 > $out/init-interface-version || echo 1 > $out/init-interface-version
+                  if [ $trouble = unit ]; then
+                    chmod u+w $out/etc/systemd/system
+                    printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' \
+                      > $out/etc/systemd/system/scenario-trouble.service
+                  fi
+                  [ $trouble = no-nixos ] || ln -s /sbin/init $out/init
                 ''
               ];
             };
