@@ -1,20 +1,27 @@
 # What the machines of all scenarios have in common, on virtual machines and on hosts.
 { lib, ... }:
 {
-  users.users.deploy = {
-    isNormalUser = true;
-    uid = 1000;
-    group = "users";
+  options.scenario.patience = lib.mkOption {
+    default = 1;
+    description = "How many times longer than on a host things take.";
   };
-  systemd.tmpfiles.rules = map (directory: "d ${directory} 0755 deploy users -") [
-    "/srv/app"
-    "/srv/other"
-    "/var/nixos-config"
-  ];
-  # of a test, so they may lie in the store
-  environment.etc =
-    lib.genAttrs [ "scenario/token-app" "scenario/token-other" "scenario/token-ci" ]
-      (name: {
-        text = "${baseNameOf name}-0123456789\n";
-      });
+
+  config = {
+    users.users.deploy = {
+      isNormalUser = true;
+      uid = 1000;
+      group = "users";
+    };
+    systemd.tmpfiles.rules = map (directory: "d ${directory} 0755 deploy users -") [
+      "/srv/app"
+      "/srv/other"
+      "/var/nixos-config"
+    ];
+    # of a test, so they may lie in the store
+    environment.etc =
+      lib.genAttrs [ "scenario/token-app" "scenario/token-other" "scenario/token-ci" ]
+        (name: {
+          text = "${baseNameOf name}-0123456789\n";
+        });
+  };
 }

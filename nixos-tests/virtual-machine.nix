@@ -55,6 +55,8 @@ in
             };
         }
       '';
+      # they evaluate all of NixOS, perhaps without KVM
+      scenario.patience = 30;
       system.switch.enable = true;
       nix.settings = {
         experimental-features = [

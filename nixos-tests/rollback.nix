@@ -1,0 +1,55 @@
+# Whatever goes wrong in a run, wherever it does: it is as if nothing had happened, but for the report.
+let
+  common = {
+    flakePath = "/var/nixos-config";
+    user = "deploy";
+    inputs = [ "app" ];
+    dates = null;
+    networkRetries = 2;
+    healthChecks = {
+      # of no account: it did not pass before
+      never.command = "false";
+      app = {
+        command = "! grep sick /etc/app";
+        retries = 1;
+      };
+      network = {
+        command = "ping -c 1 -W 1 client";
+        retries = 1;
+      };
+    };
+  };
+in
+{
+  nodes.client = { };
+  nodes.server =
+    { config, ... }:
+    {
+      services.ekiben = {
+        enable = true;
+        instances = {
+          app = common;
+          hasty = common // {
+            timeouts = {
+              build = 4 * config.scenario.patience;
+              activate = 4 * config.scenario.patience;
+            };
+          };
+          lenient = common // {
+            onUnitFailure = "keep";
+          };
+          onward = common // {
+            rollback = false;
+          };
+        };
+      };
+      # broken all the time
+      systemd.services.scenario-flaky = {
+        wantedBy = [ "multi-user.target" ];
+        serviceConfig = {
+          Type = "oneshot";
+          ExecStart = "/bin/sh -c 'exit 1'";
+        };
+      };
+    };
+}
