@@ -14,9 +14,14 @@
         );
 
       package =
-        { lib, rustPlatform }:
+        {
+          lib,
+          rustPlatform,
+          buildFeatures ? [ ],
+        }:
         rustPlatform.buildRustPackage {
           pname = "ekiben";
+          inherit buildFeatures;
           inherit ((lib.importTOML ./Cargo.toml).package) version;
           src = lib.fileset.toSource {
             root = ./.;
@@ -42,6 +47,8 @@
     {
       packages = eachSystem (pkgs: rec {
         ekiben = pkgs.callPackage package { };
+        # for tests only: see src/fault.rs
+        ekiben-fault-points = pkgs.callPackage package { buildFeatures = [ "fault-points" ]; };
         default = ekiben;
       });
 

@@ -36,7 +36,7 @@ in
       environment.etc.trouble.source = pkgs.runCommand "trouble" { } "sleep 3600";
     })
     (lib.mkIf (trouble == "no-nixos") {
-      system.build.toplevel = lib.mkForce (pkgs.runCommand "no-nixos" { } "mkdir $out");
+      system.extraSystemBuilderCmds = "rm $out/init";
     })
     (lib.mkIf (trouble == "boot-loader") {
       system.build.installBootLoader = lib.mkForce "${pkgs.coreutils}/bin/false";
@@ -58,12 +58,8 @@ in
         };
       };
     })
-    # a unit that is broken all the time is started again
-    (lib.mkIf (trouble == "flaky") {
-      systemd.services.scenario-flaky.restartTriggers = [ (read cfg.app) ];
-    })
     (lib.mkIf (trouble == "reboot") {
-      system.systemBuilderCommands = "echo another > $out/init-interface-version";
+      system.extraSystemBuilderCmds = "echo another > $out/init-interface-version";
     })
   ];
 }

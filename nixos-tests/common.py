@@ -114,10 +114,10 @@ def digest(machine):
 
 
 def check_deployed(machine, instance):
-    """Checks that the last run deployed: branch, profile, running system and status agree."""
-    run = last_run(machine, instance)
-    assert run["result"] == "deployed", run
-    assert run["commit"] == head(machine), run
+    """Checks that what the instance deployed last is there: branch, profile, running system and status agree."""
+    deployed = status(machine, instance)["deployed"]
+    assert deployed["commit"] == head(machine), deployed
+    assert deployed["system"] == running(machine), deployed
     assert deploy(machine, "git status --porcelain") == ""
     assert deploy(machine, "git for-each-ref refs/ekiben") == ""
     assert shows(machine, "revision") == head(machine)

@@ -31,6 +31,9 @@ let
             rebuilt
             ;
         })
+        (lib.mkIf (scenarios.${name}.faultPoints or false) {
+          services.ekiben.package = self.packages.${pkgs.stdenv.hostPlatform.system}.ekiben-fault-points;
+        })
       ];
       testScript = builtins.readFile ./common.py + builtins.readFile (./. + "/${name}.py");
       # an emulated machine is some 20 times slower than one with KVM

@@ -98,6 +98,7 @@ fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     match ended.status.code() {
         // the documented ones: all well, some unit failed, only a reboot can bring this
         Some(0) => Ok(()),
+        Some(4) if ended.seen => Err(Error::new("Failed to activate the new system: an activation script failed").with_tail(ended.tail)),
         Some(4) => {
             let new = system::check_units(&before.failed_units);
             let keep = run.instance.on_unit_failure == OnUnitFailure::Keep;

@@ -1,7 +1,7 @@
 //! The first of root's stages: take the request, open the journal; before that, end a run that was
 //! cut off.
 
-use std::path::Path;
+use std::time::Duration;
 
 use crate::conclude;
 use crate::config::Instance;
@@ -13,6 +13,9 @@ use crate::queue;
 use crate::run::{Run, Stage, Trigger};
 use crate::status::Status;
 
+/// How soon systemd starts the run that nobody asked for: see [`is_wanted`].
+const RECENTLY: Duration = Duration::from_secs(10);
+
 /// Runs the stage.
 pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if let Err(error) = conclude::conclude(layout) {
@@ -22,23 +25,26 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if layout.journal().exists() {
         return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
     }
-    let request = queue::take(layout)?;
-    fault::point("begin: request taken");
-    let run = Run::new(run_id(), instance.clone(), trigger(request), request);
+    let mut run = Run::new(run_id(), instance.clone());
     let opened = run.save(layout);
-    // also if the journal cannot be written: the request would start run after run
-    queue::forget(layout)?;
-    opened?;
     fault::point("begin: journal opened");
+    run.request = queue::take(layout)?;
+    run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
+    fault::point("begin: request taken");
+    let noted = opened.and_then(|()| run.save(layout));
+    // even if it could not be noted: it would start run after run
+    queue::forget(layout)?;
+    noted?;
     Status::announce(layout, &run, Stage::Prepare)
 }
 
-fn trigger(request: Option<u64>) -> Trigger {
-    // systemd says which unit started this one
-    let timer = std::env::var("TRIGGER_UNIT").is_ok_and(|unit| Path::new(&unit).extension() == Some("timer".as_ref()));
-    match request {
-        Some(_) => Trigger::Request,
-        None if timer => Trigger::Timer,
-        None => Trigger::Start,
-    }
+/// Whether there is anything to do for a service that was started. A run that is cut off in the switch
+/// is put back after it has failed; that reloads systemd, whose path unit then looks again, still
+/// finds the journal, and starts a run that nobody asked for.
+pub fn is_wanted(layout: &Layout) -> bool {
+    let went_back = layout.went_back();
+    let recently = went_back.metadata().and_then(|file| file.modified()).is_ok_and(|time| time.elapsed().is_ok_and(|age| age < RECENTLY));
+    let _ = std::fs::remove_file(went_back);
+    let files = [layout.request(), layout.journal(), layout.taken_request()];
+    !recently || files.iter().any(|file| file.symlink_metadata().is_ok())
 }

@@ -27,10 +27,12 @@ use crate::system;
 /// How long the way from a commit to the branch, a push included, may take.
 const SETTLE_LIMIT: Duration = Duration::from_secs(600);
 
-/// Ends the run whose journal is there; does nothing if none is.
+/// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
     if Run::load(layout)?.is_none() {
-        return Ok(());
+        // systemd says how the lines before this one have ended
+        let failed = std::env::var("SERVICE_RESULT").is_ok_and(|result| result != "success");
+        return if failed { Status::report_unopened(layout, "it could not begin; see the journal of its unit") } else { Ok(()) };
     }
     if system::is_stopping()? {
         // units cannot be started any more: the next boot goes on from here
@@ -39,7 +41,15 @@ pub fn conclude(layout: &Layout) -> Result<()> {
     let turn = system::turn()?;
     // while waiting for the turn, the run may have been ended
     match Run::load(layout)? {
-        Some(run) => end(layout, run, &turn),
+        Some(run) => {
+            // after the unit's stages, not at the beginning of the next run
+            let went_back = run.phase != Phase::Begun && std::env::var_os("SERVICE_RESULT").is_some();
+            let ended = end(layout, run, &turn);
+            if went_back {
+                let _ = std::fs::write(layout.went_back(), "");
+            }
+            ended
+        }
         None => Ok(()),
     }
 }

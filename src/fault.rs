@@ -4,8 +4,8 @@
 /// All places, in the order in which a run that succeeds, and then one that goes back, meets them.
 #[cfg(feature = "fault-points")]
 pub const POINTS: [&str; 27] = [
-    "begin: request taken",
     "begin: journal opened",
+    "begin: request taken",
     "prepare: begun",
     "prepare: inputs updated",
     "prepare: committed",

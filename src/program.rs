@@ -35,6 +35,7 @@ const CLOSED_TICK: Duration = Duration::from_millis(2);
 pub struct Program {
     command: Command,
     name: String,
+    watched: &'static str,
 }
 
 /// How a program ended.
@@ -43,6 +44,8 @@ pub struct Ended {
     pub status: ExitStatus,
     /// The last lines of its output and errors.
     pub tail: Vec<String>,
+    /// Whether it has said what was watched for.
+    pub seen: bool,
 }
 
 impl Program {
@@ -50,14 +53,14 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
-        Self { command, name: name.to_owned() }
+        Self { command, name: name.to_owned(), watched: "" }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name };
+        let mut program = Self { command: Command::new(path), name, watched: "" };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -100,6 +103,12 @@ impl Program {
     /// Adds arguments.
     pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
         self.command.args(arguments);
+        self
+    }
+
+    /// Notes whether the program says this anywhere in its output.
+    pub fn watch_for(mut self, words: &'static str) -> Self {
+        self.watched = words;
         self
     }
 
@@ -157,13 +166,16 @@ impl Program {
         // our ends of the pipe would keep it open
         self.command = Command::new("");
         let mut child = child.context(doing)?;
-        let mut tail = Tail::default();
+        let mut tail = Tail { watched: self.watched, ..Tail::default() };
         loop {
             let heard = tail.follow(&mut reader).context(doing)?;
             let ended = child.try_wait().context(doing)?;
             match (heard, ended) {
                 // a child of the program's may hold its output open: silence is enough then
-                (Heard::Nothing | Heard::End, Some(status)) => return Ok(Ended { status, tail: tail.finish() }),
+                (Heard::Nothing | Heard::End, Some(status)) => {
+                    let lines = tail.finish();
+                    return Ok(Ended { status, tail: lines, seen: tail.seen });
+                }
                 (Heard::End, None) => std::thread::sleep(CLOSED_TICK),
                 _ => {}
             }
@@ -249,6 +261,8 @@ enum Heard {
 struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
+    watched: &'static str,
+    seen: bool,
 }
 
 impl Tail {
@@ -279,15 +293,17 @@ impl Tail {
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
-        self.lines.push_back(String::from_utf8_lossy(&self.partial).into_owned());
+        let line = String::from_utf8_lossy(&self.partial).into_owned();
+        self.seen |= !self.watched.is_empty() && line.contains(self.watched);
+        self.lines.push_back(line);
         self.partial.clear();
     }
 
-    fn finish(mut self) -> Vec<String> {
+    fn finish(&mut self) -> Vec<String> {
         if !self.partial.is_empty() {
             self.end_line();
         }
-        self.lines.into()
+        std::mem::take(&mut self.lines).into()
     }
 }
 

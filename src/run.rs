@@ -57,10 +57,8 @@ impl fmt::Display for Stage {
 pub enum Trigger {
     /// Somebody asked: by webhook or by `ekiben trigger`.
     Request,
-    /// The timer.
+    /// Nobody: the timer, `systemctl start`, or a run that was cut off.
     Timer,
-    /// Neither: `systemctl start`, or a run that was cut off.
-    Start,
 }
 
 /// How far root's part of a run has come. What an interruption leads to depends on it alone.
@@ -154,13 +152,13 @@ impl Failure {
 
 impl Run {
     /// A run that begins now.
-    pub fn new(id: String, instance: Instance, trigger: Trigger, request: Option<u64>) -> Self {
+    pub fn new(id: String, instance: Instance) -> Self {
         Self {
             format: FORMAT,
             id,
             instance,
-            trigger,
-            request,
+            trigger: Trigger::Timer,
+            request: None,
             started: now(),
             boot: boot_id(),
             phase: Phase::Begun,

@@ -16,7 +16,7 @@ use crate::config::{Config, FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::layout::Layout;
-use crate::notes::Proposal;
+use crate::notes::{Proposal, run_id};
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
 
 /// How many ended runs are remembered.
@@ -98,6 +98,8 @@ pub enum Outcome {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ended {
+    /// The identifier that systemd gave it.
+    pub id: String,
     /// How.
     pub result: Outcome,
     /// Why it began.
@@ -139,11 +141,11 @@ impl Status {
         }
     }
 
-    /// Fails if the timer proposes what is known to be bad.
+    /// Fails if what is known to be bad is proposed again without having been asked for.
     pub fn check_not_bad(&self, base: &str, tree: &str, options: &Instance) -> Result<()> {
         let known = self.bad.as_ref().is_some_and(|bad| (bad.base.as_str(), bad.tree.as_str(), &bad.options) == (base, tree, options));
-        let by_timer = self.running.as_ref().is_some_and(|running| running.trigger == Trigger::Timer);
-        if known && by_timer {
+        let unasked = self.running.as_ref().is_some_and(|running| running.trigger == Trigger::Timer);
+        if known && unasked {
             return Err(Error::new(
                 "Failed to find anything new since a candidate that is known to be bad; ask for a run to try that again all the same",
             ));
@@ -155,6 +157,21 @@ impl Status {
     pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
         let running = Running { stage, trigger: run.trigger, started: run.started };
         Self { running: Some(running), ..Self::read(layout) }.write(layout)
+    }
+
+    /// Says that this process' run failed before it had a journal, unless it has been reported.
+    pub fn report_unopened(layout: &Layout, why: &str) -> Result<()> {
+        let mut status = Self { running: None, ..Self::read(layout) };
+        let id = run_id();
+        if status.runs.first().is_some_and(|run| run.id == id) {
+            return Ok(());
+        }
+        let (stage, error) = (Some(Stage::Begin), Some(why.to_owned()));
+        let (trigger, commit, summary, warnings) = (Trigger::Timer, None, None, Vec::new());
+        let (started, finished, reboot_needed) = (now(), now(), false);
+        let result = Outcome::Failed;
+        status.runs.insert(0, Ended { id, result, trigger, started, finished, commit, summary, stage, error, warnings, reboot_needed });
+        status.write(layout)
     }
 
     /// Says how a run ended, and draws the conclusions for the next.
@@ -198,6 +215,7 @@ impl Ended {
     /// The end of `run`, now.
     pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
         Self {
+            id: run.id.clone(),
             result,
             trigger: run.trigger,
             started: run.started,

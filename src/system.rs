@@ -13,10 +13,11 @@ use crate::program::{Ended, Program};
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
-/// How long systemd may take for an answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between two attempts to switch while somebody else does.
 const PAUSE: Duration = Duration::from_secs(1);
+/// What an activation script that fails has NixOS say. It leads to exit status 2, but not if a unit
+/// fails, too.
+const SNIPPET_FAILED: &str = "Activation script snippet '";
 /// Held by whoever changes what this machine runs.
 const TURN: &str = "/run/ekiben.lock";
 
@@ -35,8 +36,8 @@ pub fn current() -> Result<PathBuf> {
 
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
-    let state = Program::as_root("systemctl").arg("is-system-running").run(ANSWER_LIMIT)?;
-    Ok(state.tail == ["stopping"])
+    let state = Program::as_root("systemctl").args(["show", "--property=SystemState", "--value"]);
+    Ok(state.output(|| "ask systemd".into(), None)?.trim_ascii() == b"stopping")
 }
 
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
@@ -46,7 +47,7 @@ pub fn switch_to(system: &Path, action: &str, limit: u64) -> Result<Ended> {
     loop {
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
-        let ended = program.run(Duration::from_secs(limit))?;
+        let ended = program.watch_for(SNIPPET_FAILED).run(Duration::from_secs(limit))?;
         let locked = !ended.status.success() && ended.tail.iter().any(|line| line.contains("Could not acquire lock"));
         if !locked || Instant::now() > deadline {
             return Ok(ended);
