@@ -77,8 +77,11 @@
           rendered = scenarios.renderedCheck pkgs;
           clippy = self.packages.${pkgs.stdenv.hostPlatform.system}.default.overrideAttrs (old: {
             pname = "ekiben-clippy";
-            nativeBuildInputs = old.nativeBuildInputs ++ [ pkgs.clippy ];
-            buildPhase = "cargo clippy --all-targets --all-features -- --deny warnings";
+            nativeBuildInputs = (old.nativeBuildInputs or [ ]) ++ [
+              pkgs.cargo
+              pkgs.clippy
+            ];
+            buildPhase = "cargo clippy --offline --all-targets --all-features -- --deny warnings";
             installPhase = "touch $out";
             doCheck = false;
           });

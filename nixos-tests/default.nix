@@ -69,7 +69,8 @@ in
     pkgs:
     pkgs.runCommand "ekiben-rendered"
       {
-        rendered = builtins.toJSON (rendered pkgs);
+        # the texts alone: what they name need not be there
+        rendered = builtins.unsafeDiscardStringContext (builtins.toJSON (rendered pkgs));
         passAsFile = [ "rendered" ];
         nativeBuildInputs = [ pkgs.python3 ];
       }
