@@ -455,7 +455,6 @@ let
       };
     serviceConfig = sandbox // {
       Type = "oneshot";
-      ExecCondition = "+${ekiben} wanted ${name}";
       # + is root without the sandbox
       ExecStart = [
         "+${ekiben} begin ${name}"

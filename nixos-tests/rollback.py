@@ -197,6 +197,7 @@ with subtest("an activation script fails"):
     fails("rolledBack", "activate", "Failed to activate the new system: exited with 2")
     # the same behind the exit status of a unit that is broken anyway
     server.succeed("rm /run/scenario-calm; ! systemctl start scenario-flaky")
+    publish(server, "app", next(COUNT), trouble="activation")
     fails("rolledBack", "activate", "Failed to activate the new system: an activation script failed")
     works()
 

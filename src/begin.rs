@@ -1,8 +1,6 @@
 //! The first of root's stages: take the request, open the journal; before that, end a run that was
 //! cut off.
 
-use std::time::Duration;
-
 use crate::conclude;
 use crate::config::Instance;
 use crate::error::{Error, Result};
@@ -12,9 +10,6 @@ use crate::notes::run_id;
 use crate::queue;
 use crate::run::{Run, Stage, Trigger};
 use crate::status::Status;
-
-/// How soon systemd starts the run that nobody asked for: see [`is_wanted`].
-const RECENTLY: Duration = Duration::from_secs(10);
 
 /// Runs the stage.
 pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
@@ -36,15 +31,4 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     queue::forget(layout)?;
     noted?;
     Status::announce(layout, &run, Stage::Prepare)
-}
-
-/// Whether there is anything to do for a service that was started. A run that is cut off in the switch
-/// is put back after it has failed; that reloads systemd, whose path unit then looks again, still
-/// finds the journal, and starts a run that nobody asked for.
-pub fn is_wanted(layout: &Layout) -> bool {
-    let went_back = layout.went_back();
-    let recently = went_back.metadata().and_then(|file| file.modified()).is_ok_and(|time| time.elapsed().is_ok_and(|age| age < RECENTLY));
-    let _ = std::fs::remove_file(went_back);
-    let files = [layout.request(), layout.journal(), layout.taken_request()];
-    !recently || files.iter().any(|file| file.symlink_metadata().is_ok())
 }

@@ -42,11 +42,12 @@ pub fn conclude(layout: &Layout) -> Result<()> {
     // while waiting for the turn, the run may have been ended
     match Run::load(layout)? {
         Some(run) => {
-            // after the unit's stages, not at the beginning of the next run
-            let went_back = run.phase != Phase::Begun && std::env::var_os("SERVICE_RESULT").is_some();
             let ended = end(layout, run, &turn);
-            if went_back {
-                let _ = std::fs::write(layout.went_back(), "");
+            // after the unit's stages, not at the beginning of the next run
+            if std::env::var_os("SERVICE_RESULT").is_some() && !layout.request().exists() {
+                if let Err(error) = system::cancel_start(layout.name()) {
+                    log::warn!("{error}.");
+                }
             }
             ended
         }

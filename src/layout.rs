@@ -57,11 +57,6 @@ impl Layout {
         self.root.join("runs").join(format!("{}.json", self.name))
     }
 
-    /// Says that a run has just been put back after its unit had failed.
-    pub fn went_back(&self) -> PathBuf {
-        PathBuf::from(format!("/run/ekiben-{}-went-back", self.name))
-    }
-
     /// What everybody may know.
     pub fn status(&self) -> PathBuf {
         self.root.join("status").join(format!("{}.json", self.name))

@@ -50,7 +50,7 @@ Usage: ekiben [--config FILE] COMMAND
 
 What the units run:
   webhook
-  wanted | begin | prepare | build | activate | conclude INSTANCE
+  begin | prepare | build | activate | conclude INSTANCE
 
 Options:
   --config FILE   the configuration (default: /etc/ekiben/config.json)
@@ -84,8 +84,6 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
-        // an exit status of 1 has systemd skip the run
-        ["wanted", name] => return layout(name).map(|layout| ExitCode::from(u8::from(!begin::is_wanted(&layout)))),
         ["begin", name] => begin::begin(&Layout::new(name), config()?.instance(name)?),
         ["prepare", name] => prepare::prepare(&Layout::new(name), config()?.instance(name)?),
         ["build", name] => build::build(&Layout::new(name), config()?.instance(name)?),

@@ -40,6 +40,21 @@ pub fn is_stopping() -> Result<bool> {
     Ok(state.output(|| "ask systemd".into(), None)?.trim_ascii() == b"stopping")
 }
 
+/// Cancels a start of the instance's service that waits for the end of the present run.
+///
+/// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
+/// still finds the journal, and asks for a start that nobody needs.
+pub fn cancel_start(instance: &str) -> Result<()> {
+    let list = Program::as_root("systemctl").args(["list-jobs", "--no-legend", "--full", "--no-pager"]);
+    let list = list.arg(format!("ekiben-{instance}.service")).output(|| "list systemd's jobs".into(), None)?;
+    for line in String::from_utf8_lossy(&list).lines() {
+        if let [job, _, "start", "waiting"] = line.split_whitespace().collect::<Vec<_>>()[..] {
+            Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
+        }
+    }
+    Ok(())
+}
+
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
 /// somebody else is switching, waits for that, with the same limit.
 pub fn switch_to(system: &Path, action: &str, limit: u64) -> Result<Ended> {
