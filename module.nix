@@ -426,6 +426,32 @@ let
     + timeouts.activate * 4
     + lib.foldl' (a: b: a + b) 0 checks;
 
+  programs = [
+    config.nix.package
+    config.programs.ssh.package
+    pkgs.gitMinimal
+    pkgs.gnutar
+    pkgs.gzip
+    pkgs.util-linux
+    pkgs.xz
+  ];
+
+  # a run whose switch removed its instance, and that was cut off then, has no unit any more
+  orphans = {
+    description = "End of Ekiben's runs for instances that are gone";
+    wantedBy = [ "multi-user.target" ];
+    after = [ "network-online.target" ];
+    wants = [ "network-online.target" ];
+    unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
+    restartIfChanged = false;
+    path = programs;
+    serviceConfig = {
+      # a switch that starts this must not wait for it: this waits for the switch
+      Type = "exec";
+      ExecStart = "${ekiben} conclude";
+    };
+  };
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -436,16 +462,7 @@ let
     unitConfig.X-StopOnRemoval = false;
     # requests are never refused for being many
     startLimitIntervalSec = 0;
-    path = [
-      config.nix.package
-      config.programs.ssh.package
-      pkgs.gitMinimal
-      pkgs.gnutar
-      pkgs.gzip
-      pkgs.util-linux
-      pkgs.xz
-    ]
-    ++ instance.extraPackages;
+    path = programs ++ instance.extraPackages;
     environment =
       config.nix.envVars
       // config.networking.proxy.envVars
@@ -668,6 +685,9 @@ in
       timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
       services =
         forInstances service cfg.instances
+        // {
+          ekiben = orphans;
+        }
         // optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookService; };
       sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
       # as in src/layout.rs

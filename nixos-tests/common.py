@@ -76,6 +76,30 @@ def run(machine, instance):
     return last_run(machine, instance)
 
 
+def follow(machine, instance):
+    """Remembers where the instance's journal ends now, for `wait_until_said`."""
+    unit = f"ekiben-{instance}"
+    machine.succeed(f"rm -f /tmp/{unit}; journalctl -q -u {unit} -n 1 --cursor-file=/tmp/{unit} > /dev/null || true")
+
+
+def wait_until_said(machine, instance, what):
+    """Waits until the instance's journal has said something since `follow`."""
+    unit = f"ekiben-{instance}"
+    machine.wait_until_succeeds(
+        f"journalctl -q -u {unit} -o cat $(test ! -s /tmp/{unit} || echo --after-cursor=$(cat /tmp/{unit})) | grep -F {shlex.quote(what)}"
+    )
+
+
+def hold(machine, *points):
+    """Has runs stop at these fault points, until `go_on`."""
+    machine.succeed(f"printf '%s\\n' {shlex.join(points)} > /run/ekiben-fault")
+
+
+def go_on(machine, point):
+    """Lets all runs go on from a fault point."""
+    machine.succeed(f"echo {shlex.quote(f'go on: {point}')} >> /run/ekiben-fault")
+
+
 def wait_until_idle(machine, instance):
     """Waits until the instance's service does not run."""
     machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")

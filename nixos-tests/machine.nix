@@ -1,9 +1,15 @@
 # What the machines of all scenarios have in common, on virtual machines and on hosts.
 { lib, ... }:
 {
-  options.scenario.patience = lib.mkOption {
-    default = 1;
-    description = "How many times longer than on a host things take.";
+  options.scenario = {
+    patience = lib.mkOption {
+      default = 1;
+      description = "How many times longer than on a host things take.";
+    };
+    otherBinary = lib.mkOption {
+      default = false;
+      description = "Whether Ekiben's program is the same at another place.";
+    };
   };
 
   config = {

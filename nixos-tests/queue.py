@@ -10,13 +10,13 @@ def post():
     return json.loads(client.succeed(POST.replace("-o /dev/null -w '%{http_code} %{exitcode} %{errormsg}\\n'", "-f")))["request"]
 
 
-def hold():
-    """Has the next run wait before it changes anything, until `release`."""
+def block():
+    """Has the next run wait before it changes anything, until `unblock`."""
     server.succeed("systemd-run --unit=holder flock /run/ekiben.lock $(command -v sleep) infinity")
     server.wait_until_fails("flock --nonblock /run/ekiben.lock true")
 
 
-def release():
+def unblock():
     server.succeed("systemctl stop holder")
 
 
@@ -25,7 +25,7 @@ def wait_for_stage(stage):
 
 
 with subtest("300 requests, most of them during a run: all accepted, few runs, one of them after the last request"):
-    hold()
+    block()
     first = post()
     wait_for_stage("prepare")
     client.succeed(f"seq 300 | xargs -P 20 -I@ sh -c {shlex.quote(POST)} > /tmp/answers")
@@ -33,7 +33,7 @@ with subtest("300 requests, most of them during a run: all accepted, few runs, o
     publish(server, "app", "2")
     last = post()
     assert last > first
-    release()
+    unblock()
     server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {last} and .app.running == null'")
     assert shows(server, "app") == "2"
     ended = status(server, "app")["runs"]
@@ -44,13 +44,13 @@ with subtest("300 requests, most of them during a run: all accepted, few runs, o
 
 with subtest("a request during a run leads to one more run, which sees what came before the request"):
     before = runs(server, "app")
-    hold()
+    block()
     post()
     wait_for_stage("activate")
     publish(server, "app", "3")
     number = post()
     assert post() == number
-    release()
+    unblock()
     wait_for_run(server, "app", before + 1)
     assert runs(server, "app") == before + 2
     assert shows(server, "app") == "3"

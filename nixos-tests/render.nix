@@ -57,6 +57,14 @@ let
             };
           }
         )
+        (
+          { config, ... }:
+          {
+            services.ekiben.package = lib.mkIf config.scenario.otherBinary (
+              lib.mkForce (usr // { outPath = "/usr/local"; })
+            );
+          }
+        )
         {
           _module.args.pkgs = lib.mkForce (pkgs // standIns);
           nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
@@ -122,23 +130,30 @@ let
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }
     );
-  # the parts of a variant that a switch to it changes
+
+  # the parts of a system that a switch to it installs
+  switched = lib.filterAttrs (
+    file: text:
+    builtins.isString text && (lib.hasPrefix "etc/systemd" file || lib.hasPrefix "etc/ekiben" file)
+  );
+  # what is different in a variant, and what is not there
   renderVariant =
     name: node: variant: addition:
+    let
+      original = switched (render name node);
+      varied = switched (
+        render name {
+          imports = [
+            node
+            addition
+          ];
+        }
+      );
+      different = lib.filterAttrs (file: text: original.${file} or null != text) varied;
+      removed = builtins.attrNames (removeAttrs original (builtins.attrNames varied));
+    in
     lib.mapAttrs' (file: lib.nameValuePair "variants/${variant}/${file}") (
-      lib.filterAttrs
-        (
-          file: text:
-          builtins.isString text && (lib.hasPrefix "etc/systemd" file || lib.hasPrefix "etc/ekiben" file)
-        )
-        (
-          render name {
-            imports = [
-              node
-              addition
-            ];
-          }
-        )
+      different // { removed = lib.concatMapStrings (file: "${file}\n") removed; }
     );
 in
 lib.mapAttrs (

@@ -53,11 +53,12 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
         return Err(Error::new("Failed to find the run's proposal"));
     };
     let repository = repository?;
-    if repository.branch == proposal.branch && repository.contains(&repository.head, &proposal.commit) {
+    let is_in_branch = || repository.branch == proposal.branch && repository.contains(&repository.head, &proposal.commit);
+    if fate == Fate::Accept && is_in_branch() {
         // done before this was cut off, or by the user
     } else if has_moved(&repository, &proposal) {
         return Ok(ExitCode::from(MOVED));
-    } else {
+    } else if repository.head != proposal.commit {
         repository.check_lock_file_is_clean()?;
         repository.check_forward(&proposal.commit, &layout.own("index"))?;
         if fate == Fate::Accept {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::fcntl::Flock;
 
 use crate::candidate::{Fate, MOVED};
+use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::layout::Layout;
@@ -30,9 +31,10 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(600);
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
     if Run::load(layout)?.is_none() {
-        // systemd says how the lines before this one have ended
-        let failed = std::env::var("SERVICE_RESULT").is_ok_and(|result| result != "success");
-        return if failed { Status::report_unopened(layout, "it could not begin; see the journal of its unit") } else { Ok(()) };
+        return match service_result().as_str() {
+            "" | "success" => Ok(()),
+            _ => Status::report_unopened(layout, "it could not begin; see the journal of its unit"),
+        };
     }
     if system::is_stopping()? {
         // units cannot be started any more: the next boot goes on from here
@@ -44,7 +46,7 @@ pub fn conclude(layout: &Layout) -> Result<()> {
         Some(run) => {
             let ended = end(layout, run, &turn);
             // after the unit's stages, not at the beginning of the next run
-            if std::env::var_os("SERVICE_RESULT").is_some() && !layout.request().exists() {
+            if !service_result().is_empty() && !layout.request().exists() {
                 if let Err(error) = system::cancel_start(layout.name()) {
                     log::warn!("{error}.");
                 }
@@ -52,6 +54,16 @@ pub fn conclude(layout: &Layout) -> Result<()> {
             ended
         }
         None => Ok(()),
+    }
+}
+
+/// Ends the runs that were cut off of instances that are not configured any more: the switch to a
+/// system without them was their last deed.
+pub fn conclude_orphans(config: &Config) {
+    for layout in Layout::new("").with_journal().into_iter().filter(|layout| config.instance(layout.name()).is_err()) {
+        if let Err(error) = conclude(&layout) {
+            log::warn!("{error}.");
+        }
     }
 }
 
@@ -70,6 +82,10 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         fault::point("conclude: accepted");
     }
     let accepted = run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none();
+    if run.phase == Phase::Begun && run.decision.is_none() && service_result() == "success" {
+        // no line failed, yet they are over: a switch by another hand has changed them under this run
+        run.decision = Some(Decision::StartOver);
+    }
     if run.failure.is_none() && run.decision.is_none() && !accepted {
         run.failure = notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(&run, notes.as_ref())));
     }
@@ -108,12 +124,17 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
     Ok(())
 }
 
+/// How the unit's stages have ended, as systemd says to what it runs after them; else empty.
+fn service_result() -> String {
+    std::env::var("SERVICE_RESULT").unwrap_or_default()
+}
+
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
 fn cut_off(run: &Run, notes: Option<&Notes>) -> Failure {
-    let message = match std::env::var("SERVICE_RESULT").as_deref() {
-        Ok("timeout") => "it took too long".into(),
-        Ok("signal" | "core-dump") => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
-        Ok("oom-kill") => "the machine ran out of memory".into(),
+    let message = match service_result().as_str() {
+        "timeout" => "it took too long".into(),
+        "signal" | "core-dump" => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
+        "oom-kill" => "the machine ran out of memory".into(),
         _ => "it was cut off".into(),
     };
     Failure { stage: reached(run, notes), message, tail: Vec::new(), transient: true }

@@ -33,14 +33,16 @@ pub const POINTS: [&str; 27] = [
     "back: system restored",
 ];
 
-/// Holds this process for ever, if `/run/ekiben-fault` names this place.
+/// Holds this process if `/run/ekiben-fault` names this place, until that file also says "go on: <place>".
 #[cfg(feature = "fault-points")]
 pub fn point(name: &str) {
     assert!(POINTS.contains(&name), "{name} is no fault point");
-    if std::fs::read_to_string("/run/ekiben-fault").is_ok_and(|wanted| wanted.trim() == name) {
+    let says = |what: &str| std::fs::read_to_string("/run/ekiben-fault").is_ok_and(|said| said.lines().any(|line| line == what));
+    let go_on = format!("go on: {name}");
+    if says(name) && !says(&go_on) {
         log::warn!("Held at {name}.");
-        loop {
-            std::thread::park();
+        while !says(&go_on) {
+            std::thread::sleep(std::time::Duration::from_millis(20));
         }
     }
 }

@@ -77,6 +77,11 @@ impl Repository {
         Ok(Self { prefix: one("--show-prefix")?, top, branch, head, git_directory })
     }
 
+    /// Whether HEAD is another branch or commit by now.
+    pub fn has_moved(&self, instance: &Instance) -> Result<bool> {
+        Self::open(instance).map(|now| now.branch != self.branch || now.head != self.head)
+    }
+
     /// The flake's lock file, from the top of the working tree.
     pub fn lock_file(&self) -> String {
         format!("{}flake.lock", self.prefix)
@@ -216,38 +221,43 @@ impl Repository {
     pub fn forward(&self, commit: &str, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
         let files = self.changed_files(commit)?;
-        let made = savepoint.make(commit, &files);
-        if made.is_err() {
-            savepoint.discard()?;
-        }
-        made?;
+        let made = savepoint.make(&files);
         fault::point("accept: saved");
-        let forwarded = self.update_branch(commit, || {
-            fault::point("accept: branch locked");
-            // its status says whether files were edited; read-tree knows which ones matter
-            let _ = self.ask(["update-index", "-q", "--refresh"]);
-            self.ask(["read-tree", "-m", "-u", &self.head, commit])?;
-            savepoint.sync(&files)?;
-            fault::point("accept: tree updated");
-            Ok(())
+        let mut begun = false;
+        let forwarded = made.and_then(|()| {
+            self.update_branch(commit, || {
+                fault::point("accept: branch locked");
+                savepoint.begin(&self.head, commit, &files)?;
+                begun = true;
+                // its status says whether files were edited; read-tree knows which ones matter
+                let _ = self.ask(["update-index", "-q", "--refresh"]);
+                self.ask(["read-tree", "-m", "-u", &self.head, commit])?;
+                savepoint.sync(&files)?;
+                fault::point("accept: tree updated");
+                Ok(())
+            })
         });
-        if forwarded.is_err() {
-            savepoint.restore(&files, &self.branch)?;
+        match &forwarded {
+            Err(_) if begun => savepoint.restore(&files, &self.branch)?,
+            Err(_) => savepoint.discard()?,
+            Ok(()) => {
+                fault::point("accept: branch moved");
+                savepoint.discard()?;
+            }
         }
-        forwarded?;
-        fault::point("accept: branch moved");
-        savepoint.discard()
+        forwarded
     }
 
     /// Ends a fast-forward of the instance that was cut off: all of it has been done, or none of it.
     pub fn recover(&self, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
         match savepoint.found()? {
-            Some((commit, _)) if self.contains(&self.head, &commit) => savepoint.discard(),
-            Some((commit, files)) => {
-                log::warn!("Going back from {commit}, to which {} was being fast-forwarded ...", self.branch);
-                savepoint.restore(&files, &self.branch)
+            Some(cut_off) if cut_off.from == self.head => {
+                log::warn!("Going back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
+                savepoint.restore(&cut_off.files, &self.branch)
             }
+            // it is the branch already, or somebody has gone on from there by hand
+            Some(_) => savepoint.discard(),
             None => Ok(()),
         }
     }

@@ -31,8 +31,17 @@ impl Layout {
     }
 
     /// Those of all instances that anything is known of.
-    pub fn all(&self) -> Vec<Self> {
-        let files = fs::read_dir(self.root.join("status")).into_iter().flatten().flatten();
+    pub fn with_status(&self) -> Vec<Self> {
+        self.with_file_in("status")
+    }
+
+    /// Those of all instances with a journal.
+    pub fn with_journal(&self) -> Vec<Self> {
+        self.with_file_in("runs")
+    }
+
+    fn with_file_in(&self, directory: &str) -> Vec<Self> {
+        let files = fs::read_dir(self.root.join(directory)).into_iter().flatten().flatten();
         let names = files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
         names.map(|name| Self::below(&self.root, &name)).collect()
     }

@@ -51,6 +51,7 @@ Usage: ekiben [--config FILE] COMMAND
 What the units run:
   webhook
   begin | prepare | build | activate | conclude INSTANCE
+  conclude                     ends runs of instances that are gone
 
 Options:
   --config FILE   the configuration (default: /etc/ekiben/config.json)
@@ -89,6 +90,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["build", name] => build::build(&Layout::new(name), config()?.instance(name)?),
         // after the switch, the configuration may know nothing of the instance any more
         ["activate", name] => layout(name).and_then(|layout| activate::activate(&layout)),
+        ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
         ["candidate", fate, name, run, options] => {

@@ -6,6 +6,7 @@
 use std::fs;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
@@ -80,7 +81,9 @@ impl Notes {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.context(doing)?,
         };
-        let notes: Self = serde_json::from_slice(&bytes).context(doing)?;
+        let mut notes = serde_json::from_slice(&bytes).context(doing)?;
+        make_printable(&mut notes);
+        let notes: Self = serde_json::from_value(notes).context(doing)?;
         Ok((notes.run == run).then_some(notes))
     }
 
@@ -101,5 +104,15 @@ impl Notes {
         // a directory of the user's own making in its place is the user's to remove
         fs::metadata(path.parent().unwrap_or(&path)).context(doing)?;
         files::write(&path, &text, 0o600).context(doing)
+    }
+}
+
+/// Makes all texts fit for a terminal, and for one line of the journal.
+fn make_printable(value: &mut Value) {
+    match value {
+        Value::String(text) => *text = text.replace(char::is_control, "\u{fffd}"),
+        Value::Array(values) => values.iter_mut().for_each(make_printable),
+        Value::Object(values) => values.values_mut().for_each(make_printable),
+        _ => {}
     }
 }

@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut notes = Notes::begin(layout)?;
     fault::point("prepare: begun");
-    match propose(layout, instance) {
+    match propose_from_head(layout, instance) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
             notes.proposal = Some(proposal);
@@ -35,8 +35,18 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     }
 }
 
-fn propose(layout: &Layout, instance: &Instance) -> Result<Proposal> {
-    let repository = Repository::open(instance)?;
+/// Proposes, again if somebody else commits meanwhile and that gets in the way.
+fn propose_from_head(layout: &Layout, instance: &Instance) -> Result<Proposal> {
+    loop {
+        let repository = Repository::open(instance)?;
+        match propose(layout, instance, &repository) {
+            Err(error) if repository.has_moved(instance)? => log::info!("{error}; but the branch has moved: starting over."),
+            other => return other,
+        }
+    }
+}
+
+fn propose(layout: &Layout, instance: &Instance, repository: &Repository) -> Result<Proposal> {
     repository.recover(layout.name())?;
     repository.check_lock_file_is_clean()?;
     let reference = layout.reference();

@@ -139,8 +139,7 @@ impl Program {
         }
         let tail: Vec<String> = String::from_utf8_lossy(&output.stderr).lines().map(String::from).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
-        let said = tail.iter().find(|line| line.contains("error:") || line.contains("fatal:")).or(tail.last());
-        let said = said.map(|line| format!(": {line}")).unwrap_or_default();
+        let said = reason(&tail).or(tail.last().map(String::as_str)).map(|line| format!(": {line}")).unwrap_or_default();
         Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(output.status))).with_tail(tail))
     }
 
@@ -224,7 +223,8 @@ impl Ended {
         if self.status.success() {
             return Ok(());
         }
-        Err(Error::new(format!("Failed to {}: {}", doing(), describe(self.status))).with_tail(self.tail))
+        let said = reason(&self.tail).map(|line| format!(": {line}")).unwrap_or_default();
+        Err(Error::new(format!("Failed to {}: {}{said}", doing(), describe(self.status))).with_tail(self.tail))
     }
 }
 
@@ -238,6 +238,11 @@ fn end(child: &mut Child) {
     }
     let _ = killpg(group, Signal::SIGKILL);
     let _ = child.wait();
+}
+
+/// The line that says best why a program failed.
+fn reason(tail: &[String]) -> Option<&str> {
+    tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))
 }
 
 fn describe(status: ExitStatus) -> String {
@@ -293,7 +298,7 @@ impl Tail {
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
-        let line = String::from_utf8_lossy(&self.partial).into_owned();
+        let line = String::from_utf8_lossy(&self.partial).replace(|c: char| c.is_control() && c != '\t', "\u{fffd}");
         self.seen |= !self.watched.is_empty() && line.contains(self.watched);
         self.lines.push_back(line);
         self.partial.clear();

@@ -31,6 +31,16 @@ pub struct Changed {
     pub new: bool,
 }
 
+/// A fast-forward that was cut off.
+pub struct CutOff {
+    /// The commit it began at.
+    pub from: String,
+    /// The commit it led to.
+    pub to: String,
+    /// The files it changes.
+    pub files: Vec<Changed>,
+}
+
 impl Savepoint {
     /// The savepoint of an instance in a repository, whether it exists or not.
     pub fn of(top: &Path, git_directory: &Path, instance: &str) -> Self {
@@ -38,34 +48,38 @@ impl Savepoint {
         Self { directory, top: top.to_owned(), git_directory: git_directory.to_owned() }
     }
 
-    /// Saves the index and these files before a fast-forward to `commit`. Changes nothing that git
-    /// knows of.
-    pub fn make(&self, commit: &str, files: &[Changed]) -> Result<()> {
+    /// Saves the index and these files. Changes nothing that git knows of.
+    pub fn make(&self, files: &[Changed]) -> Result<()> {
         let make = || -> io::Result<()> {
             fs::create_dir(&self.directory)?;
             fs::hard_link(self.git_directory.join("index"), self.directory.join("index"))?;
             for (number, file) in files.iter().enumerate().filter(|(_, file)| !file.new) {
                 fs::hard_link(self.top.join(&file.path), self.saved(number))?;
             }
-            files::sync(&self.directory)?;
-            // last: without it, nothing has been changed yet
-            let list: Vec<_> = files.iter().map(|file| format!("{}{}", if file.new { 'N' } else { 'S' }, file.path)).collect();
-            files::write(&self.list(), format!("{commit}\0{}", list.join("\0")).as_bytes(), 0o600)
+            files::sync(&self.directory)
         };
         make().context(|| format!("save files to {}", self.directory.display()))
     }
 
-    /// The commit that a fast-forward which was cut off led to, and the files it changes; none if
-    /// none was cut off, or if it had changed nothing yet: that savepoint is gone then.
-    pub fn found(&self) -> Result<Option<(String, Vec<Changed>)>> {
+    /// Says that these files are about to be changed, from one commit to another. Without it, a
+    /// savepoint means nothing.
+    pub fn begin(&self, from: &str, to: &str, files: &[Changed]) -> Result<()> {
+        let list: Vec<_> = files.iter().map(|file| format!("{}{}", if file.new { 'N' } else { 'S' }, file.path)).collect();
+        let list = format!("{from}\0{to}\0{}", list.join("\0"));
+        files::write(&self.list(), list.as_bytes(), 0o600).context(|| format!("write {}", self.list().display()))
+    }
+
+    /// A fast-forward that was cut off; none if none was, or if it had changed nothing yet: that
+    /// savepoint is gone then.
+    pub fn found(&self) -> Result<Option<CutOff>> {
         if !self.directory.exists() {
             return Ok(None);
         }
         let Ok(list) = fs::read_to_string(self.list()) else { return self.discard().map(|()| None) };
         let mut parts = list.split('\0').map(String::from);
-        let commit = parts.next().unwrap_or_default();
+        let (from, to) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         let files = parts.filter(|part| part.len() > 1).map(|part| Changed { path: part[1..].to_owned(), new: part.starts_with('N') });
-        Ok(Some((commit, files.collect())))
+        Ok(Some(CutOff { from, to, files: files.collect() }))
     }
 
     /// Gives the saved files their names again, and removes the locks that git left behind.
@@ -180,7 +194,8 @@ mod tests {
         for cut_off_after in 0..=5 {
             let (directory, savepoint, files) = tree();
             let before = snapshot(&directory);
-            savepoint.make("abc", &files).unwrap();
+            savepoint.make(&files).unwrap();
+            savepoint.begin("abc", "def", &files).unwrap();
             let steps: [&dyn Fn(); 5] = [
                 &|| fs::write(directory.path().join(".git/index.lock"), "").unwrap(),
                 &|| replace(&directory.path().join("changed"), "half"),
@@ -189,9 +204,9 @@ mod tests {
                 &|| fs::rename(directory.path().join(".git/index.lock"), directory.path().join(".git/index")).unwrap(),
             ];
             steps.iter().take(cut_off_after).for_each(|step| step());
-            let (commit, found) = savepoint.found().unwrap().unwrap();
-            assert_eq!((commit.as_str(), &found), ("abc", &files));
-            savepoint.restore(&found, "refs/heads/main").unwrap();
+            let found = savepoint.found().unwrap().unwrap();
+            assert_eq!((found.from.as_str(), found.to.as_str(), &found.files), ("abc", "def", &files));
+            savepoint.restore(&found.files, "refs/heads/main").unwrap();
             assert_eq!(snapshot(&directory), before, "cut off after {cut_off_after}");
             assert!(savepoint.found().unwrap().is_none());
         }
@@ -201,7 +216,8 @@ mod tests {
     fn going_back_can_be_begun_again() {
         let (directory, savepoint, files) = tree();
         let before = snapshot(&directory);
-        savepoint.make("abc", &files).unwrap();
+        savepoint.make(&files).unwrap();
+        savepoint.begin("abc", "def", &files).unwrap();
         replace(&directory.path().join("changed"), "half");
         replace(&directory.path().join("new"), "new");
         // cut off after the first of the saved files
@@ -218,15 +234,16 @@ mod tests {
         fs::write(&lock, "").unwrap();
         let old = SystemTime::now() - std::time::Duration::from_secs(60);
         fs::File::options().write(true).open(&lock).unwrap().set_modified(old).unwrap();
-        savepoint.make("abc", &files).unwrap();
+        savepoint.make(&files).unwrap();
+        savepoint.begin("abc", "def", &files).unwrap();
         savepoint.restore(&files, "refs/heads/main").unwrap();
         assert!(lock.exists());
     }
 
     #[test]
     fn a_savepoint_that_was_never_finished_is_dropped() {
-        let (directory, savepoint, _) = tree();
-        fs::create_dir(directory.path().join(".git/ekiben-app")).unwrap();
+        let (directory, savepoint, files) = tree();
+        savepoint.make(&files).unwrap();
         assert!(savepoint.found().unwrap().is_none());
         assert!(!directory.path().join(".git/ekiben-app").exists());
     }

@@ -239,7 +239,7 @@ pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
 
 /// What each of this machine's instances deployed last.
 fn all_deployed(layout: &Layout) -> Vec<Deployed> {
-    layout.all().iter().filter_map(|instance| Status::read(instance).deployed).collect()
+    layout.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
 }
 
 /// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.

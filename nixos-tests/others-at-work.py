@@ -1,0 +1,155 @@
+import itertools
+
+machine.start()
+install(machine)
+COUNT = iter(range(2, 1000))
+INSTANCES = ("app", "other", "second")
+
+
+def settle():
+    """Waits until nothing is left to do, and checks that nothing was left behind."""
+    for instance in INSTANCES:
+        machine.wait_until_succeeds(f"test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json")
+        wait_until_idle(machine, instance)
+    assert machine.succeed("ls -A /var/lib/ekiben/runs") == ""
+    assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben; ls -d .git/*.lock .git/ekiben-* 2>/dev/null || true") == ""
+
+
+def last_id(instance):
+    """The identifier of the instance's last run."""
+    return next((run["id"] for run in status(machine, instance)["runs"]), None)
+
+
+def results(instance, since):
+    """How the runs after the one with the identifier `since` have ended, the first one first."""
+    ended = [(run["id"], run["result"]) for run in status(machine, instance)["runs"]]
+    new = list(itertools.takewhile(lambda run: run[0] != since, ended))
+    return [result for _, result in new[::-1]]
+
+
+with subtest("two instances on one repository at once"):
+    content = str(next(COUNT))
+    for name in ("app", "other"):
+        publish(machine, name, content)
+        follow(machine, name)
+    # both have a candidate from the same commit
+    hold(machine, "build: noted")
+    for name in ("app", "other"):
+        machine.succeed(f"ekiben trigger {name}")
+    for name in ("app", "other"):
+        wait_until_said(machine, name, "Held at build: noted.")
+    go_on(machine, "build: noted")
+    settle()
+    assert (shows(machine, "app"), shows(machine, "other")) == (content, content)
+    ends = sorted((results("app", None), results("other", None)))
+    assert ends == [["deployed"], ["startedOver", "deployed"]], ends
+    assert deploy(machine, "git rev-list --count --merges HEAD") == "0"
+    assert shows(machine, "revision") == head(machine)
+
+with subtest("two repositories on one machine at once"):
+    deploy(machine, "git clone -q . ~/second")
+    content = str(next(COUNT))
+    publish(machine, "app", content)
+    machine.succeed("ekiben trigger app; ekiben trigger second")
+    settle()
+    for instance in ("app", "second"):
+        assert last_run(machine, instance)["result"] == "deployed", last_run(machine, instance)
+    heads = {head(machine), machine.succeed(as_deploy("git -C ~/second rev-parse HEAD")).strip()}
+    assert heads == {status(machine, instance)["deployed"]["commit"] for instance in ("app", "second")}
+    assert shows(machine, "app") == content and shows(machine, "revision") in heads
+    assert generation(machine).endswith(f" {running(machine)}")
+
+
+def interrupt(point, command, by_hand=False):
+    """Does something by hand while a run is held at a point; returns how the runs ended that followed."""
+    before = last_id("app")
+    publish(machine, "app", str(next(COUNT)))
+    publish(machine, "other", str(next(COUNT)))
+    hold(machine, point)
+    follow(machine, "app")
+    machine.succeed("ekiben trigger app")
+    wait_until_said(machine, "app", f"Held at {point}.")
+    deploy(machine, command)
+    wanted = head(machine)
+    if by_hand:
+        rebuild(machine)
+    go_on(machine, point)
+    settle()
+    deploy(machine, f"git merge-base --is-ancestor {wanted} HEAD")
+    return results("app", before)
+
+
+UPDATE = "nix flake update other; git commit -qam 'by hand'"
+for point in ("prepare: committed", "build: built", "activate: begun", "activate: switched", "activate: persisted", "accept: saved"):
+    with subtest(f"a commit by hand at {point}: the run starts over from it"):
+        # before there is a candidate, within the same run
+        expected = ["deployed"] if point.startswith("prepare") else ["startedOver", "deployed"]
+        assert interrupt(point, UPDATE) == expected, status(machine, "app")
+        check_deployed(machine, "app")
+        assert shows(machine, "other") == machine.succeed("cat /srv/other/content").strip()
+
+for point, command in (
+    ("build: begun", "git reset -q --hard HEAD~1"),
+    ("activate: begun", "git commit -q --amend -m amended"),
+    ("activate: persisted", "git reset -q --hard HEAD~1"),
+    ("activate: switched", "git switch -qC elsewhere"),
+):
+    with subtest(f"{command} at {point}: the run starts over from there"):
+        assert interrupt(point, command) == ["startedOver", "deployed"], status(machine, "app")
+        check_deployed(machine, "app")
+
+with subtest("nixos-rebuild by hand before the switch: the run starts over from it"):
+    assert interrupt("activate: begun", UPDATE, by_hand=True) == ["startedOver", "deployed"], status(machine, "app")
+    check_deployed(machine, "app")
+
+with subtest("nixos-rebuild by hand after the switch: it stays, and the run says so"):
+    ended = interrupt("activate: switched", UPDATE, by_hand=True)
+    assert ended == ["failed"], status(machine, "app")
+    assert "something else has switched this machine" in last_run(machine, "app")["error"]
+    assert shows(machine, "revision") == head(machine)
+    assert generation(machine).endswith(f" {running(machine)}")
+    machine.succeed("ekiben trigger app")
+    settle()
+    check_deployed(machine, "app")
+
+with subtest("an edit by hand of what the run changes: the edit stays, and the old system comes back"):
+    before = (running(machine), generation(machine), head(machine))
+    publish(machine, "app", str(next(COUNT)))
+    hold(machine, "activate: persisted")
+    follow(machine, "app")
+    machine.succeed("ekiben trigger app")
+    wait_until_said(machine, "app", "Held at activate: persisted.")
+    deploy(machine, "echo >> flake.lock")
+    edited = deploy(machine, "sha256sum flake.lock")
+    go_on(machine, "activate: persisted")
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
+    wait_until_idle(machine, "app")
+    ended = last_run(machine, "app")
+    assert ended["result"] == "rolledBack" and "uncommitted changes" in ended["error"], ended
+    assert (running(machine), generation(machine), head(machine)) == before
+    assert deploy(machine, "sha256sum flake.lock") == edited
+    deploy(machine, "git restore flake.lock")
+    machine.succeed("ekiben trigger app")
+    settle()
+    check_deployed(machine, "app")
+
+for kind, make, words in (
+    ("no directory", "true", "No such file or directory"),
+    ("no repository", "mkdir /srv/odd", "not a git repository"),
+    ("a repository without a commit", "git init -q /srv/odd", "the branch has no commit yet; commit the flake"),
+    ("a bare repository", f"git clone -q --bare {REPOSITORY} /srv/odd", "must be run in a work tree"),
+    ("a worktree", f"git -C {REPOSITORY} worktree add -q -b odd /srv/odd", "it is a worktree or submodule"),
+    ("a submodule", f"git init -q /srv/super; cd /srv/super; git -c protocol.file.allow=always submodule --quiet add {REPOSITORY} odd; ln -s super/odd /srv/odd", "worktree or submodule"),
+    ("a directory of a repository", f"git clone -q {REPOSITORY} /srv/whole; mkdir /srv/whole/odd; ln -s whole/odd /srv/odd", "its top is /srv/whole"),
+    ("a repository of somebody else", f"cp -r {REPOSITORY} /srv/odd; chown -R root: /srv/odd", "dubious ownership"),
+):
+    with subtest(f"{kind} is refused"):
+        machine.succeed("rm -rf /srv/odd")
+        if "chown" in make:
+            machine.succeed(make)
+        else:
+            machine.succeed("chmod 1777 /srv; " + as_deploy(make))
+        before = machine.succeed("find /srv/odd /srv/odd/ ! -type d -printf '%p %T@ %m\\n' 2>/dev/null | sort || true"), running(machine), generation(machine)
+        ended = run(machine, "odd")
+        assert ended["result"] == "failed" and ended["stage"] == "prepare" and words in ended["error"], ended
+        assert (machine.succeed("find /srv/odd /srv/odd/ ! -type d -printf '%p %T@ %m\\n' 2>/dev/null | sort || true"), running(machine), generation(machine)) == before
