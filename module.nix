@@ -37,7 +37,7 @@ let
     };
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
-  isFree = name: isName name && name != "webhook";
+  isFree = name: isName name && name != "webhook" && name != "webhook-address";
 
   instance = types.submodule (
     { config, ... }:
@@ -312,19 +312,31 @@ let
     SystemCallErrorNumber = "EPERM";
   };
 
+  webhookAddress =
+    if cfg.webhook.socket != null then
+      cfg.webhook.socket
+    else if lib.hasInfix ":" cfg.webhook.host then
+      "[${cfg.webhook.host}]:${toString cfg.webhook.port}"
+    else
+      "${cfg.webhook.host}:${toString cfg.webhook.port}";
+
+  # NixOS leaves a socket that has changed as it is: this has it listen at its new address
+  webhookMove = {
+    description = "Address of Ekiben's webhook: ${webhookAddress}";
+    wantedBy = [ "multi-user.target" ];
+    reloadIfChanged = true;
+    serviceConfig = {
+      Type = "oneshot";
+      RemainAfterExit = true;
+      ExecStart = lib.getExe' pkgs.coreutils "true";
+      ExecReload = "${lib.getExe' config.systemd.package "systemctl"} restart ekiben-webhook.socket";
+    };
+  };
+
   webhookSocket = {
     description = "Socket of Ekiben's webhook";
     wantedBy = [ "sockets.target" ];
-    listenStreams = [
-      (
-        if cfg.webhook.socket != null then
-          cfg.webhook.socket
-        else if lib.hasInfix ":" cfg.webhook.host then
-          "[${cfg.webhook.host}]:${toString cfg.webhook.port}"
-        else
-          "${cfg.webhook.host}:${toString cfg.webhook.port}"
-      )
-    ];
+    listenStreams = [ webhookAddress ];
     socketConfig = {
       # an address that comes up later than this
       FreeBind = true;
@@ -517,7 +529,7 @@ let
       perInstance = name: instance: [
         {
           assertion = isFree name;
-          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than `webhook`.";
+          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than `webhook` and `webhook-address`.";
         }
         {
           assertion = config.users.users ? ${instance.user};
@@ -688,7 +700,10 @@ in
         // {
           ekiben = orphans;
         }
-        // optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookService; };
+        // optionalAttrs cfg.webhook.enable {
+          ekiben-webhook = webhookService;
+          ekiben-webhook-address = webhookMove;
+        };
       sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
       # as in src/layout.rs
       tmpfiles.rules = [

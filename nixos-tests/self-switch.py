@@ -73,6 +73,7 @@ for variant in ("options", "stages", "path", "timer", "socket", "binary", "defau
         for instance, number in asked.items():
             assert known(instance)["served"] >= number, (instance, number)
         check_deployed(machine, "app")
+        machine.succeed(f"nc -z 127.0.0.1 {PORTS.get(variant, 8787)}", f"! nc -z 127.0.0.1 {8787 if variant in PORTS else 8788}")
 
 with subtest("a switch changes the instance's user"):
     asked = switch("user", asked_meanwhile=("other",))

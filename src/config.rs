@@ -264,7 +264,11 @@ impl From<Author> for String {
 /// `ekiben-`, of units. An accepted name has none of `/`, `.`, `%`, `@` and spaces, and no leading `-`.
 pub fn instance_name(name: &str) -> Result<(), String> {
     file_name(name)?;
-    if name == "webhook" { Err("the name webhook is taken by the listener's own unit".into()) } else { Ok(()) }
+    if ["webhook", "webhook-address"].contains(&name) {
+        Err(format!("the name {name} is taken by the listener's own unit"))
+    } else {
+        Ok(())
+    }
 }
 
 fn file_name(name: &str) -> Result<(), String> {
