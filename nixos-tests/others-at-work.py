@@ -80,7 +80,8 @@ def interrupt(point, command, by_hand=False):
 
 
 UPDATE = "nix flake update other; git commit -qam 'by hand'"
-for point in ("prepare: committed", "build: built", "activate: begun", "activate: switched", "activate: persisted", "accept: saved"):
+POINTS = ("activate: switched", "activate: persisted", "accept: saved", "prepare: committed", "build: built", "activate: begun")
+for point in some(machine, POINTS):
     with subtest(f"a commit by hand at {point}: the run starts over from it"):
         # before there is a candidate, within the same run
         expected = ["deployed"] if point.startswith("prepare") else ["startedOver", "deployed"]
@@ -88,12 +89,13 @@ for point in ("prepare: committed", "build: built", "activate: begun", "activate
         check_deployed(machine, "app")
         assert shows(machine, "other") == machine.succeed("cat /srv/other/content").strip()
 
-for point, command in (
+MOVES = (
+    ("activate: persisted", "git reset -q --hard HEAD~1"),
     ("build: begun", "git reset -q --hard HEAD~1"),
     ("activate: begun", "git commit -q --amend -m amended"),
-    ("activate: persisted", "git reset -q --hard HEAD~1"),
     ("activate: switched", "git switch -qC elsewhere"),
-):
+)
+for point, command in some(machine, MOVES, 1):
     with subtest(f"{command} at {point}: the run starts over from there"):
         assert interrupt(point, command) == ["startedOver", "deployed"], status(machine, "app")
         check_deployed(machine, "app")

@@ -153,7 +153,7 @@ with subtest("the disk of the state directory is full"):
     server.succeed("cp -a /var/lib/ekiben/. /var/lib/ekiben.away/; umount -l /var/lib/ekiben; cp -a /var/lib/ekiben.away/. /var/lib/ekiben/")
 
 with subtest("the disk of the store is full"):
-    if server.execute("test -e /etc/scenario/switch-to-configuration")[0] == 0:
+    if is_host(server):
         publish(server, "app", next(COUNT))
         server.succeed(
             "cp -a /nix/store /nix/store.away; mount -t tmpfs -o size=$(du -sk /nix/store | cut -f1)k,mode=1775 tmpfs /nix/store",
