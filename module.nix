@@ -233,6 +233,11 @@ let
           one line end at most. It is read by systemd, so it can be anywhere and readable by root only.
         '';
       };
+      extraTokenFiles = mkOption {
+        type = types.listOf externalPath;
+        default = [ ];
+        description = "Files with more tokens of this project, for the time in which its token is changed.";
+      };
       instance = mkOption {
         type = types.str;
         example = "my-project";
@@ -366,9 +371,13 @@ let
       DynamicUser = true;
       # may write the queue, and nothing else
       SupplementaryGroups = [ "ekiben" ];
-      LoadCredential = mapAttrsToList (
-        name: project: "token-${name}:${project.tokenFile}"
-      ) cfg.webhook.projects;
+      LoadCredential = lib.concatLists (
+        mapAttrsToList (
+          name: project:
+          [ "token-${name}:${project.tokenFile}" ]
+          ++ lib.imap1 (number: file: "token-${name}.${toString number}:${file}") project.extraTokenFiles
+        ) cfg.webhook.projects
+      );
       RuntimeDirectory = "ekiben-webhook";
       RuntimeDirectoryMode = "0700";
       UMask = "0007";
@@ -566,7 +575,8 @@ let
         }
         (
           let
-            others = filterAttrs (_: other: other.tokenFile == project.tokenFile) projects;
+            files = project: [ project.tokenFile ] ++ project.extraTokenFiles;
+            others = filterAttrs (_: other: lib.elem project.tokenFile (files other)) projects;
           in
           {
             assertion = builtins.attrNames others == [ name ];

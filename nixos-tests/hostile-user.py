@@ -61,7 +61,7 @@ CANDIDATES = (
     ("a directory", "rm candidate; mkdir candidate", "Failed to read the candidate"),
     ("nothing", "rm candidate", "Failed to read the candidate"),
 )
-for what, make, words in some(machine, CANDIDATES):
+for what, make, words in some(machine, CANDIDATES, 5):
     with subtest(f"the candidate is {what}"):
         attempt("activate: begun", f"cd {OWN}; {make}", words)
         machine.succeed(as_deploy(f"rm -rf {OWN}/candidate"))
@@ -75,7 +75,7 @@ NOTES = (
     ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"0\"/' notes.json", "there is no proposal"),
     ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "Failed to"),
 )
-for what, make, words in some(machine, NOTES):
+for what, make, words in some(machine, NOTES, 3):
     with subtest(f"the notes are {what}"):
         attempt("activate: begun", f"cd {OWN}; {make}", words)
         machine.succeed(as_deploy(f"rm -rf {OWN}/notes.json"))

@@ -25,9 +25,15 @@
     ];
     # of a test, so they may lie in the store
     environment.etc =
-      lib.genAttrs [ "scenario/token-app" "scenario/token-other" "scenario/token-ci" ]
-        (name: {
-          text = "${baseNameOf name}-0123456789\n";
+      lib.genAttrs
+        (map (name: "scenario/token-${name}") [
+          "app"
+          "ci"
+          "next"
+          "other"
+        ])
+        (file: {
+          text = "${baseNameOf file}-0123456789\n";
         });
   };
 }

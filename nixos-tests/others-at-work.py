@@ -131,8 +131,19 @@ with subtest("an edit by hand of what the run changes: the edit stays, and the o
     assert (running(machine), generation(machine), head(machine)) == before
     assert deploy(machine, "sha256sum flake.lock") == edited
     deploy(machine, "git restore flake.lock")
-    machine.succeed("ekiben trigger app")
-    settle()
+    # it was not the candidate's fault: nobody has to ask for it again
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
+with subtest("git is at work in the repository, or has left its lock behind: refused before anything happens"):
+    publish(machine, "app", str(next(COUNT)))
+    deploy(machine, "touch .git/index.lock")
+    before = (digest(machine), running(machine), generation(machine))
+    ended = run(machine, "app")
+    assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "index.lock exists" in ended["error"], ended
+    assert (digest(machine), running(machine), generation(machine)) == before
+    deploy(machine, "rm .git/index.lock")
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
     check_deployed(machine, "app")
 
 for kind, make, words in (

@@ -10,6 +10,7 @@
         projects = {
           app = {
             tokenFile = "/etc/scenario/token-app";
+            extraTokenFiles = [ "/etc/scenario/token-next" ];
             instance = "app";
           };
           # a second project may start the same instance

@@ -77,13 +77,12 @@ with subtest("everything else gets its answer, and nothing runs"):
         client.fail(f"curl -fsS -X POST {arguments} {URL}")
     for path in ("/", "/ekiben/", "/Ekiben", "/ekiben/app", "/status", "/ekiben%2f"):
         assert post(token("app"), f"http://server:8787{path}") == "404", path
-    for method in ("GET", "PUT", "DELETE", "OPTIONS"):
+    for method in ("PUT", "DELETE", "OPTIONS"):
         assert post(f"-X {method} {token('app')}") == "405", method
-        assert header("Allow") == "POST"
+        assert header("Allow") == "GET, POST"
     assert post(token("app") + " -H Expect: --data-binary @/tmp/more") == "413"
     assert post(f"{token('app')} -H \"X-Long: $(head -c 9000 /tmp/64k)\"") == "431"
     assert post(token("app") + " -H 'Transfer-Encoding: chunked' -d x") == "411"
-    client.fail(f"curl -fsS {token('app')} {URL}")
     assert (digest(server), generation(server), runs(server, "app"), runs(server, "other")) == before
     assert server.succeed("ls -A /var/lib/ekiben/queue") == ""
 
@@ -95,6 +94,47 @@ with subtest("a request that cannot be written is refused"):
     wait_for_run(server, "app", 6)
     check_deployed(server, "app")
     assert (shows(server, "app"), shows(server, "other")) == ("4", "2")
+
+with subtest("a client can wait for the outcome, and fail if the deployment did"):
+    # as in the README
+    job = r"""
+        ask() { printf 'header = "Authorization: Bearer %s"' "$TOKEN" | curl -fsS -K - "$@" "$URL"; }
+        number=$(ask -X POST | jq .request)
+        until state=$(ask) && echo "$state" | jq -e ".served >= $number" > /dev/null; do sleep 1; done
+        echo "$state" | jq -e '.last.result == "deployed" or .last.result == "unchanged"'
+    """
+    job = f"URL={URL} TOKEN=token-ci-0123456789; {job}"
+    publish(server, "app", "5")
+    client.succeed(job)
+    check_deployed(server, "app")
+    client.succeed(job)
+    publish(server, "app", "6", trouble="build")
+    client.fail(job)
+    publish(server, "app", "7")
+    client.succeed(job)
+    wait_until_idle(server, "app")
+
+with subtest("the state is that of the token's instance, and tells how it is, not why"):
+    state = json.loads(client.succeed(f"curl -fsS {token('app')} {URL}"))
+    assert sorted(state) == ["last", "queued", "running", "served"], state
+    assert state["last"]["result"] == "deployed" and state["last"]["commit"] == head(server), state
+    assert (state["queued"], state["running"]) == (False, None), state
+    assert json.loads(client.succeed(f"curl -fsS {token('other')} {URL}"))["served"] < state["served"]
+    assert post("-X GET") == post("-X GET -H 'Authorization: Bearer token-app-0123456780'") == "401"
+
+with subtest("a token is changed without losing a request"):
+    client.succeed(f"for i in $(seq 200); do curl -s -o /dev/null -w '%{{http_code}} %{{exitcode}}\n' -X POST {token('next')} {URL}; done > /tmp/codes & echo $! > /tmp/stream")
+    server.succeed("echo token-new-0123456789 > /tmp/new; mount --bind /tmp/new $(readlink -f /etc/scenario/token-app)")
+    assert post(token("app")) == post(token("next")) == "202"
+    server.succeed("systemctl restart ekiben-webhook.service")
+    assert post(token("new")) == post(token("next")) == "202"
+    assert post(token("app")) == "401"
+    client.wait_until_succeeds("test $(wc -l < /tmp/codes) = 200")
+    assert client.succeed("sort /tmp/codes | uniq -c | tr -s ' '").strip() == "200 202 0"
+    server.succeed("umount /tmp/new || umount $(readlink -f /etc/scenario/token-app); systemctl restart ekiben-webhook.service")
+    server.wait_until_succeeds("test ! -e /var/lib/ekiben/queue/app")
+    wait_until_idle(server, "app")
+    assert post(token("app")) == "202"
 
 with subtest("a token that is not fit for use is refused, by its project's name"):
     server.succeed("touch /tmp/token; mount --bind /tmp/token $(readlink -f /etc/scenario/token-ci)")
@@ -109,6 +149,7 @@ with subtest("a token that is not fit for use is refused, by its project's name"
         server.succeed(f"journalctl -u ekiben-webhook -o cat | grep -F {shlex.quote(message)}")
         assert not token_text or token_text not in server.succeed("journalctl -o cat -u ekiben-webhook")
     server.succeed("umount /tmp/token || umount $(readlink -f /etc/scenario/token-ci); systemctl restart ekiben-webhook.service")
+    before = status(server, "app")["served"]
     assert post(token("ci")) == "202"
-    wait_for_run(server, "app", 7)
+    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served > {before}'")
     server.fail("journalctl -o cat -u ekiben-webhook -u ekiben-app | grep -F token-app-0123456789")

@@ -75,7 +75,7 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
             // another hand: what it did is to stay
             run.before = None;
             run.enter(Phase::Begun, layout)?;
-            return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime"));
+            return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
     if !is_booted {

@@ -165,7 +165,8 @@ pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
         return Ok(true);
     }
     let error = said("error: ").pop().unwrap_or_else(|| format!("Failed to {} the candidate", fate.word()));
-    Err(Error::new(error).with_tail(ended.tail))
+    // the candidate is not to blame
+    Err(Error::new(error).with_tail(ended.tail).transient())
 }
 
 /// Puts back what the journal says was before, unless that is switched off; says so if that fails.

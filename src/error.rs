@@ -12,19 +12,24 @@ pub struct Error {
     message: String,
     /// The end of the failing program's output; empty if no program was involved.
     pub tail: Vec<String>,
+    transient: bool,
 }
 
 impl Error {
     /// An error that is said in one sentence, without a full stop.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), tail: Vec::new() }
+        Self { message: message.into(), tail: Vec::new(), transient: false }
     }
 
-    /// Whether what the failing program said has to do with this moment rather than with what it
-    /// was asked to do.
+    /// The same error, as one that has to do with this moment rather than with what was asked for.
+    pub fn transient(self) -> Self {
+        Self { transient: true, ..self }
+    }
+
+    /// Whether the same may well succeed another time: said so, or by what the failing program said.
     pub fn is_transient(&self) -> bool {
         let said = self.tail.iter().chain([&self.message]).map(|line| line.to_ascii_lowercase());
-        said.into_iter().any(|line| TRANSIENT.iter().any(|words| line.contains(words)))
+        self.transient || said.into_iter().any(|line| TRANSIENT.iter().any(|words| line.contains(words)))
     }
 
     /// The same error with the end of a program's output.

@@ -206,6 +206,11 @@ impl Repository {
     /// untracked file; changes nothing. `scratch` is a file for a private index.
     pub fn check_forward(&self, commit: &str, scratch: &Path) -> Result<()> {
         let index = self.git_directory.join("index");
+        let lock = index.with_extension("lock");
+        if lock.exists() {
+            let what = "another git is at work there, or has left that file behind; remove it then";
+            return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", index.display(), lock.display())));
+        }
         fs::copy(&index, scratch).context(|| format!("copy {}", index.display()))?;
         let private = || self.git().env("GIT_INDEX_FILE", scratch);
         // its status says whether files were edited, which is no matter yet

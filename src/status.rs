@@ -249,6 +249,45 @@ pub fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
     if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
 }
 
+/// An instance as whoever holds a token of it may know it: how it is, not why.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct State {
+    /// Whether a request waits for a run.
+    queued: bool,
+    /// The run under way.
+    running: Option<Running>,
+    /// The highest number of a request that an ended run has served.
+    served: u64,
+    /// The run that ended last.
+    last: Option<Last>,
+}
+
+/// How that run ended.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Last {
+    result: Outcome,
+    stage: Option<Stage>,
+    commit: Option<String>,
+    started: u64,
+    finished: u64,
+    reboot_needed: bool,
+}
+
+/// How an instance is, as JSON, for a client of the webhook.
+pub fn for_clients(layout: &Layout) -> Result<String> {
+    let path = layout.request();
+    // before the status: a run that takes the request meanwhile shows there
+    let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
+    let Status { running, served, runs, .. } = Status::read(layout);
+    let last = runs.into_iter().next().map(|run| {
+        let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
+        Last { result, stage, commit, started, finished, reboot_needed }
+    });
+    serde_json::to_string(&State { queued, running, served, last }).map(|text| text + "\n").context(|| "write the state".into())
+}
+
 /// An instance as `ekiben status --json` shows it.
 #[derive(Serialize)]
 struct Shown {

@@ -33,17 +33,26 @@ impl Token {
 }
 
 impl Tokens {
-    /// Reads each project's token from the credential `token-<project>`. Fails, naming the project,
-    /// if one is missing or not fit for use, or if two projects have the same.
+    /// Reads each project's tokens from the credentials `token-<project>`, `token-<project>.1` and so
+    /// on. Fails, naming the project, if the first is missing or one is not fit for use, or if two
+    /// projects have the same.
     pub fn read(directory: &Path, projects: &BTreeMap<String, Project>) -> Result<Self> {
         let mut tokens: Vec<(Token, String)> = Vec::new();
         let mut owners: Vec<&String> = Vec::new();
-        for (name, project) in projects {
+        let first = projects.iter().map(|(name, project)| (name, project, directory.join(format!("token-{name}"))));
+        let more = projects.iter().flat_map(|(name, project)| {
+            let paths = (1..).map(move |number| directory.join(format!("token-{name}.{number}")));
+            paths.take_while(|path| path.exists()).map(move |path| (name, project, path))
+        });
+        for (name, project, path) in first.chain(more) {
             let doing = || format!("read the token of project {name}");
-            let text = fs::read(directory.join(format!("token-{name}"))).context(doing)?;
+            let text = fs::read(path).context(doing)?;
             let text = text.strip_suffix(b"\n").map_or(&text[..], |text| text.strip_suffix(b"\r").unwrap_or(text));
             let token = check(text).and_then(|()| Token::new(text).ok_or("it is too long")).context(doing)?;
             if let Some(other) = tokens.iter().position(|(other, _)| constant_time_eq_n(&other.0, &token.0)) {
+                if owners[other] == name {
+                    continue;
+                }
                 let message = format!("Failed to tell projects {} and {name} apart: they have the same token", owners[other]);
                 return Err(Error::new(message));
             }
@@ -109,6 +118,18 @@ mod tests {
         for wrong in ["", "abcdefghijklmno", "abcdefghijklmnopq", "abcdefghijklmnop\0", "ABCDEFGHIJKLMNOP", &longer] {
             assert_eq!(tokens.instance(wrong.as_bytes()), None);
         }
+    }
+
+    #[test]
+    fn a_project_may_have_more_than_one() {
+        let directory = Directory::new();
+        for (name, token) in [("token-a", GOOD), ("token-a.1", "another-token-0123"), ("token-a.2", GOOD), ("token-a.4", "unread")] {
+            fs::write(directory.path().join(name), token).unwrap();
+        }
+        let projects = BTreeMap::from([("a".to_owned(), Project { instance: "app".into() })]);
+        let tokens = Tokens::read(directory.path(), &projects).unwrap();
+        assert_eq!(tokens.instance(GOOD.as_bytes()), Some("app"));
+        assert_eq!(tokens.instance(b"another-token-0123"), Some("app"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! HTTP in, request out: `POST` with a token on the one path starts that token's instance.
+//! HTTP in, request out: `POST` with a token on the one path asks for a run of that token's
+//! instance, `GET` tells how that instance is.
 //!
 //! Nothing of the request is looked at but method, path and token, so a request is a doorbell.
 //! It is answered with 202 once it is on disk, and with 503 if it could not be written. The gate
@@ -23,6 +24,7 @@ use crate::error::{Context, Error, Result};
 use crate::gate::{self, Listener, Request};
 use crate::layout::Layout;
 use crate::queue;
+use crate::status;
 use crate::token::Tokens;
 
 /// How long the exchange with `tiny_http`, in this very process, may take; only a full queue
@@ -148,15 +150,25 @@ impl Engine {
         if path != self.path {
             return refusal(404, "not found");
         }
-        if *request.method() != Method::Post {
-            return with_header(refusal(405, "only POST is answered"), "Allow", "POST");
+        if !matches!(request.method(), Method::Get | Method::Post) {
+            return with_header(refusal(405, "only GET and POST are answered"), "Allow", "GET, POST");
         }
         let authorization = request.headers().iter().find(|header| header.field.equiv("Authorization"));
         let Some(instance) = authorization.and_then(|header| bearer(header.value.as_str())).and_then(|token| self.tokens.instance(token))
         else {
             return with_header(refusal(401, "unauthorized"), "WWW-Authenticate", "Bearer");
         };
-        match queue::request(&Layout::new(instance), self.last_number) {
+        let layout = Layout::new(instance);
+        if *request.method() == Method::Get {
+            return status::for_clients(&layout).map_or_else(
+                |error| {
+                    log::error!("{error}.");
+                    refusal(503, "the state could not be read")
+                },
+                |state| answer(200, &state),
+            );
+        }
+        match queue::request(&layout, self.last_number) {
             Ok(number) => {
                 self.last_number = self.last_number.max(number);
                 log::info!("Request {number} for {instance}.");
