@@ -381,8 +381,9 @@ let
       RuntimeDirectory = "ekiben-webhook";
       RuntimeDirectoryMode = "0700";
       UMask = "0007";
-      # of the file system, only this
-      TemporaryFileSystem = "/:ro";
+      # of the file system, only this. (TemporaryFileSystem=/ would do nothing: DynamicUser= implies
+      # ProtectSystem=strict, which takes the place of it.)
+      RootDirectory = "/var/lib/ekiben/root";
       BindReadOnlyPaths = [
         builtins.storeDir
         "/etc/ekiben"
@@ -390,6 +391,14 @@ let
         "/var/lib/ekiben/status"
       ];
       BindPaths = [ "/var/lib/ekiben/queue" ];
+      BindLogSockets = false;
+      # writable ones of its own are made for it, which it does not need
+      TemporaryFileSystem = [
+        "/dev/mqueue:ro"
+        "/dev/shm:ro"
+        "/tmp:ro"
+        "/var/tmp:ro"
+      ];
       # the inherited socket goes on to be the world's; no other can be opened
       PrivateNetwork = true;
       RestrictAddressFamilies = "AF_UNIX";
@@ -721,6 +730,7 @@ in
         "d /var/lib/ekiben/queue 2770 root ekiben -"
         "d /var/lib/ekiben/runs 0700 root root -"
         "d /var/lib/ekiben/status 0755 root root -"
+        "d /var/lib/ekiben/root 0755 root root -"
       ];
     };
   };

@@ -1,0 +1,27 @@
+# What a webhook that was taken over, and a stage of the user's, can reach: every attempt is made for
+# real, from inside the units as they are.
+{
+  nodes.machine = {
+    services.ekiben = {
+      enable = true;
+      webhook = {
+        enable = true;
+        projects.app = {
+          tokenFile = "/etc/scenario/token-app";
+          instance = "app";
+        };
+      };
+      instances.app = {
+        flakePath = "/var/nixos-config";
+        user = "deploy";
+        inputs = [ "app" ];
+        dates = null;
+      };
+    };
+    users.users.stranger = {
+      isNormalUser = true;
+      uid = 1001;
+      group = "users";
+    };
+  };
+}
