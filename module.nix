@@ -677,6 +677,21 @@ in
         example = "/run/ekiben.sock";
         description = "A Unix socket to listen on, for a proxy, instead of {option}`host` and {option}`port`.";
       };
+      nginx = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "deploy.example.org";
+        description = ''
+          A virtual host of {option}`services.nginx` that passes requests on to the webhook, over a Unix
+          socket. TLS is that virtual host's business.
+        '';
+      };
+      caddy = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "deploy.example.org";
+        description = "The same for {option}`services.caddy`.";
+      };
       path = mkOption {
         type = types.strMatching "/[^?#%\" \\]*";
         default = "/ekiben";
@@ -708,6 +723,18 @@ in
 
   config = mkIf cfg.enable {
     inherit assertions;
+    services = mkIf cfg.webhook.enable {
+      ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
+        lib.mkDefault "/run/ekiben.sock"
+      );
+      nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
+        ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
+          "http://unix:${cfg.webhook.socket}";
+      };
+      caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
+        ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
+      };
+    };
     environment.etc."ekiben/config.json".source = checked;
     environment.systemPackages = [ cfg.package ];
     users.groups.ekiben = { };

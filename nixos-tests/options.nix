@@ -175,6 +175,16 @@ let
       dates = null;
     };
   };
+  proxied = evaluate {
+    services.ekiben = {
+      enable = true;
+      webhook = {
+        enable = true;
+        nginx = "n.example.org";
+        caddy = "c.example.org";
+      };
+    };
+  };
   wrong = lib.concatLists [
     (expect "nothing is enabled, nothing is there" (
       failures nothing == [ ]
@@ -192,8 +202,10 @@ let
         "ekiben-tgautobot.path"
         "ekiben-tgautobot.service"
         "ekiben-tgautobot.timer"
+        "ekiben-webhook-address.service"
         "ekiben-webhook.service"
         "ekiben-webhook.socket"
+        "ekiben.service"
       ]
     ))
     (expect "the published example's flake is deployed" (
@@ -211,6 +223,15 @@ let
     ))
     (expect "a Unix socket takes the place of host and port" (
       elsewhere.systemd.sockets.ekiben-webhook.listenStreams == [ "/run/ekiben.sock" ]
+    ))
+    (expect "a line makes the virtual host of a proxy" (
+      proxied.systemd.sockets.ekiben-webhook.listenStreams == [ "/run/ekiben.sock" ]
+      &&
+        proxied.services.nginx.virtualHosts."n.example.org".locations."= /ekiben".proxyPass
+        == "http://unix:/run/ekiben.sock"
+      &&
+        proxied.services.caddy.virtualHosts."c.example.org".extraConfig
+        == "reverse_proxy /ekiben unix//run/ekiben.sock"
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (lib.concatLists (

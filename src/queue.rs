@@ -31,15 +31,15 @@ pub fn request(layout: &Layout, after: u64) -> Result<u64> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(0));
     let number = now.max(after + 1);
     for _ in 0..TRIES {
-        match create(&path, number) {
-            Ok(()) => return Ok(number),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error).context(doing),
-        }
-        // one that is there was synced by whoever made it; it may be taken before it is read
+        // one that is there was synced by whoever made it
         match read(&path) {
             Ok(pending) => return Ok(pending),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).context(doing),
+        }
+        match create(&path, number) {
+            Ok(()) => return Ok(number),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).context(doing),
         }
     }
