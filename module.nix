@@ -387,6 +387,8 @@ let
       BindReadOnlyPaths = [
         builtins.storeDir
         "/etc/ekiben"
+        # where the link in it leads
+        "-/etc/static/ekiben"
         "/run/systemd/notify"
         "/var/lib/ekiben/status"
       ];

@@ -1,7 +1,6 @@
 start_all()
 server.wait_for_unit("multi-user.target")
-# a host has a store once something is in it
-server.succeed("nix-store --add /etc/hostname; systemctl restart ekiben-webhook")
+server.wait_for_open_port(8787)
 # what the runs do is no matter here
 server.succeed("systemctl stop ekiben-app.path")
 

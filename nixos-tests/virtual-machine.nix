@@ -85,7 +85,15 @@ in
       systemd.services.ekiben-webhook =
         lib.mkIf (config.boot.isContainer && config.services.ekiben.webhook.enable)
           {
-            serviceConfig.PrivateUsers = lib.mkForce false;
+            serviceConfig = {
+              PrivateUsers = lib.mkForce false;
+              # its programs may need another system's loader
+              BindReadOnlyPaths = map (path: "-${path}") [
+                "/lib"
+                "/lib64"
+                "/usr/lib"
+              ];
+            };
           };
       virtualisation = {
         memorySize = 3072;
