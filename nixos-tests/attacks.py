@@ -1,3 +1,6 @@
+import time
+
+BEGAN = time.monotonic()
 start_all()
 server.wait_for_unit("multi-user.target")
 server.wait_for_open_port(8787)
@@ -190,7 +193,9 @@ ALL = (
     "idle:200", "half_head:200", "drip:50", "endless_headers:4", "endless_line:4", "lengths:4", "streamed_body:4", "streamed_body_with_token:2",
     "endless_chunks:4", "expect:4", "http_2:10", "pipelining:2", "reset:10", "half_close:4", "smuggling:4", "garbage:4", "wrong_token:10",
 )
-for one in ALL:
+# on a virtual machine, only some and short
+MINUTE = 60 if is_host(server) else 10
+for one in some(server, ALL, 3):
     with subtest(f"{one.partition(':')[0]}: the next request is answered"):
         attack(2, one)
         took = good(4, 0.5)
@@ -206,17 +211,17 @@ with subtest("5000 connections that say nothing"):
     check_quiet(idle)
 
 with subtest("everything at once, for a minute"):
-    attack(60, "idle:500", *ALL)
-    took = good(60, 1)
-    print(f"60 of 60 answered, median {took[30]:.1f} ms, slowest {took[-1]:.1f} ms, {size()}")
+    attack(MINUTE, "idle:500", *ALL)
+    took = good(MINUTE, 1)
+    print(f"{MINUTE} of {MINUTE} answered, median {took[MINUTE // 2]:.1f} ms, slowest {took[-1]:.1f} ms, {size()}")
     assert took[-1] < 1000, took
     print(until_over())
     check_quiet(idle)
 
 with subtest("500 connections a second that are never finished"):
-    attack(60, "half_open:1")
-    took = good(60, 1)
-    print(f"60 of 60 answered, median {took[30]:.1f} ms, slowest {took[-1]:.1f} ms")
+    attack(MINUTE, "half_open:1")
+    took = good(MINUTE, 1)
+    print(f"{MINUTE} of {MINUTE} answered, median {took[MINUTE // 2]:.1f} ms, slowest {took[-1]:.1f} ms")
     assert took[-1] < 1000, took
     until_over()
     check_quiet(idle)
@@ -225,9 +230,9 @@ with subtest("nothing that was sent forged the journal or filled it"):
     journal = server.succeed("journalctl -u ekiben-webhook -o cat")
     assert "forged" not in journal.replace('\\\\', ""), journal[:2000]
     lines = [line for line in journal.splitlines() if not line.startswith("Request ")]
-    minutes = 2 + float(server.succeed("cut -d' ' -f1 /proc/uptime")) / 60
+    minutes = 1 + (time.monotonic() - BEGAN) / 60
     assert len(lines) < 6 * minutes + 20, (len(lines), minutes)
-    assert any(" more in the last minute." in line for line in lines), lines
+    assert MINUTE < 60 or any(" more in the last minute." in line for line in lines), lines
 
 with subtest("the queue cannot be written: an error, and then no error any more"):
     server.succeed("mount -t tmpfs -o size=4k,nr_inodes=2,mode=1777 tmpfs /var/lib/ekiben/queue; touch /var/lib/ekiben/queue/full; systemctl restart ekiben-webhook")
