@@ -327,13 +327,14 @@ let
 
   # NixOS leaves a socket that has changed as it is: this has it listen at its new address
   webhookMove = {
-    description = "Address of Ekiben's webhook: ${webhookAddress}";
+    description = "Address of Ekiben's webhook";
     wantedBy = [ "multi-user.target" ];
     reloadIfChanged = true;
     serviceConfig = {
       Type = "oneshot";
       RemainAfterExit = true;
-      ExecStart = lib.getExe' pkgs.coreutils "true";
+      # the argument is what changes: NixOS looks at no description
+      ExecStart = "${lib.getExe' pkgs.coreutils "true"} ${webhookAddress}";
       ExecReload = "${lib.getExe' config.systemd.package "systemctl"} restart ekiben-webhook.socket";
     };
   };

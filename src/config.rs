@@ -153,8 +153,13 @@ impl Config {
     pub fn read(path: &Path) -> Result<Self> {
         let doing = || format!("read {}", path.display());
         let text = fs::read_to_string(path).context(doing)?;
-        let config: Self = json::parse(&text).context(doing)?;
-        config.check().context(doing)?;
+        Self::parse(&text).context(doing)
+    }
+
+    /// Checks the file's text; an error names the key that is wrong.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = json::parse(text)?;
+        config.check()?;
         Ok(config)
     }
 

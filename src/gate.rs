@@ -61,7 +61,7 @@ pub struct Request {
 
 /// A refusal: the status and why.
 #[derive(Debug, PartialEq)]
-struct Refusal(u16, &'static str);
+pub struct Refusal(u16, &'static str);
 
 /// Serves requests until a signal can be read from `end`. `answer` makes the whole answer to one;
 /// `beat` is called at least every `pulse`.
@@ -235,15 +235,16 @@ impl Connection {
     }
 }
 
-/// Understands the head of a request, once it is complete.
-fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
+/// Understands the head of a request, once it is complete; none until then.
+pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
     let bad = |why| Err(Refusal(400, why));
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
     let head = &bytes[..end.unwrap_or(bytes.len())];
     // what can only be wrong is refused at once, without waiting for the rest
     for (at, &byte) in head.iter().enumerate() {
         match byte {
-            b'\r' if head.get(at + 1).is_none_or(|&next| next == b'\n') => {}
+            // the last one may be half a line end, of a head that is not complete
+            b'\r' if head.get(at + 1).map_or(end.is_none(), |&next| next == b'\n') => {}
             b'\n' if at > 0 && head[at - 1] == b'\r' => {}
             b' '..=b'~' => {}
             _ => return bad("only visible ASCII and CRLF are accepted"),
@@ -391,6 +392,7 @@ mod tests {
             (400, "POST / HTTP/1.1\n\n"),
             (400, "POST / HTTP/1.1\r\nA: b\n\r\n"),
             (400, "POST / HTTP/1.1\r\nA: b\rc\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nA: b\r\r\n\r\n"),
             (400, "POST / HTTP/1.1\r\nA: \0\r\n\r\n"),
             (400, "POST /\t HTTP/1.1\r\n\r\n"),
             (400, "POST /\u{e4} HTTP/1.1\r\n\r\n"),

@@ -256,14 +256,16 @@ impl Repository {
     /// Ends a fast-forward of the instance that was cut off: all of it has been done, or none of it.
     pub fn recover(&self, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
-        match savepoint.found()? {
+        if !savepoint.exists() {
+            return Ok(());
+        }
+        match savepoint.cut_off()? {
             Some(cut_off) if cut_off.from == self.head => {
                 log::warn!("Going back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
                 savepoint.restore(&cut_off.files, &self.branch)
             }
-            // it is the branch already, or somebody has gone on from there by hand
-            Some(_) => savepoint.discard(),
-            None => Ok(()),
+            // nothing was changed yet, or all; or somebody has gone on from there by hand
+            _ => savepoint.clean_up(&self.branch),
         }
     }
 

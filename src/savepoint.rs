@@ -52,6 +52,8 @@ impl Savepoint {
     pub fn make(&self, files: &[Changed]) -> Result<()> {
         let make = || -> io::Result<()> {
             fs::create_dir(&self.directory)?;
+            // tells by its time which locks of git's are of this fast-forward
+            fs::write(self.made(), "")?;
             fs::hard_link(self.git_directory.join("index"), self.directory.join("index"))?;
             for (number, file) in files.iter().enumerate().filter(|(_, file)| !file.new) {
                 fs::hard_link(self.top.join(&file.path), self.saved(number))?;
@@ -69,13 +71,18 @@ impl Savepoint {
         files::write(&self.list(), list.as_bytes(), 0o600).context(|| format!("write {}", self.list().display()))
     }
 
-    /// A fast-forward that was cut off; none if none was, or if it had changed nothing yet: that
-    /// savepoint is gone then.
-    pub fn found(&self) -> Result<Option<CutOff>> {
-        if !self.directory.exists() {
-            return Ok(None);
-        }
-        let Ok(list) = fs::read_to_string(self.list()) else { return self.discard().map(|()| None) };
+    /// Whether there is one: then a fast-forward was cut off.
+    pub fn exists(&self) -> bool {
+        self.directory.exists()
+    }
+
+    /// The fast-forward that was cut off; none if it had changed nothing yet.
+    pub fn cut_off(&self) -> Result<Option<CutOff>> {
+        let path = self.list();
+        let list = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("read {}", path.display()))?,
+        };
         let mut parts = list.split('\0').map(String::from);
         let (from, to) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         let files = parts.filter(|part| part.len() > 1).map(|part| Changed { path: part[1..].to_owned(), new: part.starts_with('N') });
@@ -117,6 +124,15 @@ impl Savepoint {
         })
     }
 
+    /// Forgets the saved files of a fast-forward that was cut off before it changed any, or after it
+    /// had changed all, and removes the locks that git left behind.
+    pub fn clean_up(&self, branch: &str) -> Result<()> {
+        if self.made().exists() {
+            self.remove_locks(branch).context(|| format!("remove the locks of the git that {branch} was moved by"))?;
+        }
+        self.discard()
+    }
+
     /// Forgets the saved files.
     pub fn discard(&self) -> Result<()> {
         fs::remove_dir_all(&self.directory).context(|| format!("remove {}", self.directory.display()))
@@ -124,7 +140,7 @@ impl Savepoint {
 
     /// Removes git's locks that are younger than this savepoint: they are of the git that was killed.
     fn remove_locks(&self, branch: &str) -> io::Result<()> {
-        let made = self.list().metadata()?.modified()?;
+        let made = self.made().metadata()?.modified()?;
         let locks = LOCKS.iter().map(|lock| (*lock).to_owned()).chain([format!("{branch}.lock")]);
         for lock in locks.map(|lock| self.git_directory.join(lock)) {
             if lock.metadata().and_then(|lock| lock.modified()).is_ok_and(|modified| modified >= made) {
@@ -132,6 +148,10 @@ impl Savepoint {
             }
         }
         Ok(())
+    }
+
+    fn made(&self) -> PathBuf {
+        self.directory.join("made")
     }
 
     fn saved(&self, number: usize) -> PathBuf {
@@ -204,11 +224,11 @@ mod tests {
                 &|| fs::rename(directory.path().join(".git/index.lock"), directory.path().join(".git/index")).unwrap(),
             ];
             steps.iter().take(cut_off_after).for_each(|step| step());
-            let found = savepoint.found().unwrap().unwrap();
+            let found = savepoint.cut_off().unwrap().unwrap();
             assert_eq!((found.from.as_str(), found.to.as_str(), &found.files), ("abc", "def", &files));
             savepoint.restore(&found.files, "refs/heads/main").unwrap();
             assert_eq!(snapshot(&directory), before, "cut off after {cut_off_after}");
-            assert!(savepoint.found().unwrap().is_none());
+            assert!(!savepoint.exists());
         }
     }
 
@@ -241,10 +261,15 @@ mod tests {
     }
 
     #[test]
-    fn a_savepoint_that_was_never_finished_is_dropped() {
+    fn a_savepoint_that_was_never_begun_is_dropped_with_its_locks() {
         let (directory, savepoint, files) = tree();
+        let before = snapshot(&directory);
         savepoint.make(&files).unwrap();
-        assert!(savepoint.found().unwrap().is_none());
-        assert!(!directory.path().join(".git/ekiben-app").exists());
+        let lock = directory.path().join(".git/HEAD.lock");
+        fs::write(&lock, "").unwrap();
+        assert!(savepoint.cut_off().unwrap().is_none());
+        savepoint.clean_up("refs/heads/main").unwrap();
+        assert!(!lock.exists() && !savepoint.exists());
+        assert_eq!(snapshot(&directory), before);
     }
 }
