@@ -473,8 +473,6 @@ let
   orphans = {
     description = "End of Ekiben's runs for instances that are gone";
     wantedBy = [ "multi-user.target" ];
-    after = [ "network-online.target" ];
-    wants = [ "network-online.target" ];
     unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
     restartIfChanged = false;
     path = programs;
