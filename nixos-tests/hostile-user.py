@@ -107,6 +107,7 @@ with subtest("flake.lock of the repository is a link"):
 with subtest("the user can write neither the queue nor what root says"):
     for path in ("queue/app", "queue/x", "runs/app.json", "status/app.json", "status/x", "instances/x", "x"):
         machine.fail(as_deploy(f"echo x > /var/lib/ekiben/{path}"))
+    machine.fail(as_deploy("flock --nonblock /run/ekiben/turn true"), as_deploy("ls /run/ekiben"))
     machine.fail(as_deploy("mv /var/lib/ekiben/instances/app /var/lib/ekiben/instances/away"), as_deploy("ls /var/lib/ekiben/runs"))
 
 with subtest("root runs nothing of the repository's: hooks, monitor, filters, configuration, flake"):

@@ -135,6 +135,49 @@ with subtest("an edit by hand of what the run changes: the edit stays, and the o
     assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
     check_deployed(machine, "app")
 
+with subtest("an edit in the very moment of the fast-forward: it stays, whatever it is, and the old system comes back"):
+    for edit, look in (
+        ("echo >> flake.lock", "sha256sum flake.lock"),
+        ("cp flake.lock .new; echo >> .new; mv .new flake.lock", "sha256sum flake.lock"),
+        ("echo staged > staged; git add staged; touch .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
+    ):
+        before = (running(machine), generation(machine), head(machine))
+        publish(machine, "app", str(next(COUNT)))
+        hold(machine, "accept: branch locked")
+        follow(machine, "app")
+        machine.succeed("ekiben trigger app")
+        wait_until_said(machine, "app", "ctivat")
+        machine.wait_until_succeeds(f"ls -d {REPOSITORY}/.git/ekiben-app/made; test -e {REPOSITORY}/.git/refs/heads/$(basename $(cut -d' ' -f2 {REPOSITORY}/.git/HEAD)).lock")
+        deploy(machine, edit)
+        edited = deploy(machine, look)
+        go_on(machine, "accept: branch locked")
+        machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
+        wait_until_idle(machine, "app")
+        assert last_run(machine, "app")["result"] == "rolledBack", last_run(machine, "app")
+        assert (running(machine), generation(machine), head(machine)) == before
+        assert deploy(machine, look) == edited
+        deploy(machine, "rm -f .git/index.lock; git reset -q --hard; git clean -fdq")
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
+with subtest("a reflog that cannot be written: the branch has moved, and that counts"):
+    publish(machine, "app", str(next(COUNT)))
+    deploy(machine, "mv .git/logs/HEAD .git/logs/away; ln -s /dev/full .git/logs/HEAD")
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    deploy(machine, "mv .git/logs/away .git/logs/HEAD")
+    check_deployed(machine, "app")
+
+with subtest("a file of root's in the working tree: refused before anything happens"):
+    publish(machine, "app", str(next(COUNT)))
+    machine.succeed(f"chown root: {REPOSITORY}/flake.lock")
+    before = (digest(machine), running(machine), generation(machine))
+    ended = run(machine, "app")
+    assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "Failed to save files" in ended["error"], ended
+    assert (digest(machine), running(machine), generation(machine)) == before
+    machine.succeed(f"chown deploy: {REPOSITORY}/flake.lock")
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
 with subtest("git is at work in the repository, or has left its lock behind: refused before anything happens"):
     publish(machine, "app", str(next(COUNT)))
     deploy(machine, "touch .git/index.lock")

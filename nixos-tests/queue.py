@@ -12,8 +12,8 @@ def post():
 
 def block():
     """Has the next run wait before it changes anything, until `unblock`."""
-    server.succeed("systemd-run --unit=holder flock /run/ekiben.lock $(command -v sleep) infinity")
-    server.wait_until_fails("flock --nonblock /run/ekiben.lock true")
+    server.succeed("mkdir -p -m 700 /run/ekiben; systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
+    server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
 
 
 def unblock():

@@ -60,7 +60,7 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != proposal.commit {
         repository.check_lock_file_is_clean()?;
-        repository.check_forward(&proposal.commit, &layout.own("index"))?;
+        repository.check_forward(&proposal.commit, layout.name(), &layout.own("index"))?;
         if fate == Fate::Accept {
             if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
                 let moved = has_moved(&Repository::open(instance)?, &proposal);

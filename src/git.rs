@@ -158,16 +158,21 @@ impl Repository {
 
     /// Keeps a commit under a ref of ours, so that git does not collect it as garbage.
     pub fn keep(&self, reference: &str, commit: &str) -> Result<()> {
-        // of a run that was cut off: no other writes this ref
-        let _ = fs::remove_file(self.git_directory.join(format!("{reference}.lock")));
+        self.unlock(reference);
         // no reflog for it, whatever the user's setting
         self.ask(["-c", "core.logAllRefUpdates=true", "update-ref", reference, commit]).map(drop)
+    }
+
+    /// Removes what a run that was cut off has left: no other writes this ref.
+    fn unlock(&self, reference: &str) {
+        let _ = fs::remove_file(self.git_directory.join(format!("{reference}.lock")));
     }
 
     /// Fetches the branch's upstream into `reference`. Returns the commit to start from: the
     /// upstream's, or HEAD where that is ahead.
     pub fn fetch_upstream(&self, reference: &str) -> Result<String> {
         let (remote, branch) = self.upstream()?;
+        self.unlock(reference);
         let fetch = self.git().args(["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--refmap="]);
         let fetch = fetch.args([&remote, &format!("+{branch}:{reference}")]);
         fetch.run(NETWORK_LIMIT)?.success(|| format!("fetch {branch} from {remote}"))?;
@@ -203,8 +208,14 @@ impl Repository {
     }
 
     /// Fails if going from HEAD to `commit` would have to overwrite an uncommitted edit or an
-    /// untracked file; changes nothing. `scratch` is a file for a private index.
-    pub fn check_forward(&self, commit: &str, scratch: &Path) -> Result<()> {
+    /// untracked file, or if there would be no way back; changes nothing. `scratch` is a file for a
+    /// private index.
+    pub fn check_forward(&self, commit: &str, instance: &str, scratch: &Path) -> Result<()> {
+        let files = self.changed_files(commit)?;
+        // git would overwrite those that it ignores
+        if let Some(file) = files.iter().find(|file| file.new && self.top.join(&file.path).symlink_metadata().is_ok()) {
+            return Err(Error::new(format!("Failed to go from {} to {commit}: {} is in the way; move or commit it", self.head, file.path)));
+        }
         let index = self.git_directory.join("index");
         let lock = index.with_extension("lock");
         if lock.exists() {
@@ -218,7 +229,10 @@ impl Repository {
         let check = private().args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
         let result = check.output(|| format!("go from {} to {commit} without touching your edits", self.head), None);
         let _ = fs::remove_file(scratch);
-        result.map(drop)
+        result?;
+        let savepoint = self.savepoint(instance);
+        let made = savepoint.make(&files);
+        savepoint.discard().and(made)
     }
 
     /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`, or changes
@@ -233,24 +247,32 @@ impl Repository {
             self.update_branch(commit, || {
                 fault::point("accept: branch locked");
                 savepoint.begin(&self.head, commit, &files)?;
-                begun = true;
                 // its status says whether files were edited; read-tree knows which ones matter
                 let _ = self.ask(["update-index", "-q", "--refresh"]);
-                self.ask(["read-tree", "-m", "-u", &self.head, commit])?;
+                let read = self.ask(["read-tree", "-m", "-u", &self.head, commit]);
+                // git looks before it changes anything; what the user has done meanwhile is to stay
+                begun = !read.as_ref().is_err_and(Error::is_refusal_of_git);
+                read?;
                 savepoint.sync(&files)?;
                 fault::point("accept: tree updated");
                 Ok(())
             })
         });
-        match &forwarded {
-            Err(_) if begun => savepoint.restore(&files, &self.branch)?,
-            Err(_) => savepoint.discard()?,
-            Ok(()) => {
-                fault::point("accept: branch moved");
-                savepoint.discard()?;
-            }
+        match forwarded {
+            Err(error) if begun => match self.ask(["rev-parse", "--verify", "--quiet", &self.branch]) {
+                // git moves the branch before it writes the reflog, which may have failed
+                Ok(now) if now == commit => log::warn!("{error}; but the branch has been moved."),
+                Ok(_) => return savepoint.restore(&files, &self.branch).and(Err(error)),
+                // nobody knows: that is for the next run to find out
+                Err(_) => return Err(error),
+            },
+            Err(error) => return savepoint.discard().and(Err(error)),
+            Ok(()) => fault::point("accept: branch moved"),
         }
-        forwarded
+        if let Err(error) = savepoint.discard() {
+            log::warn!("{error}.");
+        }
+        Ok(())
     }
 
     /// Ends a fast-forward of the instance that was cut off: all of it has been done, or none of it.

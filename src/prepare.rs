@@ -73,10 +73,12 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository) -> Res
     let tree = repository.tree(&commit)?;
     Status::read(layout).check_not_bad(&base, &tree, instance)?;
     if commit != repository.head {
-        repository.check_forward(&commit, &scratch)?;
+        repository.check_forward(&commit, layout.name(), &scratch)?;
         repository.keep(&reference, &commit)?;
     } else if instance.pull {
-        git::drop_reference(instance, &reference)?;
+        if let Err(error) = git::drop_reference(instance, &reference) {
+            log::warn!("{error}.");
+        }
     }
     Ok(Proposal {
         tree,

@@ -94,7 +94,11 @@ impl Savepoint {
         let restore = || -> io::Result<()> {
             self.remove_locks(branch)?;
             for file in files.iter().filter(|file| file.new) {
-                files::remove(&self.top.join(&file.path))?;
+                match files::remove(&self.top.join(&file.path)) {
+                    // git had not come so far as to make the directory
+                    Err(error) if error.kind() == ErrorKind::NotADirectory => {}
+                    other => other?,
+                }
             }
             for (number, file) in files.iter().enumerate().filter(|(_, file)| !file.new) {
                 let path = self.top.join(&file.path);
@@ -127,20 +131,20 @@ impl Savepoint {
     /// Forgets the saved files of a fast-forward that was cut off before it changed any, or after it
     /// had changed all, and removes the locks that git left behind.
     pub fn clean_up(&self, branch: &str) -> Result<()> {
-        if self.made().exists() {
-            self.remove_locks(branch).context(|| format!("remove the locks of the git that {branch} was moved by"))?;
-        }
+        self.remove_locks(branch).context(|| format!("remove the locks of the git that {branch} was moved by"))?;
         self.discard()
     }
 
     /// Forgets the saved files.
     pub fn discard(&self) -> Result<()> {
-        fs::remove_dir_all(&self.directory).context(|| format!("remove {}", self.directory.display()))
+        // first what gives it a meaning
+        let discard = || files::remove(&self.list()).and_then(|()| fs::remove_dir_all(&self.directory));
+        discard().context(|| format!("remove {}", self.directory.display()))
     }
 
     /// Removes git's locks that are younger than this savepoint: they are of the git that was killed.
     fn remove_locks(&self, branch: &str) -> io::Result<()> {
-        let made = self.made().metadata()?.modified()?;
+        let Ok(made) = self.made().metadata().and_then(|made| made.modified()) else { return Ok(()) };
         let locks = LOCKS.iter().map(|lock| (*lock).to_owned()).chain([format!("{branch}.lock")]);
         for lock in locks.map(|lock| self.git_directory.join(lock)) {
             if lock.metadata().and_then(|lock| lock.modified()).is_ok_and(|modified| modified >= made) {

@@ -1,7 +1,8 @@
 //! The running NixOS: what it is, switching it, and taking turns at that. Root only.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,14 +19,17 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// What an activation script that fails has NixOS say. It leads to exit status 2, but not if a unit
 /// fails, too.
 const SNIPPET_FAILED: &str = "Activation script snippet '";
-/// Held by whoever changes what this machine runs.
-const TURN: &str = "/run/ekiben.lock";
+/// Held by whoever changes what this machine runs. Whoever could open it could hold it.
+const TURN: &str = "/run/ekiben/turn";
 
 /// Waits until no other run changes what this machine runs, and keeps others waiting until it is
 /// dropped.
 pub fn turn() -> Result<Flock<File>> {
     let doing = || format!("lock {TURN}");
-    let file = File::options().append(true).create(true).open(TURN).context(doing)?;
+    if let Some(directory) = Path::new(TURN).parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
+    }
+    let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)
 }
 
