@@ -120,6 +120,7 @@ if STAND_IN:
             publish(machine, "app", content)
             before = state()
             machine.succeed("systemctl start --no-block ekiben-app.service")
+            machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-app | grep -x activating")
             # anywhere within a run, which takes about a second
             time.sleep(random.random() * 1.2)
             machine.succeed("systemctl kill --kill-whom=all --signal=KILL ekiben-app.service || true")

@@ -31,7 +31,7 @@ in
           app = common;
           hasty = common // {
             timeouts = {
-              build = 4 * config.scenario.patience;
+              build = 10 * config.scenario.patience;
               activate = 4 * config.scenario.patience;
             };
           };
