@@ -115,6 +115,15 @@ def wait_until_idle(machine, instance):
     machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")
 
 
+def wait_until_at_rest(machine, instance):
+    """Waits until an instance does nothing and has nothing to do."""
+    # in this order: a run that ends may leave a request, which begins the next one
+    machine.wait_until_succeeds(
+        f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"
+        f" && test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json"
+    )
+
+
 def head(machine):
     """The repository's current commit."""
     return deploy(machine, "git rev-parse HEAD")

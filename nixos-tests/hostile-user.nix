@@ -6,12 +6,7 @@
   nodes.machine = {
     services.ekiben = {
       enable = true;
-      instances.app = {
-        flakePath = "/var/nixos-config";
-        user = "deploy";
-        inputs = [ "app" ];
-        dates = null;
-      };
+      instances.app = (import ./deployment.nix).instance;
     };
   };
 }

@@ -61,11 +61,6 @@ CANDIDATES = (
     ("a directory", "rm candidate; mkdir candidate", "Failed to read the candidate"),
     ("nothing", "rm candidate", "Failed to read the candidate"),
 )
-for what, make, words in some(machine, CANDIDATES, 5):
-    with subtest(f"the candidate is {what}"):
-        attempt("activate: begun", f"cd {OWN}; {make}", words)
-        machine.succeed(as_deploy(f"rm -rf {OWN}/candidate"))
-
 NOTES = (
     ("a link to a secret", "ln -sfn /root/secret notes.json", "Failed to read"),
     ("a FIFO", "rm notes.json; mkfifo notes.json", "not a regular file"),
@@ -75,10 +70,11 @@ NOTES = (
     ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"0\"/' notes.json", "there is no proposal"),
     ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "Failed to"),
 )
-for what, make, words in some(machine, NOTES, 3):
-    with subtest(f"the notes are {what}"):
-        attempt("activate: begun", f"cd {OWN}; {make}", words)
-        machine.succeed(as_deploy(f"rm -rf {OWN}/notes.json"))
+for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES, 5)), ("notes are", "notes.json", some(machine, NOTES, 3))):
+    for what, make, words in cases:
+        with subtest(f"the {name} {what}"):
+            attempt("activate: begun", f"cd {OWN}; {make}", words)
+            machine.succeed(as_deploy(f"rm -rf {OWN}/{file}"))
 
 with subtest("what the notes say does not forge the journal, or steer a terminal"):
     forged = r"a\\nekiben: forged line\\u001b[2J"

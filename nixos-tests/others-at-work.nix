@@ -1,11 +1,6 @@
 # A run is not alone: other instances, an administrator at work, repositories of all kinds.
 let
-  instance = {
-    flakePath = "/var/nixos-config";
-    user = "deploy";
-    inputs = [ "app" ];
-    dates = null;
-  };
+  inherit (import ./deployment.nix) instance;
 in
 {
   # holds a run while something else happens: see src/fault.rs

@@ -9,8 +9,7 @@ INSTANCES = ("app", "other", "second")
 def settle():
     """Waits until nothing is left to do, and checks that nothing was left behind."""
     for instance in INSTANCES:
-        machine.wait_until_succeeds(f"test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json")
-        wait_until_idle(machine, instance)
+        wait_until_at_rest(machine, instance)
     assert machine.succeed("ls -A /var/lib/ekiben/runs") == ""
     assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben; ls -d .git/*.lock .git/ekiben-* 2>/dev/null || true") == ""
 
@@ -60,15 +59,33 @@ with subtest("two repositories on one machine at once"):
     assert generation(machine).endswith(f" {running(machine)}")
 
 
-def interrupt(point, command, by_hand=False):
-    """Does something by hand while a run is held at a point; returns how the runs ended that followed."""
-    before = last_id("app")
+def begin(point):
+    """Starts a run that has something to deploy, and waits until it is held at a point."""
     publish(machine, "app", str(next(COUNT)))
-    publish(machine, "other", str(next(COUNT)))
     hold(machine, point)
     follow(machine, "app")
     machine.succeed("ekiben trigger app")
     wait_until_said(machine, "app", f"Held at {point}.")
+
+
+def end(point):
+    """Lets the run go on from that point; returns how it ended."""
+    go_on(machine, point)
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
+    wait_until_idle(machine, "app")
+    return last_run(machine, "app")
+
+
+def files(top):
+    """What must not change: every file below `top`, also of a link, with its time and permissions."""
+    return machine.succeed(f"find {top} {top}/ ! -type d -printf '%p %T@ %m\\n' 2>/dev/null | sort || true")
+
+
+def interrupt(point, command, by_hand=False):
+    """Does something by hand while a run is held at a point; returns how the runs ended that followed."""
+    before = last_id("app")
+    publish(machine, "other", str(next(COUNT)))
+    begin(point)
     deploy(machine, command)
     wanted = head(machine)
     if by_hand:
@@ -116,17 +133,10 @@ with subtest("nixos-rebuild by hand after the switch: it stays, and the run says
 
 with subtest("an edit by hand of what the run changes: the edit stays, and the old system comes back"):
     before = (running(machine), generation(machine), head(machine))
-    publish(machine, "app", str(next(COUNT)))
-    hold(machine, "activate: persisted")
-    follow(machine, "app")
-    machine.succeed("ekiben trigger app")
-    wait_until_said(machine, "app", "Held at activate: persisted.")
+    begin("activate: persisted")
     deploy(machine, "echo >> flake.lock")
     edited = deploy(machine, "sha256sum flake.lock")
-    go_on(machine, "activate: persisted")
-    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
-    wait_until_idle(machine, "app")
-    ended = last_run(machine, "app")
+    ended = end("activate: persisted")
     assert ended["result"] == "rolledBack" and "uncommitted changes" in ended["error"], ended
     assert (running(machine), generation(machine), head(machine)) == before
     assert deploy(machine, "sha256sum flake.lock") == edited
@@ -142,18 +152,11 @@ with subtest("an edit in the very moment of the fast-forward: it stays, whatever
         ("echo staged > staged; git add staged; touch .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
     ):
         before = (running(machine), generation(machine), head(machine))
-        publish(machine, "app", str(next(COUNT)))
-        hold(machine, "accept: branch locked")
-        follow(machine, "app")
-        machine.succeed("ekiben trigger app")
-        wait_until_said(machine, "app", "ctivat")
-        machine.wait_until_succeeds(f"ls -d {REPOSITORY}/.git/ekiben-app/made; test -e {REPOSITORY}/.git/refs/heads/$(basename $(cut -d' ' -f2 {REPOSITORY}/.git/HEAD)).lock")
+        begin("accept: branch locked")
         deploy(machine, edit)
         edited = deploy(machine, look)
-        go_on(machine, "accept: branch locked")
-        machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
-        wait_until_idle(machine, "app")
-        assert last_run(machine, "app")["result"] == "rolledBack", last_run(machine, "app")
+        ended = end("accept: branch locked")
+        assert ended["result"] == "rolledBack", ended
         assert (running(machine), generation(machine), head(machine)) == before
         assert deploy(machine, look) == edited
         deploy(machine, "rm -f .git/index.lock; git reset -q --hard; git clean -fdq")
@@ -205,7 +208,7 @@ for kind, make, words in (
             machine.succeed(make)
         else:
             machine.succeed("chmod 1777 /srv; " + as_deploy(make))
-        before = machine.succeed("find /srv/odd /srv/odd/ ! -type d -printf '%p %T@ %m\\n' 2>/dev/null | sort || true"), running(machine), generation(machine)
+        before = (files("/srv/odd"), running(machine), generation(machine))
         ended = run(machine, "odd")
         assert ended["result"] == "failed" and ended["stage"] == "prepare" and words in ended["error"], ended
-        assert (machine.succeed("find /srv/odd /srv/odd/ ! -type d -printf '%p %T@ %m\\n' 2>/dev/null | sort || true"), running(machine), generation(machine)) == before
+        assert (files("/srv/odd"), running(machine), generation(machine)) == before

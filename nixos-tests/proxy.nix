@@ -10,17 +10,9 @@
           enable = true;
           nginx = "server";
           caddy = "caddy.example.org";
-          projects.app = {
-            tokenFile = "/etc/scenario/token-app";
-            instance = "app";
-          };
+          projects.app = (import ./deployment.nix).project;
         };
-        instances.app = {
-          flakePath = "/var/nixos-config";
-          user = "deploy";
-          inputs = [ "app" ];
-          dates = null;
-        };
+        instances.app = (import ./deployment.nix).instance;
       };
       services.nginx.enable = true;
       networking.firewall.allowedTCPPorts = [ 80 ];

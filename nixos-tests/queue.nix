@@ -7,17 +7,9 @@
       webhook = {
         enable = true;
         host = "0.0.0.0";
-        projects.app = {
-          tokenFile = "/etc/scenario/token-app";
-          instance = "app";
-        };
+        projects.app = (import ./deployment.nix).project;
       };
-      instances.app = {
-        flakePath = "/var/nixos-config";
-        user = "deploy";
-        inputs = [ "app" ];
-        dates = null;
-      };
+      instances.app = (import ./deployment.nix).instance;
     };
     networking.firewall.allowedTCPPorts = [ 8787 ];
   };

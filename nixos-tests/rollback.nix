@@ -1,10 +1,6 @@
 # Whatever goes wrong in a run, wherever it does: it is as if nothing had happened, but for the report.
 let
-  common = {
-    flakePath = "/var/nixos-config";
-    user = "deploy";
-    inputs = [ "app" ];
-    dates = null;
+  common = (import ./deployment.nix).instance // {
     networkRetries = 2;
     healthChecks = {
       # of no account: it did not pass before

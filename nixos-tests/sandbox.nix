@@ -6,17 +6,9 @@
       enable = true;
       webhook = {
         enable = true;
-        projects.app = {
-          tokenFile = "/etc/scenario/token-app";
-          instance = "app";
-        };
+        projects.app = (import ./deployment.nix).project;
       };
-      instances.app = {
-        flakePath = "/var/nixos-config";
-        user = "deploy";
-        inputs = [ "app" ];
-        dates = null;
-      };
+      instances.app = (import ./deployment.nix).instance;
     };
     users.users.stranger = {
       isNormalUser = true;

@@ -1,12 +1,7 @@
 # A machine whose next system changes what deploys it: Ekiben itself, the units and options of the
 # instance that runs, or that there is one.
 let
-  instance = {
-    flakePath = "/var/nixos-config";
-    user = "deploy";
-    inputs = [ "app" ];
-    dates = null;
-  };
+  inherit (import ./deployment.nix) instance project;
 in
 {
   # holds a run while something else happens: see src/fault.rs
@@ -17,10 +12,7 @@ in
       webhook = {
         enable = true;
         projects = {
-          app = {
-            tokenFile = "/etc/scenario/token-app";
-            instance = "app";
-          };
+          app = project;
           other = {
             tokenFile = "/etc/scenario/token-other";
             instance = "other";

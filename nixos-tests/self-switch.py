@@ -44,12 +44,14 @@ def switch(variant, asked_meanwhile=("app", "other")):
 def settle():
     """Waits until nothing runs any more, and checks that nothing was left behind."""
     for instance in ("app", "other", "renamed"):
+        # in this order: a run that ends may leave a request, which begins the next one
+        at_rest = [f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"]
         if machine.execute(f"systemctl cat ekiben-{instance}.path")[0] == 0:
-            machine.wait_until_succeeds(f"test ! -e /var/lib/ekiben/queue/{instance}")
+            at_rest.append(f"test ! -e /var/lib/ekiben/queue/{instance}")
         # without Ekiben, what is not the switch's own run stays as it is until Ekiben is there again
         if current != "disabled" or instance == "app":
-            machine.wait_until_succeeds(f"test ! -e /var/lib/ekiben/runs/{instance}.json")
-        wait_until_idle(machine, instance)
+            at_rest.append(f"test ! -e /var/lib/ekiben/runs/{instance}.json")
+        machine.wait_until_succeeds(" && ".join(at_rest))
     assert machine.succeed("systemctl list-units --failed --no-legend 'ekiben*'") == ""
     assert current == "disabled" or machine.succeed("ls -A /var/lib/ekiben/runs") == ""
     assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben") == ""
@@ -73,6 +75,20 @@ for variant in ("options", "stages", "path", "timer", "socket", "binary", "defau
             assert known(instance)["served"] >= number, (instance, number)
         check_deployed(machine, "app")
         machine.succeed(f"nc -z 127.0.0.1 {PORTS.get(variant, 8787)}", f"! nc -z 127.0.0.1 {8787 if variant in PORTS else 8788}")
+
+with subtest("a run is about to read the configuration when that goes, in a switch that leaves none"):
+    hold(machine, "begin: request taken")
+    follow(machine, "other")
+    number = post("other")
+    wait_until_said(machine, "other", "Held at begin: request taken.")
+    machine.succeed("systemctl stop ekiben-other.path", "mv /etc/ekiben /etc/ekiben.gone")
+    go_on(machine, "begin: request taken")
+    wait_until_idle(machine, "other")
+    machine.require_unit_state("ekiben-other.service", "inactive")
+    assert known("other")["runs"][0]["result"] == "startedOver", known("other")["runs"][0]
+    machine.succeed("test -e /var/lib/ekiben/queue/other", "mv /etc/ekiben.gone /etc/ekiben", "systemctl start ekiben-other.path")
+    settle()
+    assert known("other")["served"] >= number
 
 with subtest("a switch changes the instance's user"):
     asked = switch("user", asked_meanwhile=("other",))

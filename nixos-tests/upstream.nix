@@ -1,12 +1,7 @@
 # Private inputs are fetched with what the user's home holds, and the repository follows and feeds
 # its upstream.
 let
-  instance = {
-    flakePath = "/var/nixos-config";
-    user = "deploy";
-    inputs = [ "app" ];
-    dates = null;
-  };
+  inherit (import ./deployment.nix) instance;
 in
 {
   nodes.forge = {

@@ -25,17 +25,9 @@
         };
       };
       instances = {
-        app = {
-          flakePath = "/var/nixos-config";
-          user = "deploy";
-          inputs = [ "app" ];
-          dates = null;
-        };
-        other = {
-          flakePath = "/var/nixos-config";
-          user = "deploy";
+        app = (import ./deployment.nix).instance;
+        other = (import ./deployment.nix).instance // {
           inputs = [ "other" ];
-          dates = null;
         };
       };
     };

@@ -23,15 +23,18 @@ use crate::run::{Before, Decision, Failure, Phase, Run, Stage};
 use crate::status::Status;
 use crate::system;
 
-/// Runs the stage, and the run to its end.
-pub fn activate(layout: &Layout) -> Result<()> {
+/// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
+/// instance out of the configuration.
+pub fn activate(layout: &Layout, configured: bool) -> Result<()> {
     let Some(mut run) = Run::load(layout)? else {
         return Err(Error::new("Failed to activate: no run is under way"));
     };
     Status::announce(layout, &run, Stage::Activate)?;
     let turn = system::turn()?;
     fault::point("activate: begun");
-    if let Err(error) = attempt(layout, &mut run) {
+    if !configured {
+        run.decision = Some(Decision::StartOver);
+    } else if let Err(error) = attempt(layout, &mut run) {
         log::warn!("{error}.");
         run.failure = Some(Failure::new(Stage::Activate, &error));
         // the end is the same if this cannot be written, but for the reason in its report

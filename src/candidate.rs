@@ -56,14 +56,14 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
     let is_in_branch = || repository.branch == proposal.branch && repository.contains(&repository.head, &proposal.commit);
     if fate == Fate::Accept && is_in_branch() {
         // done before this was cut off, or by the user
-    } else if has_moved(&repository, &proposal) {
+    } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != proposal.commit {
         repository.check_lock_file_is_clean()?;
         repository.check_forward(&proposal.commit, layout.name(), &layout.own("index"))?;
         if fate == Fate::Accept {
             if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
-                let moved = has_moved(&Repository::open(instance)?, &proposal);
+                let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
                 return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
             }
         }
@@ -72,14 +72,6 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
         publish(&repository, &proposal, layout, instance);
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn has_moved(repository: &Repository, proposal: &Proposal) -> bool {
-    let moved = repository.branch != proposal.branch || repository.head != proposal.head;
-    if moved {
-        log::info!("{} was at {}, now {} is at {}.", proposal.branch, proposal.head, repository.branch, repository.head);
-    }
-    moved
 }
 
 /// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.

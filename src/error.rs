@@ -32,12 +32,6 @@ impl Error {
         self.transient || said.into_iter().any(|line| TRANSIENT.iter().any(|words| line.contains(words)))
     }
 
-    /// Whether git has found something in its way, and so has changed nothing.
-    pub fn is_refusal_of_git(&self) -> bool {
-        let words = ["would be overwritten", "not uptodate", "index.lock"];
-        self.tail.iter().any(|line| words.iter().any(|words| line.contains(words)))
-    }
-
     /// The same error with the end of a program's output.
     pub fn with_tail(self, tail: Vec<String>) -> Self {
         Self { tail, ..self }

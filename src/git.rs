@@ -77,9 +77,13 @@ impl Repository {
         Ok(Self { prefix: one("--show-prefix")?, top, branch, head, git_directory })
     }
 
-    /// Whether HEAD is another branch or commit by now.
-    pub fn has_moved(&self, instance: &Instance) -> Result<bool> {
-        Self::open(instance).map(|now| now.branch != self.branch || now.head != self.head)
+    /// Whether HEAD is another branch or commit than when these were read; says so.
+    pub fn has_moved_from(&self, branch: &str, head: &str) -> bool {
+        let moved = self.branch != branch || self.head != head;
+        if moved {
+            log::info!("{branch} was at {head}, now {} is at {}.", self.branch, self.head);
+        }
+        moved
     }
 
     /// The flake's lock file, from the top of the working tree.
@@ -251,7 +255,7 @@ impl Repository {
                 let _ = self.ask(["update-index", "-q", "--refresh"]);
                 let read = self.ask(["read-tree", "-m", "-u", &self.head, commit]);
                 // git looks before it changes anything; what the user has done meanwhile is to stay
-                begun = !read.as_ref().is_err_and(Error::is_refusal_of_git);
+                begun = !read.as_ref().is_err_and(is_refusal);
                 read?;
                 savepoint.sync(&files)?;
                 fault::point("accept: tree updated");
@@ -339,6 +343,12 @@ impl Repository {
 pub fn drop_reference(instance: &Instance, reference: &str) -> Result<()> {
     let doing = || format!("drop {reference}");
     ask(&instance.flake_path, ["update-ref", "-d", reference], doing).map(drop)
+}
+
+/// Whether git has found something in its way, and so has changed nothing.
+fn is_refusal(error: &Error) -> bool {
+    let words = ["would be overwritten", "not uptodate", "index.lock"];
+    error.tail.iter().any(|line| words.iter().any(|words| line.contains(words)))
 }
 
 fn git(directory: &Path) -> Program {

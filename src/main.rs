@@ -35,7 +35,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use crate::candidate::Fate;
-use crate::config::Config;
+use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
 use crate::layout::Layout;
 
@@ -74,7 +74,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["--config", file, rest @ ..] => (*file, rest),
         _ => (config::DEFAULT, arguments),
     };
-    let config = || Config::read(Path::new(config));
+    let file = Path::new(config);
+    let config = || Config::read(file);
     let done = match arguments {
         ["--help" | "-h" | "help"] => print(HELP),
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -85,11 +86,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
-        ["begin", name] => begin::begin(&Layout::new(name), config()?.instance(name)?),
-        ["prepare", name] => prepare::prepare(&Layout::new(name), config()?.instance(name)?),
-        ["build", name] => build::build(&Layout::new(name), config()?.instance(name)?),
+        ["begin", name] => stage(file, name, begin::begin),
+        ["prepare", name] => stage(file, name, prepare::prepare),
+        ["build", name] => stage(file, name, build::build),
+        ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
         // after the switch, the configuration may know nothing of the instance any more
-        ["activate", name] => layout(name).and_then(|layout| activate::activate(&layout)),
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
@@ -103,6 +104,22 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben --help", arguments.join(" ")))),
     };
     done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Runs a stage, unless the instance is not configured. Then another's switch has just taken it
+/// away: nothing has failed, and the run will start over when the instance is there again.
+fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -> Result<()> {
+    let layout = layout(name)?;
+    if let Some(instance) = configured(file, name)? {
+        return stage(&layout, &instance);
+    }
+    log::warn!("{name} is not configured any more: there is nothing to do.");
+    Ok(())
+}
+
+fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {
+    let config = file.exists().then(|| Config::read(file)).transpose()?;
+    Ok(config.and_then(|mut config| config.instances.remove(name)))
 }
 
 fn layout(name: &str) -> Result<Layout> {

@@ -40,7 +40,9 @@ fn propose_from_head(layout: &Layout, instance: &Instance) -> Result<Proposal> {
     loop {
         let repository = Repository::open(instance)?;
         match propose(layout, instance, &repository) {
-            Err(error) if repository.has_moved(instance)? => log::info!("{error}; but the branch has moved: starting over."),
+            Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
+                log::info!("{error}; starting over.");
+            }
             other => return other,
         }
     }

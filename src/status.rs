@@ -166,11 +166,19 @@ impl Status {
         if status.runs.first().is_some_and(|run| run.id == id) {
             return Ok(());
         }
-        let (stage, error) = (Some(Stage::Begin), Some(why.to_owned()));
-        let (trigger, commit, summary, warnings) = (Trigger::Timer, None, None, Vec::new());
-        let (started, finished, reboot_needed) = (now(), now(), false);
-        let result = Outcome::Failed;
-        status.runs.insert(0, Ended { id, result, trigger, started, finished, commit, summary, stage, error, warnings, reboot_needed });
+        status.remember(Ended {
+            id,
+            result: Outcome::Failed,
+            trigger: Trigger::Timer,
+            started: now(),
+            finished: now(),
+            commit: None,
+            summary: None,
+            stage: Some(Stage::Begin),
+            error: Some(why.to_owned()),
+            warnings: Vec::new(),
+            reboot_needed: false,
+        });
         status.write(layout)
     }
 
@@ -198,9 +206,13 @@ impl Status {
             }
             _ => {}
         }
-        status.runs.insert(0, ended);
-        status.runs.truncate(HISTORY);
+        status.remember(ended);
         status.write(layout)
+    }
+
+    fn remember(&mut self, ended: Ended) {
+        self.runs.insert(0, ended);
+        self.runs.truncate(HISTORY);
     }
 
     fn write(mut self, layout: &Layout) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::iter;
 use std::path::Path;
 
 use constant_time_eq::constant_time_eq_n;
@@ -39,12 +40,12 @@ impl Tokens {
     pub fn read(directory: &Path, projects: &BTreeMap<String, Project>) -> Result<Self> {
         let mut tokens: Vec<(Token, String)> = Vec::new();
         let mut owners: Vec<&String> = Vec::new();
-        let first = projects.iter().map(|(name, project)| (name, project, directory.join(format!("token-{name}"))));
-        let more = projects.iter().flat_map(|(name, project)| {
-            let paths = (1..).map(move |number| directory.join(format!("token-{name}.{number}")));
-            paths.take_while(|path| path.exists()).map(move |path| (name, project, path))
+        let files = projects.iter().flat_map(|(name, project)| {
+            let first = directory.join(format!("token-{name}"));
+            let more = (1..).map(move |number| directory.join(format!("token-{name}.{number}"))).take_while(|path| path.exists());
+            iter::once(first).chain(more).map(move |path| (name, project, path))
         });
-        for (name, project, path) in first.chain(more) {
+        for (name, project, path) in files {
             let doing = || format!("read the token of project {name}");
             let text = fs::read(path).context(doing)?;
             let text = text.strip_suffix(b"\n").map_or(&text[..], |text| text.strip_suffix(b"\r").unwrap_or(text));
