@@ -25,11 +25,12 @@ in
         enable = true;
         instances = {
           app = common;
-          hasty = common // {
-            timeouts = {
-              build = 10 * config.scenario.patience;
-              activate = 4 * config.scenario.patience;
-            };
+          # limits that are to be met, each by itself: the other stages may take as long as they like
+          hasty-build = common // {
+            timeouts.build = 10 * config.scenario.patience;
+          };
+          hasty-activation = common // {
+            timeouts.activate = 6 * config.scenario.patience;
           };
           lenient = common // {
             onUnitFailure = "keep";
