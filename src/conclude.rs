@@ -16,6 +16,7 @@ use crate::candidate::{Fate, MOVED};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::fault;
+use crate::fleet::{Release, outbox};
 use crate::layout::Layout;
 use crate::nix as store;
 use crate::notes::{Notes, Proposal};
@@ -99,6 +100,7 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         result = back(layout, &mut run, result);
     }
 
+    let release = notes.as_ref().and_then(|notes| notes.release.clone());
     let proposal = notes.and_then(|notes| notes.proposal);
     if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
         // a ref that is left over is overwritten by the next run
@@ -106,7 +108,7 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
             log::warn!("{error}.");
         }
     }
-    report(layout, &run, result, proposal.as_ref());
+    report(layout, &run, result, release, proposal.as_ref());
     fault::point("conclude: reported");
     if result == Outcome::StartedOver {
         if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
@@ -223,12 +225,18 @@ fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
     Ok(())
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome, proposal: Option<&Proposal>) {
+fn report(layout: &Layout, run: &Run, result: Outcome, release: Option<Release>, proposal: Option<&Proposal>) {
     let failure = run.failure.as_ref();
     let mut ended = Ended::new(run, result, failure);
+    ended.release = release;
     ended.commit = proposal.map(|proposal| proposal.commit.clone());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     let tail = failure.map_or(&[][..], |failure| &failure.tail);
+    if let Some(hub) = &run.instance.hub {
+        if let Err(error) = outbox::add(layout, hub, &ended).and_then(|()| outbox::tidy(layout)) {
+            log::warn!("{error}.");
+        }
+    }
     let reported = Status::report(layout, run, ended, proposal).and_then(|()| status::keep_output(layout, tail));
     if let Err(error) = reported {
         // the machine is as it should be; only the report is missing, but for the journal's

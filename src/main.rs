@@ -38,6 +38,7 @@ use std::process::ExitCode;
 use crate::candidate::Fate;
 use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
+use crate::fleet::client;
 use crate::layout::Layout;
 
 const HELP: &str = "\
@@ -51,7 +52,8 @@ Usage: ekiben [--config FILE] COMMAND
 
 What the units run:
   webhook
-  begin | prepare | build | activate | conclude INSTANCE
+  begin | prepare | build | activate | conclude | deliver INSTANCE
+  reach INSTANCE               fails if the instance's hub cannot be reached
   conclude                     ends runs of instances that are gone
 
 Options:
@@ -92,6 +94,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
         // after the switch, the configuration may know nothing of the instance any more
+        ["deliver", name] => stage(file, name, client::deliver),
+        ["reach", name] => client::reach(name, config()?.instance(name)?),
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user

@@ -143,6 +143,12 @@ impl Program {
         Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(output.status))).with_tail(tail))
     }
 
+    /// Has the program write its errors into a file.
+    pub fn errors_to(mut self, file: File) -> Self {
+        self.command.stderr(file);
+        self
+    }
+
     /// Starts the program for a conversation, line by line.
     pub fn talk(mut self) -> Result<Conversation> {
         let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
@@ -200,11 +206,17 @@ impl Conversation {
         writeln!(self.input, "{line}")
     }
 
+    /// Waits for a line; none if the program has closed its output.
+    pub fn hear(&mut self) -> io::Result<Option<String>> {
+        let mut line = String::new();
+        let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;
+        Ok((count > 0).then_some(line))
+    }
+
     /// Says a line and waits for the answer; another one is an error.
     pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
         self.say(line)?;
-        let mut answer = String::new();
-        self.output.read_line(&mut answer)?;
+        let answer = self.hear()?.unwrap_or_default();
         if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
     }
 

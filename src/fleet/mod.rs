@@ -16,6 +16,12 @@
 //! A release is its content and a sequence number, never a time or a file name. What one side reads
 //! of the other may be of a newer version: what is unknown is passed over, another format is refused.
 
+pub mod archive;
+pub mod client;
+pub mod outbox;
+pub mod release;
+pub mod sftp;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
