@@ -183,6 +183,12 @@ let
           default = { };
           description = "How long the stages of a run may take, in seconds.";
         };
+        hub = mkOption {
+          type = types.nullOr types.attrs;
+          default = null;
+          internal = true;
+          description = "Where releases come from, see {option}`services.ekiben.fleet`.";
+        };
         extraPackages = mkOption {
           type = types.listOf types.package;
           default = [ ];
@@ -246,6 +252,83 @@ let
     };
   };
 
+  timeOfDay =
+    default: description:
+    mkOption {
+      type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
+      inherit default description;
+    };
+
+  server = types.submodule {
+    options = {
+      host = mkOption {
+        type = types.str;
+        example = "hub.example.org";
+        description = "Name or address of the hub.";
+      };
+      port = mkOption {
+        type = types.port;
+        default = 22;
+        description = "The port of its sshd.";
+      };
+      hostKey = mkOption {
+        type = types.singleLineStr;
+        example = "ssh-ed25519 AAAAC3...";
+        description = "Its public host key. Nothing is fetched from a hub that has another one.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = "fleet-${cfg.fleet.name}";
+        defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
+        description = "Whom to log in as.";
+      };
+    };
+  };
+
+  # a fleet host is an instance whose repository is its own, and whose commits are the hub's releases
+  fleetInstance = {
+    inherit (cfg.fleet)
+      user
+      dates
+      randomizedDelaySec
+      operation
+      flags
+      ;
+    flakePath = "/var/lib/ekiben/instances/fleet/repository";
+    flakeRef = "/var/lib/ekiben/instances/fleet/repository#${cfg.fleet.name}";
+    inherit (cfg.fleet.selfUpdate) inputs;
+    healthChecks = cfg.fleet.healthChecks // {
+      hub = {
+        command = "${ekiben} reach fleet";
+        timeout = 40;
+      };
+    };
+    hub = {
+      inherit (cfg.fleet) name signers sshOptions;
+      servers = lib.toList cfg.fleet.hub;
+      selfUpdate = cfg.fleet.selfUpdate.enable;
+    };
+  };
+
+  reboot = {
+    description = "Reboot into what Ekiben has deployed, if it takes one";
+    restartIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    path = [ config.systemd.package ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart =
+        let
+          inherit (cfg.fleet.reboot) kexec window;
+        in
+        concatStringsSep " " (
+          [ "${ekiben} reboot" ]
+          ++ lib.optional kexec "--kexec"
+          ++ lib.optional (window != null) "--between ${window.lower} ${window.upper}"
+        );
+    };
+  };
+
   # what src/config.rs reads; its keys are the options
   settings = {
     webhook =
@@ -256,24 +339,28 @@ let
           inherit (cfg.webhook) path;
           projects = mapAttrs (_: project: { inherit (project) instance; }) cfg.webhook.projects;
         };
-    instances = mapAttrs (_: instance: {
-      inherit (instance)
-        flakePath
-        user
-        inputs
-        operation
-        flags
-        pull
-        push
-        author
-        healthChecks
-        onUnitFailure
-        rollback
-        networkRetries
-        timeouts
-        ;
-      flakeRef = withConfiguration instance.flakeRef;
-    }) cfg.instances;
+    instances = mapAttrs (
+      _: instance:
+      {
+        inherit (instance)
+          flakePath
+          user
+          inputs
+          operation
+          flags
+          pull
+          push
+          author
+          healthChecks
+          onUnitFailure
+          rollback
+          networkRetries
+          timeouts
+          ;
+        flakeRef = withConfiguration instance.flakeRef;
+      }
+      // optionalAttrs (instance.hub != null) { inherit (instance) hub; }
+    ) cfg.instances;
   };
   withConfiguration = ref: if lib.hasInfix "#" ref then ref else "${ref}#${hostName}";
 
@@ -500,6 +587,10 @@ let
       // {
         # the home is read-only
         XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
+      }
+      # a plain configuration.nix is for the Nixpkgs of this machine
+      // optionalAttrs (instance.hub != null && config.environment.sessionVariables ? NIX_PATH) {
+        inherit (config.environment.sessionVariables) NIX_PATH;
       };
     serviceConfig = sandbox // {
       Type = "oneshot";
@@ -511,7 +602,16 @@ let
         "+${ekiben} activate ${name}"
       ];
       # whatever happened; does nothing if activate has done it
-      ExecStopPost = "+${ekiben} conclude ${name}";
+      ExecStopPost =
+        if instance.hub == null then
+          "+${ekiben} conclude ${name}"
+        else
+          [
+            "+${ekiben} conclude ${name}"
+            # what cannot be delivered now waits for the next run
+            "-${ekiben} deliver ${name}"
+          ];
+      LoadCredential = lib.optional (instance.hub != null) "identity:${cfg.fleet.identityFile}";
       # the stages have limits of their own, which add up to less; a run may have to wait for another's
       TimeoutStartSec = "${toString (2 * longest instance)}s";
       TimeoutStopSec = "${toString (longest instance)}s";
@@ -712,6 +812,113 @@ in
         '';
       };
     };
+    fleet = {
+      enable = mkEnableOption "this machine as a host of a fleet: it deploys what its hub publishes for it, as the instance `fleet`";
+      name = mkOption {
+        type = types.str;
+        default = hostName;
+        defaultText = literalExpression "config.networking.hostName";
+        description = "This machine's name in the fleet.";
+      };
+      hub = mkOption {
+        type = types.either server (types.nonEmptyListOf server);
+        example = literalExpression ''
+          {
+            host = "hub.example.org";
+            hostKey = "ssh-ed25519 AAAAC3...";
+          }
+        '';
+        description = "The hub, or several with the same releases: the next one is asked where one does not answer.";
+      };
+      identityFile = mkOption {
+        type = externalPath;
+        default = "/var/lib/ekiben-identity/key";
+        description = "The private SSH key to log in with. It is read by systemd, so it can be root's only.";
+      };
+      signers = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ssh-ed25519 AAAAC3..." ];
+        description = ''
+          The public keys of those who may publish. If there are any, a release that none of them has
+          signed is refused: who takes the hub over can then hold back, but not deploy.
+        '';
+      };
+      sshOptions = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ProxyJump=gate@example.org" ];
+        description = "More options for {command}`sftp -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = "ekiben-fleet";
+        description = "The unprivileged user that fetches, evaluates and builds. The default one is made.";
+      };
+      dates = mkOption {
+        type = types.nullOr types.str;
+        default = "*:0/15";
+        description = "When to ask the hub for something new, in the format of {manpage}`systemd.time(7)`; `null` for never.";
+      };
+      randomizedDelaySec = mkOption {
+        type = types.str;
+        default = "15min";
+        description = "Delay each time by a random time of at most this, so that not all of a fleet come at once.";
+      };
+      selfUpdate = {
+        enable = mkEnableOption "updates of flake inputs also where the hub has nothing new";
+        inputs = mkOption {
+          type = types.listOf types.str;
+          default = [ ];
+          example = [ "nixpkgs" ];
+          description = "The flake inputs to update; all if empty.";
+        };
+      };
+      healthChecks = mkOption {
+        type = types.attrsOf healthCheck;
+        default = { };
+        description = ''
+          As {option}`services.ekiben.instances.<name>.healthChecks`. One more is always made: whether the
+          hub can be reached.
+        '';
+      };
+      operation = mkOption {
+        type = types.enum [
+          "switch"
+          "boot"
+        ];
+        default = "switch";
+        description = "Whether a new system runs at once, or after the next boot.";
+      };
+      flags = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        description = "More arguments for {command}`nix build`.";
+      };
+      reboot = {
+        when = mkOption {
+          type = types.enum [
+            "never"
+            "needed"
+          ];
+          default = "never";
+          description = "Whether to reboot when kernel, kernel modules or initrd have changed, or the new system waits for it.";
+        };
+        window = mkOption {
+          type = types.nullOr (
+            types.submodule {
+              options = {
+                lower = timeOfDay "01:00" "The beginning.";
+                upper = timeOfDay "05:00" "The end; may be after midnight.";
+              };
+            }
+          );
+          default = null;
+          description = "The time of day in which to reboot; `null`: at any time.";
+        };
+        kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
+      };
+    };
     settings = mkOption {
       type = types.attrs;
       internal = true;
@@ -722,44 +929,76 @@ in
     };
   };
 
-  config = mkIf cfg.enable {
-    inherit assertions;
-    services = mkIf cfg.webhook.enable {
-      ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
-        lib.mkDefault "/run/ekiben.sock"
-      );
-      nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
-        ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
-          "http://unix:${cfg.webhook.socket}";
+  config = lib.mkMerge [
+    (mkIf cfg.fleet.enable {
+      services.ekiben = {
+        enable = lib.mkDefault true;
+        instances.fleet = fleetInstance;
       };
-      caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
-        ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
-      };
-    };
-    environment.etc."ekiben/config.json".source = checked;
-    environment.systemPackages = [ cfg.package ];
-    users.groups.ekiben = { };
-    systemd = {
-      paths = forInstances path cfg.instances;
-      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
-      services =
-        forInstances service cfg.instances
-        // {
-          ekiben = orphans;
-        }
-        // optionalAttrs cfg.webhook.enable {
-          ekiben-webhook = webhookService;
-          ekiben-webhook-address = webhookMove;
+      users = mkIf (cfg.fleet.user == "ekiben-fleet") {
+        users.ekiben-fleet = {
+          isSystemUser = true;
+          group = "ekiben-fleet";
         };
-      sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
-      # as in src/layout.rs
-      tmpfiles.rules = [
-        "d /var/lib/ekiben 0755 root root -"
-        "d /var/lib/ekiben/queue 2770 root ekiben -"
-        "d /var/lib/ekiben/runs 0700 root root -"
-        "d /var/lib/ekiben/status 0755 root root -"
-        "d /var/lib/ekiben/root 0755 root root -"
-      ];
-    };
-  };
+        groups.ekiben-fleet = { };
+      };
+      systemd = {
+        tmpfiles.rules = [
+          "d /var/lib/ekiben/outbox 0755 root root -"
+          "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${cfg.fleet.user}.group} -"
+        ];
+        services = mkIf (cfg.fleet.reboot.when == "needed") { ekiben-reboot = reboot; };
+        timers = mkIf (cfg.fleet.reboot.when == "needed") {
+          ekiben-reboot = {
+            description = "Time to look whether Ekiben needs a reboot";
+            wantedBy = [ "timers.target" ];
+            timerConfig = {
+              OnBootSec = "5min";
+              OnUnitInactiveSec = "5min";
+            };
+          };
+        };
+      };
+    })
+    (mkIf cfg.enable {
+      inherit assertions;
+      services = mkIf cfg.webhook.enable {
+        ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
+          lib.mkDefault "/run/ekiben.sock"
+        );
+        nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
+          ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
+            "http://unix:${cfg.webhook.socket}";
+        };
+        caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
+          ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
+        };
+      };
+      environment.etc."ekiben/config.json".source = checked;
+      environment.systemPackages = [ cfg.package ];
+      users.groups.ekiben = { };
+      systemd = {
+        paths = forInstances path cfg.instances;
+        timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
+        services =
+          forInstances service cfg.instances
+          // {
+            ekiben = orphans;
+          }
+          // optionalAttrs cfg.webhook.enable {
+            ekiben-webhook = webhookService;
+            ekiben-webhook-address = webhookMove;
+          };
+        sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
+        # as in src/layout.rs
+        tmpfiles.rules = [
+          "d /var/lib/ekiben 0755 root root -"
+          "d /var/lib/ekiben/queue 2770 root ekiben -"
+          "d /var/lib/ekiben/runs 0700 root root -"
+          "d /var/lib/ekiben/status 0755 root root -"
+          "d /var/lib/ekiben/root 0755 root root -"
+        ];
+      };
+    })
+  ];
 }

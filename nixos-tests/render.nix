@@ -96,7 +96,9 @@ let
           if user.uid == null then "-" else toString user.uid
         }:${user.group} - ${user.home} /bin/bash
       '';
-      users = lib.filter (user: user.isNormalUser) (builtins.attrValues config.users.users);
+      users = lib.filter (user: user.isNormalUser || lib.hasPrefix "ekiben" user.name) (
+        builtins.attrValues config.users.users
+      );
       groups = lib.filter (lib.hasPrefix "ekiben") (builtins.attrNames config.users.groups);
     in
     lib.throwIf (failed != [ ]) (lib.concatStringsSep "\n" failed) (

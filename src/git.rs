@@ -193,9 +193,11 @@ impl Repository {
     /// Writes the files of a commit into a directory that is there, and empty; all have the time 0.
     pub fn export(&self, commit: &str, directory: &Path) -> Result<()> {
         let doing = || format!("write {commit} into {}", directory.display());
-        let script = r#"git "$@" | tar -x"#;
-        let export = Program::new("sh").args(["-euc", script, "sh", "--git-dir"]).arg(&self.git_directory).args(AS_IT_IS);
-        export.args(["archive", "--format=tar", "--mtime=1970-01-01T00:00:00Z", commit]).directory(directory).output(doing, None).map(drop)
+        let tar = directory.with_extension("tar");
+        let export = self.git().args(AS_IT_IS).args(["archive", "--format=tar", "--mtime=1970-01-01T00:00:00Z", "--output"]);
+        export.arg(&tar).arg(commit).output(doing, None)?;
+        Program::new("tar").arg("--extract").arg("--file").arg(&tar).directory(directory).output(doing, None)?;
+        fs::remove_file(&tar).context(doing)
     }
 
     /// The message of the newest commit in the history of `commit` with a line that `pattern`, an

@@ -22,6 +22,7 @@ mod notes;
 mod prepare;
 mod program;
 mod queue;
+mod reboot;
 mod run;
 mod savepoint;
 mod status;
@@ -54,6 +55,8 @@ What the units run:
   webhook
   begin | prepare | build | activate | conclude | deliver INSTANCE
   reach INSTANCE               fails if the instance's hub cannot be reached
+  reboot [--kexec] [--between LOWER UPPER]
+                               reboot if what was deployed takes that
   conclude                     ends runs of instances that are gone
 
 Options:
@@ -96,6 +99,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, client::deliver),
         ["reach", name] => client::reach(name, config()?.instance(name)?),
+        ["reboot", options @ ..] => reboot::reboot(options),
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user

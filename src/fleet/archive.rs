@@ -56,7 +56,7 @@ fn unpack_by(archive: &Path, tar: &Path, directory: &Path) -> Result<()> {
     }
     // the limit ends it, whatever it unpacks to
     let limit = format!("--fsize={UNPACKED}");
-    let unzip = Program::new("prlimit").args([&limit, "--", "sh", "-euc", r#"gzip -dc < "$1" > "$2""#, "sh"]).arg(archive).arg(tar);
+    let unzip = Program::new("prlimit").args([&limit, "--", "/bin/sh", "-euc", r#"gzip -dc < "$1" > "$2""#, "sh"]).arg(archive).arg(tar);
     unzip.run(LIMIT)?.success(doing)?;
 
     let list = tar_program().args(["--list", "--verbose", "--quoting-style=escape", "--file"]).arg(tar);

@@ -21,8 +21,8 @@ use crate::fleet::{FORMAT, Heartbeat, Last, Manifest, NAMESPACE, Received, Relea
 use crate::fleet::{outbox, release};
 use crate::git::Repository;
 use crate::layout::Layout;
-use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
+use crate::reboot;
 use crate::status::{Outcome, Status};
 
 /// How long one try of `ekiben reach` may take.
@@ -189,17 +189,9 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
         }),
         runs: tried.map_or(0, |tried| tried.count),
         self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
-        reboot_needed: needs_reboot(),
+        reboot_needed: reboot::is_needed(),
         seen,
     })
-}
-
-/// Whether what is booted next differs from what was, or runs, in what only a reboot changes.
-fn needs_reboot() -> bool {
-    let at = |path: &str| fs::canonicalize(path).ok();
-    let profile = |what: &str| at(&format!("{SYSTEM_PROFILE}/{what}"));
-    let differ = |what: &&str| at(&format!("/run/booted-system/{what}")).is_some_and(|booted| profile(what) != Some(booted));
-    at("/run/current-system") != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
 }
 
 /// The newest release that the hub has offered.

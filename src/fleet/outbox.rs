@@ -32,7 +32,7 @@ pub fn add(layout: &Layout, hub: &Hub, run: &Ended) -> Result<()> {
     let system = fs::canonicalize("/run/current-system").context(doing)?;
     let report = Report { format: FORMAT, host: hub.name.clone(), system, run: run.clone() };
     let script = r#"journalctl --quiet --sync; journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$2" | gzip -n"#;
-    let log = Program::as_root("sh").args(["-euc", script, "sh", LINES, &run.id]).output(doing, None)?;
+    let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, &run.id]).output(doing, None)?;
     let directory = layout.outbox();
     // the log first: what there is a report of is complete
     files::write(&directory.join(format!("{}.log.gz", run.id)), &log, 0o640).context(doing)?;
