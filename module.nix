@@ -37,7 +37,15 @@ let
     };
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
-  isFree = name: isName name && name != "webhook" && name != "webhook-address";
+  isFree = name: isName name && !lib.elem name reserved;
+  reserved = [
+    "deliver"
+    "hub-collect"
+    "hub-files"
+    "reboot"
+    "webhook"
+    "webhook-address"
+  ];
 
   instance = types.submodule (
     { config, ... }:
@@ -404,6 +412,23 @@ let
     SystemCallErrorNumber = "EPERM";
   };
 
+  # for what fetches as the user
+  networkSandbox = sandbox // {
+    # SSH keys, .netrc and git configuration are there
+    ProtectHome = "read-only";
+    # netlink: the resolver sorts addresses by it
+    RestrictAddressFamilies = [
+      "AF_UNIX"
+      "AF_INET"
+      "AF_INET6"
+      "AF_NETLINK"
+    ];
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
+  };
+
   webhookAddress =
     if cfg.webhook.socket != null then
       cfg.webhook.socket
@@ -592,7 +617,7 @@ let
       // optionalAttrs (instance.hub != null && config.environment.sessionVariables ? NIX_PATH) {
         inherit (config.environment.sessionVariables) NIX_PATH;
       };
-    serviceConfig = sandbox // {
+    serviceConfig = networkSandbox // {
       Type = "oneshot";
       # + is root without the sandbox
       ExecStart = [
@@ -602,16 +627,8 @@ let
         "+${ekiben} activate ${name}"
       ];
       # whatever happened; does nothing if activate has done it
-      ExecStopPost =
-        if instance.hub == null then
-          "+${ekiben} conclude ${name}"
-        else
-          [
-            "+${ekiben} conclude ${name}"
-            # what cannot be delivered now waits for the next run
-            "-${ekiben} deliver ${name}"
-          ];
-      LoadCredential = lib.optional (instance.hub != null) "identity:${cfg.fleet.identityFile}";
+      ExecStopPost = "+${ekiben} conclude ${name}";
+      LoadCredential = lib.optional (instance.hub != null) identity;
       # the stages have limits of their own, which add up to less; a run may have to wait for another's
       TimeoutStartSec = "${toString (2 * longest instance)}s";
       TimeoutStopSec = "${toString (longest instance)}s";
@@ -621,19 +638,26 @@ let
       CacheDirectory = "ekiben/${name}";
       CacheDirectoryMode = "0700";
       ReadWritePaths = [ "-${instance.flakePath}" ];
-      # SSH keys, .netrc and git configuration are there
-      ProtectHome = "read-only";
-      # netlink: the resolver sorts addresses by it
-      RestrictAddressFamilies = [
-        "AF_UNIX"
-        "AF_INET"
-        "AF_INET6"
-        "AF_NETLINK"
-      ];
-      SystemCallFilter = [
-        "@system-service"
-        "~@privileged"
-      ];
+    };
+  };
+
+  identity = "identity:${cfg.fleet.identityFile}";
+
+  # a run's report; what cannot be delivered now waits for the next poll
+  deliver = {
+    description = "Delivery of reports to the fleet's hub";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    startLimitIntervalSec = 0;
+    path = programs;
+    serviceConfig = networkSandbox // {
+      Type = "oneshot";
+      ExecStart = "${ekiben} deliver fleet";
+      LoadCredential = identity;
+      TimeoutStartSec = "10min";
+      User = cfg.fleet.user;
+      StateDirectory = "ekiben/instances/fleet";
+      StateDirectoryMode = "0700";
     };
   };
 
@@ -648,7 +672,7 @@ let
       perInstance = name: instance: [
         {
           assertion = isFree name;
-          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than `webhook` and `webhook-address`.";
+          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than ${concatStringsSep ", " reserved}.";
         }
         {
           assertion = config.users.users ? ${instance.user};
@@ -947,7 +971,15 @@ in
           "d /var/lib/ekiben/outbox 0755 root root -"
           "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${cfg.fleet.user}.group} -"
         ];
-        services = mkIf (cfg.fleet.reboot.when == "needed") { ekiben-reboot = reboot; };
+        services = {
+          ekiben-deliver = deliver;
+          ekiben-reboot = mkIf (cfg.fleet.reboot.when == "needed") reboot;
+        };
+        paths.ekiben-deliver = {
+          description = "Reports for the fleet's hub";
+          wantedBy = [ "paths.target" ];
+          pathConfig.PathChanged = "/var/lib/ekiben/outbox/fleet";
+        };
         timers = mkIf (cfg.fleet.reboot.when == "needed") {
           ekiben-reboot = {
             description = "Time to look whether Ekiben needs a reboot";

@@ -16,6 +16,9 @@ assert "the hub has none for web yet" in ended["error"], ended
 FLAKE = """{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "fleet"; }; }; }"""
 web.succeed("mkdir -p /tmp/release/app", f"echo {shlex.quote(FLAKE)} > /tmp/release/flake.nix", "cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /tmp/release")
 
+web.succeed("cd /tmp/release/app; echo 0 > content; echo none > trouble; echo default > variant",
+    f"nix-env --profile {PROFILE} --set $(nix build --no-link --print-out-paths path:/tmp/release#nixosConfigurations.web.config.system.build.toplevel); {PROFILE}/bin/switch-to-configuration switch")
+
 def publish_release(sequence, content="1", trouble="none", key="signer", change="."):
     web.succeed(f"cd /tmp/release/app; echo {content} > content; echo {trouble} > trouble; echo default > variant", "tar -C /tmp/release --sort=name --mtime=@0 -cf - . | gzip -n > /tmp/a.tar.gz")
     archive = web.succeed("base64 -w0 /tmp/a.tar.gz").strip()

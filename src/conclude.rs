@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::{Release, outbox};
+use crate::health;
 use crate::layout::Layout;
 use crate::nix as store;
 use crate::notes::{Notes, Proposal};
@@ -187,7 +188,14 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     }
     fault::point("back: begun");
     match put_back(run, &before, touched_boot) {
-        Ok(()) if result == Outcome::Failed => Outcome::RolledBack,
+        Ok(()) if result == Outcome::Failed => {
+            if let (Err(error), Some(failure)) = (health::verify(&run.instance.health_checks, &run.passed), &mut run.failure) {
+                // so it was not the candidate's doing, and may be tried again
+                failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
+                failure.transient = true;
+            }
+            Outcome::RolledBack
+        }
         Ok(()) => result,
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
@@ -232,12 +240,8 @@ fn report(layout: &Layout, run: &Run, result: Outcome, release: Option<Release>,
     ended.commit = proposal.map(|proposal| proposal.commit.clone());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     let tail = failure.map_or(&[][..], |failure| &failure.tail);
-    if let Some(hub) = &run.instance.hub {
-        if let Err(error) = outbox::add(layout, hub, &ended).and_then(|()| outbox::tidy(layout)) {
-            log::warn!("{error}.");
-        }
-    }
     let reported = Status::report(layout, run, ended, proposal).and_then(|()| status::keep_output(layout, tail));
+    let reported = reported.and_then(|()| run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub)));
     if let Err(error) = reported {
         // the machine is as it should be; only the report is missing, but for the journal's
         log::error!("{error}.");

@@ -324,8 +324,8 @@ impl From<Author> for String {
 /// `ekiben-`, of units. An accepted name has none of `/`, `.`, `%`, `@` and spaces, and no leading `-`.
 pub fn instance_name(name: &str) -> Result<(), String> {
     file_name(name)?;
-    if ["webhook", "webhook-address"].contains(&name) {
-        Err(format!("the name {name} is taken by the listener's own unit"))
+    if ["deliver", "hub-collect", "hub-files", "reboot", "webhook", "webhook-address"].contains(&name) {
+        Err(format!("the name {name} is taken by a unit of Ekiben's own"))
     } else {
         Ok(())
     }

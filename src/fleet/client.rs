@@ -40,7 +40,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let place = directory.fresh("manifest.json")?;
     if !session.get("release/manifest.json", &place)? {
         deliver_by(&mut session, layout, hub, &directory, None)?;
-        return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)).transient());
+        return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
     let manifest = read_manifest(&place, hub, &directory)?;
     let release = &manifest.release;
@@ -135,7 +135,7 @@ pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     session.close()
 }
 
-/// Fails unless the hub can be reached now. Root, whose health check this is, asks as the instance's user.
+/// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this is, asks as the instance's user.
 pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: it has none")))?;
     if geteuid().is_root() {
@@ -144,7 +144,12 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
     let layout = Layout::new(name);
     let directory = Scratch::of(&layout)?;
-    Session::open(hub, &identity(&layout), &directory.path, REACH)?.close()
+    match Session::open(hub, &identity(&layout), &directory.path, REACH) {
+        Ok(session) => session.close(),
+        // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
+        Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Sends the heartbeat and the reports that the hub does not say it has.
@@ -202,7 +207,9 @@ fn seen(layout: &Layout) -> Result<Option<Release>> {
 
 /// The private key: systemd's copy of it, which only the instance's user can read.
 fn identity(layout: &Layout) -> PathBuf {
-    PathBuf::from(format!("/run/credentials/ekiben-{}.service/identity", layout.name()))
+    let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    // what root has this ask for a run has none of its own
+    own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity")
 }
 
 /// A directory for files that nobody needs later.
@@ -232,5 +239,6 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let doing = || format!("write {}", path.display());
-    files::write(path, &serde_json::to_vec_pretty(value).context(doing)?, 0o600).context(doing)
+    // the directory is the user's alone; on the hub, others have to read what is sent
+    files::write(path, &serde_json::to_vec_pretty(value).context(doing)?, 0o644).context(doing)
 }

@@ -21,11 +21,16 @@ const MOST: usize = 32;
 /// How many lines of the journal a report comes with.
 const LINES: &str = "5000";
 
-/// Writes the report of a run that has just ended, with what the journal has of it; not if it had
-/// nothing to do, or if it could not begin for the same reason as the one before.
-pub fn add(layout: &Layout, hub: &Hub, run: &Ended) -> Result<()> {
-    let again = |before: &Ended| before.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error);
-    if run.release.is_none() || run.result == Outcome::Unchanged || Status::read(layout).runs.first().is_some_and(again) {
+/// Adds the report of the run that ended last, with what the journal has of it; not if that had
+/// nothing to do, or could not begin for the same reason as the one before. Removes what the hub has.
+pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
+    tidy(layout)?;
+    let status = Status::read(layout);
+    let Some(run) = status.runs.first().filter(|run| run.release.is_some() && run.result != Outcome::Unchanged) else {
+        return Ok(());
+    };
+    let again = |before: &Ended| run.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error);
+    if status.runs.get(1).is_some_and(again) {
         return Ok(());
     }
     let doing = || format!("write the report of run {}", run.id);
@@ -41,7 +46,7 @@ pub fn add(layout: &Layout, hub: &Hub, run: &Ended) -> Result<()> {
 
 /// Removes the reports that the hub has, by what the instance's user was told, and those that are
 /// too many.
-pub fn tidy(layout: &Layout) -> Result<()> {
+fn tidy(layout: &Layout) -> Result<()> {
     let doing = || format!("tidy {}", layout.outbox().display());
     let received = files::read_foreign(&layout.own("received.json"), SMALL).ok();
     let received: Received = received.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();

@@ -64,7 +64,7 @@ impl Session {
         let options = pinned.iter().chain(&hub.ssh_options).map(String::as_str).chain(defaults);
         let sftp = Program::new("timeout")
             .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--"])
-            .args(["sftp", "-q", "-b", "-", "-F", "none"])
+            .args(["sftp", "-b", "-", "-F", "none"])
             .args(options.flat_map(|option| ["-o", option]))
             .args(["-P", &server.port.to_string(), &format!("{}@{}", server.user, server.host)])
             .env("LC_ALL", "C")
