@@ -1,31 +1,32 @@
-# What can go wrong between a hub and its hosts, and with what the hub publishes.
+# What can go wrong between a hub and a host, and with what the hub publishes.
 let
   keys = import ./fleet-keys.nix;
+  server = {
+    host = "hub";
+    hostKey = keys.hub.public;
+  };
 in
 {
+  # holds a run while something else happens: see src/fault.rs
+  faultPoints = true;
   nodes.hub = {
-    services.openssh.enable = true;
+    services.ekiben.hub = {
+      enable = true;
+      hosts.web.publicKey = keys.web.public;
+    };
     environment.etc = {
       "scenario/host-key".text = keys.hub.private;
       "scenario/signer".text = keys.signer.private;
       "scenario/other".text = keys.other.private;
-      "scenario/web.pub".text = keys.web.public;
     };
   };
   nodes.web = {
     services.ekiben.fleet = {
       enable = true;
+      # one of two hubs is always down
       hub = [
-        # a hub that is down
-        {
-          host = "hub";
-          port = 2222;
-          hostKey = keys.hub.public;
-        }
-        {
-          host = "hub";
-          hostKey = keys.hub.public;
-        }
+        (server // { port = 2222; })
+        server
       ];
       identityFile = "/root/identity";
       signers = [ keys.signer.public ];
