@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod fault;
 mod files;
+mod fleet;
 mod gate;
 mod git;
 mod health;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
@@ -112,6 +113,9 @@ pub struct Ended {
     pub commit: Option<String>,
     /// What was new in it.
     pub summary: Option<String>,
+    /// The release of a fleet's hub that this was, or was made from.
+    #[serde(default)]
+    pub release: Option<Release>,
     /// In which stage it failed.
     pub stage: Option<Stage>,
     /// Why it failed.
@@ -174,6 +178,7 @@ impl Status {
             finished: now(),
             commit: None,
             summary: None,
+            release: None,
             stage: Some(Stage::Begin),
             error: Some(why.to_owned()),
             warnings: Vec::new(),
@@ -234,6 +239,7 @@ impl Ended {
             finished: now(),
             commit: None,
             summary: None,
+            release: None,
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),
