@@ -10,11 +10,15 @@
 //! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
 //! <directory>/hosts/<host>/reports/<run>.json       a Report
 //! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
+//! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
+//! <directory>/hosts/<host>/files/<sha256>           one of these files
 //! <directory>/received/<host>/...                   the same, collected; nobody but the hub can write there
 //! ```
 //!
 //! A release is its content and a sequence number, never a time or a file name. What one side reads
 //! of the other may be of a newer version: what is unknown is passed over, another format is refused.
+
+pub mod files;
 
 use std::path::PathBuf;
 
@@ -140,6 +144,24 @@ pub struct Report {
     /// The run, and the release that it was about.
     #[serde(flatten)]
     pub run: Ended,
+}
+
+/// A file that a host gets besides its configuration.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Served {
+    /// Where it belongs on the host.
+    pub path: PathBuf,
+    /// Its permissions there, in octal digits.
+    pub mode: String,
+    /// Whose it is there.
+    pub owner: String,
+    /// Its group there.
+    pub group: String,
+    /// Its name in `files`.
+    pub file: String,
+    /// The SHA-256 of its contents, in hexadecimal digits.
+    pub sha256: String,
 }
 
 /// Whether `name` can be a host's: it becomes the name of files and, behind `fleet-`, of a user.
