@@ -675,7 +675,9 @@ let
       AuthenticationMethods publickey
       PubkeyAuthentication yes
       AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u
-      AuthorizedKeysCommand none
+      ${lib.optionalString (
+        config.services.openssh.authorizedKeysCommand != "none"
+      ) "AuthorizedKeysCommand none"}
       TrustedUserCAKeys none
       ChrootDirectory %h
       ForceCommand internal-sftp -u 0027 -p ${concatStringsSep "," hubRequests}
@@ -742,7 +744,8 @@ let
     IPAddressDeny = "any";
     PrivateNetwork = true;
     ProtectHome = true;
-    RestrictAddressFamilies = "AF_UNIX";
+    # not even systemd's own socket, or root would be root
+    RestrictAddressFamilies = "none";
     SystemCallFilter = [
       "@system-service"
       "~@privileged"

@@ -74,6 +74,7 @@ in
         settings = {
           AllowUsers = [ "alice" ];
           PasswordAuthentication = true;
+          TrustedUserCAKeys = "/etc/scenario/authority";
           # or the hub would hang up on an attacker before it has tried everything
           PerSourcePenalties = "no";
         };
@@ -88,6 +89,9 @@ in
         group = "users";
         openssh.authorizedKeys.keys = [ keys.alice.public ];
       };
-      environment.etc."scenario/key-alice".text = keys.alice.private;
+      environment.etc = {
+        "scenario/key-alice".text = keys.alice.private;
+        "scenario/authority".text = keys.alice.public;
+      };
     };
 }

@@ -3,6 +3,9 @@ for machine in machines:
     machine.wait_for_unit("multi-user.target")
 hub.wait_for_unit("sshd.service")
 hub.wait_for_open_port(22)
+# what is left is looked at here first
+hub.require_unit_state("ekiben-hub-collect.timer", "active")
+hub.succeed("systemctl stop ekiben-hub-collect.timer")
 HUB = "/var/lib/ekiben-hub"
 HOST_KEY = hub.succeed("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub").strip()
 for machine in (a, b):
@@ -313,11 +316,21 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
     assert hub.succeed("find /tmp /run /var/tmp -type s \\( -name 'agent.*' -o -user fleet-a \\) ! -path '/run/user/*'; ss -Hlxp | grep -F fleet-a || true") == ""
     a.succeed("kill $(cat /tmp/hold.pid) $(cat /tmp/ssh.pid); . /tmp/agent.env > /dev/null; kill $SSH_AGENT_PID")
     tried += 3
-    if a.execute("test -e /dev/net/tun || (mkdir -p /dev/net; mknod /dev/net/tun c 10 200); true < /dev/net/tun")[0] == 0:
-        said = a.execute("timeout 20 ssh -N -o ExitOnForwardFailure=yes -w 0:0 fleet-a@hub < /dev/null 2>&1")[1]
-        assert "administratively prohibited" in said or "unnel" in said, said
-        print(said)
-        hub.fail("ip link show tun0")
+    # devices that the users could use, if sshd let them; not everywhere can there be one
+    device = "test -e /dev/net/tun || { mkdir -p /dev/net; mknod -m 666 /dev/net/tun c 10 200; }"
+    if hub.execute(f"{device}; ip tuntap add dev tun7 mode tun user alice; ip tuntap add dev tun8 mode tun user fleet-a")[0] == 0:
+        a.succeed(device)
+        hub.succeed("ip link set tun7 up; ip link set tun8 up")
+        tunnel = "rm -f /tmp/said; ssh -f -N -M -S /tmp/control -E /tmp/said"
+        # whoever holds its other end has a carrier
+        for login, number in ((f"{ALICE} alice@hub", 7), ("fleet-a@hub", 8)):
+            a.succeed(f"{tunnel} -w any:{number} {login} < /dev/null > /dev/null 2>&1")
+            if number == 7:
+                hub.wait_until_succeeds("ip link show tun7 | grep LOWER_UP", timeout=20)
+            else:
+                a.wait_until_succeeds("grep 'Tunnel forwarding failed' /tmp/said", timeout=20)
+                hub.fail("ip link show tun8 | grep LOWER_UP")
+            a.succeed(f"ssh -S /tmp/control -O exit {login}")
         tried += 1
 
 with subtest("no way in but a host's own key under its own name"):
@@ -334,7 +347,13 @@ with subtest("no way in but a host's own key under its own name"):
     BY_PASSWORD = "env SSH_ASKPASS=/tmp/ask SSH_ASKPASS_REQUIRE=force ssh -T -o BatchMode=no -o NumberOfPasswordPrompts=1 -o PubkeyAuthentication=no"
     said = a.fail(f"{BY_PASSWORD} fleet-a@hub id < /dev/null 2>&1")
     assert "Permission denied (publickey)." in said, said
-    tried += len(refusals) + 1
+    # an authority that the administrator trusts for people
+    a.succeed(f"cd /tmp; cp /root/.ssh/id_ed25519 .; ssh-keygen -y -f id_ed25519 > id_ed25519.pub; ssh-keygen -q -s /root/alice -I test -n fleet-b,alice id_ed25519.pub")
+    by_certificate = "ssh -T -i /tmp/id_ed25519 -o CertificateFile=/tmp/id_ed25519-cert.pub"
+    assert "uid=1001" in a.succeed(f"{by_certificate} alice@hub id < /dev/null")
+    said = a.fail(f"{by_certificate} fleet-b@hub id < /dev/null 2>&1")
+    assert "Permission denied (publickey)." in said, said
+    tried += len(refusals) + 2
 
 with subtest("the administrator's own sshd is as it was: another user, by password and by key, with forwards"):
     assert "uid=1001" in a.succeed(f"{BY_PASSWORD} alice@hub id < /dev/null")
@@ -395,6 +414,89 @@ with subtest("a file that changes is served anew, one that is gone stays, neithe
     assert sftp(b, f'attempt("file", lambda: s.read("files/{index[0]["file"]}"))', "fleet-b") == {"file": "secret of b\n"}
     hub.fail("grep -rs 'secret of' /nix/store /etc/ekiben")
     hub.require_unit_state("ekiben-hub-files.timer", "active")
-    hub.require_unit_state("ekiben-hub-collect.timer", "active")
+
+# tries what a unit of the hub's has no business to do, from inside of it
+PROBE = r"""
+import json, os, socket, subprocess, sys
+could = []
+def attempt(name, function):
+    try:
+        function()
+        could.append(name)
+    except (OSError, subprocess.CalledProcessError):
+        pass
+def write(directory):
+    path = f"{directory}/.probe"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    os.unlink(path)
+def connect(family, address):
+    with socket.socket(family) as s:
+        s.settimeout(3)
+        s.connect(address)
+HUB = "/var/lib/ekiben-hub"
+for directory in (HUB, f"{HUB}/home", f"{HUB}/hosts", f"{HUB}/received", "/etc", "/run", "/var/lib", "/var/log", "/root", "/root/secrets", "/home/alice", "/srv/fleet", "/usr", "/nix/store",
+                  *(f"{HUB}/hosts/a{part}" for part in ("", "/release", "/reports", "/files"))):
+    attempt(f"write {directory}", lambda: write(directory))
+for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret", "/proc/1/environ"):
+    attempt(f"read {path}", lambda: open(path, "rb").read(1))
+attempt("remove a report", lambda: os.unlink(f"{HUB}/hosts/a/reports/heartbeat.json"))
+attempt("reach a", lambda: connect(socket.AF_INET, ("192.168.1.1", 22)))
+attempt("reach itself", lambda: connect(socket.AF_INET, ("127.0.0.1", 22)))
+attempt("reach D-Bus", lambda: connect(socket.AF_UNIX, "/run/dbus/system_bus_socket"))
+attempt("reach systemd", lambda: connect(socket.AF_UNIX, "/run/systemd/private"))
+attempt("start a unit", lambda: subprocess.run(["systemctl", "start", "ekiben-hub-files.timer"], check=True, capture_output=True))
+attempt("be root", lambda: subprocess.run(["/opt/become", "--reuid=0", "true"], check=True, capture_output=True))
+attempt("be alice", lambda: os.setuid(1001))
+attempt("chown", lambda: os.chown("/tmp", 1001, 1001))
+attempt("mount", lambda: subprocess.run(["mount", "-t", "tmpfs", "none", "/tmp"], check=True, capture_output=True))
+attempt("make a device", lambda: os.mknod("/tmp/disk", 0o60600, os.makedev(8, 0)))
+print("could " + json.dumps(could))
+"""
+
+
+def probe(unit):
+    """What a stand-in for a unit's program could do, from inside the unit."""
+    python = hub.succeed("readlink -f $(command -v python3)").strip()
+    hub.succeed(
+        f"mkdir -p /srv /run/systemd/system/{unit}.service.d; printf %s {shlex.quote(PROBE)} > /srv/probe.py; chmod 644 /srv/probe.py",
+        f"printf '%s\n' [Service] ExecStart= 'ExecStart={python} /srv/probe.py' > /run/systemd/system/{unit}.service.d/probe.conf; systemctl daemon-reload",
+    )
+    hub.succeed(f"systemctl start {unit}.service")
+    hub.succeed("journalctl --sync", f"rm -r /run/systemd/system/{unit}.service.d; systemctl daemon-reload")
+    said = hub.succeed(f"journalctl -q -u {unit} -o cat | grep '^could ' | tail -n 1")
+    return set(json.loads(said.removeprefix("could ")))
+
+
+with subtest("the units of the hub can do what they are for, and nothing else"):
+    hub.succeed(
+        "mkdir -p /opt; cp $(readlink -f $(command -v setpriv)) /opt/become; chmod 4755 /opt/become",
+        "runuser -u alice -- sh -c 'umask 077; echo secret > ~/secret'; runuser -u alice -- /opt/become --reuid=0 true",
+    )
+    assert sftp(a, 'attempt("put", lambda: s.write("reports/heartbeat.json", b"well"))') == {"put": "ok"}
+    could = probe("ekiben-hub-files")
+    assert could == {
+        # root's own directories there, and every source
+        f"write {HUB}/hosts", f"write {HUB}/hosts/a", f"write {HUB}/hosts/a/files",
+        *(f"read {path}" for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret")),
+    }, could
+    could = probe("ekiben-hub-collect")
+    assert could == {
+        f"write {HUB}/home", f"write {HUB}/received", f"write {HUB}/hosts/a/release", f"write {HUB}/hosts/a/reports",
+        f"read {HUB}/hosts/a/reports/heartbeat.json", "remove a report",
+    }, could
+
+# TODO for the merge with the hub's commands: this is to run always
+if "fleet COMMAND" in hub.succeed("ekiben --help"):
+    with subtest("what a host has left is collected, whatever another has left"):
+        heartbeat = {
+            "format": 1, "host": "a", "version": "1", "seen": None, "deployed": None, "system": "/nix/store/x", "running": None, "last": None,
+            "runs": 0, "selfUpdated": False, "rebootNeeded": False,
+        }
+        put = "attempt('put', lambda: s.write('reports/heartbeat.json', {!r}))"
+        sftp(b, "attempt('odd', lambda: s.close(s.open('reports/heartbeat.json', WRITE | CREATE, MODE(0))))", "fleet-b")
+        assert sftp(a, put.format(json.dumps(heartbeat).encode())) == {"put": "ok"}
+        hub.succeed("systemctl start ekiben-hub-collect.timer")
+        hub.wait_until_succeeds(f"test $(stat -c %U {HUB}/received/a/heartbeat.json) = ekiben-hub -a ! -e {HUB}/hosts/a/reports/heartbeat.json", timeout=90)
+        hub.fail(f"test -e {HUB}/received/b/heartbeat.json")
 
 print(f"{tried} attempts were refused")
