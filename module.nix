@@ -784,6 +784,8 @@ let
       # root, to read the sources; not to write where root otherwise may
       CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
       ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
       ReadWritePaths = hubHosts;
     };
   };
