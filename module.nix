@@ -6,6 +6,7 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 let
@@ -721,6 +722,317 @@ let
     in
     lib.concatLists (mapAttrsToList perInstance instances ++ mapAttrsToList perProject projects);
 
+  # the hub: what a host of the fleet is here is a user that can do nothing but SFTP, in a directory
+  # that holds nothing but what is its own
+  inherit (cfg) hub;
+  hubHosts = "${hub.directory}/hosts";
+  hubUser = "ekiben-hub";
+  forHosts =
+    function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hub.hosts;
+  keysOf = host: lib.optional (host.publicKey != null) host.publicKey ++ host.publicKeys;
+
+  hubHost = types.submodule {
+    options = {
+      publicKey = mkOption {
+        type = types.nullOr types.singleLineStr;
+        default = null;
+        example = "ssh-ed25519 AAAAC3... root@web";
+        description = "The key that the host logs in with.";
+      };
+      publicKeys = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        description = "More such keys, for the time in which its key is changed.";
+      };
+      files = mkOption {
+        type = types.attrsOf hubFile;
+        default = { };
+        example = literalExpression ''
+          {
+            "/var/lib/secrets/database".source = config.age.secrets.web-database.path;
+          }
+        '';
+        description = ''
+          Files that only this host may have, by their paths on the host. They are in no Nix store,
+          here or there.
+        '';
+      };
+    };
+  };
+
+  hubFile = types.submodule {
+    options = {
+      source = mkOption {
+        type = externalPath;
+        example = "/run/secrets/web-database";
+        description = ''
+          The file on the hub. Root reads it, so it can be root's alone; what it holds anew counts
+          within a minute.
+        '';
+      };
+      mode = mkOption {
+        type = types.strMatching "0[0-7]{3}";
+        default = "0400";
+        description = "Its permissions on the host.";
+      };
+      owner = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its owner on the host.";
+      };
+      group = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its group on the host.";
+      };
+    };
+  };
+
+  # Last of all, since all that follows `Match` belongs to it. Whatever is said here is said once
+  # more by the keys (`restrict`) and by the permissions of the directories, as far as they can.
+  hubSshd = ''
+    Match Group ekiben-hosts
+      # whomever the administrator allows besides
+      AllowGroups ekiben-hosts
+      AllowUsers fleet-*
+      AuthenticationMethods publickey
+      PubkeyAuthentication yes
+      AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u
+      ${lib.optionalString (
+        config.services.openssh.authorizedKeysCommand != "none"
+      ) "AuthorizedKeysCommand none"}
+      TrustedUserCAKeys none
+      ChrootDirectory %h
+      ForceCommand internal-sftp -u 0027 -p ${concatStringsSep "," hubRequests}
+      PermitTTY no
+      PermitUserRC no
+      PermitTunnel no
+      DisableForwarding yes
+      # OpenSSH 9 does not take the line above for all of these
+      AllowAgentForwarding no
+      AllowStreamLocalForwarding no
+      AllowTcpForwarding no
+      X11Forwarding no
+      MaxSessions 1
+      # a host that is gone must not be waited for
+      ClientAliveInterval 15
+      ClientAliveCountMax 4
+    Match all
+  '';
+  # what a host needs to fetch, to leave a report, and to put it in its place; anything else,
+  # and what later versions of OpenSSH will know, is refused
+  hubRequests = [
+    "open"
+    "close"
+    "read"
+    "write"
+    "opendir"
+    "readdir"
+    "stat"
+    "lstat"
+    "fstat"
+    "realpath"
+    "rename"
+    "posix-rename"
+    "limits"
+  ];
+
+  # The kernel counts what a host leaves. Below the mount is a directory of root's: without the mount,
+  # the host can leave nothing. What is lost in a reboot the host sends again.
+  hubMount = name: {
+    description = "Reports of ${name} that have not been collected";
+    what = "tmpfs";
+    where = "${hubHosts}/${name}/reports";
+    type = "tmpfs";
+    options = concatStringsSep "," [
+      "mode=2770"
+      "uid=fleet-${name}"
+      "gid=${hubUser}"
+      "size=${hub.reports.size}"
+      "nr_inodes=${toString hub.reports.files}"
+      "nodev"
+      "noexec"
+      "nosuid"
+    ];
+    wantedBy = [ "multi-user.target" ];
+    # not a local file system as others: those come before users and directories do
+    after = [ "systemd-tmpfiles-setup.service" ];
+    before = [ "umount.target" ];
+    conflicts = [ "umount.target" ];
+    unitConfig.DefaultDependencies = false;
+  };
+
+  hubSandbox = sandbox // {
+    Type = "oneshot";
+    IPAddressDeny = "any";
+    PrivateNetwork = true;
+    ProtectHome = true;
+    # not even systemd's own socket, or root would be root
+    RestrictAddressFamilies = "none";
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
+    TimeoutStartSec = "10min";
+  };
+  hubTimer = description: interval: {
+    inherit description;
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnBootSec = interval;
+      OnUnitInactiveSec = interval;
+      AccuracySec = "1s";
+    };
+  };
+
+  hubCollect = {
+    description = "Collection of what the hosts of Ekiben's fleet report";
+    after = map (name: "${utils.escapeSystemdPath (hubMount name).where}.mount") (
+      builtins.attrNames hub.hosts
+    );
+    serviceConfig = hubSandbox // {
+      ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
+      User = hub.user;
+      Group = hubUser;
+      ReadWritePaths = hub.directory;
+    };
+  };
+
+  hubFiles = {
+    description = "Files for the hosts of Ekiben's fleet";
+    wantedBy = [ "multi-user.target" ];
+    restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
+    serviceConfig = hubSandbox // {
+      ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
+      # root, to read the sources; not to write where root otherwise may
+      CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
+      ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
+      ReadWritePaths = hubHosts;
+    };
+  };
+
+  hubAssertions =
+    let
+      # without the comment
+      bare = key: lib.take 2 (lib.splitString " " key);
+      isKey =
+        key:
+        builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
+      perHost =
+        name: host:
+        let
+          others = filterAttrs (
+            _: other: lib.intersectLists (map bare (keysOf host)) (map bare (keysOf other)) != [ ]
+          ) hub.hosts;
+          wrong = lib.filter (key: !isKey key) (keysOf host);
+        in
+        [
+          {
+            assertion = builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
+            message = "`services.ekiben.hub.hosts.${name}`: this name cannot be part of a user's name. Write one of at most 25 small letters, digits, `_` and `-`.";
+          }
+          {
+            assertion = keysOf host != [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKey`: without a key, the host cannot log in. Write the line that is in its key's `.pub` file.";
+          }
+          {
+            assertion = wrong == [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: `${concatStringsSep "` and `" wrong}` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+          }
+          {
+            assertion = keysOf host == [ ] || builtins.attrNames others == [ name ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames others)} have the same key. Make one of its own for each.";
+          }
+        ]
+        ++ mapAttrsToList (path: _: {
+          assertion =
+            builtins.match "(/[^/]+)+" path != null
+            && lib.intersectLists [ "." ".." ] (lib.splitString "/" path) == [ ]
+            && !hasPrefix "${builtins.storeDir}/" path;
+          message = "`services.ekiben.hub.hosts.${name}.files.\"${path}\"`: a file cannot be there. Write an absolute path outside of the Nix store, without `.` and `..`.";
+        }) host.files;
+    in
+    [
+      {
+        assertion = hub.user == hubUser || config.users.users ? ${hub.user};
+        message = "`services.ekiben.hub.user`: there is no user `${hub.user}`. Write `users.users.${hub.user}.isNormalUser = true;`, or leave the option out.";
+      }
+      {
+        assertion = hub.user != "root" && !lib.elem hub.user (builtins.attrNames (forHosts (_: _: null)));
+        message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
+      }
+    ]
+    ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
+
+  hubModule = mkIf hub.enable {
+    assertions = hubAssertions;
+    environment = {
+      etc."ekiben/hub.json".text = builtins.toJSON {
+        inherit (hub) directory;
+        hosts = mapAttrs (_: host: host.files) hub.hosts;
+      };
+      systemPackages = [ cfg.package ];
+      variables = mkIf (hub.repository != null) { EKIBEN_FLEET = hub.repository; };
+    };
+    services.openssh = {
+      enable = lib.mkDefault true;
+      extraConfig = lib.mkOrder 5000 hubSshd;
+    };
+    users.groups = {
+      ekiben-hosts = { };
+      ${hubUser}.members = [ hub.user ];
+    }
+    // forHosts (_: _: { });
+    users.users =
+      forHosts (
+        name: host: {
+          isSystemUser = true;
+          description = "Host ${name} of Ekiben's fleet";
+          group = "fleet-${name}";
+          extraGroups = [ "ekiben-hosts" ];
+          home = "${hubHosts}/${name}";
+          # no password, and yet not locked, which sshd without PAM takes for a refusal
+          hashedPassword = "*";
+          openssh.authorizedKeys.keys = map (key: "restrict ${key}") (keysOf host);
+        }
+      )
+      // optionalAttrs (hub.user == hubUser) {
+        ${hubUser} = {
+          isSystemUser = true;
+          description = "Publisher of Ekiben's fleet";
+          group = hubUser;
+          home = "${hub.directory}/home";
+        };
+      };
+    systemd = {
+      mounts = map hubMount (builtins.attrNames hub.hosts);
+      services = {
+        ekiben-hub-collect = hubCollect;
+        ekiben-hub-files = hubFiles;
+      };
+      timers = {
+        ekiben-hub-collect = hubTimer "Timer of the collection of reports" hub.reports.interval;
+        # a file can be replaced in so many ways that whoever watches it misses one
+        ekiben-hub-files = hubTimer "Timer of the files for hosts" "1min";
+      };
+      # sshd wants all that leads to a host's directory to be root's, and nobody else's to change
+      tmpfiles.rules = [
+        "d ${hub.directory} 0755 root root -"
+        "d ${hub.directory}/received 0750 ${hub.user} ${hubUser} -"
+        "d ${hubHosts} 0750 root ${hubUser} -"
+      ]
+      ++ lib.optional (hub.user == hubUser) "d ${hub.directory}/home 0700 ${hubUser} ${hubUser} -"
+      ++ lib.concatMap (name: [
+        "d ${hubHosts}/${name} 0755 root root -"
+        "d ${hubHosts}/${name}/release 0755 ${hub.user} ${hubUser} -"
+        # what root makes there gets the host's group
+        "d ${hubHosts}/${name}/files 2750 root fleet-${name} -"
+      ]) (builtins.attrNames hub.hosts);
+    };
+  };
+
   # the program that this one replaces: its configuration works as it is
   predecessor = [
     "services"
@@ -764,7 +1076,7 @@ let
       ];
 in
 {
-  imports = aliases;
+  imports = aliases ++ [ { config = hubModule; } ];
 
   options.services.ekiben = {
     enable = mkEnableOption "Ekiben, which keeps this machine up to date from the inside";
@@ -941,6 +1253,73 @@ in
           description = "The time of day in which to reboot; `null`: at any time.";
         };
         kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
+      };
+    };
+    hub = {
+      enable = mkEnableOption "the hub of a fleet, from which other machines fetch what they are to run";
+      hosts = mkOption {
+        type = types.attrsOf hubHost;
+        default = { };
+        example = literalExpression ''
+          {
+            web.publicKey = "ssh-ed25519 AAAAC3... root@web";
+          }
+        '';
+        description = ''
+          The machines of the fleet. Each logs in to this machine's sshd as the user `fleet-<name>`, and
+          sees nothing but what is its own. The administrator's settings of sshd stay as they are, except
+          that `AllowUsers` and `AllowGroups` do not count for these users; a `Match` block of the
+          administrator's that applies to them, too, comes first.
+
+          A machine that is taken away leaves its directory behind, without its files.
+        '';
+      };
+      repository = mkOption {
+        type = types.nullOr externalPath;
+        default = null;
+        example = "/var/fleet";
+        description = ''
+          The repository with the configurations of all hosts, for {command}`ekiben fleet` in other
+          directories. It belongs to {option}`user`.
+        '';
+      };
+      directory = mkOption {
+        type =
+          types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
+          // {
+            description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
+          };
+        default = "/var/lib/ekiben-hub";
+        description = ''
+          What the hub serves and has received. All that leads there has to belong to root, and
+          to be writable by nobody else.
+        '';
+      };
+      user = mkOption {
+        type = types.str;
+        default = hubUser;
+        example = "alice";
+        description = "Who may publish, and see what hosts report: a user that is made for it, or one that is there.";
+      };
+      reports = {
+        size = mkOption {
+          type = types.strMatching "[1-9][0-9]*[kMG]";
+          default = "8M";
+          description = ''
+            How much a host may leave before it is collected. It is kept in memory, so all hosts together
+            can take this as many times as there are hosts, for as long as nothing is collected.
+          '';
+        };
+        files = mkOption {
+          type = types.ints.between 8 1000000;
+          default = 128;
+          description = "How many files a host may leave before they are collected.";
+        };
+        interval = mkOption {
+          type = types.str;
+          default = "30s";
+          description = "How often to collect, in the format of {manpage}`systemd.time(7)`.";
+        };
       };
     };
     settings = mkOption {

@@ -53,6 +53,7 @@ Usage: ekiben [--config FILE] COMMAND
 
 What the units run:
   webhook
+  fleet files FILE
   begin | prepare | build | activate | conclude | deliver INSTANCE
   reach INSTANCE               fails if the instance's hub cannot be reached
   reboot [--kexec] [--between LOWER UPPER]
@@ -91,6 +92,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
         ["begin", name] => stage(file, name, begin::begin),
         ["prepare", name] => stage(file, name, prepare::prepare),

@@ -10,6 +10,8 @@
 //! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
 //! <directory>/hosts/<host>/reports/<run>.json       a Report
 //! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
+//! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
+//! <directory>/hosts/<host>/files/<sha256>           one of these files
 //! <directory>/received/<host>/...                   the same, collected; nobody but the hub can write there
 //! ```
 //!
@@ -18,6 +20,7 @@
 
 pub mod archive;
 pub mod client;
+pub mod files;
 pub mod outbox;
 pub mod release;
 pub mod sftp;
@@ -146,6 +149,24 @@ pub struct Report {
     /// The run, and the release that it was about.
     #[serde(flatten)]
     pub run: Ended,
+}
+
+/// A file that a host gets besides its configuration.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Served {
+    /// Where it belongs on the host.
+    pub path: PathBuf,
+    /// Its permissions there, in octal digits.
+    pub mode: String,
+    /// Whose it is there.
+    pub owner: String,
+    /// Its group there.
+    pub group: String,
+    /// Its name in `files`.
+    pub file: String,
+    /// The SHA-256 of its contents, in hexadecimal digits.
+    pub sha256: String,
 }
 
 /// Whether `name` can be a host's: it becomes the name of files and, behind `fleet-`, of a user.
