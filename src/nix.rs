@@ -45,7 +45,8 @@ pub fn build_system(flake: &str, configuration: &str, flags: &[String], link: &P
     build.run(limit)?.success(|| format!("build {configuration}"))
 }
 
-fn nix() -> Program {
+/// nix with the features that all of this needs.
+pub fn nix() -> Program {
     let nix = Program::new("nix").args(["--extra-experimental-features", "nix-command flakes"]);
     // Nix fetches as this user, but looks for passwords in root's file only
     match std::env::var_os("HOME").map(|home| Path::new(&home).join(".netrc")) {
@@ -83,7 +84,7 @@ pub fn unroot(root: &str) -> Result<()> {
 }
 
 /// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.
-fn is_store_path(path: &Path) -> bool {
+pub fn is_store_path(path: &Path) -> bool {
     let name = path.to_str().and_then(|text| text.strip_prefix(STORE)).unwrap_or_default();
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-._?=".contains(&byte);
     name.len() > 33 && name.as_bytes()[32] == b'-' && name.bytes().all(plain) && !name.starts_with('.')

@@ -16,6 +16,17 @@
 //! A release is its content and a sequence number, never a time or a file name. What one side reads
 //! of the other may be of a newer version: what is unknown is passed over, another format is refused.
 
+pub mod command;
+
+mod collect;
+mod guide;
+mod hub;
+mod hub_status;
+mod jobs;
+mod pack;
+mod publish;
+mod repository;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
