@@ -20,10 +20,20 @@
 
 pub mod archive;
 pub mod client;
+pub mod command;
 pub mod files;
 pub mod outbox;
 pub mod release;
-pub mod sftp;
+
+mod collect;
+mod guide;
+mod hub;
+mod hub_status;
+mod jobs;
+mod pack;
+mod publish;
+mod repository;
+mod sftp;
 
 use std::path::PathBuf;
 
