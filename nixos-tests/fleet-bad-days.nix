@@ -21,6 +21,8 @@ in
     };
   };
   nodes.web = {
+    # a test need not wait long
+    services.ekiben.instances.fleet.networkRetries = 1;
     services.ekiben.fleet = {
       enable = true;
       # one of two hubs is always down
