@@ -355,7 +355,7 @@ fn is_url_path(path: &str) -> bool {
 }
 
 /// Whether `input` can be the name of a flake's input, or of an input's input (`a/b`).
-fn is_input(input: &str) -> bool {
+pub fn is_input(input: &str) -> bool {
     input.split('/').all(|part| {
         part.starts_with(|first: char| first.is_ascii_alphabetic())
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))

@@ -51,6 +51,8 @@ Usage: ekiben [--config FILE] COMMAND
   status [--json] [INSTANCE]   show how the instances are, or one of them in detail
   check FILE                   check a configuration file
 
+  fleet COMMAND                publish to a fleet of hosts, and see how they are: ekiben fleet --help
+
 What the units run:
   webhook
   begin | prepare | build | activate | conclude | deliver INSTANCE
@@ -91,6 +93,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["fleet", rest @ ..] => return fleet::command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
         ["begin", name] => stage(file, name, begin::begin),
         ["prepare", name] => stage(file, name, prepare::prepare),

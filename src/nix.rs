@@ -64,7 +64,8 @@ pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Durat
     build.run(limit)?.success(|| format!("build {name}"))
 }
 
-fn nix() -> Program {
+/// nix with the features that all of this needs.
+pub fn nix() -> Program {
     let nix = Program::new("nix").args(["--extra-experimental-features", "nix-command flakes"]);
     // Nix fetches as this user, but looks for passwords in root's file only
     match std::env::var_os("HOME").map(|home| Path::new(&home).join(".netrc")) {

@@ -111,7 +111,7 @@ impl Notes {
 }
 
 /// Makes all texts fit for a terminal, and for one line of the journal.
-fn make_printable(value: &mut Value) {
+pub fn make_printable(value: &mut Value) {
     match value {
         Value::String(text) => *text = text.replace(char::is_control, "\u{fffd}"),
         Value::Array(values) => values.iter_mut().for_each(make_printable),

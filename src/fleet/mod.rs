@@ -18,8 +18,17 @@
 
 pub mod archive;
 pub mod client;
+mod collect;
+pub mod command;
+mod guide;
+mod hub;
+mod hub_status;
+mod jobs;
 pub mod outbox;
+mod pack;
+mod publish;
 pub mod release;
+mod repository;
 pub mod sftp;
 
 use std::path::PathBuf;
