@@ -83,14 +83,13 @@ with subtest("init makes a repository, and changes nothing that is there"):
     settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -f /home/deploy/key"))
     write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
-    assert "there is no hosts" in hub.fail(fleet("build web")).replace("no hosts", "no hosts")
+    assert "there is no host" in hub.fail(fleet("build web"))
 
 with subtest("Flakes of one and of several hosts, and plain configurations are found and built"):
     flake("web", "web")
     flake("pair", "web2", "db")
     # shared by a link that leads out of the directory
     write("/srv/fleet/shared/says.nix", '"1"')
-    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>") if False else None
     hub.succeed("install -d -o deploy /srv/nixpkgs")
     write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
     write("/srv/fleet/hosts/plain/configuration.nix", system("plain", "import ./says.nix"))
@@ -146,13 +145,13 @@ with subtest("deploy publishes all once, and then what has changed"):
     assert "web2: release 2 published" in hub.succeed(fleet("deploy web2"))
     assert sequences() == [1, 1, 2, 2, 2]
     hub.succeed(fleet("deploy"))
-    assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "4"
+    assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
 
 with subtest("What does not build is not published, and keeps nobody else waiting"):
     write("/srv/fleet/hosts/web/says", "broken")
     write("/srv/fleet/hosts/hub/configuration.nix", system("hub", '"2"'))
     said = hub.fail(fleet("deploy"))
-    assert "web: Failed to build web" in said and "| trouble in build" in said.replace("nixos-system-web> ", "") , said
+    assert "web: Failed to build web" in said and "| trouble in build" in said.replace("nixos-system-web> ", ""), said
     assert "hub: release 2 published" in said
     assert manifest("web")["sequence"] == 2
     hub.succeed("grep 'trouble in build' /home/deploy/.local/state/ekiben/logs/web.log")
@@ -173,7 +172,7 @@ with subtest("What does not build is not published, and keeps nobody else waitin
 
 with subtest("A host that the hub does not serve is named"):
     flake("new", "new")
-    said = hub.fail(fleet("flake-update new"), fleet("deploy new")) if False else hub.succeed(fleet("flake-update"))
+    hub.succeed(fleet("flake-update"))
     said = hub.fail(fleet("deploy new"))
     assert "add it to services.ekiben.hub.hosts" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/new")

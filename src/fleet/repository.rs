@@ -299,7 +299,7 @@ fn tell_apart(hosts: Vec<Host>) -> Result<Vec<Host>> {
 pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Result<Vec<T>> {
     if let Some(unknown) = wanted.iter().find(|wanted| !all.iter().any(|one| name(one) == **wanted)) {
         let known: Vec<_> = all.iter().map(name).collect();
-        let known = if known.is_empty() { "no hosts".into() } else { known.join(", ") };
+        let known = if known.is_empty() { "no host".into() } else { known.join(", ") };
         return Err(Error::new(format!("Failed to find host {unknown:?}: there is {known}")));
     }
     Ok(all.into_iter().filter(|one| wanted.is_empty() || wanted.contains(&name(one))).collect())
