@@ -235,21 +235,22 @@ with subtest("Of two deploys at once, both are seen"):
     assert manifest("web")["sequence"] == last["sequence"] + 2
 
 with subtest("A deploy that is killed leaves the old release or the new one"):
-    # the pause is as long as a deploy takes, and less
+    # large enough to be caught being written
+    hub.succeed(as_deploy("head -c 20000000 /dev/urandom > /srv/fleet/hosts/web/large"))
     began = time.monotonic()
-    hub.succeed(fleet("deploy"))
-    patience = 2 * (time.monotonic() - began)
+    hub.succeed(fleet("deploy web"))
+    patience = time.monotonic() - began
     old = new = 0
     for number in range(25 if is_host(hub) else 3):
         before = manifest("web")
         write("/srv/fleet/hosts/web/says", f"killed {number}")
-        pause = random.uniform(0.05, patience)
+        pause = random.uniform(0.3, 1.1) * patience
         hub.execute(fleet("deploy web", prefix=f"timeout -s KILL {pause:.2f}"))
         after = manifest("web")
         assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
         old, new = (old + 1, new) if after == before else (old, new + 1)
     print(f"killed: {old} times the old release, {new} times the new one", flush=True)
-    hub.succeed(fleet("deploy"))
+    hub.succeed("rm /srv/fleet/hosts/web/large", fleet("deploy"))
     # nothing is left of the others
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | grep -c tar.gz").strip() == "2"
     assert hub.execute(f"ls {SERVED}/hosts/web/release | grep new")[1] == ""

@@ -113,9 +113,8 @@ fn take(hub: &Hub, host: &str, path: &Path, time: SystemTime) -> Result<Taken> {
         }
     };
     files::write(&target, &contents, 0o644).context(doing)?;
-    if name == "heartbeat.json" {
-        File::options().append(true).open(&target).and_then(|file| file.set_modified(time)).context(doing)?;
-    }
+    // when it arrived
+    File::options().append(true).open(&target).and_then(|file| file.set_modified(time)).context(doing)?;
     Ok(Taken::Yes)
 }
 
@@ -170,4 +169,174 @@ fn acknowledge(hub: &Hub, host: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use serde_json::{Value, json};
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    struct Fixture {
+        hub: Hub,
+        place: Directory,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let place = Directory::new();
+            let hub = Hub::new(place.path());
+            for directory in [hub.release("web"), hub.reports("web")] {
+                fs::create_dir_all(directory).unwrap();
+            }
+            Self { hub, place }
+        }
+
+        fn sent(&self, name: &str) -> PathBuf {
+            self.hub.reports("web").join(name)
+        }
+
+        fn got(&self, name: &str) -> PathBuf {
+            self.hub.received("web").join(name)
+        }
+
+        fn send(&self, name: &str, value: &Value) {
+            fs::write(self.sent(name), value.to_string()).unwrap();
+        }
+
+        fn collect(&self) {
+            collect(&self.hub).unwrap();
+        }
+
+        fn left(&self) -> usize {
+            fs::read_dir(self.hub.reports("web")).unwrap().count()
+        }
+    }
+
+    fn run(number: usize) -> String {
+        format!("{number:032x}")
+    }
+
+    fn report(host: &str, run: &str) -> Value {
+        json!({
+            "format": 1, "host": host, "system": "/nix/store/x", "id": run, "result": "failed", "trigger": "timer", "started": 0,
+            "finished": 0, "commit": null, "summary": null, "stage": "build", "error": "\u{1b}[31mno", "warnings": [], "rebootNeeded": false,
+        })
+    }
+
+    fn heartbeat(host: &str) -> Value {
+        json!({
+            "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/x", "running": null,
+            "last": null, "runs": 0, "selfUpdated": false, "rebootNeeded": false, "unheardOf": true,
+        })
+    }
+
+    #[test]
+    fn what_is_right_is_taken_and_acknowledged() {
+        let fixture = Fixture::new();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        for number in [3, 1] {
+            fixture.send(&format!("{}.json", run(number)), &report("web", &run(number)));
+            fs::write(fixture.sent(&format!("{}.log.gz", run(number))), "log").unwrap();
+            fixture.collect();
+        }
+        assert_eq!(fixture.left(), 0);
+        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+        assert_eq!(fs::read(fixture.got(&format!("{}.log.gz", run(3)))).unwrap(), b"log");
+        // fit for a terminal
+        let (heartbeat, arrived) = fixture.hub.heartbeat("web").unwrap().unwrap();
+        assert_eq!(heartbeat.version, "\u{fffd}");
+        assert!(arrived.elapsed().unwrap() < Duration::from_secs(60));
+        assert!(!fs::read_to_string(fixture.got(&format!("{}.json", run(1)))).unwrap().contains("\\u001b"));
+        // the same again changes nothing
+        fixture.send(&format!("{}.json", run(3)), &report("web", &run(3)));
+        fixture.collect();
+        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+    }
+
+    #[test]
+    fn what_is_hostile_is_dropped() {
+        let fixture = Fixture::new();
+        let secret = fixture.place.path().join("secret");
+        fs::write(&secret, report("web", &run(1)).to_string()).unwrap();
+        symlink(&secret, fixture.sent(&format!("{}.json", run(1)))).unwrap();
+        ::nix::unistd::mkfifo(&fixture.sent(&format!("{}.json", run(2))), ::nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fixture.send(&format!("{}.json", run(3)), &report("web2", &run(3)));
+        fixture.send(&format!("{}.json", run(4)), &report("web", &run(5)));
+        let huge = fs::File::create(fixture.sent(&format!("{}.json", run(6)))).unwrap();
+        huge.set_len(SMALL + 1).unwrap();
+        fs::create_dir_all(fixture.sent(&format!("{}.json", run(7))).join("sub")).unwrap();
+        for name in ["a.json", "..json", &format!("{}.JSON", run(8)), &format!("{}.json", run(8).replace('0', "A")), "x\u{1b}[31m"] {
+            fixture.send(name, &report("web", name));
+        }
+        fs::write(fixture.sent(&format!("{}.json", run(9))), "[".repeat(100_000)).unwrap();
+        fixture.send(&format!("{}.json", run(10)), &json!({"format": 2, "host": "web", "id": run(10)}));
+        fixture.send("heartbeat.json", &heartbeat("web2"));
+        symlink(&secret, fixture.sent("heartbeat.json.new")).unwrap();
+        fixture.collect();
+        assert_eq!(fixture.left(), 1, "what may be on its way is left");
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), 0);
+        assert!(secret.exists() && !fixture.hub.release("web").join("received.json").exists());
+    }
+
+    #[test]
+    fn what_is_on_its_way_has_an_hour() {
+        let fixture = Fixture::new();
+        let names = ["heartbeat.json.new".to_owned(), format!("{}.log.gz", run(1))];
+        for name in &names {
+            fixture.send(name, &Value::Null);
+        }
+        fixture.collect();
+        assert_eq!(fixture.left(), 2);
+        for (name, time) in names.iter().zip([SystemTime::now() - 2 * ON_ITS_WAY, SystemTime::now() + 2 * ON_ITS_WAY]) {
+            File::options().append(true).open(fixture.sent(name)).unwrap().set_modified(time).unwrap();
+        }
+        fixture.collect();
+        assert_eq!(fixture.left(), 0);
+    }
+
+    #[test]
+    fn no_host_is_heard_of_in_the_future() {
+        let fixture = Fixture::new();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        let file = File::options().append(true).open(fixture.sent("heartbeat.json")).unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_secs(100_000)).unwrap();
+        fixture.collect();
+        assert!(fixture.hub.heartbeat("web").unwrap().unwrap().1 <= SystemTime::now());
+    }
+
+    #[test]
+    fn the_newest_are_kept() {
+        let fixture = Fixture::new();
+        for number in (0..KEPT + 20).rev() {
+            let name = format!("{}.json", run(number));
+            fixture.send(&name, &report("web", &run(number)));
+            let file = File::options().append(true).open(fixture.sent(&name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(number as u64)).unwrap();
+            if number % 20 == 0 {
+                fixture.collect();
+            }
+        }
+        let index = fixture.hub.index("web").unwrap().reports;
+        assert_eq!((index.len(), index.last()), (KEPT + 20, Some(&run(0))));
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+        assert!(fixture.got(&format!("{}.json", run(0))).exists() && !fixture.got(&format!("{}.json", run(KEPT + 19))).exists());
+        // an old one that is sent again is not a new one
+        fixture.send(&format!("{}.json", run(KEPT + 19)), &report("web", &run(KEPT + 19)));
+        fixture.collect();
+        assert_eq!(fixture.hub.index("web").unwrap().reports, index);
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+    }
+
+    #[test]
+    fn trouble_with_one_host_is_not_the_others() {
+        let fixture = Fixture::new();
+        fs::create_dir_all(fixture.hub.release("a")).unwrap();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        let error = collect(&fixture.hub).unwrap_err().to_string();
+        assert_eq!(error, "Failed to collect from 1 hosts");
+        assert!(fixture.got("heartbeat.json").exists());
+    }
 }

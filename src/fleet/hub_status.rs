@@ -16,7 +16,7 @@ use crate::error::{Context, Result};
 use crate::fleet::collect::collect;
 use crate::fleet::hub::Hub;
 use crate::fleet::repository::select;
-use crate::fleet::{Heartbeat, Manifest};
+use crate::fleet::{Heartbeat, Last, Manifest};
 use crate::run::now;
 use crate::status::Outcome;
 
@@ -57,10 +57,7 @@ impl State {
         let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
         let deployed = is_published(&heartbeat.deployed);
         // a run that failed before it knew of any release is about what comes next
-        let about = |last: &&_| -> bool {
-            let last: &crate::fleet::Last = last;
-            is_published(&last.release) || (last.release.is_none() && !deployed)
-        };
+        let about = |last: &&Last| is_published(&last.release) || (last.release.is_none() && !deployed);
         let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
         match result {
             _ if age > silent_after => Self::Silent,
@@ -216,5 +213,125 @@ fn elapsed(then: u64, now: u64) -> String {
         60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
         3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
         _ => format!("{} d {} h", seconds / 86400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::{FORMAT, Release};
+
+    fn release(sequence: u64) -> Release {
+        Release { id: format!("id {sequence}"), sequence }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            host: "web".into(),
+            release: release(2),
+            sha256: String::new(),
+            size: 0,
+            attr: None,
+            toplevel: Some("/nix/store/0123456789-new".into()),
+            published: 1000,
+        }
+    }
+
+    /// Of a host that has deployed some release.
+    fn heartbeat(deployed: u64) -> Heartbeat {
+        Heartbeat {
+            format: FORMAT,
+            host: "web".into(),
+            version: String::new(),
+            seen: None,
+            deployed: Some(release(deployed)),
+            system: "/nix/store/abcdefghij-old".into(),
+            running: None,
+            last: None,
+            runs: 1,
+            self_updated: false,
+            reboot_needed: false,
+        }
+    }
+
+    fn last(release: Option<Release>, result: Outcome) -> Last {
+        Last { release, result, stage: None, error: Some("no luck".into()), finished: 1000 }
+    }
+
+    #[test]
+    fn a_state_follows_from_releases() {
+        use State::{
+            AutoUpdated, Building, ExtraRuns, Failing, NeedsAHand, NewMachine, NotDeployed, RebuildPending, RolledBack, Silent,
+            SyncPending, UpToDate,
+        };
+        let state =
+            |heartbeat: &Heartbeat, age| State::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10));
+        assert_eq!(State::of(None, None, Duration::ZERO), NotDeployed);
+        assert_eq!(State::of(None, Some((&heartbeat(2), Duration::ZERO)), Duration::ZERO), NotDeployed);
+        assert_eq!(State::of(Some(&manifest()), None, Duration::ZERO), NewMachine);
+        let old = || heartbeat(1);
+        let new = || heartbeat(2);
+        let same = || manifest().toplevel.unwrap();
+        for (expected, heartbeat) in [
+            (RebuildPending, old()),
+            (SyncPending, Heartbeat { system: same(), ..old() }),
+            (UpToDate, new()),
+            // another release with the same contents
+            (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1, ..release(2) }), ..old() }),
+            (ExtraRuns, Heartbeat { runs: 2, ..new() }),
+            (RebuildPending, Heartbeat { runs: 2, ..old() }),
+            (AutoUpdated, Heartbeat { runs: 2, self_updated: true, ..new() }),
+            // what it does on top of an old one hides nothing
+            (RebuildPending, Heartbeat { self_updated: true, ..old() }),
+            (Building, Heartbeat { running: Some(release(2)), last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { running: Some(release(1)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Failed)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(None, Outcome::Failed)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(None, Outcome::Failed)), ..new() }),
+            (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
+            (NeedsAHand, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
+        ] {
+            assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
+            assert_eq!(state(&heartbeat, 11), Silent);
+        }
+    }
+
+    #[test]
+    fn the_table_says_what_is_wrong() {
+        let shown = |heartbeat: Heartbeat, state: State| Shown {
+            state: state.to_string(),
+            well: state.is_well(),
+            local_version: hash(manifest().toplevel.as_deref().unwrap()),
+            remote_version: hash(&heartbeat.system),
+            heard: None,
+            published: Some(manifest()),
+            heartbeat: Some(heartbeat),
+        };
+        let failing = Heartbeat { last: Some(last(None, Outcome::Failed)), ..heartbeat(1) };
+        let same = Heartbeat { system: manifest().toplevel.unwrap(), ..heartbeat(2) };
+        let hosts =
+            [("a", shown(failing, State::Failing)), ("b", shown(same, State::UpToDate)), ("c", shown(heartbeat(2), State::AutoUpdated))];
+        let hosts = hosts.into_iter().map(|(name, shown)| (name.to_owned(), shown)).collect();
+        let expected = "\
+MACHINE  LOCAL VERSION  REMOTE VERSION  STATE         LAST RUN    PUBLISHED
+a        01234567       abcdefgh ≠      failing       1 min 40 s  1 min 40 s
+  no luck
+b        01234567       01234567 =      up to date                1 min 40 s
+c        01234567       abcdefgh +      auto updated              1 min 40 s
+";
+        assert_eq!(table(&hosts, 1100), expected);
+    }
+
+    #[test]
+    fn durations_have_two_units() {
+        for (seconds, text) in
+            [(59, "59 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"), (7500, "2 h 5 min"), (3 * 86400 + 4 * 3600 + 59, "3 d 4 h")]
+        {
+            assert_eq!(elapsed(0, seconds), text);
+        }
+        assert_eq!(elapsed(10, 0), "0 s");
     }
 }

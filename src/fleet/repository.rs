@@ -304,3 +304,81 @@ pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Res
     }
     Ok(all.into_iter().filter(|one| wanted.is_empty() || wanted.contains(&name(one))).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    fn host(name: &str, place: &str, attr: Option<&str>) -> Host {
+        let source = Source {
+            place: place.into(),
+            directory: PathBuf::new(),
+            archive: PathBuf::new(),
+            sha256: String::new(),
+            size: 0,
+            is_flake: attr.is_some(),
+        };
+        Host { name: name.into(), attr: attr.map(String::from), source: Arc::new(source) }
+    }
+
+    fn names(hosts: &[Host]) -> Vec<&str> {
+        hosts.iter().map(|host| host.name.as_str()).collect()
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        let place = Directory::new();
+        let read = |text: &str| {
+            fs::write(place.path().join("fleet.json"), text).unwrap();
+            Settings::read(place.path())
+        };
+        let settings = read("{}").unwrap();
+        assert_eq!((settings.directory, settings.signing_key, settings.silent_after), ("/var/lib/ekiben-hub".into(), None, 3600));
+        assert_eq!(read(r#"{"signingKey": "key"}"#).unwrap().signing_key, Some(place.path().join("key")));
+        for (text, error) in [
+            (r#"{"silentafter": 1}"#, "silentafter: unknown field"),
+            (r#"{"silentAfter": -1}"#, "silentAfter: invalid value"),
+            (r#"{"flags": "-L"}"#, "flags: invalid type"),
+            (r#"{"directory": "served"}"#, "directory: expected an absolute path, found \"served\""),
+        ] {
+            let said = read(text).unwrap_err().to_string();
+            assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
+        }
+        fs::create_dir_all(place.path().join("hosts/web")).unwrap();
+        assert_eq!(find(&place.path().join("hosts/web")), Some(place.path()));
+    }
+
+    #[test]
+    fn what_is_in_a_directory_decides_what_it_is() {
+        let place = Directory::new();
+        for file in ["flake/flake.nix", "flake/configuration.nix", "plain/configuration.nix", "nothing/notes", ".gitkeep/x"] {
+            let path = place.path().join("hosts").join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let repository = Repository { directory: place.path().into(), flags: Vec::new(), state: PathBuf::new(), scratch: PathBuf::new() };
+        let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
+        assert_eq!(repository.places().unwrap(), of_hosts);
+        fs::write(place.path().join("configuration.nix"), "").unwrap();
+        assert_eq!(repository.places().unwrap(), of_hosts);
+        fs::write(place.path().join("flake.nix"), "").unwrap();
+        assert_eq!(repository.places().unwrap().last(), Some(&(".".to_owned(), true)));
+    }
+
+    #[test]
+    fn a_name_is_one_host_and_is_matched_whole() {
+        let hosts = || vec![host("web2", "hosts/pair", Some("web2")), host("web", "hosts/web", None), host("we", "hosts/we", None)];
+        assert_eq!(names(&tell_apart(hosts()).unwrap()), ["we", "web", "web2"]);
+        assert_eq!(names(&select(hosts(), |host| &host.name, &["web"]).unwrap()), ["web"]);
+        assert_eq!(select(hosts(), |host| &host.name, &[]).unwrap().len(), 3);
+        let error = select(hosts(), |host| &host.name, &["web", "web3"]).err().unwrap().to_string();
+        assert_eq!(error, "Failed to find host \"web3\": there is web2, web, we");
+        let twice = hosts().into_iter().chain([host("web", ".", Some("web"))]).chain([host("web2", "hosts/web2", Some("web2"))]).collect();
+        let error = tell_apart(twice).err().unwrap().to_string();
+        assert_eq!(error, "Failed to tell hosts apart: web2 is in hosts/pair and in hosts/web2");
+        // a module of the repository's flake
+        let both = tell_apart(hosts().into_iter().chain([host("web", ".", Some("web"))]).collect()).unwrap();
+        assert_eq!(both.iter().map(|host| host.source.place.as_str()).collect::<Vec<_>>(), ["hosts/we", ".", "hosts/pair"]);
+    }
+}
