@@ -125,6 +125,12 @@ with subtest("deploy publishes all once, and then what has changed"):
         f"cd /tmp; echo 'fleet {key}' > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
         f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
     )
+    # a key that comes later signs what is published, which is no other release
+    write("/srv/fleet/fleet.json", json.dumps(settings))
+    hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
+    write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
+    hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
+    assert sequences() == [1] * 5
     # readable to the host's own user
     hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
@@ -167,7 +173,7 @@ with subtest("What does not build is not published, and keeps nobody else waitin
     write("/srv/fleet/hosts/odd/flake.nix", "{")
     write("/srv/fleet/hosts/web/says", "4")
     said = hub.fail(fleet("deploy"))
-    assert "hosts/odd: Failed to" in said and "web: release 5 published" in said, said
+    assert "Failed to evaluate hosts/odd" in said and "web: release 5 published" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/odd")
 
 with subtest("A host that the hub does not serve is named"):

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use ::nix::sys::stat::{Mode, umask};
@@ -12,7 +13,7 @@ use ::nix::unistd::geteuid;
 use crate::error::{Context, Error, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::jobs::{Board, parallel};
-use crate::fleet::repository::{Host, Repository, Settings, System, find, select};
+use crate::fleet::repository::{Host, Repository, Settings, find, select};
 use crate::fleet::{collect, guide, hub_status, publish};
 use crate::nix::{is_store_path, nix, set_profile, updated_lock_file};
 use crate::program::Program;
@@ -167,8 +168,8 @@ impl Fleet<'_> {
     /// be meant.
     fn hosts(&self, repository: &Repository, wanted: &[&str]) -> Result<(Vec<Host>, bool)> {
         let (hosts, failed) = repository.hosts(self.arguments.jobs()?)?;
-        for (place, error) in &failed {
-            log::error!("{place}: {error}.");
+        for error in &failed {
+            log::error!("{error}.");
         }
         Ok((select(hosts, |host| &host.name, wanted)?, failed.is_empty() || !wanted.is_empty()))
     }
@@ -200,23 +201,25 @@ impl Fleet<'_> {
         }
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
-        let built = |host: &Host, say: &dyn Fn(&str)| -> Result<System> {
+        let built = OnceLock::new();
+        let well = self.each(&repository, &hosts, |host, say| {
             say("evaluating");
             let system = repository.evaluate(host)?;
             if what != "dry-build" {
                 say("building");
                 repository.build(host, &system)?;
             }
-            Ok(system)
-        };
-        let well = self.each(&repository, &hosts, |host, say| Ok(built(host, say)?.toplevel.display().to_string()))?;
-        if let (true, true, [host]) = (well, activates, &hosts[..]) {
-            let toplevel = repository.evaluate(host)?.toplevel;
+            let said = system.toplevel.display().to_string();
+            // of the only one, if it is to be activated
+            let _ = built.set(system.toplevel);
+            Ok(said)
+        })?;
+        if let (true, true, Some(toplevel)) = (well, activates, built.get()) {
             let _turn = system::turn()?;
             if what == "switch" {
-                set_profile(&toplevel)?;
+                set_profile(toplevel)?;
             }
-            system::switch_to(&toplevel, what, SWITCH)?.success(|| format!("activate {}", toplevel.display()))?;
+            system::switch_to(toplevel, what, SWITCH)?.success(|| format!("activate {}", toplevel.display()))?;
         }
         Ok(exit(well && found))
     }

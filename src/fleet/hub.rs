@@ -60,13 +60,17 @@ impl Hub {
         self.directory.join("received").join(host)
     }
 
-    /// What is published for a host.
-    pub fn manifest(&self, host: &str) -> Result<Option<Manifest>> {
+    /// What is published for a host, and whether it is signed.
+    pub fn manifest(&self, host: &str) -> Result<Option<(Manifest, bool)>> {
         let path = self.release(host).join("manifest.json");
         let Some(signed) = read::<Signed>(&path)? else { return Ok(None) };
         let doing = || format!("read {}", path.display());
         let manifest: Manifest = serde_json::from_str(&signed.manifest).context(doing)?;
-        if manifest.format == FORMAT { Ok(Some(manifest)) } else { Err("its format is another").context(doing) }
+        if manifest.format == FORMAT {
+            Ok(Some((manifest, signed.signature.is_some())))
+        } else {
+            Err("its format is another").context(doing)
+        }
     }
 
     /// What a host said last, and when that arrived.

@@ -113,7 +113,7 @@ struct Shown {
 }
 
 fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
-    let published = hub.manifest(host)?;
+    let published = hub.manifest(host)?.map(|(manifest, _)| manifest);
     let heard = hub.heartbeat(host)?;
     let now = SystemTime::now();
     let age = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, now.duration_since(*arrived).unwrap_or_default()));

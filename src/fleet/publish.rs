@@ -14,17 +14,16 @@ use crate::fleet::{FORMAT, Manifest, NAMESPACE, Release, Signed, pack};
 use crate::program::Program;
 use crate::run::now;
 
-/// Publishes a host's configuration unless it is published already; builds it before that, if so
-/// asked for. Returns the sequence number of a new release. `say` is told what is being done.
+/// Publishes a host's configuration unless it is published already, signed as it should be; builds it
+/// before that, if so asked for. Returns the release's sequence number. `say` is told what is being done.
 pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key: Option<&Path>, say: impl Fn(&str)) -> Result<Option<u64>> {
     hub.check(&host.name)?;
-    let old = hub.manifest(&host.name)?;
+    let (old, is_signed) = hub.manifest(&host.name)?.unzip();
     say("evaluating");
     let system = repository.evaluate(host)?;
-    let toplevel = system.toplevel.clone();
-    let (source, attr) = (&host.source, host.attr.as_deref());
-    let id = pack::sha256_of(&format!("{} {} {}\n", source.sha256, attr.unwrap_or("-"), toplevel.display()))?;
-    if old.as_ref().is_some_and(|old| old.release.id == id) {
+    let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
+    let same = old.as_ref().filter(|old| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
+    if same.is_some() && is_signed == Some(key.is_some()) {
         return Ok(None);
     }
     if build {
@@ -32,15 +31,23 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
         repository.build(host, &system)?;
     }
     say("publishing");
-    let sequence = next_sequence(hub, &host.name, old.as_ref()).context(|| format!("publish {}", host.name))?;
+    let content = format!("{} {} {}\n", source.sha256, attr.as_deref().unwrap_or("-"), system.toplevel.display());
+    let release = match same {
+        Some(same) => same.release.clone(),
+        None => Release {
+            id: pack::sha256_of(&content)?,
+            sequence: next_sequence(hub, &host.name, old.as_ref()).context(|| format!("publish {}", host.name))?,
+        },
+    };
+    let sequence = release.sequence;
     let manifest = Manifest {
         format: FORMAT,
         host: host.name.clone(),
-        release: Release { id, sequence },
+        release,
         sha256: source.sha256.clone(),
         size: source.size,
-        attr: host.attr.clone(),
-        toplevel: Some(toplevel),
+        attr: attr.clone(),
+        toplevel,
         published: now(),
     };
     let archive = fs::read(&source.archive).context(|| format!("read {}", source.archive.display()))?;

@@ -165,17 +165,14 @@ impl Repository {
         self.places()?.iter().filter(|(_, is_flake)| *is_flake).map(|(place, _)| self.pack(place, true)).collect()
     }
 
-    /// Finds all hosts, and what kept others from being found, by place.
-    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, BTreeMap<String, Error>)> {
+    /// Finds all hosts, and what kept others from being found.
+    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Vec<Error>)> {
         let look = |(place, is_flake): &(String, bool)| self.pack(place, *is_flake).and_then(|source| self.hosts_in(source));
-        let places = self.places()?;
-        let found = jobs::parallel(&places, jobs, look);
-        let mut failed = BTreeMap::new();
-        let mut hosts = Vec::new();
-        for ((place, _), found) in places.into_iter().zip(found) {
+        let (mut hosts, mut failed) = (Vec::new(), Vec::new());
+        for found in jobs::parallel(&self.places()?, jobs, look) {
             match found {
                 Ok(found) => hosts.extend(found),
-                Err(error) => drop(failed.insert(place, error)),
+                Err(error) => failed.push(error),
             }
         }
         Ok((tell_apart(hosts)?, failed))
@@ -374,6 +371,7 @@ mod tests {
         assert_eq!(select(hosts(), |host| &host.name, &[]).unwrap().len(), 3);
         let error = select(hosts(), |host| &host.name, &["web", "web3"]).err().unwrap().to_string();
         assert_eq!(error, "Failed to find host \"web3\": there is web2, web, we");
+        assert!(select(hosts(), |host| &host.name, &["w"]).is_err());
         let twice = hosts().into_iter().chain([host("web", ".", Some("web"))]).chain([host("web2", "hosts/web2", Some("web2"))]).collect();
         let error = tell_apart(twice).err().unwrap().to_string();
         assert_eq!(error, "Failed to tell hosts apart: web2 is in hosts/pair and in hosts/web2");
