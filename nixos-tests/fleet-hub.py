@@ -118,7 +118,7 @@ with subtest("A name is matched whole"):
     hub.succeed("rm -r /srv/fleet/hosts/twice")
 
 with subtest("deploy publishes all once, and then what has changed"):
-    hub.succeed(fleet("deploy"))
+    hub.succeed(fleet("deploy", prefix="umask 077;"))
     assert sequences() == [1] * 5
     key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()
     hub.succeed(
@@ -146,10 +146,14 @@ with subtest("deploy publishes all once, and then what has changed"):
     # through the link
     write("/srv/fleet/shared/says.nix", '"2"')
     assert "plain: release 2 published" in hub.succeed(fleet("deploy plain"))
+    # a plain configuration is also what NIX_PATH says
+    write("/srv/nixpkgs/nixos/default.nix", "{ }: " + system("plain", '"nixpkgs"'))
+    assert "plain: release 3 published" in hub.succeed(fleet("deploy plain"))
+    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
     # what its siblings in the flake are is part of a host's archive
     write("/srv/fleet/hosts/pair/says", "2")
     assert "web2: release 2 published" in hub.succeed(fleet("deploy web2"))
-    assert sequences() == [1, 1, 2, 2, 2]
+    assert sequences() == [1, 1, 3, 2, 2]
     hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
 
@@ -175,6 +179,18 @@ with subtest("What does not build is not published, and keeps nobody else waitin
     said = hub.fail(fleet("deploy"))
     assert "Failed to evaluate hosts/odd" in said and "web: release 5 published" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/odd")
+
+with subtest("A repository can be a flake itself: what git tracks is what a host gets"):
+    hub.succeed("install -d -o deploy /srv/own /srv/own-hub/received /srv/own-hub/hosts/own/release")
+    for name, text in (("fleet.json", "{}"), ("says", "1"), ("gone", ""), ("hosts/own/configuration.nix", "a module")):
+        write(f"/srv/own/{name}", text)
+    write("/srv/own/flake.nix", f"{{ outputs = _: {{ nixosConfigurations.own = {system('own', '(builtins.readFile ./says)')}; }}; }}")
+    hub.succeed(as_deploy("cd /srv/own; git init -qb main .; git add .; rm gone; echo edited > says; touch untracked"))
+    hub.succeed(fleet("deploy --repository /srv/own --directory /srv/own-hub own"))
+    files = hub.succeed("tar tzf /srv/own-hub/hosts/own/release/*.tar.gz").split()
+    assert files == ["flake.nix", "fleet.json", "hosts/own/configuration.nix", "says"], files
+    toplevel = json.loads(json.loads(hub.succeed("cat /srv/own-hub/hosts/own/release/manifest.json"))["manifest"])["toplevel"]
+    assert hub.succeed(f"cat {toplevel}").strip() == "edited"
 
 with subtest("A host that the hub does not serve is named"):
     flake("new", "new")
@@ -227,7 +243,11 @@ with subtest("flake-update takes inputs and hosts"):
     assert lock("pair") == new
     hub.succeed(fleet("deploy"))
 
-with subtest("Of two deploys at once, both are seen"):
+with subtest("Of two deploys at once, one waits, and both are seen"):
+    said = hub.succeed(
+        f"flock {SERVED}/received sleep 2 & sleep 0.5; " + fleet("deploy web", prefix="date +%s.%N;") + "; date +%s.%N"
+    ).split()
+    assert float(said[-1]) - float(said[0]) > 1 and "publishing;" in said, said
     before = manifest("web")["sequence"]
     hub.succeed(as_deploy(
         "cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; echo first > hosts/web/says; ekiben fleet deploy web & first=$!; sleep 0.3;"
