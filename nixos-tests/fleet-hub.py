@@ -120,6 +120,8 @@ with subtest("A name is matched whole"):
 with subtest("deploy publishes all once, and then what has changed"):
     hub.succeed(fleet("deploy", prefix="umask 077;"))
     assert sequences() == [1] * 5
+    # readable to the host's own user
+    hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
     key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()
     hub.succeed(
         f"cd /tmp; echo 'fleet {key}' > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
@@ -131,8 +133,6 @@ with subtest("deploy publishes all once, and then what has changed"):
     write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
     hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
     assert sequences() == [1] * 5
-    # readable to the host's own user
-    hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
     began = time.monotonic()
     said = hub.succeed(fleet("deploy"))
@@ -260,24 +260,35 @@ with subtest("Of two deploys at once, one waits, and both are seen"):
         hub.succeed(fleet("deploy web"))
     assert manifest("web")["sequence"] == last["sequence"] + 2
 
+def check_killed(number, command, **arguments):
+    """Changes a host, has the deploy killed; returns whether it has published that."""
+    before = manifest("web")
+    write("/srv/fleet/hosts/web/says", f"killed {number}")
+    hub.succeed(fleet("build web"))
+    status, said = hub.execute(fleet(command, **arguments))
+    after = manifest("web")
+    assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
+    return status, after != before, said
+
+
 with subtest("A deploy that is killed leaves the old release or the new one"):
-    # large enough to be caught being written
-    hub.succeed(as_deploy("head -c 20000000 /dev/urandom > /srv/fleet/hosts/web/large"))
     began = time.monotonic()
-    hub.succeed(fleet("deploy web"))
+    assert check_killed("never", "deploy web")[:2] == (0, True)
     patience = time.monotonic() - began
-    old = new = 0
-    for number in range(25 if is_host(hub) else 3):
-        before = manifest("web")
-        write("/srv/fleet/hosts/web/says", f"killed {number}")
-        pause = random.uniform(0.3, 1.1) * patience
-        hub.execute(fleet("deploy web", prefix=f"timeout -s KILL {pause:.2f}"))
-        after = manifest("web")
-        assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
-        old, new = (old + 1, new) if after == before else (old, new + 1)
-    print(f"killed: {old} times the old release, {new} times the new one", flush=True)
-    hub.succeed("rm /srv/fleet/hosts/web/large", fleet("deploy"))
+    seen = [check_killed(number, "deploy web", prefix=f"timeout -s KILL {random.random() * patience:.2f}")[1] for number in range(5)]
+    # at each of its calls that put something on the disk or remove it
+    calls = "/^(fsync|rename|unlink)"
+    for number in range(1, 100) if is_host(hub) else []:
+        strace = f"strace -f -qq -o /dev/null -e 'trace={calls}' -e 'inject={calls}:signal=KILL:when={number}'"
+        status, new, said = check_killed(f"at call {number}", "deploy --no-build web", prefix=strace)
+        if status == 0:
+            break
+        seen.append(new)
+    print(f"killed {len(seen)} times: {seen.count(False)} times the old release, {seen.count(True)} times the new one", flush=True)
+    assert not is_host(hub) or (status == 0 and False in seen and True in seen), said
     # nothing is left of the others
+    write("/srv/fleet/hosts/web/says", "at last")
+    hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | grep -c tar.gz").strip() == "2"
     assert hub.execute(f"ls {SERVED}/hosts/web/release | grep new")[1] == ""
 
