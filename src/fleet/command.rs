@@ -320,7 +320,7 @@ impl Fleet<'_> {
             };
             well &= done.is_ok();
             match done {
-                Ok(said) => println!("{}: {said}", source.place),
+                Ok(said) => drop(print(&format!("{}: {said}\n", source.place))?),
                 Err(error) => log::error!("{}: {error}.", source.place),
             }
         }

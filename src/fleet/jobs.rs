@@ -41,10 +41,8 @@ impl Board {
 
     /// Says what is being done to a host.
     pub fn begin(&self, name: &str, what: &str) {
-        if !self.terminal {
-            println!("{name}: {what} ...");
-        }
-        self.change(name, Some(what), "");
+        let line = if self.terminal { String::new() } else { format!("{name}: {what} ...\n") };
+        self.change(name, Some(what), &line);
     }
 
     /// Says what came of it: lines that stay.

@@ -1,4 +1,4 @@
-//! Archives: from a directory to the same bytes each time, and back.
+//! Archives: from a directory to the same bytes each time.
 //!
 //! An archive holds files, each with its contents and whether it can be executed, and nothing else:
 //! no links, owners, times or empty directories. Where a link leads to is what is packed.
@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
-use crate::fleet::LARGE;
+use crate::fleet::{LARGE, archive};
 use crate::program::Program;
 
 /// All files below a directory, but those of git and the links that `nix build` leaves.
@@ -60,37 +60,25 @@ pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Packs files of a directory into a new archive; returns its hash and its size.
-pub fn pack(directory: &Path, mut files: Vec<PathBuf>, archive: &Path) -> Result<(String, u64)> {
+pub fn pack(directory: &Path, mut files: Vec<PathBuf>, file: &Path) -> Result<(String, u64)> {
     let doing = || format!("pack {}", directory.display());
     files.sort();
     let list: Vec<u8> = files.iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
-    let tar = Program::new("tar").args(["--create", "--format=gnu", "--use-compress-program=gzip -n", "--file"]).arg(archive);
+    let tar = Program::new("tar").args(["--create", "--format=gnu", "--use-compress-program=gzip -n", "--file"]).arg(file);
     let tar = tar.args(["--dereference", "--hard-dereference", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
     let tar = tar.args(["--mode=u=rwX,go=rX", "--directory"]).arg(directory).args(["--no-recursion", "--null", "--files-from=-"]);
     tar.env("LC_ALL", "C").output(doing, Some(&list))?;
-    let size = fs::metadata(archive).context(doing)?.len();
+    let size = fs::metadata(file).context(doing)?.len();
     if size > LARGE {
         return Err(format!("it has {size} bytes, more than {LARGE}")).context(doing);
     }
-    Ok((sha256(Program::new("sha256sum").arg("--").arg(archive), None)?, size))
+    Ok((archive::sha256(file)?, size))
 }
 
 /// The SHA-256 of a text.
 pub fn sha256_of(text: &str) -> Result<String> {
-    sha256(Program::new("sha256sum"), Some(text.as_bytes()))
-}
-
-fn sha256(program: Program, input: Option<&[u8]>) -> Result<String> {
-    let said = program.output(|| "compute a hash".into(), input)?;
+    let said = Program::new("sha256sum").output(|| "compute a hash".into(), Some(text.as_bytes()))?;
     Ok(String::from_utf8_lossy(&said).chars().take(64).collect())
-}
-
-/// Unpacks an archive of ours into a new directory.
-pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
-    let doing = || format!("unpack {}", archive.display());
-    fs::create_dir_all(directory).context(doing)?;
-    let tar = Program::new("tar").args(["--extract", "--gzip", "--no-same-owner", "--file"]).arg(archive);
-    tar.arg("--directory").arg(directory).output(doing, None).map(drop)
 }
 
 #[cfg(test)]
@@ -125,7 +113,7 @@ mod tests {
         otherwise.reverse();
         assert_eq!(packed(&one, &archive), pack(&two, otherwise, &place.path().join("b.tar.gz")).unwrap());
         let unpacked = place.path().join("unpacked");
-        unpack(&archive, &unpacked).unwrap();
+        archive::unpack(&archive, &unpacked).unwrap();
         let mut found = files(&unpacked).unwrap();
         found.sort();
         assert_eq!(found, ["-a", "b c", "sub/file"].map(PathBuf::from));

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
-use crate::fleet::{host_name, hub, jobs, pack};
+use crate::fleet::{archive, host_name, hub, jobs, pack};
 use crate::json;
 use crate::nix::nix;
 
@@ -226,11 +226,11 @@ impl Repository {
         self.state.join("logs").join(format!("{name}.log"))
     }
 
-    /// Unpacks a source and calls `then` with where it is.
+    /// Unpacks a source, as the host does, and calls `then` with where it is.
     pub fn with_unpacked<T>(&self, source: &Source, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         let place = self.scratch.join(name);
         let directory = place.join("configuration");
-        let done = pack::unpack(&source.archive, &directory).and_then(|()| then(&directory));
+        let done = archive::unpack(&source.archive, &directory).and_then(|()| then(&directory));
         let _ = fs::remove_dir_all(place);
         done
     }
