@@ -16,7 +16,20 @@ LISTENERS = {"ekiben-webhook": "Ekiben", "http-server": "Python's `http.server`"
 PLAIN = "ekiben-plain"
 REQUEST = "/var/lib/ekiben/queue/app"
 MEASURE = "python3 /usr/local/lib/bench/measure.py"
-AB = "ab -q -n 5000 -c 16 -m POST -H 'Authorization: Bearer token-app-0123456789' http://127.0.0.1:8787/ekiben"
+AB = "ab -q -n 2000 -c 16 -m POST -H 'Authorization: Bearer token-app-0123456789' http://127.0.0.1:8787/ekiben"
+# in turn, for what else the machine may do meanwhile
+ROUNDS = 5
+# how to show them, and which of several is the one
+COSTS = {
+    "memory, idle": ("{:.2f} MiB", max),
+    "POST to answer (Ekiben's: on disk by then), p50 / p99": ("{:.2f} / {:.2f} ms", min),
+    "the same when a run is asked for already": ("{:.2f} / {:.2f} ms", min),
+    "requests per second meanwhile, 16 at a time, a connection each": ("{:.0f}", max),
+    "memory, at most, under that load": ("{:.2f} MiB", max),
+    "POST to first line of the run, p50 / p99": ("{:.0f} / {:.0f} ms", min),
+    "start of its unit to first answer, p50": ("{:.0f} ms", min),
+    "the same without a sandbox": ("{:.0f} ms", min),
+}
 # requests of the good client during an attack, one a second
 ASKED = 6
 PATIENCE = 30
@@ -61,7 +74,7 @@ def measure(what, count, *rest):
 
 
 def percentiles(times):
-    return f"{statistics.median(times):.2f} / {times[len(times) * 99 // 100]:.2f} ms"
+    return statistics.median(times), times[len(times) * 99 // 100]
 
 
 def needs(package):
@@ -85,27 +98,36 @@ def on_disk():
 
 
 def figures(unit):
-    """What one costs, by row."""
+    """What one costs, by row of COSTS."""
     say(f"measuring {unit}")
-    rows = {}
     server.succeed("systemctl stop ekiben-app.path")
     take_over(unit)
-    measure("answers", 100)
-    rows["memory, idle"] = f"{memory(unit, 'VmRSS'):.2f} MiB"
-    rows["POST to answer (Ekiben's: on disk by then), p50 / p99"] = percentiles(measure("answers", 2000))
-    rows["the same when a run is asked for already"] = percentiles(measure("answers-when-queued", 2000))
+    yield memory(unit, "VmRSS")
+    measure("answers", 20)
+    for what in ("answers", "answers-when-queued"):
+        yield percentiles(measure(what, 500))
     report = server.succeed(AB)
-    if not re.search(r"Failed requests: +0\n", report) or "Non-2xx" in report:
-        say(report)
-    rows["requests per second, 16 at a time, a connection each"] = f"{float(re.search(r'Requests per second: +([0-9.]+)', report)[1]):.0f}"
-    rows["memory, at most, under that load"] = f"{memory(unit, 'VmHWM'):.2f} MiB"
+    assert re.search(r"Failed requests: +0\n", report) and "Non-2xx" not in report, report
+    yield float(re.search(r"Requests per second: +([0-9.]+)", report)[1])
+    yield memory(unit, "VmHWM")
     server.succeed(f"rm -f {REQUEST}; systemctl start ekiben-app.path")
-    rows["POST to first line of the run, p50 / p99"] = percentiles(measure("first-lines", 200))
+    yield percentiles(measure("first-lines", 50))
     server.succeed("systemctl stop ekiben-app.path")
-    rows["start of its unit to first answer, p50"] = f"{statistics.median(measure('starts', 20, unit)):.0f} ms"
-    plain = PLAIN if unit == "ekiben-webhook" else unit
-    take_over(plain)
-    rows["the same without a sandbox"] = f"{statistics.median(measure('starts', 20, plain)):.0f} ms"
+    for started in (unit, PLAIN if unit == "ekiben-webhook" else unit):
+        take_over(started)
+        yield statistics.median(measure("starts", 5, started))
+
+
+def costs():
+    """The cells of COSTS: of each listener the best of some rounds."""
+    rounds = {unit: [] for unit in LISTENERS}
+    for _ in range(ROUNDS):
+        for unit in LISTENERS:
+            rounds[unit].append(list(figures(unit)))
+    rows = {}
+    for number, (name, (form, best)) in enumerate(COSTS.items()):
+        cells = [[figure[number] for figure in rounds[unit]] for unit in LISTENERS]
+        rows[name] = [form.format(*map(best, zip(*cell))) if isinstance(cell[0], tuple) else form.format(best(cell)) for cell in cells]
     return rows
 
 
@@ -151,8 +173,7 @@ server.succeed("systemctl daemon-reload")
 attacker.succeed(f"printf %s {shlex.quote(scenario['ATTACKS'])} > /tmp/attack.py")
 client.succeed(f"printf %s {shlex.quote(scenario['CLIENT'])} > /tmp/client.py")
 
-columns = [figures(unit) for unit in LISTENERS]
-rows = {name: [column[name] for column in columns] for name in columns[0]}
+rows = costs()
 rows["size on disk"], rows["packages it is made of"] = on_disk()
 print_table("cost", rows)
 
