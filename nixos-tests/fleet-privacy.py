@@ -436,9 +436,9 @@ def connect(family, address):
         s.settimeout(3)
         s.connect(address)
 HUB = "/var/lib/ekiben-hub"
-# every directory that is in sight
+# every directory that is in sight, but for the many of the store and the like
 for directory, names, _ in os.walk("/"):
-    names[:] = [name for name in names if os.path.join(directory, name) not in ("/proc", "/nix/store") and not os.path.join(directory, name).startswith(("/usr/share", "/usr/lib", "/sys/"))]
+    names[:] = [name for name in names if not os.path.join(directory, name).startswith(("/proc", "/nix/store/", "/nix/.", "/usr/", "/lib", "/sys/"))]
     attempt(f"write {directory}", lambda: write(directory))
 for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret", "/proc/1/environ"):
     attempt(f"read {path}", lambda: open(path, "rb").read(1))
