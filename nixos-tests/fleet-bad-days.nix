@@ -7,6 +7,8 @@ let
   };
 in
 {
+  # the host's releases are of stand-in systems, which only namespace hosts have
+  onlyHosts = true;
   # holds a run while something else happens: see src/fault.rs
   faultPoints = true;
   nodes.hub = {
@@ -22,7 +24,10 @@ in
   };
   nodes.web = {
     # a test need not wait long
-    services.ekiben.instances.fleet.networkRetries = 1;
+    services.ekiben.instances.fleet = {
+      networkRetries = 1;
+      healthChecks.hub.retries = 1;
+    };
     services.ekiben.fleet = {
       enable = true;
       # one of two hubs is always down
@@ -31,6 +36,7 @@ in
         server
       ];
       identityFile = "/root/identity";
+      sshOptions = [ "ConnectTimeout=3" ];
       signers = [ keys.signer.public ];
       dates = null;
     };

@@ -13,6 +13,32 @@
       -----END OPENSSH PRIVATE KEY-----
     '';
   };
+  # of the host `db`
+  db = {
+    public = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMmXq3QZcZW/r0HH1dAF6Z0B4PuDfWjD9vQsNd90Raqo db";
+    private = ''
+      -----BEGIN OPENSSH PRIVATE KEY-----
+      b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW
+      QyNTUxOQAAACDJl6t0GXGVv69Bx9XQBemdAeD7g31ow/b0LDXfdEWqqAAAAIhecptbXnKb
+      WwAAAAtzc2gtZWQyNTUxOQAAACDJl6t0GXGVv69Bx9XQBemdAeD7g31ow/b0LDXfdEWqqA
+      AAAEAHYPg3cFVuIgaL9xkcfIY4MDlJVZG+TN2UDc/aT4kICsmXq3QZcZW/r0HH1dAF6Z0B
+      4PuDfWjD9vQsNd90RaqoAAAAAmRiAQID
+      -----END OPENSSH PRIVATE KEY-----
+    '';
+  };
+  # of the host `plain`
+  plain = {
+    public = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB7o/pogVDnA3FDD+x/6fqiREP86OodE0zlgU+l3/xf+ plain";
+    private = ''
+      -----BEGIN OPENSSH PRIVATE KEY-----
+      b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW
+      QyNTUxOQAAACAe6P6aIFQ5wNxQw/sf+n6okRD/OjqHRNM5YFPpd/8X/gAAAIjCvz9gwr8/
+      YAAAAAtzc2gtZWQyNTUxOQAAACAe6P6aIFQ5wNxQw/sf+n6okRD/OjqHRNM5YFPpd/8X/g
+      AAAECl8fVephA18CUxtjHjdVvOCPm+hCmVRBlUk8zKKDZ/zx7o/pogVDnA3FDD+x/6fqiR
+      EP86OodE0zlgU+l3/xf+AAAABXBsYWlu
+      -----END OPENSSH PRIVATE KEY-----
+    '';
+  };
   # of the hub's sshd
   hub = {
     public = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBzul/nZGE2swIcRMzXkSisqvNOFZrkAn6HuwE4kMgqO hub";

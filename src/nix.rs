@@ -55,9 +55,10 @@ pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Durat
             (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
         }
         Source::Directory(directory) => {
-            let directory = directory.display().to_string();
-            let expression = format!("(import <nixpkgs/nixos> {{ configuration = {directory}/configuration.nix; }}).system");
-            (build.args(["--impure", "--expr", &expression]), format!("{directory}/configuration.nix"))
+            // as nixos-rebuild does it
+            let configuration = directory.join("configuration.nix").display().to_string();
+            let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
+            (build.arg("config.system.build.toplevel"), configuration)
         }
         Source::Store(system) => (build.arg(system), system.display().to_string()),
     };
