@@ -816,7 +816,7 @@ let
       MaxSessions 1
       # a host that is gone must not be waited for
       ClientAliveInterval 15
-      ClientAliveCountMax 4
+      ClientAliveCountMax 2
     Match all
   '';
   # what a host needs to fetch, to leave a report, and to put it in its place; anything else,

@@ -149,6 +149,10 @@ def denied(results, *reasons):
 
 before = served()
 tried = 0
+# a host that is cut off in the midst of a session: for later
+b.succeed("mkfifo /tmp/hold; (sleep infinity > /tmp/hold &); ssh -s fleet-b@hub sftp < /tmp/hold > /tmp/said 2>&1 & echo $! > /tmp/ssh.pid")
+cut_off = hub.wait_until_succeeds("pgrep -o -u fleet-b sshd", timeout=20).strip()
+b.succeed("kill -STOP $(cat /tmp/ssh.pid)")
 
 with subtest("what a host needs works"):
     could = sftp(a, r'''
@@ -271,7 +275,7 @@ with subtest("no shell, no command, no terminal, no other subsystem"):
     assert "subsystem request failed" in said, said
     # it takes the refusal for an answer, and does not understand it
     said = a.fail("cd /tmp; scp -O fleet-a@hub:/etc/passwd . 2>&1")
-    assert "protocol error" in said, said
+    assert "protocol error" in said or "lost connection" in said, said
     a.fail("test -e /tmp/passwd")
     said = a.fail("cd /tmp; scp fleet-a@hub:/etc/passwd . 2>&1")
     assert "No such file" in said, said
@@ -307,6 +311,11 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
             # a socket that has been forwarded stays
             hub.succeed("rm -f /tmp/remote.sock")
         tried += 1
+    # a socket among the reports would be nothing that a collector expects
+    said = a.fail("timeout 20 ssh -N -o ExitOnForwardFailure=yes -R /reports/socket:127.0.0.1:8001 fleet-a@hub < /dev/null 2>&1")
+    assert "remote port forwarding failed" in said, said
+    hub.fail(f"test -e {HUB}/hosts/a/reports/socket")
+    tried += 1
     said = a.execute("timeout 20 env DISPLAY=127.0.0.1:5 ssh -o ForwardX11Trusted=yes -X fleet-a@hub < /dev/null 2>&1")[1]
     assert "X11 forwarding request failed" in said, said
     # an agent is refused without a word: while such a session is open, the hub has no socket for it
@@ -314,7 +323,7 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
         "ssh-agent -a /tmp/agent.sock > /tmp/agent.env; export SSH_AUTH_SOCK=/tmp/agent.sock; ssh-add -q /root/.ssh/id_ed25519;"
         " mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); ssh -A -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 & echo $! > /tmp/ssh.pid"
     )
-    hub.wait_until_succeeds("pgrep -u fleet-a", timeout=20)
+    hub.wait_until_succeeds("pgrep -u fleet-a sshd", timeout=20)
     assert hub.succeed("find /tmp /run /var/tmp -type s \\( -name 'agent.*' -o -user fleet-a \\) ! -path '/run/user/*'; ss -Hlxp | grep -F fleet-a || true") == ""
     a.succeed("kill $(cat /tmp/hold.pid) $(cat /tmp/ssh.pid); . /tmp/agent.env > /dev/null; kill $SSH_AGENT_PID")
     tried += 3
@@ -334,6 +343,19 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
                 hub.fail("ip link show tun8 | grep LOWER_UP")
             a.succeed(f"ssh -S /tmp/control -O exit {login}")
         tried += 1
+
+with subtest("one session a connection, and none for a host that is gone"):
+    master = "ssh -S /tmp/control -o ProxyCommand=false"
+    a.succeed(
+        "rm -f /tmp/control; ssh -f -N -M -S /tmp/control fleet-a@hub < /dev/null > /dev/null 2>&1",
+        f"rm -f /tmp/hold /tmp/said; mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); {master} -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 &",
+    )
+    hub.wait_until_succeeds("pgrep -u fleet-a sshd", timeout=20)
+    a.wait_until_succeeds(f"({master} -s fleet-a@hub sftp < /dev/null 2>&1 || true) | grep 'Session open refused by peer'", timeout=20)
+    a.succeed("kill $(cat /tmp/hold.pid); ssh -S /tmp/control -O exit fleet-a@hub")
+    hub.wait_until_fails(f"kill -0 {cut_off}", timeout=60)
+    b.succeed("kill -KILL $(cat /tmp/ssh.pid)")
+    tried += 1
 
 with subtest("no way in but a host's own key under its own name"):
     refusals = (
