@@ -747,6 +747,8 @@ let
       files = mkOption {
         type = types.attrsOf hubFile;
         default = { };
+        # the hub serves them; hosts do not fetch them yet
+        visible = false;
         example = literalExpression ''
           {
             "/var/lib/secrets/database".source = config.age.secrets.web-database.path;

@@ -43,6 +43,7 @@ def poll(name):
 with subtest("a fleet is set up"):
     for machine in (hub, *HOSTS.values()):
         machine.wait_for_unit("multi-user.target")
+        machine.wait_until_succeeds(as_deploy("nix-store --version; nix store ping 2>&1 || nix store info"))
     hub.succeed("install -m 600 /etc/scenario/host-key /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
     hub.succeed("install -m 600 -o deploy /etc/scenario/signer /home/deploy/signer")
     hub.succeed(fleet("init"))
@@ -96,6 +97,19 @@ with subtest("one host of three is changed: it alone has something to do"):
     assert shows(web, "app") == content
     assert states()["web"] == "up to date", states()
 
+with subtest("what the hub has built, and the host can have, is neither evaluated nor built there"):
+    content = change("web")
+    hub.succeed(fleet("deploy web"))
+    shown = json.loads(hub.succeed("cat /var/lib/ekiben-hub/hosts/web/release/manifest.json"))
+    toplevel = json.loads(shown["manifest"])["toplevel"]
+    # as a substituter would
+    closure = hub.succeed(f"nix-store --export $(nix-store --query --requisites {toplevel}) | gzip | base64 -w0").strip()
+    web.succeed(f"base64 -d <<< {closure} | gzip -d | nix-store --import")
+    assert poll("web")["result"] == "deployed", last_run(web, "fleet")
+    assert shows(web, "app") == content and running(web) == toplevel
+    log = hub.succeed(fleet("log web"))
+    assert "activating" in log and "evaluating" not in log and "building" not in log, log
+
 with subtest("what does not build is not published"):
     change("web", trouble="build")
     assert "trouble in build" in hub.fail(fleet("deploy web"))
@@ -115,8 +129,8 @@ with subtest("what does not run is rolled back, and the hub says so"):
     assert states()["plain"] == "up to date", states()
     hub.succeed(fleet("status plain"))
 
-with subtest("a run that is under way shows"):
-    change("db")
+with subtest("a host fails for a reason of its own, and needs another run"):
+    change("pair")
     hub.succeed(fleet("deploy db"))
     db.succeed("systemctl stop nix-daemon.socket nix-daemon.service")
     assert poll("db")["result"] == "failed"

@@ -27,14 +27,14 @@ struct Hub {
     /// The hub's directory.
     directory: PathBuf,
     /// The files of each host, by their paths there.
-    hosts: BTreeMap<String, BTreeMap<PathBuf, Source>>,
+    hosts: BTreeMap<String, BTreeMap<PathBuf, Offer>>,
 }
 
 /// One file of one host.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Source {
-    /// The file on the hub.
+struct Offer {
+    /// Where it is on the hub.
     source: PathBuf,
     /// As in [`Served`].
     mode: String,
@@ -50,7 +50,7 @@ pub fn serve(config: &Path) -> Result<()> {
     let hub: Hub = json::parse(&fs::read_to_string(config).context(doing)?).context(doing)?;
     let hosts = hub.directory.join("hosts");
     let mut failed = 0;
-    let mut one = |host: &str, wanted: &BTreeMap<PathBuf, Source>| {
+    let mut one = |host: &str, wanted: &BTreeMap<PathBuf, Offer>| {
         if let Err(error) = serve_host(&hosts, host, wanted) {
             log::error!("{error}.");
             failed += 1;
@@ -69,11 +69,11 @@ pub fn serve(config: &Path) -> Result<()> {
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
 
-fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Source>) -> Result<()> {
+fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Offer>) -> Result<()> {
     host_name(host).context(|| "serve files".into())?;
     let directory = hosts.join(host).join("files");
     let mut index = Vec::new();
-    for (path, Source { source, mode, owner, group }) in wanted {
+    for (path, Offer { source, mode, owner, group }) in wanted {
         let doing = || format!("serve {} to {host}", source.display());
         // what manages secrets makes links
         let contents = source.canonicalize().and_then(|source| files::read_foreign(&source, SMALL)).context(doing)?;
