@@ -6,6 +6,7 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 let
@@ -37,7 +38,15 @@ let
     };
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
-  isFree = name: isName name && name != "webhook" && name != "webhook-address";
+  isFree = name: isName name && !lib.elem name reserved;
+  reserved = [
+    "deliver"
+    "hub-collect"
+    "hub-files"
+    "reboot"
+    "webhook"
+    "webhook-address"
+  ];
 
   instance = types.submodule (
     { config, ... }:
@@ -183,6 +192,12 @@ let
           default = { };
           description = "How long the stages of a run may take, in seconds.";
         };
+        hub = mkOption {
+          type = types.nullOr types.attrs;
+          default = null;
+          internal = true;
+          description = "Where releases come from, see {option}`services.ekiben.fleet`.";
+        };
         extraPackages = mkOption {
           type = types.listOf types.package;
           default = [ ];
@@ -246,6 +261,83 @@ let
     };
   };
 
+  timeOfDay =
+    default: description:
+    mkOption {
+      type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
+      inherit default description;
+    };
+
+  server = types.submodule {
+    options = {
+      host = mkOption {
+        type = types.str;
+        example = "hub.example.org";
+        description = "Name or address of the hub.";
+      };
+      port = mkOption {
+        type = types.port;
+        default = 22;
+        description = "The port of its sshd.";
+      };
+      hostKey = mkOption {
+        type = types.singleLineStr;
+        example = "ssh-ed25519 AAAAC3...";
+        description = "Its public host key. Nothing is fetched from a hub that has another one.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = "fleet-${cfg.fleet.name}";
+        defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
+        description = "Whom to log in as.";
+      };
+    };
+  };
+
+  # a fleet host is an instance whose repository is its own, and whose commits are the hub's releases
+  fleetInstance = {
+    inherit (cfg.fleet)
+      user
+      dates
+      randomizedDelaySec
+      operation
+      flags
+      ;
+    flakePath = "/var/lib/ekiben/instances/fleet/repository";
+    flakeRef = "/var/lib/ekiben/instances/fleet/repository#${cfg.fleet.name}";
+    inherit (cfg.fleet.selfUpdate) inputs;
+    healthChecks = cfg.fleet.healthChecks // {
+      hub = {
+        command = "${ekiben} reach fleet";
+        timeout = 40;
+      };
+    };
+    hub = {
+      inherit (cfg.fleet) name signers sshOptions;
+      servers = lib.toList cfg.fleet.hub;
+      selfUpdate = cfg.fleet.selfUpdate.enable;
+    };
+  };
+
+  reboot = {
+    description = "Reboot into what Ekiben has deployed, if it takes one";
+    restartIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    path = [ config.systemd.package ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart =
+        let
+          inherit (cfg.fleet.reboot) kexec window;
+        in
+        concatStringsSep " " (
+          [ "${ekiben} reboot" ]
+          ++ lib.optional kexec "--kexec"
+          ++ lib.optional (window != null) "--between ${window.lower} ${window.upper}"
+        );
+    };
+  };
+
   # what src/config.rs reads; its keys are the options
   settings = {
     webhook =
@@ -256,24 +348,28 @@ let
           inherit (cfg.webhook) path;
           projects = mapAttrs (_: project: { inherit (project) instance; }) cfg.webhook.projects;
         };
-    instances = mapAttrs (_: instance: {
-      inherit (instance)
-        flakePath
-        user
-        inputs
-        operation
-        flags
-        pull
-        push
-        author
-        healthChecks
-        onUnitFailure
-        rollback
-        networkRetries
-        timeouts
-        ;
-      flakeRef = withConfiguration instance.flakeRef;
-    }) cfg.instances;
+    instances = mapAttrs (
+      _: instance:
+      {
+        inherit (instance)
+          flakePath
+          user
+          inputs
+          operation
+          flags
+          pull
+          push
+          author
+          healthChecks
+          onUnitFailure
+          rollback
+          networkRetries
+          timeouts
+          ;
+        flakeRef = withConfiguration instance.flakeRef;
+      }
+      // optionalAttrs (instance.hub != null) { inherit (instance) hub; }
+    ) cfg.instances;
   };
   withConfiguration = ref: if lib.hasInfix "#" ref then ref else "${ref}#${hostName}";
 
@@ -315,6 +411,23 @@ let
     RestrictSUIDSGID = true;
     SystemCallArchitectures = "native";
     SystemCallErrorNumber = "EPERM";
+  };
+
+  # for what fetches as the user
+  networkSandbox = sandbox // {
+    # SSH keys, .netrc and git configuration are there
+    ProtectHome = "read-only";
+    # netlink: the resolver sorts addresses by it
+    RestrictAddressFamilies = [
+      "AF_UNIX"
+      "AF_INET"
+      "AF_INET6"
+      "AF_NETLINK"
+    ];
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
   };
 
   webhookAddress =
@@ -500,8 +613,12 @@ let
       // {
         # the home is read-only
         XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
+      }
+      # a plain configuration.nix is for the Nixpkgs of this machine
+      // optionalAttrs (instance.hub != null && config.environment.sessionVariables ? NIX_PATH) {
+        inherit (config.environment.sessionVariables) NIX_PATH;
       };
-    serviceConfig = sandbox // {
+    serviceConfig = networkSandbox // {
       Type = "oneshot";
       # + is root without the sandbox
       ExecStart = [
@@ -512,6 +629,7 @@ let
       ];
       # whatever happened; does nothing if activate has done it
       ExecStopPost = "+${ekiben} conclude ${name}";
+      LoadCredential = lib.optional (instance.hub != null) identity;
       # the stages have limits of their own, which add up to less; a run may have to wait for another's
       TimeoutStartSec = "${toString (2 * longest instance)}s";
       TimeoutStopSec = "${toString (longest instance)}s";
@@ -521,19 +639,26 @@ let
       CacheDirectory = "ekiben/${name}";
       CacheDirectoryMode = "0700";
       ReadWritePaths = [ "-${instance.flakePath}" ];
-      # SSH keys, .netrc and git configuration are there
-      ProtectHome = "read-only";
-      # netlink: the resolver sorts addresses by it
-      RestrictAddressFamilies = [
-        "AF_UNIX"
-        "AF_INET"
-        "AF_INET6"
-        "AF_NETLINK"
-      ];
-      SystemCallFilter = [
-        "@system-service"
-        "~@privileged"
-      ];
+    };
+  };
+
+  identity = "identity:${cfg.fleet.identityFile}";
+
+  # a run's report; what cannot be delivered now waits for the next poll
+  deliver = {
+    description = "Delivery of reports to the fleet's hub";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    startLimitIntervalSec = 0;
+    path = programs;
+    serviceConfig = networkSandbox // {
+      Type = "oneshot";
+      ExecStart = "${ekiben} deliver fleet";
+      LoadCredential = identity;
+      TimeoutStartSec = "10min";
+      User = cfg.fleet.user;
+      StateDirectory = "ekiben/instances/fleet";
+      StateDirectoryMode = "0700";
     };
   };
 
@@ -548,7 +673,7 @@ let
       perInstance = name: instance: [
         {
           assertion = isFree name;
-          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than `webhook` and `webhook-address`.";
+          message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than ${concatStringsSep ", " reserved}.";
         }
         {
           assertion = config.users.users ? ${instance.user};
@@ -597,6 +722,319 @@ let
     in
     lib.concatLists (mapAttrsToList perInstance instances ++ mapAttrsToList perProject projects);
 
+  # the hub: what a host of the fleet is here is a user that can do nothing but SFTP, in a directory
+  # that holds nothing but what is its own
+  inherit (cfg) hub;
+  hubHosts = "${hub.directory}/hosts";
+  hubUser = "ekiben-hub";
+  forHosts =
+    function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hub.hosts;
+  keysOf = host: lib.optional (host.publicKey != null) host.publicKey ++ host.publicKeys;
+
+  hubHost = types.submodule {
+    options = {
+      publicKey = mkOption {
+        type = types.nullOr types.singleLineStr;
+        default = null;
+        example = "ssh-ed25519 AAAAC3... root@web";
+        description = "The key that the host logs in with.";
+      };
+      publicKeys = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        description = "More such keys, for the time in which its key is changed.";
+      };
+      files = mkOption {
+        type = types.attrsOf hubFile;
+        default = { };
+        # the hub serves them; hosts do not fetch them yet
+        visible = false;
+        example = literalExpression ''
+          {
+            "/var/lib/secrets/database".source = config.age.secrets.web-database.path;
+          }
+        '';
+        description = ''
+          Files that only this host may have, by their paths on the host. They are in no Nix store,
+          here or there.
+        '';
+      };
+    };
+  };
+
+  hubFile = types.submodule {
+    options = {
+      source = mkOption {
+        type = externalPath;
+        example = "/run/secrets/web-database";
+        description = ''
+          The file on the hub. Root reads it, so it can be root's alone; what it holds anew counts
+          within a minute.
+        '';
+      };
+      mode = mkOption {
+        type = types.strMatching "0[0-7]{3}";
+        default = "0400";
+        description = "Its permissions on the host.";
+      };
+      owner = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its owner on the host.";
+      };
+      group = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its group on the host.";
+      };
+    };
+  };
+
+  # Last of all, since all that follows `Match` belongs to it. Whatever is said here is said once
+  # more by the keys (`restrict`) and by the permissions of the directories, as far as they can.
+  hubSshd = ''
+    Match Group ekiben-hosts
+      # whomever the administrator allows besides
+      AllowGroups ekiben-hosts
+      AllowUsers fleet-*
+      AuthenticationMethods publickey
+      PubkeyAuthentication yes
+      AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u
+      ${lib.optionalString (
+        config.services.openssh.authorizedKeysCommand != "none"
+      ) "AuthorizedKeysCommand none"}
+      TrustedUserCAKeys none
+      ChrootDirectory %h
+      ForceCommand internal-sftp -u 0027 -p ${concatStringsSep "," hubRequests}
+      PermitTTY no
+      PermitUserRC no
+      PermitTunnel no
+      DisableForwarding yes
+      # OpenSSH 9 does not take the line above for all of these
+      AllowAgentForwarding no
+      AllowStreamLocalForwarding no
+      AllowTcpForwarding no
+      X11Forwarding no
+      MaxSessions 1
+      # a host that is gone must not be waited for
+      ClientAliveInterval 15
+      ClientAliveCountMax 2
+    Match all
+  '';
+  # what a host needs to fetch, to leave a report, and to put it in its place; anything else,
+  # and what later versions of OpenSSH will know, is refused
+  hubRequests = [
+    "open"
+    "close"
+    "read"
+    "write"
+    "opendir"
+    "readdir"
+    "stat"
+    "lstat"
+    "fstat"
+    "realpath"
+    "rename"
+    "posix-rename"
+    "limits"
+  ];
+
+  # The kernel counts what a host leaves. Below the mount is a directory of root's: without the mount,
+  # the host can leave nothing. What is lost in a reboot the host sends again.
+  hubMount = name: {
+    description = "Reports of ${name} that have not been collected";
+    what = "tmpfs";
+    where = "${hubHosts}/${name}/reports";
+    type = "tmpfs";
+    options = concatStringsSep "," [
+      "mode=2770"
+      "uid=fleet-${name}"
+      "gid=${hubUser}"
+      "size=${hub.reports.size}"
+      "nr_inodes=${toString hub.reports.files}"
+      "nodev"
+      "noexec"
+      "nosuid"
+    ];
+    wantedBy = [ "multi-user.target" ];
+    # not a local file system as others: those come before users and directories do
+    after = [ "systemd-tmpfiles-setup.service" ];
+    before = [ "umount.target" ];
+    conflicts = [ "umount.target" ];
+    unitConfig.DefaultDependencies = false;
+  };
+
+  hubSandbox = sandbox // {
+    Type = "oneshot";
+    IPAddressDeny = "any";
+    PrivateNetwork = true;
+    ProtectHome = true;
+    # not even systemd's own socket, or root would be root
+    RestrictAddressFamilies = "none";
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
+    TimeoutStartSec = "10min";
+  };
+  hubTimer = description: interval: {
+    inherit description;
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnBootSec = interval;
+      OnUnitInactiveSec = interval;
+      AccuracySec = "1s";
+    };
+  };
+
+  hubCollect = {
+    description = "Collection of what the hosts of Ekiben's fleet report";
+    after = map (name: "${utils.escapeSystemdPath (hubMount name).where}.mount") (
+      builtins.attrNames hub.hosts
+    );
+    serviceConfig = hubSandbox // {
+      ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
+      User = hub.user;
+      Group = hubUser;
+      ReadWritePaths = hub.directory;
+    };
+  };
+
+  hubFiles = {
+    description = "Files for the hosts of Ekiben's fleet";
+    wantedBy = [ "multi-user.target" ];
+    restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
+    serviceConfig = hubSandbox // {
+      ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
+      # root, to read the sources; not to write where root otherwise may
+      CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
+      ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
+      ReadWritePaths = hubHosts;
+    };
+  };
+
+  hubAssertions =
+    let
+      # without the comment
+      bare = key: lib.take 2 (lib.splitString " " key);
+      isKey =
+        key:
+        builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
+      perHost =
+        name: host:
+        let
+          others = filterAttrs (
+            _: other: lib.intersectLists (map bare (keysOf host)) (map bare (keysOf other)) != [ ]
+          ) hub.hosts;
+          wrong = lib.filter (key: !isKey key) (keysOf host);
+        in
+        [
+          {
+            assertion = builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
+            message = "`services.ekiben.hub.hosts.${name}`: this name cannot be part of a user's name. Write one of at most 25 small letters, digits, `_` and `-`.";
+          }
+          {
+            assertion = keysOf host != [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKey`: without a key, the host cannot log in. Write the line that is in its key's `.pub` file.";
+          }
+          {
+            assertion = wrong == [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: `${concatStringsSep "` and `" wrong}` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+          }
+          {
+            assertion = keysOf host == [ ] || builtins.attrNames others == [ name ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames others)} have the same key. Make one of its own for each.";
+          }
+        ]
+        ++ mapAttrsToList (path: _: {
+          assertion =
+            builtins.match "(/[^/]+)+" path != null
+            && lib.intersectLists [ "." ".." ] (lib.splitString "/" path) == [ ]
+            && !hasPrefix "${builtins.storeDir}/" path;
+          message = "`services.ekiben.hub.hosts.${name}.files.\"${path}\"`: a file cannot be there. Write an absolute path outside of the Nix store, without `.` and `..`.";
+        }) host.files;
+    in
+    [
+      {
+        assertion = hub.user == hubUser || config.users.users ? ${hub.user};
+        message = "`services.ekiben.hub.user`: there is no user `${hub.user}`. Write `users.users.${hub.user}.isNormalUser = true;`, or leave the option out.";
+      }
+      {
+        assertion = hub.user != "root" && !lib.elem hub.user (builtins.attrNames (forHosts (_: _: null)));
+        message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
+      }
+    ]
+    ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
+
+  hubModule = mkIf hub.enable {
+    assertions = hubAssertions;
+    environment = {
+      etc."ekiben/hub.json".text = builtins.toJSON {
+        inherit (hub) directory;
+        hosts = mapAttrs (_: host: host.files) hub.hosts;
+      };
+      systemPackages = [ cfg.package ];
+      variables = mkIf (hub.repository != null) { EKIBEN_FLEET = hub.repository; };
+    };
+    services.openssh = {
+      enable = lib.mkDefault true;
+      extraConfig = lib.mkOrder 5000 hubSshd;
+    };
+    users.groups = {
+      ekiben-hosts = { };
+      ${hubUser}.members = [ hub.user ];
+    }
+    // forHosts (_: _: { });
+    users.users =
+      forHosts (
+        name: host: {
+          isSystemUser = true;
+          description = "Host ${name} of Ekiben's fleet";
+          group = "fleet-${name}";
+          extraGroups = [ "ekiben-hosts" ];
+          home = "${hubHosts}/${name}";
+          # no password, and yet not locked, which sshd without PAM takes for a refusal
+          hashedPassword = "*";
+          openssh.authorizedKeys.keys = map (key: "restrict ${key}") (keysOf host);
+        }
+      )
+      // optionalAttrs (hub.user == hubUser) {
+        ${hubUser} = {
+          isSystemUser = true;
+          description = "Publisher of Ekiben's fleet";
+          group = hubUser;
+          home = "${hub.directory}/home";
+        };
+      };
+    systemd = {
+      mounts = map hubMount (builtins.attrNames hub.hosts);
+      services = {
+        ekiben-hub-collect = hubCollect;
+        ekiben-hub-files = hubFiles;
+      };
+      timers = {
+        ekiben-hub-collect = hubTimer "Timer of the collection of reports" hub.reports.interval;
+        # a file can be replaced in so many ways that whoever watches it misses one
+        ekiben-hub-files = hubTimer "Timer of the files for hosts" "1min";
+      };
+      # sshd wants all that leads to a host's directory to be root's, and nobody else's to change
+      tmpfiles.rules = [
+        "d ${hub.directory} 0755 root root -"
+        "d ${hub.directory}/received 0750 ${hub.user} ${hubUser} -"
+        "d ${hubHosts} 0750 root ${hubUser} -"
+      ]
+      ++ lib.optional (hub.user == hubUser) "d ${hub.directory}/home 0700 ${hubUser} ${hubUser} -"
+      ++ lib.concatMap (name: [
+        "d ${hubHosts}/${name} 0755 root root -"
+        "d ${hubHosts}/${name}/release 0755 ${hub.user} ${hubUser} -"
+        # what root makes there gets the host's group
+        "d ${hubHosts}/${name}/files 2750 root fleet-${name} -"
+      ]) (builtins.attrNames hub.hosts);
+    };
+  };
+
   # the program that this one replaces: its configuration works as it is
   predecessor = [
     "services"
@@ -640,7 +1078,7 @@ let
       ];
 in
 {
-  imports = aliases;
+  imports = aliases ++ [ { config = hubModule; } ];
 
   options.services.ekiben = {
     enable = mkEnableOption "Ekiben, which keeps this machine up to date from the inside";
@@ -712,6 +1150,180 @@ in
         '';
       };
     };
+    fleet = {
+      enable = mkEnableOption "this machine as a host of a fleet: it deploys what its hub publishes for it, as the instance `fleet`";
+      name = mkOption {
+        type = types.str;
+        default = hostName;
+        defaultText = literalExpression "config.networking.hostName";
+        description = "This machine's name in the fleet.";
+      };
+      hub = mkOption {
+        type = types.either server (types.nonEmptyListOf server);
+        example = literalExpression ''
+          {
+            host = "hub.example.org";
+            hostKey = "ssh-ed25519 AAAAC3...";
+          }
+        '';
+        description = "The hub, or several with the same releases: the next one is asked where one does not answer.";
+      };
+      identityFile = mkOption {
+        type = externalPath;
+        default = "/var/lib/ekiben-identity/key";
+        description = "The private SSH key to log in with. It is read by systemd, so it can be root's only.";
+      };
+      signers = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ssh-ed25519 AAAAC3..." ];
+        description = ''
+          The public keys of those who may publish. If there are any, a release that none of them has
+          signed is refused: who takes the hub over can then hold back, but not deploy.
+        '';
+      };
+      sshOptions = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ProxyJump=gate@example.org" ];
+        description = "More options for {command}`sftp -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = "ekiben-fleet";
+        description = "The unprivileged user that fetches, evaluates and builds. The default one is made.";
+      };
+      dates = mkOption {
+        type = types.nullOr types.str;
+        default = "*:0/15";
+        description = "When to ask the hub for something new, in the format of {manpage}`systemd.time(7)`; `null` for never.";
+      };
+      randomizedDelaySec = mkOption {
+        type = types.str;
+        default = "15min";
+        description = "Delay each time by a random time of at most this, so that not all of a fleet come at once.";
+      };
+      selfUpdate = {
+        enable = mkEnableOption "updates of flake inputs also where the hub has nothing new";
+        inputs = mkOption {
+          type = types.listOf types.str;
+          default = [ ];
+          example = [ "nixpkgs" ];
+          description = "The flake inputs to update; all if empty.";
+        };
+      };
+      healthChecks = mkOption {
+        type = types.attrsOf healthCheck;
+        default = { };
+        description = ''
+          As {option}`services.ekiben.instances.<name>.healthChecks`. One more is always made: whether the
+          hub can be reached.
+        '';
+      };
+      operation = mkOption {
+        type = types.enum [
+          "switch"
+          "boot"
+        ];
+        default = "switch";
+        description = "Whether a new system runs at once, or after the next boot.";
+      };
+      flags = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        description = "More arguments for {command}`nix build`.";
+      };
+      reboot = {
+        when = mkOption {
+          type = types.enum [
+            "never"
+            "needed"
+          ];
+          default = "never";
+          description = "Whether to reboot when kernel, kernel modules or initrd have changed, or the new system waits for it.";
+        };
+        window = mkOption {
+          type = types.nullOr (
+            types.submodule {
+              options = {
+                lower = timeOfDay "01:00" "The beginning.";
+                upper = timeOfDay "05:00" "The end; may be after midnight.";
+              };
+            }
+          );
+          default = null;
+          description = "The time of day in which to reboot; `null`: at any time.";
+        };
+        kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
+      };
+    };
+    hub = {
+      enable = mkEnableOption "the hub of a fleet, from which other machines fetch what they are to run";
+      hosts = mkOption {
+        type = types.attrsOf hubHost;
+        default = { };
+        example = literalExpression ''
+          {
+            web.publicKey = "ssh-ed25519 AAAAC3... root@web";
+          }
+        '';
+        description = ''
+          The machines of the fleet. Each logs in to this machine's sshd as the user `fleet-<name>`, and
+          sees nothing but what is its own. The administrator's settings of sshd stay as they are, except
+          that `AllowUsers` and `AllowGroups` do not count for these users; a `Match` block of the
+          administrator's that applies to them, too, comes first.
+
+          A machine that is taken away leaves its directory behind, without its files.
+        '';
+      };
+      repository = mkOption {
+        type = types.nullOr externalPath;
+        default = null;
+        example = "/var/fleet";
+        description = ''
+          The repository with the configurations of all hosts, for {command}`ekiben fleet` in other
+          directories. It belongs to {option}`user`.
+        '';
+      };
+      directory = mkOption {
+        type =
+          types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
+          // {
+            description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
+          };
+        default = "/var/lib/ekiben-hub";
+        description = ''
+          What the hub serves and has received. All that leads there has to belong to root, and
+          to be writable by nobody else.
+        '';
+      };
+      user = mkOption {
+        type = types.str;
+        default = hubUser;
+        example = "alice";
+        description = "Who may publish, and see what hosts report: a user that is made for it, or one that is there.";
+      };
+      reports = {
+        size = mkOption {
+          type = types.strMatching "[1-9][0-9]*[kMG]";
+          default = "8M";
+          description = ''
+            How much a host may leave before it is collected. It is kept in memory, so all hosts together
+            can take this as many times as there are hosts, for as long as nothing is collected.
+          '';
+        };
+        files = mkOption {
+          type = types.ints.between 8 1000000;
+          default = 128;
+          description = "How many files a host may leave before they are collected.";
+        };
+        interval = mkOption {
+          type = types.str;
+          default = "30s";
+          description = "How often to collect, in the format of {manpage}`systemd.time(7)`.";
+        };
+      };
+    };
     settings = mkOption {
       type = types.attrs;
       internal = true;
@@ -722,44 +1334,84 @@ in
     };
   };
 
-  config = mkIf cfg.enable {
-    inherit assertions;
-    services = mkIf cfg.webhook.enable {
-      ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
-        lib.mkDefault "/run/ekiben.sock"
-      );
-      nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
-        ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
-          "http://unix:${cfg.webhook.socket}";
+  config = lib.mkMerge [
+    (mkIf cfg.fleet.enable {
+      services.ekiben = {
+        enable = lib.mkDefault true;
+        instances.fleet = fleetInstance;
       };
-      caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
-        ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
-      };
-    };
-    environment.etc."ekiben/config.json".source = checked;
-    environment.systemPackages = [ cfg.package ];
-    users.groups.ekiben = { };
-    systemd = {
-      paths = forInstances path cfg.instances;
-      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
-      services =
-        forInstances service cfg.instances
-        // {
-          ekiben = orphans;
-        }
-        // optionalAttrs cfg.webhook.enable {
-          ekiben-webhook = webhookService;
-          ekiben-webhook-address = webhookMove;
+      users = mkIf (cfg.fleet.user == "ekiben-fleet") {
+        users.ekiben-fleet = {
+          isSystemUser = true;
+          group = "ekiben-fleet";
         };
-      sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
-      # as in src/layout.rs
-      tmpfiles.rules = [
-        "d /var/lib/ekiben 0755 root root -"
-        "d /var/lib/ekiben/queue 2770 root ekiben -"
-        "d /var/lib/ekiben/runs 0700 root root -"
-        "d /var/lib/ekiben/status 0755 root root -"
-        "d /var/lib/ekiben/root 0755 root root -"
-      ];
-    };
-  };
+        groups.ekiben-fleet = { };
+      };
+      systemd = {
+        tmpfiles.rules = [
+          "d /var/lib/ekiben/outbox 0755 root root -"
+          "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${cfg.fleet.user}.group} -"
+        ];
+        services = {
+          ekiben-deliver = deliver;
+          ekiben-reboot = mkIf (cfg.fleet.reboot.when == "needed") reboot;
+        };
+        paths.ekiben-deliver = {
+          description = "Reports for the fleet's hub";
+          wantedBy = [ "paths.target" ];
+          pathConfig.PathChanged = "/var/lib/ekiben/outbox/fleet";
+        };
+        timers = mkIf (cfg.fleet.reboot.when == "needed") {
+          ekiben-reboot = {
+            description = "Time to look whether Ekiben needs a reboot";
+            wantedBy = [ "timers.target" ];
+            timerConfig = {
+              OnBootSec = "5min";
+              OnUnitInactiveSec = "5min";
+            };
+          };
+        };
+      };
+    })
+    (mkIf cfg.enable {
+      inherit assertions;
+      services = mkIf cfg.webhook.enable {
+        ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
+          lib.mkDefault "/run/ekiben.sock"
+        );
+        nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
+          ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
+            "http://unix:${cfg.webhook.socket}";
+        };
+        caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
+          ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
+        };
+      };
+      environment.etc."ekiben/config.json".source = checked;
+      environment.systemPackages = [ cfg.package ];
+      users.groups.ekiben = { };
+      systemd = {
+        paths = forInstances path cfg.instances;
+        timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
+        services =
+          forInstances service cfg.instances
+          // {
+            ekiben = orphans;
+          }
+          // optionalAttrs cfg.webhook.enable {
+            ekiben-webhook = webhookService;
+            ekiben-webhook-address = webhookMove;
+          };
+        sockets = optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookSocket; };
+        # as in src/layout.rs
+        tmpfiles.rules = [
+          "d /var/lib/ekiben 0755 root root -"
+          "d /var/lib/ekiben/queue 2770 root ekiben -"
+          "d /var/lib/ekiben/runs 0700 root root -"
+          "d /var/lib/ekiben/status 0755 root root -"
+          "d /var/lib/ekiben/root 0755 root root -"
+        ];
+      };
+    })
+  ];
 }

@@ -3,7 +3,7 @@
 # The Nix file holds the machines (`nodes`, as in a NixOS test), the Python file, behind
 # common.py, the script. Both run twice: here as a NixOS test, on virtual machines that rebuild
 # a real NixOS; and, where there is no Nix, on the namespace hosts of ci/hosts, from what the
-# module renders for the same machines.
+# module renders for the same machines. Where `onlyHosts` is set, they run on those alone.
 { self, nixpkgs }:
 let
   inherit (nixpkgs) lib;
@@ -44,7 +44,11 @@ let
     pkgs: lib.mapAttrs (_: scenario: import ./render.nix { inherit nixpkgs pkgs scenario; }) scenarios;
 in
 {
-  tests = pkgs: lib.genAttrs names (name: test pkgs name null);
+  tests =
+    pkgs:
+    lib.mapAttrs (name: _: test pkgs name null) (
+      lib.filterAttrs (_: scenario: !(scenario.onlyHosts or false)) scenarios
+    );
 
   # the configuration that a machine of a scenario evaluates when it rebuilds itself, from what its
   # flake's inputs say

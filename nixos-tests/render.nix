@@ -82,30 +82,66 @@ let
   render =
     name: node:
     let
-      inherit (evaluate name node) config;
+      inherit (evaluate name node) config options;
       failed = map (assertion: assertion.message) (
         lib.filter (assertion: !assertion.assertion) config.assertions
       );
       units = lib.filterAttrs (
-        unit: _: lib.hasPrefix "ekiben" unit || lib.hasPrefix "scenario" unit
+        unit: _: lib.hasInfix "ekiben" unit || lib.hasPrefix "scenario" unit
       ) config.systemd.units;
-      etc = lib.filterAttrs (file: _: lib.hasPrefix "scenario/" file) config.environment.etc;
+      etc = lib.filterAttrs (
+        file: _: lib.hasPrefix "scenario/" file || file == "ekiben/hub.json"
+      ) config.environment.etc;
+      isOurs = name: lib.hasPrefix "ekiben" name || lib.hasPrefix "fleet-" name;
       user = user: ''
         g ${user.group} -
         u ${user.name} ${
           if user.uid == null then "-" else toString user.uid
-        }:${user.group} - ${user.home} /bin/bash
+        }:${user.group} - ${user.home} ${if user.isNormalUser then "/bin/bash" else "-"}
       '';
-      users = lib.filter (user: user.isNormalUser) (builtins.attrValues config.users.users);
-      groups = lib.filter (lib.hasPrefix "ekiben") (builtins.attrNames config.users.groups);
+      users = lib.filter (user: user.isNormalUser || isOurs user.name) (
+        builtins.attrValues config.users.users
+      );
+      groups = lib.filterAttrs (name: _: isOurs name) config.users.groups;
+      group =
+        name:
+        { members, ... }:
+        "g ${name} -\n" + lib.concatMapStrings (user: "m ${user} ${name}\n") members;
+      # what others than NixOS say
+      ours =
+        option:
+        lib.filter (
+          definition: !lib.hasPrefix "${nixpkgs}" definition.file
+        ) option.definitionsWithLocations;
+      sshd =
+        let
+          inherit (config.services.openssh) authorizedKeysFiles ports settings;
+          names = lib.unique (
+            lib.concatMap (definition: builtins.attrNames definition.value) (
+              ours options.services.openssh.settings
+            )
+          );
+          value =
+            value:
+            if builtins.isBool value then
+              (if value then "yes" else "no")
+            else
+              lib.concatMapStringsSep " " toString (lib.toList value);
+        in
+        lib.concatMapStrings (name: "${name} ${value settings.${name}}\n") names
+        + lib.concatMapStrings (port: "Port ${toString port}\n") ports
+        + "AuthorizedKeysFile ${toString authorizedKeysFiles}\n"
+        + lib.concatMapStrings (definition: definition.value) (ours options.services.openssh.extraConfig);
     in
     lib.throwIf (failed != [ ]) (lib.concatStringsSep "\n" failed) (
       {
         "etc/hostname" = "${config.networking.hostName}\n";
         "etc/sysusers.d/scenario.conf" =
-          lib.concatMapStrings user users + lib.concatMapStrings (group: "g ${group} -\n") groups;
+          lib.concatMapStrings user users + lib.concatStrings (lib.mapAttrsToList group groups);
         "etc/tmpfiles.d/scenario.conf" =
-          lib.concatMapStrings (user: "d ${user.home} 0700 ${user.name} ${user.group} -\n") users
+          lib.concatMapStrings (user: "d ${user.home} 0700 ${user.name} ${user.group} -\n") (
+            lib.filter (user: user.createHome) users
+          )
           + lib.concatMapStrings (rule: "${rule}\n") (
             lib.filter (
               rule: lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix " deploy " rule
@@ -125,7 +161,16 @@ let
       // lib.optionalAttrs config.services.openssh.enable {
         "etc/systemd/system/sshd.service".link = "/usr/lib/systemd/system/ssh.service";
         "etc/systemd/system/multi-user.target.wants/sshd.service".link = "../sshd.service";
+        "etc/ssh/sshd_config.d/scenario.conf" = sshd;
       }
+      // lib.concatMapAttrs (
+        name: user:
+        lib.optionalAttrs (user.openssh.authorizedKeys.keys != [ ]) {
+          "etc/ssh/authorized_keys.d/${name}" = lib.concatMapStrings (
+            key: "${key}\n"
+          ) user.openssh.authorizedKeys.keys;
+        }
+      ) config.users.users
       // lib.optionalAttrs config.services.ekiben.enable {
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }

@@ -67,12 +67,12 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
     run.before = Some(before.clone());
 
     if run.instance.operation == Operation::Switch && !runs {
-        let passing = health::passing(&run.instance.health_checks);
+        run.passed = health::passing(&run.instance.health_checks);
         run.enter(Phase::Switching, layout)?;
         fault::point("activate: switching");
         switch(run, &system, &before)?;
         fault::point("activate: switched");
-        health::verify(&run.instance.health_checks, &passing)?;
+        health::verify(&run.instance.health_checks, &run.passed)?;
         fault::point("activate: healthy");
         if !run.reboot_needed && system::current()? != system || nix::current_generation()? != before.generation {
             // another hand: what it did is to stay

@@ -5,9 +5,10 @@ use std::time::Duration;
 use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::fleet::release;
 use crate::git::Repository;
 use crate::layout::Layout;
-use crate::nix;
+use crate::nix::{self, Source};
 use crate::notes::Notes;
 use crate::run::Stage;
 
@@ -25,10 +26,12 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
     notes.write(layout)?;
     fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {
-        let flake = repository.flake_at(&commit, instance)?;
-        let configuration = &instance.flake_ref.configuration;
         let limit = Duration::from_secs(instance.timeouts.build);
-        nix::build_system(&flake, configuration, &instance.flags, &layout.candidate(), limit)
+        let build = |source: &Source| nix::build_system(source, &instance.flags, &layout.candidate(), limit);
+        if instance.hub.is_some() {
+            return release::build(&repository, &commit, &layout.own("source"), build);
+        }
+        build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });
     fault::point("build: built");
     match result {

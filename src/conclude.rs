@@ -16,6 +16,8 @@ use crate::candidate::{Fate, MOVED};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::fault;
+use crate::fleet::{Release, outbox};
+use crate::health;
 use crate::layout::Layout;
 use crate::nix as store;
 use crate::notes::{Notes, Proposal};
@@ -99,6 +101,7 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         result = back(layout, &mut run, result);
     }
 
+    let release = notes.as_ref().and_then(|notes| notes.release.clone());
     let proposal = notes.and_then(|notes| notes.proposal);
     if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
         // a ref that is left over is overwritten by the next run
@@ -106,7 +109,7 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
             log::warn!("{error}.");
         }
     }
-    report(layout, &run, result, proposal.as_ref());
+    report(layout, &run, result, release, proposal.as_ref());
     fault::point("conclude: reported");
     if result == Outcome::StartedOver {
         if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
@@ -185,7 +188,14 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     }
     fault::point("back: begun");
     match put_back(run, &before, touched_boot) {
-        Ok(()) if result == Outcome::Failed => Outcome::RolledBack,
+        Ok(()) if result == Outcome::Failed => {
+            if let (Err(error), Some(failure)) = (health::verify(&run.instance.health_checks, &run.passed), &mut run.failure) {
+                // so it was not the candidate's doing, and may be tried again
+                failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
+                failure.transient = true;
+            }
+            Outcome::RolledBack
+        }
         Ok(()) => result,
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
@@ -223,13 +233,15 @@ fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
     Ok(())
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome, proposal: Option<&Proposal>) {
+fn report(layout: &Layout, run: &Run, result: Outcome, release: Option<Release>, proposal: Option<&Proposal>) {
     let failure = run.failure.as_ref();
     let mut ended = Ended::new(run, result, failure);
+    ended.release = release;
     ended.commit = proposal.map(|proposal| proposal.commit.clone());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     let tail = failure.map_or(&[][..], |failure| &failure.tail);
     let reported = Status::report(layout, run, ended, proposal).and_then(|()| status::keep_output(layout, tail));
+    let reported = reported.and_then(|()| run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub)));
     if let Err(error) = reported {
         // the machine is as it should be; only the report is missing, but for the journal's
         log::error!("{error}.");

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::fleet;
 use crate::json;
 
 /// Where the module puts the file.
@@ -48,6 +49,9 @@ pub struct Project {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Instance {
+    /// Where releases come from; none if this machine's administrator commits to the repository.
+    #[serde(default)]
+    pub hub: Option<Hub>,
     /// The repository.
     pub flake_path: PathBuf,
     /// The flake in it, and the name of the configuration.
@@ -76,6 +80,36 @@ pub struct Instance {
     pub network_retries: u32,
     /// What the stages may take.
     pub timeouts: Timeouts,
+}
+
+/// The hub of a fleet that this machine belongs to.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Hub {
+    /// This machine's name in the fleet.
+    pub name: String,
+    /// Where the hub is: the next one is asked where one does not answer.
+    pub servers: Vec<Server>,
+    /// Public keys, as in `authorized_keys`: a release must be signed by one of them, if there are any.
+    pub signers: Vec<String>,
+    /// More options for ssh, as in `ssh_config`.
+    pub ssh_options: Vec<String>,
+    /// Whether to update inputs also where the hub has nothing new.
+    pub self_update: bool,
+}
+
+/// One address of a hub.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Server {
+    /// Name or address.
+    pub host: String,
+    /// Of its sshd.
+    pub port: u16,
+    /// Whom to log in as.
+    pub user: String,
+    /// Its public key, as in `known_hosts` without the names.
+    pub host_key: String,
 }
 
 /// A command that has to succeed, or units that have to be active, or both.
@@ -197,11 +231,32 @@ impl Instance {
         if !self.flake_ref.directory.starts_with(&self.flake_path) {
             return Err(format!("flakeRef: expected a flake in flakePath {}", self.flake_path.display()));
         }
+        if let Some(hub) = &self.hub {
+            hub.check().map_err(|what| format!("hub.{what}"))?;
+        }
         if self.user.is_empty() || self.user == "root" {
             return Err(format!("user: expected a user other than root, found {:?}", self.user));
         }
         match self.inputs.iter().find(|input| !is_input(input)) {
             Some(input) => Err(format!("inputs: expected names of flake inputs, found {input:?}")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Hub {
+    fn check(&self) -> Result<(), String> {
+        fleet::host_name(&self.name).map_err(|what| format!("name: {what}"))?;
+        if self.servers.is_empty() {
+            return Err("servers: expected at least one".into());
+        }
+        let lines = self.signers.iter().chain(&self.ssh_options).chain(self.servers.iter().map(|server| &server.host_key));
+        if let Some(text) = lines.into_iter().find(|text| text.trim().is_empty() || text.contains(['\n', '\0'])) {
+            return Err(format!("signers, sshOptions, servers: expected one line each, found {text:?}"));
+        }
+        let plain = |text: &str| !text.is_empty() && !text.starts_with('-') && text.bytes().all(|byte| byte.is_ascii_graphic());
+        match self.servers.iter().flat_map(|server| [&server.host, &server.user]).find(|text| !plain(text)) {
+            Some(text) => Err(format!("servers: expected names of a host and a user, found {text:?}")),
             None => Ok(()),
         }
     }
@@ -269,8 +324,8 @@ impl From<Author> for String {
 /// `ekiben-`, of units. An accepted name has none of `/`, `.`, `%`, `@` and spaces, and no leading `-`.
 pub fn instance_name(name: &str) -> Result<(), String> {
     file_name(name)?;
-    if ["webhook", "webhook-address"].contains(&name) {
-        Err(format!("the name {name} is taken by the listener's own unit"))
+    if ["deliver", "hub-collect", "hub-files", "reboot", "webhook", "webhook-address"].contains(&name) {
+        Err(format!("the name {name} is taken by a unit of Ekiben's own"))
     } else {
         Ok(())
     }
@@ -300,7 +355,7 @@ fn is_url_path(path: &str) -> bool {
 }
 
 /// Whether `input` can be the name of a flake's input, or of an input's input (`a/b`).
-fn is_input(input: &str) -> bool {
+pub fn is_input(input: &str) -> bool {
     input.split('/').all(|part| {
         part.starts_with(|first: char| first.is_ascii_alphabetic())
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))

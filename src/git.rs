@@ -28,6 +28,9 @@ const UNDER_WAY: [(&str, &str); 7] = [
     ("BISECT_LOG", "bisect"),
 ];
 
+/// Settings under which no content is changed, and no program run for it, whatever its attributes say.
+const AS_IT_IS: [&str; 3] = ["-c", "core.autocrlf=false", "--attr-source=4b825dc642cb6eb9a060e54bf8d69288fbee4904"];
+
 /// A repository with a working tree, on a branch.
 pub struct Repository {
     /// The top of the working tree.
@@ -152,12 +155,56 @@ impl Repository {
         let entry = format!("100644,{blob},{}", self.lock_file());
         text(private().args(["update-index", "--add", "--cacheinfo", &entry]), None)?;
         let tree = text(private().args(["write-tree"]), None)?;
-        let commit = self.git().args(["commit-tree", "-p", base, &tree]);
-        let commit = commit.env("GIT_AUTHOR_NAME", &author.name).env("GIT_AUTHOR_EMAIL", &author.mail);
-        let commit = commit.env("GIT_COMMITTER_NAME", &author.name).env("GIT_COMMITTER_EMAIL", &author.mail);
-        let commit = text(commit, Some(message.as_bytes()))?;
         let _ = fs::remove_file(scratch);
-        Ok(commit)
+        let commit = self.git().args(["commit-tree", "-p", base, &tree]);
+        text(by(author, commit), Some(message.as_bytes()))
+    }
+
+    /// Makes a commit on top of `base` that holds what is in a directory, all of it and nothing else,
+    /// and returns its name: the same one for the same arguments. `date` is in seconds since 1970,
+    /// `scratch` a file for a private index.
+    pub fn commit_directory(
+        &self,
+        base: &str,
+        directory: &Path,
+        message: &str,
+        author: &Author,
+        date: u64,
+        scratch: &Path,
+    ) -> Result<String> {
+        let doing = || format!("commit {}", directory.display());
+        let _ = fs::remove_file(scratch);
+        let private = || self.git().env("GIT_INDEX_FILE", scratch);
+        let add = private().arg("--git-dir").arg(&self.git_directory).arg("--work-tree").arg(directory);
+        add.args(AS_IT_IS).args(["add", "--all", "--force", "."]).directory(directory).output(doing, None)?;
+        let tree = private().args(["write-tree"]).output(doing, None).map(|bytes| line(&bytes))?;
+        let _ = fs::remove_file(scratch);
+        let commit = self.git().args(["commit-tree", "-p", base, &tree]);
+        let date = format!("@{date} +0000");
+        let commit = by(author, commit).env("GIT_AUTHOR_DATE", &date).env("GIT_COMMITTER_DATE", &date);
+        commit.output(doing, Some(message.as_bytes())).map(|bytes| line(&bytes))
+    }
+
+    /// The first line of a commit's message.
+    pub fn subject(&self, commit: &str) -> Result<String> {
+        self.ask(["log", "-1", "--format=%s", commit])
+    }
+
+    /// Writes the files of a commit into a directory that is there, and empty; all have the time 0.
+    pub fn export(&self, commit: &str, directory: &Path) -> Result<()> {
+        let doing = || format!("write {commit} into {}", directory.display());
+        let tar = directory.with_extension("tar");
+        let export = self.git().args(AS_IT_IS).args(["archive", "--format=tar", "--mtime=1970-01-01T00:00:00Z", "--output"]);
+        export.arg(&tar).arg(commit).output(doing, None)?;
+        Program::new("tar").arg("--extract").arg("--file").arg(&tar).directory(directory).output(doing, None)?;
+        fs::remove_file(&tar).context(doing)
+    }
+
+    /// The message of the newest commit in the history of `commit` with a line that `pattern`, an
+    /// extended regular expression, matches.
+    pub fn message(&self, commit: &str, pattern: &str) -> Result<Option<String>> {
+        let message = self.ask(["log", "-1", "--format=%B", "--extended-regexp", "--grep", pattern, commit])?;
+        Ok(Some(message).filter(|message| !message.is_empty()))
     }
 
     /// Keeps a commit under a ref of ours, so that git does not collect it as garbage.
@@ -337,6 +384,25 @@ impl Repository {
         let what = arguments.clone().into_iter().collect::<Vec<_>>().join(" ");
         ask(&self.top, arguments, || format!("run git {what} in {}", self.top.display()))
     }
+}
+
+/// Makes a repository of our own where there is none yet, with a first commit that holds nothing.
+pub fn create(instance: &Instance) -> Result<()> {
+    let place = &instance.flake_path;
+    let doing = || format!("make the repository {}", place.display());
+    if ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
+        return Ok(());
+    }
+    fs::create_dir_all(place).context(doing)?;
+    ask(place, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
+    let commit = git(place).args(["commit", "--quiet", "--allow-empty", "--message=nothing yet"]);
+    by(&instance.author, commit).output(doing, None).map(drop)
+}
+
+/// Has a program of git's write in this name.
+fn by(author: &Author, program: Program) -> Program {
+    let program = program.env("GIT_AUTHOR_NAME", &author.name).env("GIT_AUTHOR_EMAIL", &author.mail);
+    program.env("GIT_COMMITTER_NAME", &author.name).env("GIT_COMMITTER_EMAIL", &author.mail)
 }
 
 /// Removes a ref of ours, if it is there, in whatever state the repository is.

@@ -7,6 +7,7 @@
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
+//! outbox/<instance>/            reports that the fleet's hub has not got yet; written by root, read by the user
 //! ```
 
 use std::fs;
@@ -89,6 +90,11 @@ impl Layout {
     /// A file of the user's own.
     pub fn own(&self, file: &str) -> PathBuf {
         self.root.join("instances").join(&self.name).join(file)
+    }
+
+    /// Where reports for a fleet's hub wait; root writes, the instance's user reads.
+    pub fn outbox(&self) -> PathBuf {
+        self.root.join("outbox").join(&self.name)
     }
 
     /// The git ref that keeps the candidate commit.

@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod fault;
 mod files;
+mod fleet;
 mod gate;
 mod git;
 mod health;
@@ -21,6 +22,7 @@ mod notes;
 mod prepare;
 mod program;
 mod queue;
+mod reboot;
 mod run;
 mod savepoint;
 mod status;
@@ -37,6 +39,7 @@ use std::process::ExitCode;
 use crate::candidate::Fate;
 use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
+use crate::fleet::client;
 use crate::layout::Layout;
 
 const HELP: &str = "\
@@ -48,9 +51,15 @@ Usage: ekiben [--config FILE] COMMAND
   status [--json] [INSTANCE]   show how the instances are, or one of them in detail
   check FILE                   check a configuration file
 
+  fleet COMMAND                publish to a fleet of hosts, and see how they are: ekiben fleet --help
+
 What the units run:
   webhook
-  begin | prepare | build | activate | conclude INSTANCE
+  fleet files FILE
+  begin | prepare | build | activate | conclude | deliver INSTANCE
+  reach INSTANCE               fails if the instance's hub cannot be reached
+  reboot [--kexec] [--between LOWER UPPER]
+                               reboot if what was deployed takes that
   conclude                     ends runs of instances that are gone
 
 Options:
@@ -85,12 +94,17 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
+        ["fleet", rest @ ..] => return fleet::command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
         ["begin", name] => stage(file, name, begin::begin),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
         // after the switch, the configuration may know nothing of the instance any more
+        ["deliver", name] => stage(file, name, client::deliver),
+        ["reach", name] => client::reach(name, config()?.instance(name)?),
+        ["reboot", options @ ..] => reboot::reboot(options),
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user

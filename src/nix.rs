@@ -36,16 +36,37 @@ pub fn updated_lock_file(flake: &str, inputs: &[String], scratch: &Path, limit: 
     Ok(lock)
 }
 
-/// Builds a NixOS configuration of a flake, and makes `link` a link to it that keeps it from being
-/// collected as garbage.
-pub fn build_system(flake: &str, configuration: &str, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
-    let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
-    let build = nix().args(["build", "--no-update-lock-file", "--print-build-logs"]).args(flags);
-    let build = build.args(["--out-link"]).arg(link).arg(attribute);
-    build.run(limit)?.success(|| format!("build {configuration}"))
+/// What a system can be built from.
+pub enum Source<'a> {
+    /// A flake, and the name of one of its configurations.
+    Flake(&'a str, &'a str),
+    /// A directory with a `configuration.nix`, for the Nixpkgs that `NIX_PATH` names.
+    Directory(&'a Path),
+    /// It has been built elsewhere: some substituter has it.
+    Store(&'a Path),
 }
 
-fn nix() -> Program {
+/// Builds a NixOS system, and makes `link` a link to it that keeps it from being collected as garbage.
+pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
+    let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
+    let (build, name) = match source {
+        Source::Flake(flake, configuration) => {
+            let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
+            (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
+        }
+        Source::Directory(directory) => {
+            // as nixos-rebuild does it
+            let configuration = directory.join("configuration.nix").display().to_string();
+            let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
+            (build.arg("config.system.build.toplevel"), configuration)
+        }
+        Source::Store(system) => (build.arg(system), system.display().to_string()),
+    };
+    build.run(limit)?.success(|| format!("build {name}"))
+}
+
+/// nix with the features that all of this needs.
+pub fn nix() -> Program {
     let nix = Program::new("nix").args(["--extra-experimental-features", "nix-command flakes"]);
     // Nix fetches as this user, but looks for passwords in root's file only
     match std::env::var_os("HOME").map(|home| Path::new(&home).join(".netrc")) {
@@ -83,7 +104,7 @@ pub fn unroot(root: &str) -> Result<()> {
 }
 
 /// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.
-fn is_store_path(path: &Path) -> bool {
+pub fn is_store_path(path: &Path) -> bool {
     let name = path.to_str().and_then(|text| text.strip_prefix(STORE)).unwrap_or_default();
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-._?=".contains(&byte);
     name.len() > 33 && name.as_bytes()[32] == b'-' && name.bytes().all(plain) && !name.starts_with('.')

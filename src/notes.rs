@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::run::{Failure, Stage};
 
@@ -21,6 +22,8 @@ const LIMIT: u64 = 256 * 1024;
 pub struct Notes {
     /// The run's identifier; notes of another run say nothing about this one.
     run: String,
+    /// The release of a fleet's hub that the run is about.
+    pub release: Option<Release>,
     /// What the run proposes.
     pub proposal: Option<Proposal>,
     /// Whether the proposal has been built.
@@ -108,7 +111,7 @@ impl Notes {
 }
 
 /// Makes all texts fit for a terminal, and for one line of the journal.
-fn make_printable(value: &mut Value) {
+pub fn make_printable(value: &mut Value) {
     match value {
         Value::String(text) => *text = text.replace(char::is_control, "\u{fffd}"),
         Value::Array(values) => values.iter_mut().for_each(make_printable),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::fault;
+use crate::fleet::{Release, client};
 use crate::git::{self, Repository};
 use crate::layout::Layout;
 use crate::lockfile::LockFile;
@@ -23,7 +24,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut notes = Notes::begin(layout)?;
     fault::point("prepare: begun");
-    match propose_from_head(layout, instance) {
+    match propose_from_head(layout, instance, &mut notes) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
             notes.proposal = Some(proposal);
@@ -36,10 +37,13 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
 }
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.
-fn propose_from_head(layout: &Layout, instance: &Instance) -> Result<Proposal> {
+fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
+    if instance.hub.is_some() {
+        git::create(instance)?;
+    }
     loop {
         let repository = Repository::open(instance)?;
-        match propose(layout, instance, &repository) {
+        match propose(layout, instance, &repository, notes) {
             Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
                 log::info!("{error}; starting over.");
             }
@@ -48,18 +52,30 @@ fn propose_from_head(layout: &Layout, instance: &Instance) -> Result<Proposal> {
     }
 }
 
-fn propose(layout: &Layout, instance: &Instance, repository: &Repository) -> Result<Proposal> {
+fn propose(layout: &Layout, instance: &Instance, repository: &Repository, notes: &mut Notes) -> Result<Proposal> {
     repository.recover(layout.name())?;
     repository.check_lock_file_is_clean()?;
     let reference = layout.reference();
     let retries = instance.network_retries;
-    let base = if instance.pull { persist(retries, || repository.fetch_upstream(&reference))? } else { repository.head.clone() };
+    let base = if let Some(hub) = &instance.hub {
+        let (release, commit) = persist(retries, || client::fetch(layout, instance, hub, repository))?;
+        notes.release = Some(release);
+        commit
+    } else if instance.pull {
+        persist(retries, || repository.fetch_upstream(&reference))?
+    } else {
+        repository.head.clone()
+    };
 
-    let flake = repository.flake_at(&base, instance)?;
     let old = repository.read_file(&base, &repository.lock_file())?;
-    let limit = Duration::from_secs(instance.timeouts.prepare);
-    let update = || nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), limit);
-    let new = persist(retries, update)?;
+    // of a release, inputs are the hub's business
+    let new = if instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none()) {
+        old.clone()
+    } else {
+        let flake = repository.flake_at(&base, instance)?;
+        let limit = Duration::from_secs(instance.timeouts.prepare);
+        persist(retries, || nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), limit))?
+    };
     fault::point("prepare: inputs updated");
     let (old_lock, new_lock) = (LockFile::parse(old.as_deref())?, LockFile::parse(new.as_deref())?);
     old_lock.check_only_changed(&new_lock, &instance.inputs)?;
@@ -86,7 +102,7 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository) -> Res
         tree,
         branch: repository.branch.clone(),
         head: repository.head.clone(),
-        summary: summary(&repository.head, &base, &changes),
+        summary: summary(&repository.head, &base, &changes, notes.release.as_ref()),
         base,
         commit,
         unchanged,
@@ -128,12 +144,13 @@ fn names(changes: &Changes) -> String {
     changes.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
-fn summary(head: &str, base: &str, changes: &Changes) -> String {
+fn summary(head: &str, base: &str, changes: &Changes, release: Option<&Release>) -> String {
+    let pull = release.map_or("pull".into(), |release| format!("release {}", release.sequence));
     match (head == base, changes.is_empty()) {
         (true, true) => String::new(),
         (true, false) => format!("update {}", names(changes)),
-        (false, true) => "pull".into(),
-        (false, false) => format!("pull, update {}", names(changes)),
+        (false, true) => pull,
+        (false, false) => format!("{pull}, update {}", names(changes)),
     }
 }
 
@@ -155,7 +172,7 @@ mod tests {
     fn the_message_names_inputs_and_revisions() {
         let changes = [("app".into(), "1a".into(), "2b".into()), ("lib".into(), "none".into(), "3c".into())];
         assert_eq!(message(&changes), "flake.lock: update app, lib\n\napp: 1a -> 2b\nlib: none -> 3c\n");
-        assert_eq!(summary("a", "a", &changes), "update app, lib");
-        assert_eq!(summary("a", "b", &[]), "pull");
+        assert_eq!(summary("a", "a", &changes, None), "update app, lib");
+        assert_eq!(summary("a", "b", &[], None), "pull");
     }
 }

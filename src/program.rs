@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -134,13 +134,37 @@ impl Program {
             child.wait_with_output()
         };
         let output = run().context(|| format!("run {}", self.name))?;
-        if output.status.success() {
-            return Ok(output.stdout);
+        self.succeeded(doing, output.status, output.stdout, &output.stderr)
+    }
+
+    fn succeeded(&self, doing: impl Fn() -> String, status: ExitStatus, output: Vec<u8>, said: &[u8]) -> Result<Vec<u8>> {
+        if status.success() {
+            return Ok(output);
         }
-        let tail: Vec<String> = String::from_utf8_lossy(&output.stderr).lines().map(String::from).collect();
+        let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(String::from).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
         let said = reason(&tail).or(tail.last().map(String::as_str)).map(|line| format!(": {line}")).unwrap_or_default();
-        Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(output.status))).with_tail(tail))
+        Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status))).with_tail(tail))
+    }
+
+    /// The same for programs that take long: what they say besides goes to the end of the file `log`
+    /// as it is said.
+    pub fn logged(mut self, doing: impl Fn() -> String, log: &Path) -> Result<Vec<u8>> {
+        let file = File::options().append(true).create(true).open(log).context(|| format!("write {}", log.display()))?;
+        let before = file.metadata().map_or(0, |metadata| metadata.len());
+        let output = self.command.stderr(file).output().context(|| format!("run {}", self.name))?;
+        let mut said = Vec::new();
+        if !output.status.success() {
+            let mut file = File::open(log).context(|| format!("read {}", log.display()))?;
+            file.seek(SeekFrom::Start(before)).and_then(|_| file.read_to_end(&mut said)).context(|| format!("read {}", log.display()))?;
+        }
+        self.succeeded(doing, output.status, output.stdout, &said)
+    }
+
+    /// Has the program write its errors into a file.
+    pub fn errors_to(mut self, file: File) -> Self {
+        self.command.stderr(file);
+        self
     }
 
     /// Starts the program for a conversation, line by line.
@@ -200,11 +224,17 @@ impl Conversation {
         writeln!(self.input, "{line}")
     }
 
+    /// Waits for a line; none if the program has closed its output.
+    pub fn hear(&mut self) -> io::Result<Option<String>> {
+        let mut line = String::new();
+        let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;
+        Ok((count > 0).then_some(line))
+    }
+
     /// Says a line and waits for the answer; another one is an error.
     pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
         self.say(line)?;
-        let mut answer = String::new();
-        self.output.read_line(&mut answer)?;
+        let answer = self.hear()?.unwrap_or_default();
         if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
     }
 

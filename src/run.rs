@@ -135,6 +135,9 @@ pub struct Run {
     pub candidate: Option<PathBuf>,
     /// What to put back.
     pub before: Option<Before>,
+    /// The health checks that passed before the switch.
+    #[serde(default)]
+    pub passed: Vec<String>,
     /// What went wrong so far.
     pub failure: Option<Failure>,
     /// What should be said about a run that went well.
@@ -165,6 +168,7 @@ impl Run {
             decision: None,
             candidate: None,
             before: None,
+            passed: Vec::new(),
             failure: None,
             warnings: Vec::new(),
             reboot_needed: false,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
@@ -35,6 +36,8 @@ pub struct Status {
     pub deployed: Option<Deployed>,
     /// What could not be built or did not run, and is not tried again by the timer.
     pub bad: Option<Bad>,
+    /// The last run that tried to deploy a release of a fleet's hub.
+    pub tried: Option<Tried>,
     /// The ended runs, the last one first.
     pub runs: Vec<Ended>,
 }
@@ -65,6 +68,19 @@ pub struct Deployed {
     flags: Vec<String>,
     /// Higher than that of all earlier deployments by this machine's instances.
     number: u64,
+    /// The release of a fleet's hub that it is, or is made from.
+    pub release: Option<Release>,
+    /// What was new in it.
+    pub summary: Option<String>,
+}
+
+/// A try to deploy a release.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tried {
+    /// How many there have been to deploy this release.
+    pub count: u32,
+    /// The last of them.
+    pub run: Ended,
 }
 
 /// A candidate that failed by its own fault.
@@ -112,6 +128,9 @@ pub struct Ended {
     pub commit: Option<String>,
     /// What was new in it.
     pub summary: Option<String>,
+    /// The release of a fleet's hub that this was, or was made from.
+    #[serde(default)]
+    pub release: Option<Release>,
     /// In which stage it failed.
     pub stage: Option<Stage>,
     /// Why it failed.
@@ -174,6 +193,7 @@ impl Status {
             finished: now(),
             commit: None,
             summary: None,
+            release: None,
             stage: Some(Stage::Begin),
             error: Some(why.to_owned()),
             warnings: Vec::new(),
@@ -195,7 +215,8 @@ impl Status {
             (Outcome::Deployed, Some(Proposal { commit, .. })) => {
                 let Instance { flake_ref, flags, .. } = options;
                 let (commit, system) = (commit.clone(), run.candidate.clone().unwrap_or_default());
-                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number });
+                let (release, summary) = (ended.release.clone(), ended.summary.clone());
+                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary });
                 status.bad = None;
             }
             (Outcome::Unchanged, _) => status.bad = None,
@@ -205,6 +226,10 @@ impl Status {
                 status.bad = Some(Bad { base: base.clone(), tree: tree.clone(), options });
             }
             _ => {}
+        }
+        if ended.release.is_some() && ended.result != Outcome::Unchanged && ended.stage != Some(Stage::Prepare) {
+            let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
+            status.tried = Some(Tried { count: 1 + earlier.map_or(0, |tried| tried.count), run: ended.clone() });
         }
         status.remember(ended);
         status.write(layout)
@@ -234,6 +259,7 @@ impl Ended {
             finished: now(),
             commit: None,
             summary: None,
+            release: None,
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),

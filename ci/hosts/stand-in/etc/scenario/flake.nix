@@ -1,6 +1,5 @@
-# The flake of a host, whose NixOS is a stand-in: a system is a directory of a few files that says
-# what its inputs say, and a switch-to-configuration that breaks in the way that the file `trouble`
-# of the input `app` names. A virtual machine's flake is in nixos-tests/virtual-machine.nix.
+# The flake of a host, whose NixOS is a stand-in: see system.nix. A virtual machine's flake is in
+# nixos-tests/virtual-machine.nix.
 {
   inputs = {
     app = {
@@ -19,58 +18,12 @@
       other,
     }:
     let
-      said =
-        what: default:
-        if builtins.pathExists (app + "/${what}") then
-          builtins.replaceStrings [ "\n" ] [ "" ] (builtins.readFile (app + "/${what}"))
-        else
-          default;
-      trouble = said "trouble" "none";
-      variant = said "variant" "default";
       system =
         name:
-        if trouble == "evaluation" then
-          throw "trouble in evaluation"
-        else
-          {
-            config.system.build.toplevel = derivation {
-              name = "nixos-system-${name}-stand-in";
-              system = "@system@";
-              builder = "/bin/sh";
-              PATH = "/usr/bin";
-              inherit app other trouble;
-              revision = self.rev or "none";
-              switch = ./switch-to-configuration;
-              etc = ./systems + "/${variant}/etc";
-              args = [
-                "-euc"
-                ''
-                  case $trouble in
-                    build) echo "trouble in build" >&2; exit 1 ;;
-                    build-hangs) sleep 3600 ;;
-                  esac
-                  mkdir -p $out/bin
-                  cp -r $etc $out/etc
-                  chmod u+w $out/etc
-                  cp $switch $out/bin/switch-to-configuration
-                  chmod +x $out/bin/switch-to-configuration
-                  ln -s bin/switch-to-configuration $out/activate
-                  cp $app/content $out/etc/app
-                  cp $other/content $out/etc/other
-                  echo $revision > $out/etc/revision
-                  echo $trouble > $out/trouble
-                  echo stand-in > $out/nixos-version
-                  [ $trouble = reboot ] && echo 2 > $out/init-interface-version || echo 1 > $out/init-interface-version
-                  if [ $trouble = unit ]; then
-                    chmod u+w $out/etc/systemd/system
-                    printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' \
-                      > $out/etc/systemd/system/scenario-trouble.service
-                  fi
-                  [ $trouble = no-nixos ] || ln -s /sbin/init $out/init
-                ''
-              ];
-            };
-          };
+        import ./system.nix {
+          inherit app other name;
+          revision = self.rev or "none";
+        };
     in
     {
       nixosConfigurations = builtins.listToAttrs (

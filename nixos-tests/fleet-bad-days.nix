@@ -1,0 +1,45 @@
+# What can go wrong between a hub and a host, and with what the hub publishes.
+let
+  keys = import ./fleet-keys.nix;
+  server = {
+    host = "hub";
+    hostKey = keys.hub.public;
+  };
+in
+{
+  # the host's releases are of stand-in systems, which only namespace hosts have
+  onlyHosts = true;
+  # holds a run while something else happens: see src/fault.rs
+  faultPoints = true;
+  nodes.hub = {
+    services.ekiben.hub = {
+      enable = true;
+      hosts.web.publicKey = keys.web.public;
+    };
+    environment.etc = {
+      "scenario/host-key".text = keys.hub.private;
+      "scenario/signer".text = keys.signer.private;
+      "scenario/other".text = keys.other.private;
+    };
+  };
+  nodes.web = {
+    # a test need not wait long
+    services.ekiben.instances.fleet = {
+      networkRetries = 1;
+      healthChecks.hub.retries = 1;
+    };
+    services.ekiben.fleet = {
+      enable = true;
+      # one of two hubs is always down
+      hub = [
+        (server // { port = 2222; })
+        server
+      ];
+      identityFile = "/root/identity";
+      sshOptions = [ "ConnectTimeout=3" ];
+      signers = [ keys.signer.public ];
+      dates = null;
+    };
+    environment.etc."scenario/identity".text = keys.web.private;
+  };
+}

@@ -1,0 +1,284 @@
+start_all()
+HOST = "/var/lib/ekiben-hub/hosts/web"
+RECEIVED = "/var/lib/ekiben-hub/received/web"
+# how a release of a host is built
+FLAKE = '{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "none"; }; }; }'
+COUNT = iter(range(1, 1000))
+sequence = 0
+
+for machine in (hub, web):
+    machine.wait_for_unit("multi-user.target")
+hub.succeed("install -m 600 /etc/scenario/host-key /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
+hub.succeed("install -d -o ekiben-hub -m 700 /srv/publish", "install -m 600 -o ekiben-hub /etc/scenario/signer /etc/scenario/other /srv/publish")
+web.succeed("install -m 600 /etc/scenario/identity /root/identity", "mkdir -p /srv/release/app", f"echo {shlex.quote(FLAKE)} > /srv/release/flake.nix")
+web.succeed("cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /srv/release")
+web.succeed("cd /srv/release/app; echo 0 > content; echo none > trouble; echo default > variant")
+hub.succeed(f"base64 -d <<< {web.succeed('tar -C /srv -cz release | base64 -w0').strip()} | tar -C /srv -xz")
+
+
+def archive(content, trouble="none", add="true"):
+    """Makes the archive of a release; `add` is a command that adds something odd to it, and may say in
+    `.names` what is archived."""
+    hub.succeed(f"cd /srv/release/app; echo {content} > content; echo {trouble} > trouble")
+    hub.succeed(f"rm -rf /srv/odd; cp -r /srv/release /srv/odd; cd /srv/odd; {add}")
+    hub.succeed("cd /srv/odd; tar --sort=name --mtime=@0 -cPf - $(cat .names 2>/dev/null || echo .) | gzip -n > /srv/publish/archive")
+
+
+def offer(key="signer", **changes):
+    """Publishes what `archive` has made; returns the release's identifier. `changes` are of the manifest."""
+    global sequence
+    sequence += 1
+    sha256 = hub.succeed("sha256sum /srv/publish/archive | cut -c1-64").strip()
+    size = int(hub.succeed("stat -c %s /srv/publish/archive"))
+    manifest = {"format": 1, "host": "web", "id": sha256, "sequence": sequence, "sha256": sha256, "size": size, "attr": "web", "published": 1700000000}
+    text = json.dumps(manifest | changes)
+    hub.succeed(f"cp /srv/publish/archive {HOST}/release/{manifest['id']}.tar.gz", f"printf %s {shlex.quote(text)} > /srv/publish/manifest")
+    signature = None
+    if key:
+        hub.succeed(f"cd /srv/publish; rm -f manifest.sig; runuser -u ekiben-hub -- ssh-keygen -q -Y sign -n ekiben -f {key} manifest 2>/dev/null || ssh-keygen -q -Y sign -n ekiben -f {key} manifest")
+        signature = hub.succeed("cat /srv/publish/manifest.sig")
+    signed = json.dumps({"manifest": text, "signature": signature})
+    hub.succeed(f"printf %s {shlex.quote(signed)} > {HOST}/release/.new", f"mv {HOST}/release/.new {HOST}/release/manifest.json")
+    return manifest["id"]
+
+
+def heartbeat():
+    """What the host has said last of itself."""
+    return json.loads(hub.succeed(f"cat {HOST}/reports/heartbeat.json 2>/dev/null || cat {RECEIVED}/heartbeat.json"))
+
+
+def told(run):
+    """Waits until the hub has the report of a run; returns it, and its log."""
+    place = f"$(ls -d {HOST}/reports/{run}.json {RECEIVED}/{run}.json 2>/dev/null | head -n 1 || true)"
+    hub.wait_until_succeeds(f'test -e "{place}"')
+    return json.loads(hub.succeed(f"cat {place}")), hub.succeed(f"p={place}; zcat ${{p%.json}}.log.gz")
+
+
+def deploys(content):
+    """Publishes a good release, and checks that the next poll deploys it and tells the hub."""
+    archive(content)
+    release = offer()
+    ended = run(web, "fleet")
+    assert ended["result"] == "deployed" and ended["release"]["id"] == release, ended
+    assert shows(web, "app") == str(content)
+    report, log = told(ended["id"])
+    assert report["release"]["id"] == release and report["result"] == "deployed", report
+    assert "building '" in log and "activating the configuration" in log, log
+    hub.wait_until_succeeds(f"jq -e '.deployed.id == \"{release}\" and .running == null' {HOST}/reports/heartbeat.json")
+    return release
+
+
+def refuses(words, stage="prepare"):
+    """Polls, and checks that nothing of what the hub offers is used."""
+    before = (running(web), generation(web))
+    ended = run(web, "fleet")
+    assert ended["result"] == "failed" and ended["stage"] == stage and words in ended["error"], ended
+    assert (running(web), generation(web)) == before
+    assert web.succeed("ls /tmp /var/tmp | grep -x out || true") == ""
+    return ended
+
+
+web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --no-link --print-out-paths path:/srv/release#nixosConfigurations.web.config.system.build.toplevel)", f"{PROFILE}/bin/switch-to-configuration switch")
+
+with subtest("the hub has nothing yet: said, and tried again by the next poll"):
+    refuses("the hub has none for web yet")
+    assert heartbeat()["seen"] is None
+
+with subtest("first contact: one of two hubs is down, the other one has a release"):
+    deploys(next(COUNT))
+
+with subtest("nothing new: one session, nothing written, nothing built"):
+    before = (running(web), generation(web), web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main"))
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    assert (running(web), generation(web), web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main")) == before
+
+with subtest("published twice within a second: the later one is deployed"):
+    archive(next(COUNT))
+    offer()
+    content = next(COUNT)
+    archive(content)
+    release = offer()
+    assert run(web, "fleet")["release"]["id"] == release
+    assert shows(web, "app") == str(content)
+
+with subtest("published while the host builds: it reports what it built, and the next poll brings the other"):
+    content = next(COUNT)
+    archive(content)
+    first = offer()
+    hold(web, "build: begun")
+    follow(web, "fleet")
+    web.succeed("ekiben trigger fleet")
+    wait_until_said(web, "fleet", "Held at build: begun.")
+    assert heartbeat()["running"]["id"] == first
+    archive(next(COUNT))
+    second = offer()
+    go_on(web, "build: begun")
+    wait_until_at_rest(web, "fleet")
+    ended = last_run(web, "fleet")
+    assert ended["result"] == "deployed" and ended["release"]["id"] == first, ended
+    assert shows(web, "app") == str(content)
+    assert told(ended["id"])[0]["release"]["id"] == first
+    assert run(web, "fleet")["release"]["id"] == second
+
+with subtest("the hub is down before: nothing is done, nothing is lost"):
+    archive(next(COUNT))
+    release = offer()
+    hub.succeed("systemctl stop sshd")
+    refuses("this looks like the network")
+    hub.succeed("systemctl start sshd")
+    assert run(web, "fleet")["release"]["id"] == release
+
+for point in ("build: begun", "activate: switching", "activate: switched", "activate: persisted"):
+    with subtest(f"the hub goes down at {point}: the new system stays, the report comes later"):
+        content = next(COUNT)
+        archive(content)
+        release = offer()
+        hold(web, point)
+        follow(web, "fleet")
+        web.succeed("ekiben trigger fleet")
+        wait_until_said(web, "fleet", f"Held at {point}.")
+        hub.succeed("systemctl stop sshd; pkill -f '^sshd' || true")
+        go_on(web, point)
+        wait_until_at_rest(web, "fleet")
+        ended = last_run(web, "fleet")
+        assert ended["result"] == "deployed", ended
+        assert shows(web, "app") == str(content)
+        web.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-deliver | grep -E '^(inactive|failed)$'")
+        assert web.succeed(f"ls /var/lib/ekiben/outbox/fleet/{ended['id']}.json")
+        hub.succeed("systemctl start sshd")
+        assert run(web, "fleet")["result"] == "unchanged"
+        assert told(ended["id"])[0]["result"] == "deployed"
+        assert heartbeat()["deployed"]["id"] == release
+
+with subtest("the hub has a report: the host keeps it no longer"):
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    assert run(web, "fleet")["result"] == "unchanged"
+    assert web.succeed("ls /var/lib/ekiben/outbox/fleet") == ""
+
+with subtest("the connection breaks in mid-download: what has come is not fetched again"):
+    content = next(COUNT)
+    archive(content, add="head -c 8000000 /dev/urandom > noise")
+    release = offer()
+    # as a download that was cut off leaves it
+    hub.succeed(f"mv {HOST}/release/{release}.tar.gz {HOST}/whole; head -c 5000000 {HOST}/whole > {HOST}/release/{release}.tar.gz")
+    refuses("what the hub sends is not what its manifest says")
+    hub.succeed(f"mv {HOST}/whole {HOST}/release/{release}.tar.gz")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("a system that does not run: rolled back, told, not tried again until something changes"):
+    before = (running(web), generation(web))
+    archive(next(COUNT), trouble="activation")
+    bad = offer()
+    ended = run(web, "fleet")
+    assert ended["result"] == "rolledBack" and (running(web), generation(web)) == before, ended
+    report, log = told(ended["id"])
+    assert report["result"] == "rolledBack" and "trouble" in log, (report, log)
+    again = run(web, "fleet")
+    assert "known to be bad" in again["error"], again
+    beat = heartbeat()
+    assert (beat["last"]["result"], beat["last"]["release"]["id"], beat["seen"]["id"]) == ("rolledBack", bad, bad), beat
+    deploys(next(COUNT))
+
+with subtest("a system that cannot be built: told, not tried again"):
+    archive(next(COUNT), trouble="build")
+    offer()
+    ended = run(web, "fleet")
+    assert (ended["result"], ended["stage"]) == ("failed", "build"), ended
+    assert "trouble in build" in told(ended["id"])[1]
+    assert "known to be bad" in run(web, "fleet")["error"]
+    deploys(next(COUNT))
+
+with subtest("a system that cuts the host off from the hub: rolled back, and told afterwards"):
+    before = (running(web), generation(web))
+    archive(next(COUNT), trouble="network")
+    offer()
+    ended = run(web, "fleet")
+    assert ended["result"] == "rolledBack" and "health check hub" in ended["error"], ended
+    assert (running(web), generation(web)) == before
+    assert told(ended["id"])[0]["result"] == "rolledBack"
+    deploys(next(COUNT))
+
+with subtest("the hub is gone during the switch: tried again, since it is the same with the old system"):
+    content = next(COUNT)
+    archive(content)
+    offer()
+    hold(web, "activate: switched")
+    follow(web, "fleet")
+    web.succeed("ekiben trigger fleet")
+    wait_until_said(web, "fleet", "Held at activate: switched.")
+    hub.succeed("ip link set eth1 down")
+    go_on(web, "activate: switched")
+    wait_until_at_rest(web, "fleet")
+    ended = last_run(web, "fleet")
+    assert ended["result"] == "rolledBack" and "with the old system it is the same" in ended["error"], ended
+    hub.succeed("ip link set eth1 up")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+    assert shows(web, "app") == str(content)
+
+with subtest("clocks are years apart: of no account"):
+    # the manifest's time is for people
+    archive(next(COUNT))
+    offer(published=4000000000)
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+    archive(next(COUNT))
+    offer(published=1)
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("the hub's host key is another one: refused, said, nothing fetched, nothing told"):
+    archive(next(COUNT))
+    release = offer()
+    beat = heartbeat()
+    hub.succeed("install -m 600 /etc/scenario/other /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
+    refuses("Host key verification failed")
+    assert heartbeat() == beat
+    hub.succeed("install -m 600 /etc/scenario/host-key /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
+    assert run(web, "fleet")["release"]["id"] == release
+
+for what, how, words in (
+    ("is not signed", {"key": None}, "it is not signed"),
+    ("is signed by somebody else", {"key": "other"}, "verify the signature"),
+    ("is another host's", {"host": "db"}, 'it is of "db", this is web'),
+    ("is of another format", {"format": 2}, "its format is 2"),
+    ("names a way out", {"id": "../../" + "a" * 58}, "expected hashes"),
+    ("names another archive", {"sha256": "0" * 64}, "what the hub sends is not what its manifest says"),
+    ("says another size", {"size": 1}, "what the hub sends is not what its manifest says"),
+    ("goes back", {"sequence": 1}, "has been seen before"),
+):
+    with subtest(f"a manifest that {what} is refused"):
+        archive(next(COUNT))
+        offer(**how)
+        refuses(words)
+
+with subtest("a manifest that was changed after it was signed is refused"):
+    archive(next(COUNT))
+    offer()
+    hub.succeed(f"sed -i 's/1700000000/1700000001/' {HOST}/release/manifest.json")
+    refuses("verify the signature")
+
+for what, add in (
+    ("a link out", "ln -s /etc/passwd link"),
+    ("a link to link through", "ln -s /tmp d; echo d > .names; echo flake.nix >> .names"),
+    ("a hard link", "ln flake.nix hard"),
+    ("a device", "mknod null c 1 3"),
+    ("a FIFO", "mkfifo fifo"),
+    ("an absolute name", "touch /tmp/out; echo /tmp/out > .names; echo . >> .names; rm -f /tmp/out.keep"),
+    ("a name above", "touch ../out; echo ../out > .names"),
+    ("a repository", "mkdir .git; touch .git/config"),
+    ("300 MB of nothing", "truncate -s 300M bomb"),
+    ("30,000 names", "mkdir many; cd many; seq 30000 | xargs touch"),
+):
+    with subtest(f"an archive with {what} is refused, and leaves nothing"):
+        archive(next(COUNT), add=add)
+        web.succeed("rm -f /tmp/out")
+        offer()
+        refuses("Failed to unpack")
+        assert web.succeed("ls /var/lib/ekiben/instances/fleet/fetched | grep source || true") == ""
+
+with subtest("an archive that is larger than allowed is not fetched to its end"):
+    hub.succeed("head -c 70000000 /dev/urandom > /srv/publish/archive")
+    offer()
+    refuses("Failed to")
+    assert int(web.succeed("du -sm /var/lib/ekiben/instances/fleet | cut -f1")) < 100
+
+with subtest("after all that, a good release is deployed"):
+    deploys(next(COUNT))

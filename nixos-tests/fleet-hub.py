@@ -1,0 +1,306 @@
+# ruff: noqa: F821
+import hashlib
+import os
+import random
+import re
+import time
+
+SERVED = "/var/lib/ekiben-hub"
+SYSTEM = os.uname().machine + "-linux"
+
+
+def fleet(arguments, prefix=""):
+    """The command line for `ekiben fleet` in the repository, as an unprivileged user."""
+    return as_deploy(f"cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; {prefix} ekiben fleet {arguments} 2>&1")
+
+
+def write(path, text):
+    hub.succeed(as_deploy(f"mkdir -p $(dirname {path}); printf %s {shlex.quote(text)} > {path}"))
+
+
+def system(name, says):
+    """The Nix expression of a system that says something, or does not build if that is "broken"."""
+    return f'''{{ config.system.build.toplevel = derivation {{
+      name = "nixos-system-{name}"; system = "{SYSTEM}"; builder = "/bin/sh"; PATH = "/usr/bin"; says = {says};
+      args = [ "-euc" "if [ $says = broken ]; then echo trouble in build >&2; exit 1; fi
+        if [ {name} = hub ]; then mkdir -p $out/bin
+          printf '#!/bin/sh\\necho $1 > /tmp/switched\\n' > $out/bin/switch-to-configuration; chmod +x $out/bin/*
+        else echo $says > $out; fi" ]; }}; }}'''
+
+
+def flake(directory, *names, more=""):
+    """Writes a flake; what its systems say is in the file `says` beside it, and in its input `app`."""
+    says = '"${builtins.replaceStrings [ "\\n" ] [ "" ] (builtins.readFile ./says)}"'
+    systems = " ".join(f'"{name}" = {system(name, says)};' for name in names)
+    write(f"/srv/fleet/hosts/{directory}/flake.nix", f'''{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};
+      outputs = {{ self, app }}: {{ nixosConfigurations = {{ {systems} }}; }}; }}''')
+    write(f"/srv/fleet/hosts/{directory}/says", "1")
+
+
+def manifest(host):
+    """What is published for a host; its archive has to be there, and right."""
+    release = f"{SERVED}/hosts/{host}/release"
+    found = json.loads(json.loads(hub.succeed(f"cat {release}/manifest.json"))["manifest"])
+    assert hub.succeed(f"sha256sum < {release}/{found['id']}.tar.gz").split()[0] == found["sha256"], found
+    content = f"{found['sha256']} {found['attr'] or '-'} {found['toplevel'] or '-'}\n"
+    assert hashlib.sha256(content.encode()).hexdigest() == found["id"], found
+    return found
+
+
+def sequences():
+    return [manifest(host)["sequence"] for host in HOSTS]
+
+
+def beat(host, **changes):
+    """Has a host send its heartbeat."""
+    released = {key: manifest(host)[key] for key in ("id", "sequence")}
+    heartbeat = {
+        "format": 1, "host": host, "version": "0", "seen": released, "deployed": released, "system": manifest(host)["toplevel"],
+        "running": None, "last": None, "runs": 1, "selfUpdated": False, "rebootNeeded": False, **changes,
+    }
+    write(f"{SERVED}/hosts/{host}/reports/heartbeat.json", json.dumps(heartbeat))
+
+
+def states():
+    return {name: shown["state"] for name, shown in json.loads(hub.execute(fleet("status --json"))[1]).items()}
+
+
+HOSTS = ["db", "hub", "plain", "web", "web2"]
+
+hub.start()
+hub.wait_for_unit("multi-user.target")
+hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/app"))
+publish(hub, "app", "1")
+for host in HOSTS:
+    hub.succeed(f"install -d -o deploy {SERVED}/received {SERVED}/hosts/{host}/release {SERVED}/hosts/{host}/reports")
+    hub.succeed(f"chown root: {SERVED} {SERVED}/hosts {SERVED}/hosts/{host}")
+
+with subtest("init makes a repository, and changes nothing that is there"):
+    write("/srv/fleet/README.md", "mine")
+    assert "fleet.json is new" in hub.succeed(fleet("init"))
+    assert hub.succeed(fleet("init")) == ""
+    assert hub.succeed("cat /srv/fleet/README.md") == "mine"
+    settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))
+    hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -f /home/deploy/key"))
+    write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
+    assert "there is no host" in hub.fail(fleet("build web"))
+
+with subtest("Flakes of one and of several hosts, and plain configurations are found and built"):
+    flake("web", "web")
+    flake("pair", "web2", "db")
+    # shared by a link that leads out of the directory
+    write("/srv/fleet/shared/says.nix", '"1"')
+    hub.succeed("install -d -o deploy /srv/nixpkgs")
+    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
+    write("/srv/fleet/hosts/plain/configuration.nix", system("plain", "import ./says.nix"))
+    write("/srv/fleet/hosts/hub/configuration.nix", system("hub", '"1"'))
+    hub.succeed(as_deploy("ln -s ../../shared/says.nix /srv/fleet/hosts/plain/says.nix"))
+    hub.succeed(as_deploy("cd /srv/fleet; git init -qb main .; git add .; git commit -qm initial"))
+    said = hub.fail(fleet("build dry-build"))
+    assert "lock file" in said and len(re.findall("^(plain|hub): /nix/store/", said, re.M)) == 2, said
+    said = hub.succeed(fleet("flake-update"))
+    assert "hosts/web: updated" in said and "hosts/pair: updated" in said, said
+    hub.succeed(fleet("build dry-build"))
+    said = hub.succeed(fleet("build"))
+    for host in HOSTS:
+        toplevel = re.search(f"^{host}: (/nix/store/.*)$", said, re.M)[1]
+        hub.succeed(f"test -e {toplevel}")
+    # from anywhere below, and from elsewhere
+    hub.succeed(as_deploy("cd /srv/fleet/hosts/web; ekiben fleet build web"), as_deploy("EKIBEN_FLEET=/srv/fleet ekiben fleet build web"))
+    assert "see --repository" in hub.fail(as_deploy("cd /; ekiben fleet build 2>&1"))
+
+with subtest("A name is matched whole"):
+    assert "web2" not in hub.succeed(fleet("build web"))
+    said = hub.fail(fleet("build we"))
+    assert "there is db, hub, plain, web, web2" in said, said
+    flake("twice", "db")
+    assert "db is in hosts/pair and in hosts/twice" in hub.fail(fleet("build"))
+    hub.succeed("rm -r /srv/fleet/hosts/twice")
+
+with subtest("deploy publishes all once, and then what has changed"):
+    hub.succeed(fleet("deploy", prefix="umask 077;"))
+    assert sequences() == [1] * 5
+    # readable to the host's own user
+    hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
+    key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()
+    hub.succeed(
+        f"cd /tmp; echo 'fleet {key}' > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
+        f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
+    )
+    # a key that comes later signs what is published, which is no other release
+    write("/srv/fleet/fleet.json", json.dumps(settings))
+    hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
+    write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
+    hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
+    assert sequences() == [1] * 5
+    before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
+    began = time.monotonic()
+    said = hub.succeed(fleet("deploy"))
+    print(f"five unchanged hosts took {time.monotonic() - began:.1f} s", flush=True)
+    assert said.count("unchanged") == 5, said
+    assert hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort") == before
+    write("/srv/fleet/hosts/web/says", "2")
+    said = hub.succeed(fleet("deploy"))
+    assert "web: release 2 published" in said and said.count("unchanged") == 4, said
+    assert sequences() == [1, 1, 1, 2, 1]
+    # through the link
+    write("/srv/fleet/shared/says.nix", '"2"')
+    assert "plain: release 2 published" in hub.succeed(fleet("deploy plain"))
+    # a plain configuration is also what NIX_PATH says
+    write("/srv/nixpkgs/nixos/default.nix", "{ }: " + system("plain", '"nixpkgs"'))
+    assert "plain: release 3 published" in hub.succeed(fleet("deploy plain"))
+    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
+    # what its siblings in the flake are is part of a host's archive
+    write("/srv/fleet/hosts/pair/says", "2")
+    assert "web2: release 2 published" in hub.succeed(fleet("deploy web2"))
+    assert sequences() == [1, 1, 3, 2, 2]
+    hub.succeed(fleet("deploy"))
+    assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
+
+with subtest("What does not build is not published, and keeps nobody else waiting"):
+    write("/srv/fleet/hosts/web/says", "broken")
+    write("/srv/fleet/hosts/hub/configuration.nix", system("hub", '"2"'))
+    said = hub.fail(fleet("deploy"))
+    assert "web: Failed to build web" in said and "| trouble in build" in said.replace("nixos-system-web> ", ""), said
+    assert "hub: release 2 published" in said
+    assert manifest("web")["sequence"] == 2
+    hub.succeed("grep 'trouble in build' /home/deploy/.local/state/ekiben/logs/web.log")
+    write("/srv/fleet/hosts/plain/configuration.nix", "{")
+    said = hub.fail(fleet("deploy plain"))
+    assert "plain: Failed to evaluate" in said and "syntax error" in said, said
+    # evaluated only, if so asked for
+    assert "web: release 3 published" in hub.succeed(fleet("deploy --no-build web"))
+    write("/srv/fleet/hosts/plain/configuration.nix", system("plain", "import ./says.nix"))
+    write("/srv/fleet/hosts/web/says", "3")
+    hub.succeed(fleet("deploy"))
+    # a flake that cannot even be looked at
+    write("/srv/fleet/hosts/odd/flake.nix", "{")
+    write("/srv/fleet/hosts/web/says", "4")
+    said = hub.fail(fleet("deploy"))
+    assert "Failed to evaluate hosts/odd" in said and "web: release 5 published" in said, said
+    hub.succeed("rm -r /srv/fleet/hosts/odd")
+
+with subtest("A repository can be a flake itself: what git tracks is what a host gets"):
+    hub.succeed("install -d -o deploy /srv/own /srv/own-hub/received /srv/own-hub/hosts/own/release")
+    for name, text in (("fleet.json", "{}"), ("says", "1"), ("gone", ""), ("hosts/own/configuration.nix", "a module")):
+        write(f"/srv/own/{name}", text)
+    write("/srv/own/flake.nix", f"{{ outputs = _: {{ nixosConfigurations.own = {system('own', '(builtins.readFile ./says)')}; }}; }}")
+    hub.succeed(as_deploy("cd /srv/own; git init -qb main .; git add .; rm gone; echo edited > says; touch untracked"))
+    hub.succeed(fleet("deploy --repository /srv/own --directory /srv/own-hub own"))
+    files = hub.succeed("tar tzf /srv/own-hub/hosts/own/release/*.tar.gz").split()
+    assert files == ["flake.nix", "fleet.json", "hosts/own/configuration.nix", "says"], files
+    toplevel = json.loads(json.loads(hub.succeed("cat /srv/own-hub/hosts/own/release/manifest.json"))["manifest"])["toplevel"]
+    assert hub.succeed(f"cat {toplevel}").strip() == "edited"
+
+with subtest("A host that the hub does not serve is named"):
+    flake("new", "new")
+    hub.succeed(fleet("flake-update"))
+    said = hub.fail(fleet("deploy new"))
+    assert "add it to services.ekiben.hub.hosts" in said, said
+    hub.succeed("rm -r /srv/fleet/hosts/new")
+
+with subtest("A number is higher than any that the host has seen"):
+    beat("db", seen={"id": "0" * 64, "sequence": 40})
+    write("/srv/fleet/hosts/pair/says", "3")
+    assert "db: release 41 published" in hub.succeed(fleet("deploy"))
+
+with subtest("status tells how the hosts are"):
+    released = {key: manifest("web")[key] for key in ("id", "sequence")}
+    assert set(states().values()) == {"new machine", "rebuild pending"}, states()
+    for host in HOSTS:
+        beat(host)
+    beat("web", last={"release": released, "result": "failed", "stage": "build", "error": "no\\u001b[31m luck", "finished": 0})
+    beat("db", deployed=None)
+    beat("web2", deployed=None, system="/nix/store/x")
+    assert states() == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, states()
+    said = hub.fail(fleet("status"))
+    assert re.search("^web +.*failing", said, re.M) and "luck" in said and "\x1b" not in said, said
+    hub.succeed(fleet("status web2"))
+    run = "0123456789abcdef" * 2
+    report = {
+        "format": 1, "host": "db", "system": "/nix/store/x", "id": run, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,
+        "commit": None, "summary": None, "release": None, "stage": "build", "error": "no", "warnings": [], "rebootNeeded": False,
+    }
+    write(f"{SERVED}/hosts/db/reports/{run}.json", json.dumps(report))
+    hub.succeed(as_deploy(f"printf 'it said \\033[31mno\\n' | gzip > {SERVED}/hosts/db/reports/{run}.log.gz"))
+    hub.succeed(fleet("collect"))
+    assert json.loads(hub.succeed(f"cat {SERVED}/hosts/db/release/received.json")) == {"reports": [run]}
+    assert hub.succeed(f"ls {SERVED}/hosts/db/reports") == ""
+    assert "it said \ufffd[31mno" in hub.succeed(fleet("log db"))
+
+with subtest("diff compares what runs with what would be deployed"):
+    said = hub.succeed(fleet("diff"))
+    assert "hub: runs just that" in said and "web2: \"/nix/store/x\" is not in this machine's store" in said, said
+    beat("web", system=manifest("hub")["toplevel"])
+    assert f"{manifest('hub')['toplevel']} -> {manifest('web')['toplevel']}" in hub.succeed(fleet("diff web"))
+
+with subtest("flake-update takes inputs and hosts"):
+    lock = lambda name: json.loads(hub.succeed(f"cat /srv/fleet/hosts/{name}/flake.lock"))["nodes"]["app"]["locked"]["rev"]
+    new = publish(hub, "app", "2")
+    said = hub.succeed(fleet("flake-update app web"))
+    assert (lock("web") == new) and lock("pair") != new, said
+    hub.succeed(fleet("flake-update app"))
+    assert lock("pair") == new
+    hub.succeed(fleet("deploy"))
+
+with subtest("Of two deploys at once, one waits, and both are seen"):
+    said = hub.succeed(
+        f"flock {SERVED}/received sleep 2 & sleep 0.5; " + fleet("deploy web", prefix="date +%s.%N;") + "; date +%s.%N"
+    ).split()
+    assert float(said[-1]) - float(said[0]) > 1 and "publishing;" in said, said
+    before = manifest("web")["sequence"]
+    hub.succeed(as_deploy(
+        "cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; echo first > hosts/web/says; ekiben fleet deploy web & first=$!; sleep 0.3;"
+        " echo second > hosts/web/says; ekiben fleet deploy web; wait $first"
+    ))
+    last = manifest("web")
+    assert last["sequence"] in (before + 1, before + 2) and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
+    for number in (1, 2):
+        write("/srv/fleet/hosts/web/says", f"fast {number}")
+        hub.succeed(fleet("deploy web"))
+    assert manifest("web")["sequence"] == last["sequence"] + 2
+
+def check_killed(number, command, **arguments):
+    """Changes a host, has the deploy killed; returns whether it has published that."""
+    before = manifest("web")
+    write("/srv/fleet/hosts/web/says", f"killed {number}")
+    hub.succeed(fleet("build web"))
+    status, said = hub.execute(fleet(command, **arguments))
+    after = manifest("web")
+    assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
+    return status, after != before, said
+
+
+with subtest("A deploy that is killed leaves the old release or the new one"):
+    began = time.monotonic()
+    assert check_killed("never", "deploy web")[:2] == (0, True)
+    patience = time.monotonic() - began
+    seen = [check_killed(number, "deploy web", prefix=f"timeout -s KILL {random.random() * patience:.2f}")[1] for number in range(5)]
+    # at each of its calls that put something on the disk or remove it
+    calls = "/^(fsync|rename|unlink)"
+    for number in range(1, 100) if is_host(hub) else []:
+        strace = f"strace -f -qq -o /dev/null -e 'trace={calls}' -e 'inject={calls}:signal=KILL:when={number}'"
+        status, new, said = check_killed(f"at call {number}", "deploy --no-build web", prefix=strace)
+        if status == 0:
+            break
+        seen.append(new)
+    print(f"killed {len(seen)} times: {seen.count(False)} times the old release, {seen.count(True)} times the new one", flush=True)
+    assert not is_host(hub) or (status == 0 and False in seen and True in seen), said
+    # nothing is left of the others
+    write("/srv/fleet/hosts/web/says", "at last")
+    hub.succeed(fleet("deploy"))
+    assert hub.succeed(f"ls {SERVED}/hosts/web/release | grep -c tar.gz").strip() == "2"
+    assert hub.execute(f"ls {SERVED}/hosts/web/release | grep new")[1] == ""
+
+with subtest("This machine's own configuration can be activated"):
+    assert "is not this machine" in hub.fail(fleet("build switch web"))
+    assert "expected one host" in hub.fail(fleet("build test"))
+    assert "it takes root" in hub.fail(fleet("build test hub"))
+    if is_host(hub):
+        hub.succeed("cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
+        assert hub.succeed("cat /tmp/switched").strip() == "switch"
+        assert generation(hub).endswith(manifest("hub")["toplevel"])
+
+with subtest("A new host is told what to do"):
+    assert f'signers = [ "{key}" ]' in hub.succeed(fleet("bootstrap laptop"))
+    assert "expected a host name" in hub.fail(fleet("bootstrap Laptop.local"))

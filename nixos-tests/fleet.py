@@ -1,0 +1,148 @@
+import itertools
+
+start_all()
+HOSTS = {"db": db, "plain": plain, "web": web}
+COUNT = itertools.count(1)
+NIXPKGS = "{ }: import <nixos-config>"
+
+
+def fleet(arguments):
+    """The command line for `ekiben fleet` on the hub, by whoever publishes."""
+    return as_deploy(f"cd /srv/fleet; NIX_PATH=nixpkgs=/srv/nixpkgs ekiben fleet {arguments} 2>&1")
+
+
+def states():
+    """The state of each host, as the hub sees it."""
+    return {name: shown["state"] for name, shown in json.loads(hub.execute(fleet("status --json"))[1]).items()}
+
+
+def system(name):
+    """The Nix expression of the stand-in system of a host, by files beside it."""
+    return f'import ./{name}/system.nix {{ name = "{name}"; app = ./app; other = ./app; revision = "none"; }}'
+
+
+def write(path, text):
+    hub.succeed(as_deploy(f"mkdir -p $(dirname {path}); printf %s {shlex.quote(text)} > {path}"))
+
+
+def change(directory, trouble="none"):
+    """Changes the configuration of the hosts of a directory; returns what their systems say then."""
+    content = str(next(COUNT))
+    write(f"/srv/fleet/hosts/{directory}/app/content", content)
+    write(f"/srv/fleet/hosts/{directory}/app/trouble", trouble)
+    return content
+
+
+def poll(name):
+    """Has a host ask its hub; returns how the run ended, when the hub has been told."""
+    ended = run(HOSTS[name], "fleet")
+    HOSTS[name].wait_until_succeeds("systemctl show --property ActiveState --value ekiben-deliver | grep -E '^(inactive|failed)$'")
+    return ended
+
+
+with subtest("a fleet is set up"):
+    for machine in (hub, *HOSTS.values()):
+        machine.wait_for_unit("multi-user.target")
+        machine.wait_until_succeeds(as_deploy("nix-store --version; nix store ping 2>&1 || nix store info"))
+    hub.succeed("install -m 600 /etc/scenario/host-key /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
+    hub.succeed("install -m 600 -o deploy /etc/scenario/signer /home/deploy/signer")
+    hub.succeed(fleet("init"))
+    settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))
+    write("/srv/fleet/fleet.json", json.dumps(settings | {"signingKey": "/home/deploy/signer"}))
+    for machine in (hub, plain):
+        machine.succeed("mkdir -p /srv/nixpkgs/nixos", f"echo {shlex.quote(NIXPKGS)} > /srv/nixpkgs/nixos/default.nix")
+    for name, directory in (("web", "web"), ("db", "pair"), ("plain", "plain")):
+        machine = HOSTS[name]
+        machine.succeed("install -m 600 /etc/scenario/identity /root/identity")
+        pack = machine.succeed("tar -C /etc/scenario -cz system.nix switch-to-configuration systems | base64 -w0").strip()
+        place = f"/srv/fleet/hosts/{directory}/{name}"
+        hub.succeed(as_deploy(f"mkdir -p {place}; base64 -d <<< {pack} | tar -C {place} -xz"))
+        change(directory)
+    write("/srv/fleet/hosts/web/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.web = {system('web')}; }}; }}")
+    write("/srv/fleet/hosts/pair/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations = {{ db = {system('db')}; db2 = {system('db')}; }}; }}; }}")
+    write("/srv/fleet/hosts/plain/configuration.nix", system("plain"))
+    assert states() == {"db": "not deployed", "plain": "not deployed", "web": "not deployed"}, states()
+
+with subtest("what is published for nobody is said, the others are published"):
+    said = hub.fail(fleet("deploy"))
+    assert "services.ekiben.hub.hosts" in said, said
+    assert states() == {"db": "new machine", "plain": "new machine", "web": "new machine"}, states()
+
+with subtest("a new host runs by hand what the hub has built; then it fetches"):
+    for name, machine in HOSTS.items():
+        # by hand, as on a new machine: what it will fetch is another one
+        machine.succeed("mkdir -p /tmp/first/app; cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /tmp/first; echo 0 > /tmp/first/app/content")
+        expression = f'(import /tmp/first/system.nix {{ name = "{name}"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }}).config.system.build.toplevel'
+        machine.succeed(f"nix-env --profile {PROFILE} --set $(nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)})", f"{PROFILE}/bin/switch-to-configuration switch")
+        ended = poll(name)
+        assert ended["result"] == "deployed", ended
+        assert states()[name] == "up to date", states()
+        # the same system that the hub has built
+        shown = json.loads(hub.execute(fleet(f"status --json {name}"))[1])[name]
+        assert running(machine) in json.dumps(shown), shown
+    assert [shows(machine, "app") for machine in HOSTS.values()] == ["2", "3", "1"]
+
+with subtest("nothing new: nothing is published, nothing is done"):
+    before = hub.succeed("find /var/lib/ekiben-hub/hosts/*/release -name manifest.json -printf '%p %T@\\n' | sort")
+    hub.execute(fleet("deploy web db plain"))
+    assert hub.succeed("find /var/lib/ekiben-hub/hosts/*/release -name manifest.json -printf '%p %T@\\n' | sort") == before
+    for name in HOSTS:
+        assert poll(name)["result"] == "unchanged", last_run(HOSTS[name], "fleet")
+
+with subtest("one host of three is changed: it alone has something to do"):
+    content = change("web")
+    hub.succeed(fleet("deploy web db plain"))
+    assert states() == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states()
+    assert [poll(name)["result"] for name in HOSTS] == ["unchanged", "unchanged", "deployed"]
+    assert shows(web, "app") == content
+    assert states()["web"] == "up to date", states()
+
+with subtest("what the hub has built, and the host can have, is neither evaluated nor built there"):
+    content = change("web")
+    hub.succeed(fleet("deploy web"))
+    shown = json.loads(hub.succeed("cat /var/lib/ekiben-hub/hosts/web/release/manifest.json"))
+    toplevel = json.loads(shown["manifest"])["toplevel"]
+    # as a substituter would
+    closure = hub.succeed(f"nix-store --export $(nix-store --query --requisites {toplevel}) | gzip | base64 -w0").strip()
+    web.succeed(f"base64 -d <<< {closure} | gzip -d | nix-store --import")
+    assert poll("web")["result"] == "deployed", last_run(web, "fleet")
+    assert shows(web, "app") == content and running(web) == toplevel
+    log = hub.succeed(fleet("log web"))
+    assert "activating" in log and "evaluating" not in log and "building" not in log, log
+
+with subtest("what does not build is not published"):
+    change("web", trouble="build")
+    assert "trouble in build" in hub.fail(fleet("deploy web"))
+    assert states()["web"] == "up to date", states()
+
+with subtest("what does not run is rolled back, and the hub says so"):
+    change("plain", trouble="activation")
+    hub.succeed(fleet("deploy plain"))
+    assert poll("plain")["result"] == "rolledBack", last_run(plain, "fleet")
+    assert states()["plain"] == "rolled back", states()
+    hub.fail(fleet("status plain"))
+    assert "Activation script snippet" in hub.succeed(fleet("log plain"))
+    change("plain")
+    hub.succeed(fleet("deploy plain"))
+    assert poll("plain")["result"] == "deployed", last_run(plain, "fleet")
+    # it was tried, and it runs
+    assert states()["plain"] == "up to date", states()
+    hub.succeed(fleet("status plain"))
+
+with subtest("a host fails for a reason of its own, and needs another run"):
+    change("pair")
+    hub.succeed(fleet("deploy db"))
+    db.succeed("systemctl stop nix-daemon.socket nix-daemon.service")
+    assert poll("db")["result"] == "failed"
+    assert states()["db"] == "failing", states()
+    db.succeed("systemctl start nix-daemon.socket")
+    db.succeed("ekiben trigger fleet")
+    wait_until_at_rest(db, "fleet")
+    assert last_run(db, "fleet")["result"] == "deployed", last_run(db, "fleet")
+    hub.wait_until_succeeds(fleet("status --json db | jq -e '.db.state == \"extra runs\"'"))
+
+with subtest("a host that is not heard of any more is silent"):
+    write("/srv/fleet/fleet.json", json.dumps(settings | {"signingKey": "/home/deploy/signer", "silentAfter": 1}))
+    web.crash()
+    hub.wait_until_succeeds(as_deploy("cd /srv/fleet; ekiben fleet status --json web | jq -e '.web.state == \"silent\"'"))
+    hub.fail(fleet("status web"))

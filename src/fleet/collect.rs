@@ -1,0 +1,342 @@
+//! What hosts have sent: judged, moved to where no host can write, and acknowledged.
+//!
+//! A host may put into its directory what it likes. Nothing is taken from there but regular files of
+//! bounded size, with names and contents that they should have, and nothing of it decides where
+//! anything is written. What is not taken is removed.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use ::nix::fcntl::FlockArg;
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::hub::{self, Hub};
+use crate::fleet::{FORMAT, Heartbeat, LARGE, Report, SMALL};
+
+/// How many reports of one host are kept, and how many bytes of logs.
+const KEPT: usize = 100;
+const KEPT_BYTES: u64 = 4 * LARGE;
+/// How many are remembered as arrived: a host that has more waiting must not send them again and again.
+const REMEMBERED: usize = 1000;
+/// How many files are looked at in one go.
+const AT_ONCE: usize = 10_000;
+/// How long a file may be on its way.
+const ON_ITS_WAY: Duration = Duration::from_secs(3600);
+
+/// Collects from all hosts; trouble with one does not keep the others waiting.
+pub fn collect(hub: &Hub) -> Result<()> {
+    let failed: Vec<_> = hub.hosts()?.into_iter().filter_map(|host| collect_host(hub, &host).err()).collect();
+    for error in &failed {
+        log::error!("{error}.");
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
+}
+
+fn collect_host(hub: &Hub, host: &str) -> Result<()> {
+    let (reports, received) = (hub.reports(host), hub.received(host));
+    let doing = || format!("collect from {}", reports.display());
+    fs::create_dir_all(&received).context(|| format!("make {}", received.display()))?;
+    let _turn = hub::lock(&received, FlockArg::LockExclusive)?;
+    let now = SystemTime::now();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&reports).context(doing)?.take(AT_ONCE) {
+        let entry = entry.context(doing)?;
+        let time = entry.metadata().and_then(|metadata| metadata.modified()).unwrap_or(now);
+        // a log is nothing without its report
+        found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.path()));
+    }
+    found.sort();
+    for (_, time, path) in found {
+        let young = now.duration_since(time).unwrap_or_else(|error| error.duration()) < ON_ITS_WAY;
+        match take(hub, host, &path, time.min(now)) {
+            Ok(Taken::Yes) => {}
+            Ok(Taken::NotYet) if young => continue,
+            Ok(Taken::NotYet) => log::warn!("Dropped {path:?}: what belongs to it did not arrive."),
+            Ok(Taken::No(why)) => log::warn!("Dropped {path:?}: {why}."),
+            Ok(Taken::Never(why)) => {
+                log::warn!("Passed over {path:?}: {why}.");
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+        if let Err(error) = removed.or_else(|error| if path.is_symlink() || path.exists() { Err(error) } else { Ok(()) }) {
+            log::warn!("Failed to remove {}: {error}.", path.display());
+        }
+    }
+    acknowledge(hub, host)
+}
+
+/// What became of a file.
+enum Taken {
+    Yes,
+    /// It may be on its way still, or what belongs to it.
+    NotYet,
+    No(String),
+    /// Nor can it be removed.
+    Never(String),
+}
+
+fn take(hub: &Hub, host: &str, path: &Path, time: SystemTime) -> Result<Taken> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let target = hub.received(host).join(name);
+    let doing = || format!("write {}", target.display());
+    let is_log = name.strip_suffix(".log.gz").is_some_and(is_run);
+    let run = name.strip_suffix(".json").filter(|run| is_run(run));
+    if name != "heartbeat.json" && run.is_none() && !is_log {
+        return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("nobody asked for it".into()) });
+    }
+    let bytes = match files::read_foreign(path, if is_log { LARGE } else { SMALL }) {
+        Ok(bytes) => bytes,
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => return Ok(Taken::NotYet),
+            // the host's doing or the hub's: nothing is lost by leaving it there
+            ErrorKind::PermissionDenied => return Ok(Taken::Never(error.to_string())),
+            _ => return Ok(Taken::No(error.to_string())),
+        },
+    };
+    let contents = if is_log {
+        let report = name.replace(".log.gz", ".json");
+        if !hub.received(host).join(report).exists() {
+            return Ok(Taken::NotYet);
+        }
+        bytes
+    } else {
+        let judged = if let Some(run) = run { judge_report(&bytes, host, run) } else { judge_heartbeat(&bytes, host) };
+        match judged {
+            Ok(contents) => contents,
+            Err(why) => return Ok(Taken::No(why)),
+        }
+    };
+    files::write(&target, &contents, 0o644).context(doing)?;
+    // when it arrived
+    File::options().append(true).open(&target).and_then(|file| file.set_modified(time)).context(doing)?;
+    Ok(Taken::Yes)
+}
+
+fn judge_report(bytes: &[u8], host: &str, run: &str) -> Result<Vec<u8>, String> {
+    let report: Report = hub::foreign(bytes).map_err(|error| error.to_string())?;
+    if (report.format, report.host.as_str(), report.run.id.as_str()) != (FORMAT, host, run) {
+        return Err(format!("expected a report of format {FORMAT} by {host} on {run}"));
+    }
+    serde_json::to_vec_pretty(&report).map_err(|error| error.to_string())
+}
+
+fn judge_heartbeat(bytes: &[u8], host: &str) -> Result<Vec<u8>, String> {
+    let heartbeat: Heartbeat = hub::foreign(bytes).map_err(|error| error.to_string())?;
+    if (heartbeat.format, heartbeat.host.as_str()) != (FORMAT, host) {
+        return Err(format!("expected a heartbeat of format {FORMAT} by {host}"));
+    }
+    serde_json::to_vec_pretty(&heartbeat).map_err(|error| error.to_string())
+}
+
+/// Whether `name` can be a run's: an identifier that systemd gave.
+pub fn is_run(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Tells the host which reports have arrived, and keeps the newest.
+fn acknowledge(hub: &Hub, host: &str) -> Result<()> {
+    let received = hub.received(host);
+    let doing = || format!("read {}", received.display());
+    let mut index = hub.index(host)?;
+    let known: BTreeSet<String> = index.reports.iter().cloned().collect();
+    let mut new = Vec::new();
+    for entry in fs::read_dir(&received).context(doing)? {
+        let entry = entry.context(doing)?;
+        let name = entry.file_name().into_string().unwrap_or_default();
+        if let Some(run) = name.strip_suffix(".json").filter(|run| is_run(run) && !known.contains(*run)) {
+            new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run.to_owned()));
+        }
+    }
+    if !new.is_empty() {
+        new.sort();
+        index.reports.extend(new.into_iter().map(|(_, run)| run));
+        index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
+        hub::write(&hub.release(host).join("received.json"), &index)?;
+    }
+    let (mut kept, mut bytes) = (0, 0);
+    for run in index.reports.iter().rev() {
+        let (report, log) = (received.join(format!("{run}.json")), received.join(format!("{run}.log.gz")));
+        kept += usize::from(report.exists());
+        bytes += fs::metadata(&log).map_or(0, |metadata| metadata.len());
+        if kept > KEPT || bytes > KEPT_BYTES {
+            files::remove(&log).and_then(|()| files::remove(&report)).context(|| format!("remove {}", report.display()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use serde_json::{Value, json};
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    struct Fixture {
+        hub: Hub,
+        place: Directory,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let place = Directory::new();
+            let hub = Hub::new(place.path());
+            for directory in [hub.release("web"), hub.reports("web")] {
+                fs::create_dir_all(directory).unwrap();
+            }
+            Self { hub, place }
+        }
+
+        fn sent(&self, name: &str) -> PathBuf {
+            self.hub.reports("web").join(name)
+        }
+
+        fn got(&self, name: &str) -> PathBuf {
+            self.hub.received("web").join(name)
+        }
+
+        fn send(&self, name: &str, value: &Value) {
+            fs::write(self.sent(name), value.to_string()).unwrap();
+        }
+
+        fn collect(&self) {
+            collect(&self.hub).unwrap();
+        }
+
+        fn left(&self) -> usize {
+            fs::read_dir(self.hub.reports("web")).unwrap().count()
+        }
+    }
+
+    fn run(number: usize) -> String {
+        format!("{number:032x}")
+    }
+
+    fn report(host: &str, run: &str) -> Value {
+        json!({
+            "format": 1, "host": host, "system": "/nix/store/x", "id": run, "result": "failed", "trigger": "timer", "started": 0,
+            "finished": 0, "commit": null, "summary": null, "stage": "build", "error": "\u{1b}[31mno", "warnings": [], "rebootNeeded": false,
+        })
+    }
+
+    fn heartbeat(host: &str) -> Value {
+        json!({
+            "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/x", "running": null,
+            "last": null, "runs": 0, "selfUpdated": false, "rebootNeeded": false, "unheardOf": true,
+        })
+    }
+
+    #[test]
+    fn what_is_right_is_taken_and_acknowledged() {
+        let fixture = Fixture::new();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        for number in [3, 1] {
+            fixture.send(&format!("{}.json", run(number)), &report("web", &run(number)));
+            fs::write(fixture.sent(&format!("{}.log.gz", run(number))), "log").unwrap();
+            fixture.collect();
+        }
+        assert_eq!(fixture.left(), 0);
+        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+        assert_eq!(fs::read(fixture.got(&format!("{}.log.gz", run(3)))).unwrap(), b"log");
+        // fit for a terminal
+        let (heartbeat, arrived) = fixture.hub.heartbeat("web").unwrap().unwrap();
+        assert_eq!(heartbeat.version, "\u{fffd}");
+        assert!(arrived.elapsed().unwrap() < Duration::from_secs(60));
+        assert!(!fs::read_to_string(fixture.got(&format!("{}.json", run(1)))).unwrap().contains("\\u001b"));
+        // the same again changes nothing
+        fixture.send(&format!("{}.json", run(3)), &report("web", &run(3)));
+        fixture.collect();
+        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+    }
+
+    #[test]
+    fn what_is_hostile_is_dropped() {
+        let fixture = Fixture::new();
+        let secret = fixture.place.path().join("secret");
+        fs::write(&secret, report("web", &run(1)).to_string()).unwrap();
+        symlink(&secret, fixture.sent(&format!("{}.json", run(1)))).unwrap();
+        ::nix::unistd::mkfifo(&fixture.sent(&format!("{}.json", run(2))), ::nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fixture.send(&format!("{}.json", run(3)), &report("web2", &run(3)));
+        fixture.send(&format!("{}.json", run(4)), &report("web", &run(5)));
+        let huge = fs::File::create(fixture.sent(&format!("{}.json", run(6)))).unwrap();
+        huge.set_len(SMALL + 1).unwrap();
+        fs::create_dir_all(fixture.sent(&format!("{}.json", run(7))).join("sub")).unwrap();
+        for name in ["a.json", "..json", &format!("{}.JSON", run(8)), &format!("{}.json", run(8).replace('0', "A")), "x\u{1b}[31m"] {
+            fixture.send(name, &report("web", name.trim_end_matches(".json")));
+        }
+        fs::write(fixture.sent(&format!("{}.json", run(9))), "[".repeat(100_000)).unwrap();
+        fixture.send(&format!("{}.json", run(10)), &json!({"format": 2, "host": "web", "id": run(10)}));
+        fixture.send("heartbeat.json", &heartbeat("web2"));
+        symlink(&secret, fixture.sent("heartbeat.json.new")).unwrap();
+        fixture.collect();
+        assert_eq!(fixture.left(), 1, "what may be on its way is left");
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), 0);
+        assert!(secret.exists() && !fixture.hub.release("web").join("received.json").exists());
+    }
+
+    #[test]
+    fn what_is_on_its_way_has_an_hour() {
+        let fixture = Fixture::new();
+        let names = ["heartbeat.json.new".to_owned(), format!("{}.log.gz", run(1))];
+        for name in &names {
+            fixture.send(name, &Value::Null);
+        }
+        fixture.collect();
+        assert_eq!(fixture.left(), 2);
+        for (name, time) in names.iter().zip([SystemTime::now() - 2 * ON_ITS_WAY, SystemTime::now() + 2 * ON_ITS_WAY]) {
+            File::options().append(true).open(fixture.sent(name)).unwrap().set_modified(time).unwrap();
+        }
+        fixture.collect();
+        assert_eq!(fixture.left(), 0);
+    }
+
+    #[test]
+    fn no_host_is_heard_of_in_the_future() {
+        let fixture = Fixture::new();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        let file = File::options().append(true).open(fixture.sent("heartbeat.json")).unwrap();
+        file.set_modified(SystemTime::now() + Duration::from_secs(100_000)).unwrap();
+        fixture.collect();
+        assert!(fixture.hub.heartbeat("web").unwrap().unwrap().1 <= SystemTime::now());
+    }
+
+    #[test]
+    fn the_newest_are_kept() {
+        let fixture = Fixture::new();
+        for number in (0..KEPT + 20).rev() {
+            let name = format!("{}.json", run(number));
+            fixture.send(&name, &report("web", &run(number)));
+            let file = File::options().append(true).open(fixture.sent(&name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(number as u64)).unwrap();
+            if number % 20 == 0 {
+                fixture.collect();
+            }
+        }
+        let index = fixture.hub.index("web").unwrap().reports;
+        assert_eq!((index.len(), index.last()), (KEPT + 20, Some(&run(0))));
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+        assert!(fixture.got(&format!("{}.json", run(0))).exists() && !fixture.got(&format!("{}.json", run(KEPT + 19))).exists());
+        // an old one that is sent again is not a new one
+        fixture.send(&format!("{}.json", run(KEPT + 19)), &report("web", &run(KEPT + 19)));
+        fixture.collect();
+        assert_eq!(fixture.hub.index("web").unwrap().reports, index);
+        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+    }
+
+    #[test]
+    fn trouble_with_one_host_is_not_the_others() {
+        let fixture = Fixture::new();
+        fs::create_dir_all(fixture.hub.release("a")).unwrap();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        let error = collect(&fixture.hub).unwrap_err().to_string();
+        assert_eq!(error, "Failed to collect from 1 hosts");
+        assert!(fixture.got("heartbeat.json").exists());
+    }
+}

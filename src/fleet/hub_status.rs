@@ -1,0 +1,337 @@
+//! How the hosts are, seen from the hub.
+//!
+//! A state follows from what is published and what the host said last, release by release. No clock
+//! is compared but the hub's own, and only to tell that a host is silent.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::error::{Context, Result};
+use crate::fleet::collect::collect;
+use crate::fleet::hub::Hub;
+use crate::fleet::repository::select;
+use crate::fleet::{Heartbeat, Last, Manifest};
+use crate::run::now;
+use crate::status::Outcome;
+
+/// How a host can be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum State {
+    /// Nothing is published for it.
+    NotDeployed,
+    /// It has never been heard of.
+    NewMachine,
+    /// It has not been heard of for long.
+    Silent,
+    /// It is at work on the published release.
+    Building,
+    /// That could not be built, or was not tried any further.
+    Failing,
+    /// That did not run well, and the host went back.
+    RolledBack,
+    /// Nor could it go back.
+    NeedsAHand,
+    /// It runs the published release, with inputs it has updated by itself.
+    AutoUpdated,
+    /// It runs the published release, and took more than one run to.
+    ExtraRuns,
+    /// It runs the published release.
+    UpToDate,
+    /// It does not have the published release yet, but runs the same system.
+    SyncPending,
+    /// It does not have the published release yet.
+    RebuildPending,
+}
+
+impl State {
+    /// Decides by what is published, and by what was heard of the host how long ago.
+    fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration) -> Self {
+        let Some(published) = published else { return Self::NotDeployed };
+        let Some((heartbeat, age)) = heard else { return Self::NewMachine };
+        let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
+        let deployed = is_published(&heartbeat.deployed);
+        // a run that failed before it knew of any release is about what comes next
+        let about = |last: &&Last| is_published(&last.release) || (last.release.is_none() && !deployed);
+        let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
+        match result {
+            _ if age > silent_after => Self::Silent,
+            _ if is_published(&heartbeat.running) => Self::Building,
+            Some(Outcome::Failed) => Self::Failing,
+            Some(Outcome::RolledBack) => Self::RolledBack,
+            Some(Outcome::Stuck) => Self::NeedsAHand,
+            _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
+            _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
+            _ if deployed => Self::UpToDate,
+            _ if published.toplevel.as_ref() == Some(&heartbeat.system) => Self::SyncPending,
+            _ => Self::RebuildPending,
+        }
+    }
+
+    fn is_well(self) -> bool {
+        !matches!(self, Self::Silent | Self::Failing | Self::RolledBack | Self::NeedsAHand)
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::NotDeployed => "not deployed",
+            Self::NewMachine => "new machine",
+            Self::Silent => "silent",
+            Self::Building => "building",
+            Self::Failing => "failing",
+            Self::RolledBack => "rolled back",
+            Self::NeedsAHand => "needs a hand",
+            Self::AutoUpdated => "auto updated",
+            Self::ExtraRuns => "extra runs",
+            Self::UpToDate => "up to date",
+            Self::SyncPending => "sync pending",
+            Self::RebuildPending => "rebuild pending",
+        })
+    }
+}
+
+/// A host, as `--json` shows it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Shown {
+    state: String,
+    well: bool,
+    /// The beginnings of the hashes of the published and of the running system.
+    local_version: String,
+    remote_version: String,
+    /// When the last heartbeat arrived, in seconds since 1970.
+    heard: Option<u64>,
+    published: Option<Manifest>,
+    heartbeat: Option<Heartbeat>,
+}
+
+fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
+    let published = hub.manifest(host)?.map(|(manifest, _)| manifest);
+    let heard = hub.heartbeat(host)?;
+    let now = SystemTime::now();
+    let age = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, now.duration_since(*arrived).unwrap_or_default()));
+    let state = State::of(published.as_ref(), age, silent_after);
+    let deployed = [State::AutoUpdated, State::ExtraRuns, State::UpToDate].contains(&state);
+    let reboot = deployed && heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.reboot_needed);
+    let local = published.as_ref().map(|manifest| manifest.toplevel.as_deref().map_or(short(&manifest.release.id), hash));
+    Ok(Shown {
+        state: if reboot { format!("{state}, reboot needed") } else { state.to_string() },
+        well: state.is_well(),
+        local_version: local.unwrap_or_default(),
+        remote_version: heard.as_ref().map(|(heartbeat, _)| hash(&heartbeat.system)).unwrap_or_default(),
+        heard: heard.as_ref().and_then(|(_, arrived)| Some(arrived.duration_since(UNIX_EPOCH).ok()?.as_secs())),
+        heartbeat: heard.map(|(heartbeat, _)| heartbeat),
+        published,
+    })
+}
+
+/// The beginning of a store path's hash.
+fn hash(path: &Path) -> String {
+    path.file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(8).collect()
+}
+
+/// Shows hosts, all if none are named; as JSON, once, or again whenever something changes. Fails
+/// softly if one is not well.
+pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: bool) -> Result<ExitCode> {
+    let live = !json && !once && std::io::stdout().is_terminal();
+    let mut before = String::new();
+    loop {
+        // whoever may only look sees what was collected before
+        let _ = collect(hub);
+        let hosts = select(hub.hosts()?, String::as_str, wanted)?;
+        let look = |host: String| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
+        let shown: BTreeMap<String, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
+        let text =
+            if json { serde_json::to_string_pretty(&shown).context(|| "write the status".into())? + "\n" } else { table(&shown, now()) };
+        let mut output = std::io::stdout().lock();
+        if !live {
+            output.write_all(text.as_bytes()).context(|| "write to standard output".into())?;
+            return Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        if text != before {
+            let done = write!(output, "\x1b[H\x1b[2J{text}").and_then(|()| output.flush());
+            done.context(|| "write to standard output".into())?;
+            before = text;
+        }
+        drop(output);
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
+    let mut rows = vec![["MACHINE", "LOCAL VERSION", "REMOTE VERSION", "STATE", "LAST RUN", "PUBLISHED"].map(String::from)];
+    for (name, shown) in shown {
+        let mark = match shown {
+            Shown { heartbeat: Some(heartbeat), published: Some(published), .. } => match &published.toplevel {
+                Some(toplevel) if *toplevel == heartbeat.system => " =",
+                _ if shown.state.starts_with("auto updated") => " +",
+                Some(_) => " ≠",
+                None => "",
+            },
+            _ => "",
+        };
+        let last = shown.heartbeat.as_ref().and_then(|heartbeat| heartbeat.last.as_ref());
+        rows.push([
+            name.clone(),
+            shown.local_version.clone(),
+            format!("{}{mark}", shown.remote_version),
+            shown.state.clone(),
+            last.map_or(String::new(), |last| elapsed(last.finished, now)),
+            shown.published.as_ref().map_or(String::new(), |manifest| elapsed(manifest.published, now)),
+        ]);
+    }
+    let widths: Vec<_> = (0..6).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text.extend([cells.join("  ").trim_end(), "\n"]);
+        let error =
+            shown.get(&row[0]).filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref()?.last.as_ref()?.error.as_ref());
+        if let Some(error) = error {
+            text.extend(["  ", error, "\n"]);
+        }
+    }
+    text
+}
+
+/// How long ago a moment is, in its two largest units.
+fn elapsed(then: u64, now: u64) -> String {
+    let seconds = now.saturating_sub(then);
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::{FORMAT, Release};
+
+    fn release(sequence: u64) -> Release {
+        Release { id: format!("id {sequence}"), sequence }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            host: "web".into(),
+            release: release(2),
+            sha256: String::new(),
+            size: 0,
+            attr: None,
+            toplevel: Some("/nix/store/0123456789-new".into()),
+            published: 1000,
+        }
+    }
+
+    /// Of a host that has deployed some release.
+    fn heartbeat(deployed: u64) -> Heartbeat {
+        Heartbeat {
+            format: FORMAT,
+            host: "web".into(),
+            version: String::new(),
+            seen: None,
+            deployed: Some(release(deployed)),
+            system: "/nix/store/abcdefghij-old".into(),
+            running: None,
+            last: None,
+            runs: 1,
+            self_updated: false,
+            reboot_needed: false,
+        }
+    }
+
+    fn last(release: Option<Release>, result: Outcome) -> Last {
+        Last { release, result, stage: None, error: Some("no luck".into()), finished: 1000 }
+    }
+
+    #[test]
+    fn a_state_follows_from_releases() {
+        use State::{
+            AutoUpdated, Building, ExtraRuns, Failing, NeedsAHand, NewMachine, NotDeployed, RebuildPending, RolledBack, Silent,
+            SyncPending, UpToDate,
+        };
+        let state =
+            |heartbeat: &Heartbeat, age| State::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10));
+        assert_eq!(State::of(None, None, Duration::ZERO), NotDeployed);
+        assert_eq!(State::of(None, Some((&heartbeat(2), Duration::ZERO)), Duration::ZERO), NotDeployed);
+        assert_eq!(State::of(Some(&manifest()), None, Duration::ZERO), NewMachine);
+        let old = || heartbeat(1);
+        let new = || heartbeat(2);
+        let same = || manifest().toplevel.unwrap();
+        for (expected, heartbeat) in [
+            (RebuildPending, old()),
+            (SyncPending, Heartbeat { system: same(), ..old() }),
+            (UpToDate, new()),
+            // another release with the same contents
+            (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1, ..release(2) }), ..old() }),
+            (ExtraRuns, Heartbeat { runs: 2, ..new() }),
+            (RebuildPending, Heartbeat { runs: 2, ..old() }),
+            (AutoUpdated, Heartbeat { runs: 2, self_updated: true, ..new() }),
+            // what it does on top of an old one hides nothing
+            (RebuildPending, Heartbeat { self_updated: true, ..old() }),
+            (Building, Heartbeat { running: Some(release(2)), last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { running: Some(release(1)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Failed)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(None, Outcome::Failed)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(None, Outcome::Failed)), ..new() }),
+            (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
+            (NeedsAHand, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
+        ] {
+            assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
+            assert_eq!(state(&heartbeat, 11), Silent);
+        }
+    }
+
+    #[test]
+    fn the_table_says_what_is_wrong() {
+        let shown = |heartbeat: Heartbeat, state: State| Shown {
+            state: state.to_string(),
+            well: state.is_well(),
+            local_version: hash(manifest().toplevel.as_deref().unwrap()),
+            remote_version: hash(&heartbeat.system),
+            heard: None,
+            published: Some(manifest()),
+            heartbeat: Some(heartbeat),
+        };
+        let failing = Heartbeat { last: Some(last(None, Outcome::Failed)), ..heartbeat(1) };
+        let same = Heartbeat { system: manifest().toplevel.unwrap(), ..heartbeat(2) };
+        let hosts =
+            [("a", shown(failing, State::Failing)), ("b", shown(same, State::UpToDate)), ("c", shown(heartbeat(2), State::AutoUpdated))];
+        let hosts = hosts.into_iter().map(|(name, shown)| (name.to_owned(), shown)).collect();
+        let expected = "\
+MACHINE  LOCAL VERSION  REMOTE VERSION  STATE         LAST RUN    PUBLISHED
+a        01234567       abcdefgh ≠      failing       1 min 40 s  1 min 40 s
+  no luck
+b        01234567       01234567 =      up to date                1 min 40 s
+c        01234567       abcdefgh +      auto updated              1 min 40 s
+";
+        assert_eq!(table(&hosts, 1100), expected);
+    }
+
+    #[test]
+    fn durations_have_two_units() {
+        for (seconds, text) in
+            [(59, "59 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"), (7500, "2 h 5 min"), (3 * 86400 + 4 * 3600 + 59, "3 d 4 h")]
+        {
+            assert_eq!(elapsed(0, seconds), text);
+        }
+        assert_eq!(elapsed(10, 0), "0 s");
+    }
+}

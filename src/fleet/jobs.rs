@@ -1,0 +1,70 @@
+//! Work on several hosts at once, and how it goes: on a terminal a line for each that is under way,
+//! and for each that is done a line that stays.
+
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Does `work` on all items, at most `jobs` at a time; returns what came of each, in their order.
+pub fn parallel<T: Sync, R: Send>(items: &[T], jobs: usize, work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.min(items.len()) {
+            scope.spawn(|| {
+                while let Some((number, item)) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|number| Some((number, items.get(number)?)))
+                {
+                    let result = work(item);
+                    done.lock().unwrap_or_else(PoisonError::into_inner).push((number, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+/// What is under way.
+pub struct Board {
+    terminal: bool,
+    /// Names, and what is being done.
+    lines: Mutex<Vec<(String, String)>>,
+}
+
+impl Board {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self { terminal: std::io::stdout().is_terminal(), lines: Mutex::default() }
+    }
+
+    /// Says what is being done to a host.
+    pub fn begin(&self, name: &str, what: &str) {
+        let line = if self.terminal { String::new() } else { format!("{name}: {what} ...\n") };
+        self.change(name, Some(what), &line);
+    }
+
+    /// Says what came of it: lines that stay.
+    pub fn end(&self, name: &str, what: &str) {
+        self.change(name, None, &format!("{name}: {what}\n"));
+    }
+
+    fn change(&self, name: &str, what: Option<&str>, lasting: &str) {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = lasting.to_owned();
+        if self.terminal {
+            // up to where the lines begin, and away with them
+            let up = if lines.is_empty() { String::new() } else { format!("\x1b[{}A\x1b[J", lines.len()) };
+            text.insert_str(0, &up);
+        }
+        lines.retain(|(other, _)| other != name);
+        lines.extend(what.map(|what| (name.to_owned(), what.to_owned())));
+        if self.terminal {
+            text.extend(lines.iter().map(|(name, what)| format!("{name}: {what} ...\n")));
+        }
+        // whoever looked on may be gone
+        let mut output = std::io::stdout().lock();
+        let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+    }
+}

@@ -1,0 +1,189 @@
+//! The fleet: a hub publishes a release for each of its hosts, the hosts fetch theirs, deploy it as
+//! any other instance and report. This file is what both sides have to agree on.
+//!
+//! What the hub serves, one OpenSSH chroot for each host, and what it keeps:
+//!
+//! ```text
+//! <directory>/hosts/<host>/release/manifest.json    a Signed; replaced in one step
+//! <directory>/hosts/<host>/release/<id>.tar.gz      that host's configuration
+//! <directory>/hosts/<host>/release/received.json    a Received: which reports have arrived
+//! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
+//! <directory>/hosts/<host>/reports/<run>.json       a Report
+//! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
+//! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
+//! <directory>/hosts/<host>/files/<sha256>           one of these files
+//! <directory>/received/<host>/...                   the same, collected; nobody but the hub can write there
+//! ```
+//!
+//! A release is its content and a sequence number, never a time or a file name. What one side reads
+//! of the other may be of a newer version: what is unknown is passed over, another format is refused.
+
+pub mod archive;
+pub mod client;
+pub mod command;
+pub mod files;
+pub mod outbox;
+pub mod release;
+
+mod collect;
+mod guide;
+mod hub;
+mod hub_status;
+mod jobs;
+mod pack;
+mod publish;
+mod repository;
+mod sftp;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::run::Stage;
+use crate::status::{Ended, Outcome};
+
+/// The format of everything here.
+pub const FORMAT: u32 = 1;
+/// What signatures are made for, as in `ssh-keygen -Y sign -n`.
+pub const NAMESPACE: &str = "ekiben";
+/// The largest manifest, heartbeat, report or list of reports, in bytes.
+pub const SMALL: u64 = 256 * 1024;
+/// The largest archive, and the largest log, in bytes.
+pub const LARGE: u64 = 64 * 1024 * 1024;
+
+/// A manifest, as it is published: the signature is of exactly that text.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Signed {
+    /// A [`Manifest`] as JSON.
+    pub manifest: String,
+    /// By one of the fleet's administrators; what `ssh-keygen -Y sign` wrote.
+    pub signature: Option<String>,
+}
+
+/// What the hub offers a host.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Whose release this is.
+    pub host: String,
+    /// Which release.
+    #[serde(flatten)]
+    pub release: Release,
+    /// The SHA-256 of the archive, in hexadecimal digits.
+    pub sha256: String,
+    /// The size of the archive in bytes.
+    pub size: u64,
+    /// The attribute of `nixosConfigurations` to build; none for a plain `configuration.nix`.
+    pub attr: Option<String>,
+    /// What it was built to on the hub, if it was.
+    pub toplevel: Option<PathBuf>,
+    /// When it was published, in seconds since 1970; for people to read.
+    pub published: u64,
+}
+
+/// One release of one host.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Release {
+    /// The SHA-256 of all that the release consists of: archive, `attr` and `toplevel`.
+    pub id: String,
+    /// Higher than that of every release of this host before.
+    pub sequence: u64,
+}
+
+/// The reports that the hub has, so that the host need not keep them any more.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Received {
+    /// Identifiers of runs, the newest last.
+    pub reports: Vec<String>,
+}
+
+/// How a host is, as it says itself; sent with each poll, and after each run that did something.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Heartbeat {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The host.
+    pub host: String,
+    /// The version of its Ekiben.
+    pub version: String,
+    /// The newest release it has seen.
+    pub seen: Option<Release>,
+    /// The release it deployed last.
+    pub deployed: Option<Release>,
+    /// The system it runs.
+    pub system: PathBuf,
+    /// The release of a run that is under way.
+    pub running: Option<Release>,
+    /// The last run that was about this release, or that failed.
+    pub last: Option<Last>,
+    /// How many runs have ended that tried to deploy the newest release, or something on top of it.
+    pub runs: u32,
+    /// Whether it runs something on top of the release: inputs it has updated by itself.
+    pub self_updated: bool,
+    /// Whether it has to be rebooted to run what it deployed.
+    pub reboot_needed: bool,
+}
+
+/// How a run has ended, in short.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Last {
+    /// What it was about.
+    pub release: Option<Release>,
+    /// How it ended.
+    pub result: Outcome,
+    /// In which stage it failed.
+    pub stage: Option<Stage>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// When, in seconds since 1970 by the host's clock; for people to read.
+    pub finished: u64,
+}
+
+/// A run of a host, for the hub; its log lies beside it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The host.
+    pub host: String,
+    /// The system that runs after it.
+    pub system: PathBuf,
+    /// The run, and the release that it was about.
+    #[serde(flatten)]
+    pub run: Ended,
+}
+
+/// A file that a host gets besides its configuration.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Served {
+    /// Where it belongs on the host.
+    pub path: PathBuf,
+    /// Its permissions there, in octal digits.
+    pub mode: String,
+    /// Whose it is there.
+    pub owner: String,
+    /// Its group there.
+    pub group: String,
+    /// Its name in `files`.
+    pub file: String,
+    /// The SHA-256 of its contents, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// Whether `name` can be a host's: it becomes the name of files and, behind `fleet-`, of a user.
+pub fn host_name(name: &str) -> Result<(), String> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
+    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
+        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
+    }
+    Ok(())
+}

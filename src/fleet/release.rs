@@ -1,0 +1,44 @@
+//! A release in a host's repository: a commit of ours that says in its message which one it is.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+use crate::fleet::{Manifest, archive};
+use crate::git::Repository;
+use crate::nix::{self, Source};
+
+/// The message of the commit that is a release.
+pub fn message(manifest: &Manifest) -> Result<String> {
+    let text = serde_json::to_string_pretty(manifest).context(|| "write the manifest".into())?;
+    Ok(format!("release {}\n\n{text}\n", manifest.release.sequence))
+}
+
+/// The manifest of the release that a commit is, or is made from.
+pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
+    let message = repository.message(commit, "^release [0-9]+$")?;
+    let manifest = message.as_deref().and_then(|message| message.split_once("\n\n"));
+    manifest.map(|(_, text)| serde_json::from_str(text).context(|| format!("read the release of {commit}"))).transpose()
+}
+
+/// Builds the system of a commit as the hub does: from a directory with its files and nothing else.
+/// What the hub has built may be had without, if a substituter has it. `build` does it, `directory`
+/// is for the files.
+pub fn build(repository: &Repository, commit: &str, directory: &Path, build: impl Fn(&Source) -> Result<()>) -> Result<()> {
+    let manifest = of(repository, commit)?.ok_or_else(|| Error::new(format!("Failed to build {commit}: it is no release")))?;
+    let is_the_release = repository.subject(commit)? == format!("release {}", manifest.release.sequence);
+    if let Some(system) = manifest.toplevel.as_deref().filter(|path| is_the_release && nix::is_store_path(path)) {
+        match build(&Source::Store(system)) {
+            Ok(()) => return Ok(()),
+            Err(error) => log::info!("{error}; evaluating it here."),
+        }
+    }
+    archive::clear(directory)?;
+    fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))?;
+    repository.export(commit, directory)?;
+    let result = match &manifest.attr {
+        Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),
+        None => build(&Source::Directory(directory)),
+    };
+    archive::clear(directory).and(result)
+}

@@ -1,0 +1,57 @@
+//! Rebooting into what has been deployed, if it takes that, at a time when it may be.
+
+use std::fs;
+
+use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
+use crate::nix::SYSTEM_PROFILE;
+use crate::program::Program;
+
+/// Whether what is booted next differs from what runs, or was booted, in what only a reboot changes.
+pub fn is_needed() -> bool {
+    let at = |path: &str| fs::canonicalize(path).ok();
+    let next = |what: &str| at(&format!("{SYSTEM_PROFILE}/{what}"));
+    let differ = |what: &&str| at(&format!("/run/booted-system/{what}")).is_some_and(|booted| next(what) != Some(booted));
+    at("/run/current-system") != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
+}
+
+/// Reboots, if that is needed, no run is under way and it is the time for it. Options: `--kexec`, to
+/// do without the firmware where that works, and `--between LOWER UPPER`, times like `01:00`.
+pub fn reboot(options: &[&str]) -> Result<()> {
+    let (kexec, window) = match options {
+        ["--kexec", window @ ..] => (true, window),
+        window => (false, window),
+    };
+    let is_time = match window {
+        [] => true,
+        ["--between", lower, upper] => {
+            let now = Program::new("date").arg("+%H:%M").output(|| "tell the time".into(), None)?;
+            is_between(lower, upper, String::from_utf8_lossy(&now).trim())
+        }
+        _ => return Err(Error::new(format!("Failed to understand {options:?}"))),
+    };
+    if !is_needed() || !is_time || !Layout::new("").with_journal().is_empty() {
+        return Ok(());
+    }
+    log::warn!("Rebooting: what has been deployed takes that.");
+    let systemctl = |what: &str| Program::new("systemctl").arg(what).output(|| what.to_owned(), None).map(drop);
+    if kexec && systemctl("kexec").is_ok() { Ok(()) } else { systemctl("reboot").context(|| "reboot".into()) }
+}
+
+/// Whether it is that time of day; midnight may lie between the two.
+fn is_between(lower: &str, upper: &str, now: &str) -> bool {
+    if lower <= upper { lower <= now && now < upper } else { lower <= now || now < upper }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_may_hold_midnight() {
+        assert!(is_between("01:00", "05:00", "01:00") && is_between("01:00", "05:00", "04:59"));
+        assert!(!is_between("01:00", "05:00", "05:00") && !is_between("01:00", "05:00", "00:59"));
+        assert!(is_between("22:00", "02:00", "23:59") && is_between("22:00", "02:00", "00:00"));
+        assert!(!is_between("22:00", "02:00", "02:00") && !is_between("22:00", "02:00", "21:59"));
+    }
+}
