@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
-use crate::fleet;
 use crate::json;
 
 /// Where the module puts the file.
@@ -246,7 +245,7 @@ impl Instance {
 
 impl Hub {
     fn check(&self) -> Result<(), String> {
-        fleet::host_name(&self.name).map_err(|what| format!("name: {what}"))?;
+        host_name(&self.name).map_err(|what| format!("name: {what}"))?;
         if self.servers.is_empty() {
             return Err("servers: expected at least one".into());
         }
@@ -329,6 +328,15 @@ pub fn instance_name(name: &str) -> Result<(), String> {
     } else {
         Ok(())
     }
+}
+
+/// Whether `name` can be a fleet host's: it becomes the name of files and, behind `fleet-`, of a user.
+pub fn host_name(name: &str) -> Result<(), String> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
+    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
+        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
+    }
+    Ok(())
 }
 
 fn file_name(name: &str) -> Result<(), String> {

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{SMALL, Served, host_name};
+use crate::fleet::{SMALL, Served};
 use crate::json;
 use crate::program::Program;
 

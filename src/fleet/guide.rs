@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use crate::config::host_name;
 use crate::error::{Context, Result};
-use crate::fleet::host_name;
 use crate::fleet::repository::Settings;
 
 const README: &str = "\

@@ -12,9 +12,10 @@ use ::nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, Signed, host_name};
+use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, Signed};
 use crate::notes::make_printable;
 
 /// The served directory.

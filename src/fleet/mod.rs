@@ -178,12 +178,3 @@ pub struct Served {
     /// The SHA-256 of its contents, in hexadecimal digits.
     pub sha256: String,
 }
-
-/// Whether `name` can be a host's: it becomes the name of files and, behind `fleet-`, of a user.
-pub fn host_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
-    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
-        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
-    }
-    Ok(())
-}

@@ -12,8 +12,9 @@ use ::nix::unistd::mkdtemp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::host_name;
 use crate::error::{Context, Error, Result};
-use crate::fleet::{archive, host_name, hub, jobs, pack};
+use crate::fleet::{archive, hub, jobs, pack};
 use crate::json;
 use crate::nix::nix;
 
