@@ -93,12 +93,17 @@ let
         file: _: lib.hasPrefix "scenario/" file || file == "ekiben/hub.json"
       ) config.environment.etc;
       isOurs = name: lib.hasPrefix "ekiben" name || lib.hasPrefix "fleet-" name;
-      user = user: ''
-        g ${user.group} -
-        u ${user.name} ${
-          if user.uid == null then "-" else toString user.uid
-        }:${user.group} - ${user.home} ${if user.isNormalUser then "/bin/bash" else "-"}
-      '';
+      user =
+        user:
+        ''
+          g ${user.group} -
+          u ${user.name} ${
+            if user.uid == null then "-" else toString user.uid
+          }:${user.group} - ${user.home} ${if user.isNormalUser then "/bin/bash" else "-"}
+        ''
+        + lib.concatMapStrings (group: "m ${user.name} ${group}\n") (
+          lib.filter (group: !isOurs group) user.extraGroups
+        );
       users = lib.filter (user: user.isNormalUser || isOurs user.name) (
         builtins.attrValues config.users.users
       );
