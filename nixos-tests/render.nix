@@ -70,7 +70,10 @@ let
           nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
           networking.hostName = lib.mkDefault name;
           nix.package = usr;
-          programs.ssh.package = usr;
+          # as far as it matters, Debian's
+          programs.ssh.package = usr // {
+            version = "10.0";
+          };
           systemd.package = usr;
           # Debian's own
           systemd.globalEnvironment = lib.mkForce { };
@@ -176,6 +179,9 @@ let
           ) user.openssh.authorizedKeys.keys;
         }
       ) config.users.users
+      // lib.concatMapAttrs (
+        name: service: lib.optionalAttrs (isOurs name) { "etc/pam.d/${name}" = service.text; }
+      ) config.security.pam.services
       // lib.optionalAttrs config.services.ekiben.enable {
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }
