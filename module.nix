@@ -727,8 +727,11 @@ let
   inherit (cfg) hub;
   hubHosts = "${hub.directory}/hosts";
   hubUser = "ekiben-hub";
+  # a name that cannot be a user's is refused below, and not by NixOS, which knows no hosts
+  isHostName = name: builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
+  hosts = filterAttrs (name: _: isHostName name) hub.hosts;
   forHosts =
-    function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hub.hosts;
+    function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hosts;
   keysOf = host: lib.optional (host.publicKey != null) host.publicKey ++ host.publicKeys;
 
   hubHost = types.submodule {
@@ -804,6 +807,7 @@ let
         config.services.openssh.authorizedKeysCommand != "none"
       ) "AuthorizedKeysCommand none"}
       TrustedUserCAKeys none
+      ${lib.optionalString hubHasPam "PAMServiceName ${hubPam}"}
       ChrootDirectory %h
       ForceCommand internal-sftp -u 0027 -p ${concatStringsSep "," hubRequests}
       PermitTTY no
@@ -821,6 +825,12 @@ let
       ClientAliveCountMax 2
     Match all
   '';
+  # a session as people have it starts a systemd for its user, outside of the directory, and costs
+  # several times as much
+  hubPam = "ekiben-hub";
+  hubHasPam = lib.versionAtLeast (config.services.openssh.package.version
+    or config.programs.ssh.package.version
+  ) "9.8";
   # what a host needs to fetch, to leave a report, and to put it in its place; anything else,
   # and what later versions of OpenSSH will know, is refused
   hubRequests = [
@@ -890,7 +900,7 @@ let
   hubCollect = {
     description = "Collection of what the hosts of Ekiben's fleet report";
     after = map (name: "${utils.escapeSystemdPath (hubMount name).where}.mount") (
-      builtins.attrNames hub.hosts
+      builtins.attrNames hosts
     );
     serviceConfig = hubSandbox // {
       ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
@@ -932,7 +942,7 @@ let
         in
         [
           {
-            assertion = builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
+            assertion = isHostName name;
             message = "`services.ekiben.hub.hosts.${name}`: this name cannot be part of a user's name. Write one of at most 25 small letters, digits, `_` and `-`.";
           }
           {
@@ -982,6 +992,14 @@ let
       enable = lib.mkDefault true;
       extraConfig = lib.mkOrder 5000 hubSshd;
     };
+    security.pam.services = mkIf hubHasPam {
+      ${hubPam}.text = ''
+        auth required pam_deny.so
+        account required pam_unix.so
+        password required pam_deny.so
+        session required pam_permit.so
+      '';
+    };
     users.groups = {
       ekiben-hosts = { };
       ${hubUser}.members = [ hub.user ];
@@ -1009,7 +1027,7 @@ let
         };
       };
     systemd = {
-      mounts = map hubMount (builtins.attrNames hub.hosts);
+      mounts = map hubMount (builtins.attrNames hosts);
       services = {
         ekiben-hub-collect = hubCollect;
         ekiben-hub-files = hubFiles;
@@ -1031,7 +1049,7 @@ let
         "d ${hubHosts}/${name}/release 0755 ${hub.user} ${hubUser} -"
         # what root makes there gets the host's group
         "d ${hubHosts}/${name}/files 2750 root fleet-${name} -"
-      ]) (builtins.attrNames hub.hosts);
+      ]) (builtins.attrNames hosts);
     };
   };
 

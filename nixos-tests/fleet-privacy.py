@@ -152,6 +152,8 @@ tried = 0
 # a host that is cut off in the midst of a session: for later
 b.succeed("mkfifo /tmp/hold; (sleep infinity > /tmp/hold &); ssh -s fleet-b@hub sftp < /tmp/hold > /tmp/said 2>&1 & echo $! > /tmp/ssh.pid")
 cut_off = hub.wait_until_succeeds("pgrep -o -u fleet-b sshd", timeout=20).strip()
+# nothing else is started for it
+assert hub.succeed("ps -o comm= -u fleet-b | sort -u").split() == ["sshd-session"]
 b.succeed("kill -STOP $(cat /tmp/ssh.pid)")
 
 with subtest("what a host needs works"):
@@ -512,18 +514,18 @@ with subtest("the units of the hub can do what they are for, and nothing else"):
         f"read {HUB}/hosts/a/reports/heartbeat.json", "remove a report",
     }, could
 
-# TODO for the merge with the hub's commands: this is to run always
-if "fleet COMMAND" in hub.succeed("ekiben --help"):
-    with subtest("what a host has left is collected, whatever another has left"):
-        heartbeat = {
-            "format": 1, "host": "a", "version": "1", "seen": None, "deployed": None, "system": "/nix/store/x", "running": None, "last": None,
-            "runs": 0, "selfUpdated": False, "rebootNeeded": False,
-        }
-        put = "attempt('put', lambda: s.write('reports/heartbeat.json', {!r}))"
-        sftp(b, "attempt('odd', lambda: s.close(s.open('reports/heartbeat.json', WRITE | CREATE, MODE(0))))", "fleet-b")
-        assert sftp(a, put.format(json.dumps(heartbeat).encode())) == {"put": "ok"}
-        hub.succeed("systemctl start ekiben-hub-collect.timer")
-        hub.wait_until_succeeds(f"test $(stat -c %U {HUB}/received/a/heartbeat.json) = ekiben-hub -a ! -e {HUB}/hosts/a/reports/heartbeat.json", timeout=90)
-        hub.fail(f"test -e {HUB}/received/b/heartbeat.json")
+with subtest("what a host has left is collected, whatever another has left"):
+    heartbeat = {
+        "format": 1, "host": "a", "version": "1", "seen": None, "deployed": None, "system": "/nix/store/x", "running": None, "last": None,
+        "runs": 0, "selfUpdated": False, "rebootNeeded": False,
+    }
+    put = "attempt('put', lambda: s.write('reports/heartbeat.json', {!r}))"
+    # one that the hub cannot read
+    hub.succeed(as_publisher(f"rm -f {HUB}/hosts/b/reports/*"))
+    assert sftp(b, "attempt('odd', lambda: s.close(s.open('reports/heartbeat.json', WRITE | CREATE, MODE(0))))", "fleet-b") == {"odd": "ok"}
+    assert sftp(a, put.format(json.dumps(heartbeat).encode())) == {"put": "ok"}
+    hub.succeed("systemctl start ekiben-hub-collect.timer")
+    hub.wait_until_succeeds(f"test $(stat -c %U {HUB}/received/a/heartbeat.json) = ekiben-hub -a ! -e {HUB}/hosts/a/reports/heartbeat.json", timeout=90)
+    hub.fail(f"test -e {HUB}/received/b/heartbeat.json")
 
 print(f"{tried} attempts were refused")

@@ -34,7 +34,26 @@ in
     };
   };
   # a flake of its own
-  nodes.web = host "web";
+  nodes.web = {
+    imports = [ (host "web") ];
+    services.ekiben.fleet = {
+      selfUpdate.enable = true;
+      reboot = {
+        when = "needed";
+        window = { };
+        kexec = true;
+      };
+    };
+    # may update the machine, and see how it goes
+    users.users.alice = {
+      isNormalUser = true;
+      uid = 1001;
+      extraGroups = [
+        "ekiben"
+        "systemd-journal"
+      ];
+    };
+  };
   # one of several of a flake
   nodes.db = host "db";
   # no flake

@@ -141,6 +141,58 @@ with subtest("a host fails for a reason of its own, and needs another run"):
     assert last_run(db, "fleet")["result"] == "deployed", last_run(db, "fleet")
     hub.wait_until_succeeds(fleet("status --json db | jq -e '.db.state == \"extra runs\"'"))
 
+with subtest("an update right now, by a user who is not root, who sees what happens"):
+    content = change("web")
+    hub.succeed(fleet("deploy web"))
+    said = web.succeed("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
+    assert "activating the configuration" in said and said.endswith("The run ended: deployed.\n"), said
+    assert shows(web, "app") == content
+    change("web", trouble="activation")
+    hub.succeed(fleet("deploy web"))
+    assert "The run ended: rolled back: " in web.fail("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
+    web.fail("runuser -u nobody -- ekiben trigger --wait fleet")
+
+with subtest("inputs are updated between releases, and the hub says so"):
+    # the hub and the host see the same repository
+    hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/app; cd /srv/app; echo one > content; git add .; git commit -qm one"))
+    pack = hub.succeed("tar -C /srv -cz app | base64 -w0").strip()
+    web.succeed(f"base64 -d <<< {pack} | tar -C /srv -xz; chown -R ekiben-fleet /srv/app")
+    write("/srv/fleet/hosts/web/flake.nix", f"""{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};
+      outputs = {{ self, app }}: {{ nixosConfigurations.web = {system("web").replace("app = ./app;", "inherit app;")}; }}; }}""")
+    hub.succeed(fleet("flake-update web"), fleet("deploy web"))
+    assert poll("web")["result"] == "deployed", last_run(web, "fleet")
+    assert shows(web, "app") == "one" and states()["web"] == "up to date", states()
+    git = "runuser -u ekiben-fleet -- git -C /srv/app -c user.name=A -c user.email=a@localhost"
+    web.succeed(f"echo two > /srv/app/content; {git} commit -qam two")
+    assert poll("web")["summary"] == "update app", last_run(web, "fleet")
+    assert shows(web, "app") == "two" and states()["web"] == "auto updated", states()
+    assert poll("web")["result"] == "unchanged", last_run(web, "fleet")
+    # a release comes on top, and what it pins is updated again
+    write("/srv/fleet/hosts/web/note", "new")
+    hub.succeed(fleet("deploy web"))
+    ended = poll("web")
+    assert ended["result"] == "deployed" and ended["summary"].endswith(", update app"), ended
+    assert shows(web, "app") == "two" and states()["web"] == "auto updated", states()
+
+with subtest("what takes a reboot is rebooted into, when it is time for that"):
+    web.succeed(f"echo three > /srv/app/content; echo reboot > /srv/app/trouble; {git} add .; {git} commit -qam three")
+    ended = poll("web")
+    assert ended["result"] == "deployed" and ended["rebootNeeded"], ended
+    assert states()["web"].endswith("reboot needed"), states()
+    assert shows(web, "app") == "two"
+    assert "/usr/bin/ekiben reboot --kexec --between 01:00 05:00" in web.succeed("systemctl cat ekiben-reboot.service")
+    now, later = web.succeed("date +%H:%M").strip(), web.succeed("date +%H:%M -d '+2 hours'").strip()
+    web.succeed(f"ekiben reboot --between {later} {now}", "systemctl is-system-running --wait || true", "test ! -e /run/nologin")
+    assert "Rebooting: " in web.execute(f"ekiben reboot --between {now} {later} 2>&1")[1]
+    web.crash()
+    web.start()
+    assert shows(web, "app") == "three"
+    web.succeed("chown -R ekiben-fleet /srv/app")
+    assert poll("web")["result"] == "unchanged", last_run(web, "fleet")
+    assert states()["web"] == "auto updated", states()
+    # nothing to reboot into
+    web.succeed("ekiben reboot")
+
 with subtest("a host that is not heard of any more is silent"):
     write("/srv/fleet/fleet.json", json.dumps(settings | {"signingKey": "/home/deploy/signer", "silentAfter": 1}))
     web.crash()

@@ -98,6 +98,14 @@ let
       } change;
     };
 
+  key = letter: "ssh-ed25519 AAAA${letter}";
+  hubOf = hosts: {
+    hub = {
+      enable = true;
+      inherit hosts;
+    };
+  };
+
   mistakes = {
     "`services.ekiben.webhook.projects.web.instance`: there is no instance `nix`. Write one of `services.ekiben.instances`: app." =
       {
@@ -129,6 +137,60 @@ let
     "`services.ekiben.instances.webhook`: this name cannot be part of a unit's name." = {
       instances.webhook = instance;
     };
+    "`services.ekiben.instances.hub-files`: this name cannot be part of a unit's name." = {
+      instances.hub-files = instance;
+    };
+    "`services.ekiben.hub.hosts.Web`: this name cannot be part of a user's name. Write one of at most 25 small letters" =
+      hubOf { Web.publicKey = key "a"; };
+    "`services.ekiben.hub.hosts.a-name-of-twenty-six-chars`: this name cannot be part of a user's name." =
+      hubOf { a-name-of-twenty-six-chars.publicKey = key "a"; };
+    "`services.ekiben.hub.hosts.-web`: this name cannot be part of a user's name." = hubOf {
+      "-web".publicKey = key "a";
+    };
+    "`services.ekiben.hub.hosts.web.publicKey`: without a key, the host cannot log in. Write the line" =
+      hubOf
+        { web = { }; };
+    "`services.ekiben.hub.hosts.web.publicKeys`: `no-pty ${key "a"}` is not a public key and nothing but a public key. Write the line" =
+      hubOf { web.publicKey = "no-pty ${key "a"}"; };
+    "`services.ekiben.hub.hosts.web.publicKeys`: `/etc/key.pub` is not a public key and nothing but a public key." =
+      hubOf { web.publicKeys = [ "/etc/key.pub" ]; };
+    "`services.ekiben.hub.hosts.web.publicKeys`: db and web have the same key. Make one of its own for each." =
+      hubOf {
+        web.publicKey = "${key "a"} root@web";
+        db.publicKeys = [
+          (key "b")
+          "${key "a"} root@db"
+        ];
+      };
+    "`services.ekiben.hub.hosts.web.files.\"/etc/../secret\"`: a file cannot be there. Write an absolute path outside" =
+      hubOf {
+        web = {
+          publicKey = key "a";
+          files."/etc/../secret".source = "/run/secret";
+        };
+      };
+    "`services.ekiben.hub.hosts.web.files.\"secret\"`: a file cannot be there." = hubOf {
+      web = {
+        publicKey = key "a";
+        files.secret.source = "/run/secret";
+      };
+    };
+    "`services.ekiben.hub.user`: there is no user `nobody-here`. Write `users.users.nobody-here.isNormalUser = true;`" =
+      {
+        hub = {
+          enable = true;
+          user = "nobody-here";
+        };
+      };
+    "`services.ekiben.hub.user`: `root` must not publish" = {
+      hub = {
+        enable = true;
+        user = "root";
+      };
+    };
+    "`services.ekiben.hub.user`: `fleet-web` must not publish" = lib.recursiveUpdate (hubOf {
+      web.publicKey = key "a";
+    }) { hub.user = "fleet-web"; };
     "`services.ekiben.webhook.projects.a b`: this name cannot be a credential's. Write one of letters, digits" =
       {
         webhook.projects."a b" = project // {
@@ -157,11 +219,27 @@ let
     unknown = {
       instances.app.input = [ "app" ];
     };
+    sourceInStore = hubOf {
+      web.files."/secret".source = "${builtins.storeDir}/secret";
+    };
+    mode = hubOf {
+      web.files."/secret" = {
+        source = "/secret";
+        mode = "u=r";
+      };
+    };
+    directory = {
+      hub.directory = "/srv/my fleet";
+    };
+    size = {
+      hub.reports.size = "50%";
+    };
   };
 
   values = config: [
     config.services.ekiben.settings
     config.services.ekiben.webhook.projects
+    config.services.ekiben.hub
   ];
   expect = what: condition: lib.optional (!condition) what;
   nothing = evaluate { };
@@ -185,12 +263,28 @@ let
       };
     };
   };
+  # a hub that deploys nothing itself, and whose administrator publishes
+  hub = evaluate {
+    services.ekiben.hub = {
+      enable = true;
+      user = "deploy";
+      repository = "/var/fleet";
+      directory = "/srv/hub";
+      hosts.web.publicKey = key "a";
+    };
+    services.openssh.extraConfig = lib.mkAfter ''
+      Match User deploy
+        X11Forwarding yes
+    '';
+  };
   wrong = lib.concatLists [
     (expect "nothing is enabled, nothing is there" (
       failures nothing == [ ]
       && ours nothing.systemd.units == { }
       && !(nothing.users.groups ? ekiben)
       && !(nothing.environment.etc ? "ekiben/config.json")
+      && !(nothing.environment.etc ? "ekiben/hub.json")
+      && !nothing.services.openssh.enable
     ))
     (expect "the published example works under its old name" (failures predecessor == [ ]))
     (expect "the published example is the same under both names" (
@@ -232,6 +326,35 @@ let
       &&
         proxied.services.caddy.virtualHosts."c.example.org".extraConfig
         == "reverse_proxy /ekiben unix//run/ekiben.sock"
+    ))
+    (expect "a hub needs no instance" (
+      failures hub == [ ]
+      &&
+        builtins.attrNames (ours hub.systemd.units) == [
+          "ekiben-hub-collect.service"
+          "ekiben-hub-collect.timer"
+          "ekiben-hub-files.service"
+          "ekiben-hub-files.timer"
+        ]
+      && hub.systemd.units ? "srv-hub-hosts-web-reports.mount"
+      && hub.environment.variables.EKIBEN_FLEET == "/var/fleet"
+      && hub.services.openssh.enable
+    ))
+    (expect "who publishes is an administrator, and in no host's group" (
+      hub.users.groups.ekiben-hub.members == [ "deploy" ]
+      && !(hub.users.users ? ekiben-hub)
+      && hub.users.groups.ekiben-hosts.members == [ "fleet-web" ]
+      && hub.users.users.fleet-web.group == "fleet-web"
+    ))
+    (expect "a host's user is not locked, and its key is restricted" (
+      hub.users.users.fleet-web.hashedPassword == "*"
+      && hub.users.users.fleet-web.openssh.authorizedKeys.keys == [ "restrict ${key "a"}" ]
+    ))
+    (expect "what is said of hosts is the last word in sshd's configuration" (
+      lib.hasSuffix "Match all\n" hub.services.openssh.extraConfig
+      &&
+        builtins.match ".*Match User deploy.*Match Group ekiben-hosts.*" hub.services.openssh.extraConfig
+        != null
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (lib.concatLists (

@@ -70,7 +70,10 @@ let
           nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
           networking.hostName = lib.mkDefault name;
           nix.package = usr;
-          programs.ssh.package = usr;
+          # as far as it matters, Debian's
+          programs.ssh.package = usr // {
+            version = "10.0";
+          };
           systemd.package = usr;
           # Debian's own
           systemd.globalEnvironment = lib.mkForce { };
@@ -93,12 +96,17 @@ let
         file: _: lib.hasPrefix "scenario/" file || file == "ekiben/hub.json"
       ) config.environment.etc;
       isOurs = name: lib.hasPrefix "ekiben" name || lib.hasPrefix "fleet-" name;
-      user = user: ''
-        g ${user.group} -
-        u ${user.name} ${
-          if user.uid == null then "-" else toString user.uid
-        }:${user.group} - ${user.home} ${if user.isNormalUser then "/bin/bash" else "-"}
-      '';
+      user =
+        user:
+        ''
+          g ${user.group} -
+          u ${user.name} ${
+            if user.uid == null then "-" else toString user.uid
+          }:${user.group} - ${user.home} ${if user.isNormalUser then "/bin/bash" else "-"}
+        ''
+        + lib.concatMapStrings (group: "m ${user.name} ${group}\n") (
+          lib.filter (group: !isOurs group) user.extraGroups
+        );
       users = lib.filter (user: user.isNormalUser || isOurs user.name) (
         builtins.attrValues config.users.users
       );
@@ -171,6 +179,9 @@ let
           ) user.openssh.authorizedKeys.keys;
         }
       ) config.users.users
+      // lib.concatMapAttrs (
+        name: service: lib.optionalAttrs (isOurs name) { "etc/pam.d/${name}" = service.text; }
+      ) config.security.pam.services
       // lib.optionalAttrs config.services.ekiben.enable {
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }

@@ -30,6 +30,7 @@ mod system;
 #[cfg(test)]
 mod testing;
 mod token;
+mod trigger;
 mod webhook;
 
 use std::io::Write;
@@ -47,7 +48,7 @@ Keeps a NixOS machine up to date from the inside.
 
 Usage: ekiben [--config FILE] COMMAND
 
-  trigger INSTANCE             ask for a run
+  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
   status [--json] [INSTANCE]   show how the instances are, or one of them in detail
   check FILE                   check a configuration file
 
@@ -89,7 +90,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["--help" | "-h" | "help"] => print(HELP),
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is right.\n"))),
-        ["trigger", name] => trigger(&config()?, name),
+        ["trigger", name] => trigger::trigger(&config()?, name),
+        ["trigger", "--wait", name] => trigger::trigger_and_wait(&config()?, name),
         ["status", "--json"] => status::show(&config()?, None, true),
         ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
         ["status"] => status::show(&config()?, None, false),
@@ -139,13 +141,6 @@ fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {
 fn layout(name: &str) -> Result<Layout> {
     config::instance_name(name).context(|| "find the instance".into())?;
     Ok(Layout::new(name))
-}
-
-fn trigger(config: &Config, name: &str) -> Result<()> {
-    config.instance(name)?;
-    let layout = Layout::new(name);
-    let number = queue::request(&layout, status::Status::read(&layout).served)?;
-    print(&format!("Request {number} for {name}; see ekiben status {name}.\n"))
 }
 
 fn print(text: &str) -> Result<()> {

@@ -161,6 +161,11 @@ impl Program {
         self.succeeded(doing, output.status, output.stdout, &said)
     }
 
+    /// Starts the program beside this one; its output is this one's.
+    pub fn start(mut self) -> Result<Child> {
+        self.command.spawn().context(|| format!("run {}", self.name))
+    }
+
     /// Has the program write its errors into a file.
     pub fn errors_to(mut self, file: File) -> Self {
         self.command.stderr(file);
