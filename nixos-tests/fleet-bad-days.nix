@@ -15,6 +15,8 @@ in
     services.ekiben.hub = {
       enable = true;
       hosts.web.publicKey = keys.web.public;
+      # only when the script says so
+      reports.interval = "1h";
     };
     environment.etc = {
       "scenario/host-key".text = keys.hub.private;

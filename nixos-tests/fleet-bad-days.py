@@ -227,6 +227,7 @@ with subtest("clocks are years apart: of no account"):
 with subtest("the hub's host key is another one: refused, said, nothing fetched, nothing told"):
     archive(next(COUNT))
     release = offer()
+    web.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-deliver | grep -E '^(inactive|failed)$'")
     beat = heartbeat()
     hub.succeed("install -m 600 /etc/scenario/other /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
     refuses("Host key verification failed")
