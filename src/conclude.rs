@@ -16,11 +16,11 @@ use crate::candidate::{Fate, MOVED};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::fault;
-use crate::fleet::{Release, outbox};
+use crate::fleet::outbox;
 use crate::health;
 use crate::layout::Layout;
 use crate::nix as store;
-use crate::notes::{Notes, Proposal};
+use crate::notes::Notes;
 use crate::program::Program;
 use crate::queue;
 use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
@@ -101,15 +101,13 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         result = back(layout, &mut run, result);
     }
 
-    let release = notes.as_ref().and_then(|notes| notes.release.clone());
-    let proposal = notes.and_then(|notes| notes.proposal);
     if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
         // a ref that is left over is overwritten by the next run
         if let Err(error) = settle(layout, &mut run, Fate::Drop) {
             log::warn!("{error}.");
         }
     }
-    report(layout, &run, result, release, proposal.as_ref());
+    report(layout, &run, result, notes.as_ref());
     fault::point("conclude: reported");
     if result == Outcome::StartedOver {
         if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
@@ -233,10 +231,11 @@ fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
     Ok(())
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome, release: Option<Release>, proposal: Option<&Proposal>) {
+fn report(layout: &Layout, run: &Run, result: Outcome, notes: Option<&Notes>) {
     let failure = run.failure.as_ref();
+    let proposal = notes.and_then(|notes| notes.proposal.as_ref());
     let mut ended = Ended::new(run, result, failure);
-    ended.release = release;
+    ended.release = notes.and_then(|notes| notes.release.clone());
     ended.commit = proposal.map(|proposal| proposal.commit.clone());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     let tail = failure.map_or(&[][..], |failure| &failure.tail);

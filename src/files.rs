@@ -9,6 +9,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::fcntl::OFlag;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Context, Result};
 
 /// Replaces the file `path` by one with these contents and permissions.
 pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
@@ -24,6 +28,21 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     }
     written?;
     sync_parent(path)
+}
+
+/// The same for a value, as JSON. The error says which file.
+pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> {
+    let doing = || format!("write {}", path.display());
+    write(path, &serde_json::to_vec_pretty(value).context(doing)?, mode).context(doing)
+}
+
+/// Reads a JSON file that nobody else can have written; none if it is not there.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let doing = || format!("read {}", path.display());
+    match fs::read(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => serde_json::from_slice(&other.context(doing)?).map(Some).context(doing),
+    }
 }
 
 /// Removes the file `path`, if it is there.

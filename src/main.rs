@@ -27,6 +27,7 @@ mod run;
 mod savepoint;
 mod status;
 mod system;
+mod table;
 #[cfg(test)]
 mod testing;
 mod token;

@@ -263,6 +263,11 @@ impl Ended {
     }
 }
 
+/// A line that a program said, fit for a terminal.
+pub fn printable(line: &str) -> String {
+    line.replace(|letter: char| letter.is_control() && letter != '\t', "\u{fffd}")
+}
+
 /// Ends a program and its children, first politely.
 fn end(child: &mut Child) {
     let Ok(group) = child.id().try_into().map(Pid::from_raw) else { return };
@@ -333,7 +338,7 @@ impl Tail {
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
-        let line = String::from_utf8_lossy(&self.partial).replace(|c: char| c.is_control() && c != '\t', "\u{fffd}");
+        let line = printable(&String::from_utf8_lossy(&self.partial));
         self.seen |= !self.watched.is_empty() && line.contains(self.watched);
         self.lines.push_back(line);
         self.partial.clear();

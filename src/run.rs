@@ -196,9 +196,7 @@ impl Run {
 
     /// Writes the journal; when this returns, it will be there after a crash.
     pub fn save(&self, layout: &Layout) -> Result<()> {
-        let path = layout.journal();
-        let doing = || format!("write {}", path.display());
-        files::write(&path, &serde_json::to_vec_pretty(self).context(doing)?, 0o600).context(doing)
+        files::write_json(&layout.journal(), self, 0o600)
     }
 
     /// Enters a phase, durably.

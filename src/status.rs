@@ -19,6 +19,7 @@ use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
+use crate::table;
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 20;
@@ -242,9 +243,7 @@ impl Status {
 
     fn write(mut self, layout: &Layout) -> Result<()> {
         self.format = FORMAT;
-        let path = layout.status();
-        let doing = || format!("write {}", path.display());
-        files::write(&path, &serde_json::to_vec_pretty(&self).context(doing)?, 0o644).context(doing)
+        files::write_json(&layout.status(), &self, 0o644)
     }
 }
 
@@ -376,13 +375,7 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
             shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(12).collect()),
         ]);
     }
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..5).map(width).collect();
-    let line = |row: &[String; 5]| {
-        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        cells.join("  ").trim_end().to_owned() + "\n"
-    };
-    rows.iter().map(line).collect()
+    table::lines(&rows).join("\n") + "\n"
 }
 
 /// All that is known of one instance.

@@ -19,25 +19,23 @@ const NAMES: usize = 20_000;
 /// How long unpacking may take.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The SHA-256 of a file, in hexadecimal digits.
-pub fn sha256(file: &Path) -> Result<String> {
-    let doing = || format!("compute the hash of {}", file.display());
-    let said = Program::new("sha256sum").arg("--").arg(file).output(doing, None)?;
-    Ok(String::from_utf8_lossy(&said).chars().take(64).collect())
-}
-
 /// Unpacks an archive into a directory, which is made anew. Fails, and leaves nothing, if there is
 /// anything in the archive but files and directories with names that stay below it.
 pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
     let tar = directory.with_extension("tar");
-    clear(directory)?;
-    fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))?;
+    make_anew(directory)?;
     let unpacked = unpack_by(archive, &tar, directory);
     let _ = fs::remove_file(tar);
     if unpacked.is_err() {
         clear(directory)?;
     }
     unpacked
+}
+
+/// Makes an empty directory, in the place of what is there.
+pub fn make_anew(directory: &Path) -> Result<()> {
+    clear(directory)?;
+    fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))
 }
 
 /// Removes what [`unpack`] has made.

@@ -10,14 +10,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::unistd::geteuid;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::sftp::Session;
-use crate::fleet::{FORMAT, Heartbeat, Last, Manifest, NAMESPACE, Received, Release, SMALL, Signed, archive};
+use crate::fleet::{FORMAT, Heartbeat, Last, Manifest, NAMESPACE, Received, Release, SMALL, Signed, archive, sha256};
 use crate::fleet::{outbox, release};
 use crate::git::Repository;
 use crate::layout::Layout;
@@ -56,7 +55,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     if !known {
         fetch_archive(&mut session, &manifest, &tarball)?;
     }
-    write_json(&layout.own("seen.json"), release)?;
+    files::write_json(&layout.own("seen.json"), release, 0o644)?;
     deliver_by(&mut session, layout, hub, &directory, Some(release).filter(|_| !known))?;
     session.close()?;
     if known {
@@ -78,7 +77,7 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
     let doing = || format!("fetch release {id}");
     let is_right = || -> Result<bool> {
         let there = fs::metadata(tarball).is_ok_and(|metadata| metadata.len() == manifest.size);
-        Ok(there && archive::sha256(tarball)? == manifest.sha256)
+        Ok(there && sha256::of_file(tarball)? == manifest.sha256)
     };
     // the second time from the beginning: what was there may have been something else
     for _ in 0..2 {
@@ -97,7 +96,7 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
 /// Reads a manifest that somebody else wrote.
 fn read_manifest(place: &Path, hub: &Hub, directory: &Scratch) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
-    let signed: Signed = read_json(place)?;
+    let signed: Signed = read_foreign(place)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.ok_or("it is not signed").context(doing)?;
         let (signers, file) = (directory.path.join("signers"), directory.path.join("manifest.sig"));
@@ -135,7 +134,8 @@ pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     session.close()
 }
 
-/// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this is, asks as the instance's user.
+/// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
+/// is, asks as the instance's user.
 pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: it has none")))?;
     if geteuid().is_root() {
@@ -156,8 +156,8 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
 fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, directory: &Scratch, running: Option<&Release>) -> Result<()> {
     let place = directory.fresh("received.json")?;
     if session.get("release/received.json", &place)? {
-        let received: Received = read_json(&place)?;
-        write_json(&layout.own("received.json"), &received)?;
+        let received: Received = read_foreign(&place)?;
+        files::write_json(&layout.own("received.json"), &received, 0o644)?;
     }
     for file in outbox::waiting(layout)? {
         if let Some(name) = file.file_name().and_then(|name| name.to_str()) {
@@ -165,7 +165,8 @@ fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, directory: &Scr
         }
     }
     let heartbeat = heartbeat(layout, hub, running)?;
-    write_json(&layout.own("heartbeat.json"), &heartbeat)?;
+    // the directory is the user's alone; on the hub, others have to read what is sent
+    files::write_json(&layout.own("heartbeat.json"), &heartbeat, 0o644)?;
     session.put(&layout.own("heartbeat.json"), "reports/heartbeat.json")
 }
 
@@ -201,8 +202,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
 
 /// The newest release that the hub has offered.
 fn seen(layout: &Layout) -> Result<Option<Release>> {
-    let path = layout.own("seen.json");
-    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    files::read_json(&layout.own("seen.json"))
 }
 
 /// The private key: systemd's copy of it, which only the instance's user can read.
@@ -232,13 +232,7 @@ impl Scratch {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let doing = || format!("read {}", path.display());
     serde_json::from_slice(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let doing = || format!("write {}", path.display());
-    // the directory is the user's alone; on the hub, others have to read what is sent
-    files::write(path, &serde_json::to_vec_pretty(value).context(doing)?, 0o644).context(doing)
 }

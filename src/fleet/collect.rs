@@ -157,7 +157,7 @@ fn acknowledge(hub: &Hub, host: &str) -> Result<()> {
         new.sort();
         index.reports.extend(new.into_iter().map(|(_, run)| run));
         index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
-        hub::write(&hub.release(host).join("received.json"), &index)?;
+        files::write_json(&hub.release(host).join("received.json"), &index, 0o644)?;
     }
     let (mut kept, mut bytes) = (0, 0);
     for run in index.reports.iter().rev() {

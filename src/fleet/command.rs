@@ -16,7 +16,7 @@ use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
 use crate::fleet::{collect, guide, hub_status, publish};
 use crate::nix::{is_store_path, nix, set_profile, updated_lock_file};
-use crate::program::Program;
+use crate::program::{Program, printable};
 use crate::{config, files, system};
 
 const HELP: &str = "\
@@ -339,10 +339,6 @@ fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
         [_] => Ok(()),
         _ => refuse(format!("expected one host, this machine's own {own:?}")),
     }
-}
-
-fn printable(line: &str) -> String {
-    line.replace(|letter: char| letter.is_control() && letter != '\t', "\u{fffd}")
 }
 
 fn exit(well: bool) -> ExitCode {

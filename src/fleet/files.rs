@@ -13,9 +13,8 @@ use serde::Deserialize;
 use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{SMALL, Served};
+use crate::fleet::{SMALL, Served, sha256};
 use crate::json;
-use crate::program::Program;
 
 const INDEX: &str = "index.json";
 /// For the host's group, which the directory hands on.
@@ -78,7 +77,7 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Offer>) -> Re
         let doing = || format!("serve {} to {host}", source.display());
         // what manages secrets makes links
         let contents = source.canonicalize().and_then(|source| files::read_foreign(&source, SMALL)).context(doing)?;
-        let sha256 = sha256(&contents)?;
+        let sha256 = sha256::of(&contents)?;
         write(&directory.join(&sha256), &contents)?;
         let (path, mode, owner, group) = (path.clone(), mode.clone(), owner.clone(), group.clone());
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
@@ -100,13 +99,6 @@ fn write(path: &Path, contents: &[u8]) -> Result<()> {
         return Ok(());
     }
     files::write(path, contents, MODE).context(|| format!("write {}", path.display()))
-}
-
-fn sha256(contents: &[u8]) -> Result<String> {
-    let said = Program::new("sha256sum").output(|| "compute a SHA-256".into(), Some(contents))?;
-    let said = String::from_utf8_lossy(&said);
-    let digits = said.split(' ').next().filter(|digits| digits.len() == 64 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
-    digits.map(str::to_owned).ok_or_else(|| Error::new("Failed to compute a SHA-256: sha256sum said none"))
 }
 
 #[cfg(test)]

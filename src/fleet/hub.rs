@@ -4,12 +4,10 @@
 //! and is fit for a terminal.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use ::nix::fcntl::{Flock, FlockArg};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::host_name;
@@ -64,7 +62,7 @@ impl Hub {
     /// What is published for a host, and whether it is signed.
     pub fn manifest(&self, host: &str) -> Result<Option<(Manifest, bool)>> {
         let path = self.release(host).join("manifest.json");
-        let Some(signed) = read::<Signed>(&path)? else { return Ok(None) };
+        let Some(signed) = files::read_json::<Signed>(&path)? else { return Ok(None) };
         let doing = || format!("read {}", path.display());
         let manifest: Manifest = serde_json::from_str(&signed.manifest).context(doing)?;
         if manifest.format == FORMAT {
@@ -77,14 +75,14 @@ impl Hub {
     /// What a host said last, and when that arrived.
     pub fn heartbeat(&self, host: &str) -> Result<Option<(Heartbeat, SystemTime)>> {
         let path = self.received(host).join("heartbeat.json");
-        let Some(heartbeat) = read(&path)? else { return Ok(None) };
+        let Some(heartbeat) = files::read_json(&path)? else { return Ok(None) };
         let arrived = fs::metadata(&path).and_then(|metadata| metadata.modified());
         Ok(Some((heartbeat, arrived.context(|| format!("read {}", path.display()))?)))
     }
 
     /// Which reports of a host have arrived, the newest last.
     pub fn index(&self, host: &str) -> Result<Received> {
-        Ok(read(&self.release(host).join("received.json"))?.unwrap_or_default())
+        Ok(files::read_json(&self.release(host).join("received.json"))?.unwrap_or_default())
     }
 
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
@@ -114,19 +112,4 @@ pub fn foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error>
     let mut value = serde_json::from_slice(text)?;
     make_printable(&mut value);
     serde_json::from_value(value)
-}
-
-/// Reads a JSON file of ours; none if it is not there.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let doing = || format!("read {}", path.display());
-    match fs::read(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        other => serde_json::from_slice(&other.context(doing)?).map(Some).context(doing),
-    }
-}
-
-/// Replaces one.
-pub fn write(path: &Path, value: &impl Serialize) -> Result<()> {
-    let doing = || format!("write {}", path.display());
-    files::write(path, &serde_json::to_vec_pretty(value).context(doing)?, 0o644).context(doing)
 }

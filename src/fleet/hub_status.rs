@@ -19,6 +19,7 @@ use crate::fleet::repository::select;
 use crate::fleet::{Heartbeat, Last, Manifest};
 use crate::run::now;
 use crate::status::Outcome;
+use crate::table;
 
 /// How a host can be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -191,11 +192,9 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
             shown.published.as_ref().map_or(String::new(), |manifest| elapsed(manifest.published, now)),
         ]);
     }
-    let widths: Vec<_> = (0..6).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
     let mut text = String::new();
-    for row in &rows {
-        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        text.extend([cells.join("  ").trim_end(), "\n"]);
+    for (row, line) in rows.iter().zip(table::lines(&rows)) {
+        text.extend([&line, "\n"]);
         let error =
             shown.get(&row[0]).filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref()?.last.as_ref()?.error.as_ref());
         if let Some(error) = error {

@@ -34,6 +34,7 @@ mod pack;
 mod publish;
 mod repository;
 mod sftp;
+mod sha256;
 
 use std::path::PathBuf;
 

@@ -41,7 +41,7 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     let directory = layout.outbox();
     // the log first: what there is a report of is complete
     files::write(&directory.join(format!("{}.log.gz", run.id)), &log, 0o640).context(doing)?;
-    files::write(&directory.join(format!("{}.json", run.id)), &serde_json::to_vec_pretty(&report).context(doing)?, 0o640).context(doing)
+    files::write_json(&directory.join(format!("{}.json", run.id)), &report, 0o640)
 }
 
 /// Removes the reports that the hub has, by what the instance's user was told, and those that are

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
-use crate::fleet::{LARGE, archive};
+use crate::fleet::{LARGE, sha256};
 use crate::program::Program;
 
 /// All files below a directory, but those of git and the links that `nix build` leaves.
@@ -72,18 +72,13 @@ pub fn pack(directory: &Path, mut files: Vec<PathBuf>, file: &Path) -> Result<(S
     if size > LARGE {
         return Err(format!("it has {size} bytes, more than {LARGE}")).context(doing);
     }
-    Ok((archive::sha256(file)?, size))
-}
-
-/// The SHA-256 of a text.
-pub fn sha256_of(text: &str) -> Result<String> {
-    let said = Program::new("sha256sum").output(|| "compute a hash".into(), Some(text.as_bytes()))?;
-    Ok(String::from_utf8_lossy(&said).chars().take(64).collect())
+    Ok((sha256::of_file(file)?, size))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::archive;
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
 

@@ -8,9 +8,9 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::hub::{self, Hub};
+use crate::fleet::hub::Hub;
 use crate::fleet::repository::{Host, Repository};
-use crate::fleet::{FORMAT, Manifest, NAMESPACE, Release, Signed, pack};
+use crate::fleet::{FORMAT, Manifest, NAMESPACE, Release, Signed, sha256};
 use crate::program::Program;
 use crate::run::now;
 
@@ -35,7 +35,7 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
     let release = match same {
         Some(same) => same.release.clone(),
         None => Release {
-            id: pack::sha256_of(&content)?,
+            id: sha256::of(content.as_bytes())?,
             sequence: next_sequence(hub, &host.name, old.as_ref()).context(|| format!("publish {}", host.name))?,
         },
     };
@@ -69,7 +69,7 @@ fn publish(hub: &Hub, manifest: &Manifest, archive: &[u8], key: Option<&Path>, o
     let signature = key.map(|key| sign(&text, key)).transpose()?;
     let file = |manifest: &Manifest| release.join(format!("{}.tar.gz", manifest.release.id));
     files::write(&file(manifest), archive, 0o644).context(|| format!("write {}", file(manifest).display()))?;
-    hub::write(&release.join("manifest.json"), &Signed { manifest: text, signature })?;
+    files::write_json(&release.join("manifest.json"), &Signed { manifest: text, signature }, 0o644)?;
 
     let kept = [Some(file(manifest)), old.map(file)];
     for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {

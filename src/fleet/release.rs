@@ -1,6 +1,5 @@
 //! A release in a host's repository: a commit of ours that says in its message which one it is.
 
-use std::fs;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
@@ -33,8 +32,7 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, build: imp
             Err(error) => log::info!("{error}; evaluating it here."),
         }
     }
-    archive::clear(directory)?;
-    fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))?;
+    archive::make_anew(directory)?;
     repository.export(commit, directory)?;
     let result = match &manifest.attr {
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),

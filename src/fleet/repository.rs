@@ -14,7 +14,8 @@ use serde_json::Value;
 
 use crate::config::host_name;
 use crate::error::{Context, Error, Result};
-use crate::fleet::{archive, hub, jobs, pack};
+use crate::files;
+use crate::fleet::{archive, jobs, pack};
 use crate::json;
 use crate::nix::nix;
 
@@ -243,12 +244,12 @@ impl Repository {
         // of these arguments, the same may mean something else tomorrow
         let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
         if let Ok(Some(Answer { answer, .. })) =
-            hub::read(&file).map(|read| read.filter(|read: &Answer| lasting && !again && read.question == question))
+            files::read_json(&file).map(|read| read.filter(|read: &Answer| lasting && !again && read.question == question))
         {
             return Ok(answer);
         }
         let log = self.log(name);
-        crate::files::remove(&log).context(|| format!("remove {}", log.display()))?;
+        files::remove(&log).context(|| format!("remove {}", log.display()))?;
         let answer = self.with_unpacked(source, name, |directory| {
             let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
             let eval = if source.is_flake {
@@ -264,7 +265,7 @@ impl Repository {
         let answer = serde_json::from_slice(&answer).context(|| format!("evaluate {}", source.place))?;
         let answer = Answer { question, answer };
         if lasting {
-            hub::write(&file, &answer)?;
+            files::write_json(&file, &answer, 0o644)?;
         }
         Ok(answer.answer)
     }
