@@ -106,24 +106,7 @@ let
           default = false;
           description = "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
         };
-        operation = mkOption {
-          type = types.enum [
-            "switch"
-            "boot"
-          ];
-          default = "switch";
-          description = "Whether a new system runs at once, or after the next boot.";
-        };
-        flags = mkOption {
-          type = types.listOf types.str;
-          default = [ ];
-          example = [
-            "--option"
-            "extra-substituters"
-            "https://cache.example.org"
-          ];
-          description = "More arguments for {command}`nix build`.";
-        };
+        inherit operation flags;
         pull = mkOption {
           type = types.bool;
           default = false;
@@ -207,6 +190,26 @@ let
       };
     }
   );
+
+  # what an instance and a host of a fleet have in common
+  operation = mkOption {
+    type = types.enum [
+      "switch"
+      "boot"
+    ];
+    default = "switch";
+    description = "Whether a new system runs at once, or after the next boot.";
+  };
+  flags = mkOption {
+    type = types.listOf types.str;
+    default = [ ];
+    example = [
+      "--option"
+      "extra-substituters"
+      "https://cache.example.org"
+    ];
+    description = "More arguments for {command}`nix build`.";
+  };
 
   seconds =
     default: description:
@@ -1238,19 +1241,7 @@ in
           hub can be reached.
         '';
       };
-      operation = mkOption {
-        type = types.enum [
-          "switch"
-          "boot"
-        ];
-        default = "switch";
-        description = "Whether a new system runs at once, or after the next boot.";
-      };
-      flags = mkOption {
-        type = types.listOf types.str;
-        default = [ ];
-        description = "More arguments for {command}`nix build`.";
-      };
+      inherit operation flags;
       reboot = {
         when = mkOption {
           type = types.enum [
