@@ -110,18 +110,27 @@ def go_on(machine, point):
     machine.succeed(f"echo {shlex.quote(f'go on: {point}')} >> /run/ekiben-fault")
 
 
+def is_idle(instance):
+    """The command that succeeds if the instance's service, or another of ours by that name, does not run."""
+    return f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"
+
+
 def wait_until_idle(machine, instance):
-    """Waits until the instance's service does not run."""
-    machine.wait_until_succeeds(f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'")
+    """Waits until the instance's service, or another of ours by that name, does not run."""
+    machine.wait_until_succeeds(is_idle(instance))
 
 
 def wait_until_at_rest(machine, instance):
     """Waits until an instance does nothing and has nothing to do."""
     # in this order: a run that ends may leave a request, which begins the next one
     machine.wait_until_succeeds(
-        f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"
-        f" && test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json"
+        f"{is_idle(instance)} && test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json"
     )
+
+
+def use_host_key(machine, file):
+    """Has a machine's sshd use the private key /etc/scenario/`file`."""
+    machine.succeed(f"install -m 600 /etc/scenario/{file} /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
 
 
 def head(machine):

@@ -42,7 +42,7 @@ def change(directory, trouble="none"):
 def poll(name):
     """Has a host ask its hub; returns how the run ended, when the hub has been told."""
     ended = run(HOSTS[name], "fleet")
-    HOSTS[name].wait_until_succeeds("systemctl show --property ActiveState --value ekiben-deliver | grep -E '^(inactive|failed)$'")
+    wait_until_idle(HOSTS[name], "deliver")
     return ended
 
 
@@ -50,7 +50,7 @@ with subtest("a fleet is set up"):
     for machine in (hub, *HOSTS.values()):
         machine.wait_for_unit("multi-user.target")
         machine.wait_until_succeeds(as_deploy("nix-store --version; nix store ping 2>&1 || nix store info"))
-    hub.succeed("install -m 600 /etc/scenario/host-key /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")
+    use_host_key(hub, "host-key")
     hub.succeed("install -m 600 -o deploy /etc/scenario/signer /home/deploy/signer")
     hub.succeed(fleet("init"))
     settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))

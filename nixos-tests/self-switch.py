@@ -45,7 +45,7 @@ def settle():
     """Waits until nothing runs any more, and checks that nothing was left behind."""
     for instance in ("app", "other", "renamed"):
         # in this order: a run that ends may leave a request, which begins the next one
-        at_rest = [f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"]
+        at_rest = [is_idle(instance)]
         if machine.execute(f"systemctl cat ekiben-{instance}.path")[0] == 0:
             at_rest.append(f"test ! -e /var/lib/ekiben/queue/{instance}")
         # without Ekiben, what is not the switch's own run stays as it is until Ekiben is there again
