@@ -238,6 +238,15 @@ let
         default = 5;
         description = "How many more attempts a check has, a second apart.";
       };
+      remote = mkOption {
+        type = types.bool;
+        default = false;
+        description = ''
+          Whether it asks another machine, which may fail by itself. Such a check has as long as all its
+          attempts may take, and is made once more with the old system put back: if it fails there, too, the
+          new one is not to blame, and is deployed after all.
+        '';
+      };
     };
   };
 
@@ -313,6 +322,8 @@ let
       hub = {
         command = "${ekiben} reach fleet";
         timeout = 40;
+        retries = 2;
+        remote = true;
       };
     };
     hub = {
@@ -562,17 +573,19 @@ let
     };
   };
 
-  # the longest that a run can take by itself: there, checked, and back
+  # the longest that a run can take by itself: there, checked, back, checked, there, and back
   longest =
     instance:
     let
       inherit (instance) timeouts;
-      checks = mapAttrsToList (_: check: (check.retries + 1) * (check.timeout + 1)) instance.healthChecks;
+      checks = mapAttrsToList (
+        _: check: (check.retries + 1) * (check.timeout + 1) * 2
+      ) instance.healthChecks;
     in
     3600
     + timeouts.prepare * (instance.networkRetries + 1)
     + timeouts.build
-    + timeouts.activate * 4
+    + timeouts.activate * 6
     + lib.foldl' (a: b: a + b) 0 checks;
 
   programs = [

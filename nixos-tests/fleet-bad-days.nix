@@ -24,11 +24,12 @@ in
       "scenario/other".text = keys.other.private;
     };
   };
-  nodes.web = {
+  nodes.web = { lib, ... }: {
     # a test need not wait long
     services.ekiben.instances.fleet = {
       networkRetries = 1;
-      healthChecks.hub.retries = 1;
+      healthChecks.hub.timeout = lib.mkForce 10;
+      healthChecks.hub.retries = lib.mkForce 0;
     };
     services.ekiben.fleet = {
       enable = true;

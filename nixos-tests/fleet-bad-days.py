@@ -198,22 +198,42 @@ with subtest("a system that cuts the host off from the hub: rolled back, and tol
     assert told(ended["id"])[0]["result"] == "rolledBack"
     deploys(next(COUNT))
 
-with subtest("the hub is gone during the switch: tried again, since it is the same with the old system"):
+def vanishes(*points):
+    """Publishes a good release, and has the hub vanish from the network during the switch to it. Then
+    runs hold at `points`; returns what the release shows."""
     content = next(COUNT)
     archive(content)
     offer()
-    hold(web, "activate: switched")
+    hold(web, "activate: switched", *points)
     follow(web, "fleet")
     web.succeed("ekiben trigger fleet")
     wait_until_said(web, "fleet", "Held at activate: switched.")
     hub.succeed("ip link set eth1 down")
     go_on(web, "activate: switched")
+    return str(content)
+
+
+with subtest("the hub vanishes during the switch: it is the same with the old system, so the new one stays"):
+    content = vanishes()
     wait_until_at_rest(web, "fleet")
     ended = last_run(web, "fleet")
-    assert ended["result"] == "rolledBack" and "with the old system it is the same" in ended["error"], ended
+    assert ended["result"] == "deployed" and "the same with the old system" in ended["warnings"][0], ended
+    assert shows(web, "app") == content and generation(web).endswith(running(web))
+    hub.succeed("ip link set eth1 up")
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    assert told(ended["id"])[0]["warnings"] == ended["warnings"]
+
+with subtest("the hub vanishes during the switch, and the run is killed meanwhile: the old system, then another try"):
+    before = (running(web), generation(web))
+    content = vanishes("back: system restored")
+    wait_until_said(web, "fleet", "Held at back: system restored.")
+    web.succeed("rm /run/ekiben-fault; systemctl kill --kill-whom=main --signal=KILL ekiben-fleet.service")
+    wait_until_at_rest(web, "fleet")
+    ended = last_run(web, "fleet")
+    assert ended["result"] == "rolledBack" and (running(web), generation(web)) == before, ended
     hub.succeed("ip link set eth1 up")
     assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
-    assert shows(web, "app") == str(content)
+    assert shows(web, "app") == content
 
 with subtest("clocks are years apart: of no account"):
     # the manifest's time is for people

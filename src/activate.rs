@@ -72,7 +72,7 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
         fault::point("activate: switching");
         switch(run, &system, &before)?;
         fault::point("activate: switched");
-        health::verify(&run.instance.health_checks, &run.passed)?;
+        verify(layout, run, &system, &before)?;
         fault::point("activate: healthy");
         if !run.reboot_needed && system::current()? != system || nix::current_generation()? != before.generation {
             // another hand: what it did is to stay
@@ -123,4 +123,28 @@ fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
         }
         _ => ended.success(|| "activate the new system".into()),
     }
+}
+
+/// Has the health checks say whether the candidate does its work. Where nothing but another machine
+/// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
+fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+    let checks = run.instance.health_checks.clone();
+    let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
+    health::verify(&checks, &local)?;
+    let Err(error) = health::verify(&checks, &remote) else { return Ok(()) };
+    if !run.instance.rollback {
+        return Err(error);
+    }
+    log::warn!("{error}. Going back to {}, to see whether it is the same there ...", before.system.display());
+    run.enter(Phase::Returning, layout)?;
+    conclude::put_back(run, before, false)?;
+    if health::verify(&checks, &remote).is_ok() {
+        return Err(error);
+    }
+    log::warn!("It is the same there: the new system is not to blame.");
+    run.warnings.push(format!("{error}; it was the same with the old system, so the new one stays"));
+    run.passed = local;
+    run.enter(Phase::Switching, layout)?;
+    switch(run, system, before)?;
+    health::verify(&checks, &run.passed)
 }

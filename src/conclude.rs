@@ -204,7 +204,8 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     }
 }
 
-fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
+/// Puts back the system that was before, and what is booted if that was touched. May be done again.
+pub fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
     let limit = run.instance.timeouts.activate;
     // what another hand has done in the meantime is to stay
     let ours = |system: &Path| run.candidate.as_deref() == Some(system) || before.system == system;

@@ -123,6 +123,9 @@ pub struct HealthCheck {
     pub timeout: u64,
     /// Attempts after the first.
     pub retries: u32,
+    /// Whether it asks something of another machine, which may fail by itself.
+    #[serde(default)]
+    pub remote: bool,
 }
 
 /// What to do about a unit that fails.

@@ -1,11 +1,11 @@
 //! Health checks: commands and units that tell whether a new system does its work.
 //!
 //! A check counts only if it passed before the switch: what was broken before is no reason to go
-//! back.
+//! back. One that asks another machine counts only if it passes again with the old system.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::HealthCheck;
 use crate::error::{Error, Result};
@@ -29,13 +29,14 @@ pub fn passing(checks: &BTreeMap<String, HealthCheck>) -> Vec<String> {
 /// Fails if one of the checks that passed before does not pass any more, however often it is tried.
 pub fn verify(checks: &BTreeMap<String, HealthCheck>, passed_before: &[String]) -> Result<()> {
     for (name, check) in checks.iter().filter(|(name, _)| passed_before.contains(name)) {
+        // what fails at once is not given up at once: a network may take its time to come back
+        let until = Instant::now() + Duration::from_secs(check.timeout) * (check.retries + 1);
         let mut result = attempt(name, check);
-        for _ in 0..check.retries {
-            if result.is_ok() {
-                break;
-            }
+        let mut retries = 0;
+        while result.is_err() && (if check.remote { Instant::now() < until } else { retries < check.retries }) {
             std::thread::sleep(PAUSE);
             result = attempt(name, check);
+            retries += 1;
         }
         result?;
     }
