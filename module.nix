@@ -36,11 +36,17 @@ let
     // {
       description = "absolute path outside the Nix store, as a string";
     };
+  plainPath =
+    types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
+    // {
+      description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
+    };
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
   isFree = name: isName name && !lib.elem name reserved;
   reserved = [
     "deliver"
+    "files"
     "hub-collect"
     "hub-files"
     "reboot"
@@ -330,6 +336,7 @@ let
       inherit (cfg.fleet) name signers sshOptions;
       servers = lib.toList cfg.fleet.hub;
       selfUpdate = cfg.fleet.selfUpdate.enable;
+      inherit (cfg.fleet) fileDirectories;
     };
   };
 
@@ -442,6 +449,21 @@ let
       "@system-service"
       "~@privileged"
     ];
+  };
+
+  # for oneshot services that need no network
+  offlineSandbox = sandbox // {
+    Type = "oneshot";
+    IPAddressDeny = "any";
+    PrivateNetwork = true;
+    ProtectHome = true;
+    # not even systemd's own socket, or root would be root
+    RestrictAddressFamilies = "none";
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
+    TimeoutStartSec = "10min";
   };
 
   webhookAddress =
@@ -660,6 +682,52 @@ let
 
   identity = "identity:${cfg.fleet.identityFile}";
 
+  # The files that the hub has for this host. As what manages secrets does: in a switch and at boot before
+  # all other units, when the users are there; also whenever the hub has something new.
+  hasFiles = cfg.fleet.fileDirectories != [ ];
+  fleetFiles = {
+    description = "Files from the fleet's hub";
+    wantedBy = [
+      "sysinit.target"
+      "sysinit-reactivation.target"
+    ];
+    before = [
+      "shutdown.target"
+      "sysinit.target"
+      "sysinit-reactivation.target"
+    ];
+    conflicts = [ "shutdown.target" ];
+    after = [
+      "local-fs.target"
+      "systemd-sysusers.service"
+      "systemd-tmpfiles-resetup.service"
+      "systemd-tmpfiles-setup.service"
+    ];
+    unitConfig = {
+      DefaultDependencies = false;
+      RequiresMountsFor = [ "/var/lib/ekiben" ] ++ cfg.fleet.fileDirectories;
+    };
+    startLimitIntervalSec = 0;
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} install fleet";
+      # root, to read what the instance's user has fetched, and to hand it over; not to do what root otherwise may
+      CapabilityBoundingSet = "CAP_CHOWN CAP_DAC_READ_SEARCH";
+      ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
+      ReadWritePaths = [
+        "/var/lib/ekiben/files"
+        "/var/lib/ekiben/outbox/fleet"
+      ]
+      ++ map (directory: "-${directory}") cfg.fleet.fileDirectories;
+      SystemCallFilter = [
+        "@system-service"
+        "~@privileged"
+        "@chown"
+      ];
+    };
+  };
+
   # a run's report; what cannot be delivered now waits for the next poll
   deliver = {
     description = "Delivery of reports to the fleet's hub";
@@ -766,16 +834,14 @@ let
       files = mkOption {
         type = types.attrsOf hubFile;
         default = { };
-        # the hub serves them; hosts do not fetch them yet
-        visible = false;
         example = literalExpression ''
           {
             "/var/lib/secrets/database".source = config.age.secrets.web-database.path;
           }
         '';
         description = ''
-          Files that only this host may have, by their paths on the host. They are in no Nix store,
-          here or there.
+          Files that only this host may have, by their paths on the host, which have to be below one of its
+          {option}`services.ekiben.fleet.fileDirectories`. They are in no Nix store, here or there.
         '';
       };
     };
@@ -890,19 +956,6 @@ let
     unitConfig.DefaultDependencies = false;
   };
 
-  hubSandbox = sandbox // {
-    Type = "oneshot";
-    IPAddressDeny = "any";
-    PrivateNetwork = true;
-    ProtectHome = true;
-    # not even systemd's own socket, or root would be root
-    RestrictAddressFamilies = "none";
-    SystemCallFilter = [
-      "@system-service"
-      "~@privileged"
-    ];
-    TimeoutStartSec = "10min";
-  };
   hubTimer = description: interval: {
     inherit description;
     wantedBy = [ "timers.target" ];
@@ -918,7 +971,7 @@ let
     after = map (name: "${utils.escapeSystemdPath (hubMount name).where}.mount") (
       builtins.attrNames hosts
     );
-    serviceConfig = hubSandbox // {
+    serviceConfig = offlineSandbox // {
       ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
       User = hub.user;
       Group = hubUser;
@@ -930,7 +983,7 @@ let
     description = "Files for the hosts of Ekiben's fleet";
     wantedBy = [ "multi-user.target" ];
     restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
-    serviceConfig = hubSandbox // {
+    serviceConfig = offlineSandbox // {
       ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
       # root, to read the sources; not to write where root otherwise may
       CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
@@ -1237,6 +1290,15 @@ in
         default = "15min";
         description = "Delay each time by a random time of at most this, so that not all of a fleet come at once.";
       };
+      fileDirectories = mkOption {
+        type = types.listOf plainPath;
+        default = [ "/var/lib/secrets" ];
+        description = ''
+          The directories below which the hub may put the files that it has for this host
+          ({option}`services.ekiben.hub.hosts.<name>.files`). Where they are missing they are made, for root
+          to write in. What a file holds is the hub's to say even where releases are signed.
+        '';
+      };
       selfUpdate = {
         enable = mkEnableOption "updates of flake inputs also where the hub has nothing new";
         inputs = mkOption {
@@ -1308,11 +1370,7 @@ in
         '';
       };
       directory = mkOption {
-        type =
-          types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
-          // {
-            description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
-          };
+        type = plainPath;
         default = "/var/lib/ekiben-hub";
         description = ''
           What the hub serves and has received. All that leads there has to belong to root, and
@@ -1373,15 +1431,28 @@ in
         tmpfiles.rules = [
           "d /var/lib/ekiben/outbox 0755 root root -"
           "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${cfg.fleet.user}.group} -"
-        ];
+          "d /var/lib/ekiben/files 0700 root root -"
+        ]
+        # one that is there stays as it is
+        ++ map (directory: "d ${directory} :0711 :root :root -") cfg.fleet.fileDirectories;
         services = {
           ekiben-deliver = deliver;
+          ekiben-files = mkIf hasFiles fleetFiles;
           ekiben-reboot = mkIf (cfg.fleet.reboot.when == "needed") reboot;
         };
         paths.ekiben-deliver = {
           description = "Reports for the fleet's hub";
           wantedBy = [ "paths.target" ];
           pathConfig.PathChanged = "/var/lib/ekiben/outbox/fleet";
+        };
+        paths.ekiben-files = mkIf hasFiles {
+          description = "Files from the fleet's hub";
+          wantedBy = [ "paths.target" ];
+          # systemd has it come before its service, and that comes before all that units usually come after
+          unitConfig.DefaultDependencies = false;
+          conflicts = [ "shutdown.target" ];
+          before = [ "shutdown.target" ];
+          pathConfig.PathChanged = "/var/lib/ekiben/instances/fleet/files/index.json";
         };
         timers = mkIf (cfg.fleet.reboot.when == "needed") {
           ekiben-reboot = {

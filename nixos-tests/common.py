@@ -175,3 +175,56 @@ def check_deployed(machine, instance):
     assert shows(machine, "revision") == head(machine)
     assert generation(machine).endswith(f" {running(machine)}")
     machine.require_unit_state(f"ekiben-{instance}.service", "inactive")
+
+
+# tries what a unit of ours has no business to do, from inside of it
+PROBE = r"""
+import json, os, socket, subprocess, sys
+could = []
+def attempt(name, function):
+    try:
+        function()
+        could.append(name)
+    except (OSError, subprocess.CalledProcessError):
+        pass
+def write(directory):
+    path = f"{directory}/.probe"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    os.unlink(path)
+def connect(family, address):
+    with socket.socket(family) as s:
+        s.settimeout(3)
+        s.connect(address)
+# every directory that is in sight, but for the many of the store and the like
+for directory, names, _ in os.walk("/"):
+    names[:] = [name for name in names if not os.path.join(directory, name).startswith(("/proc", "/nix/store/", "/nix/.", "/usr/", "/lib", "/sys/"))]
+    attempt(f"write {directory}", lambda: write(directory))
+for path in ("/etc/shadow", "/proc/1/environ", *sys.argv[1:]):
+    attempt(f"read {path}", lambda: open(path, "rb").read(1))
+attempt("reach itself", lambda: connect(socket.AF_INET, ("127.0.0.1", 22)))
+attempt("reach D-Bus", lambda: connect(socket.AF_UNIX, "/run/dbus/system_bus_socket"))
+attempt("reach systemd", lambda: connect(socket.AF_UNIX, "/run/systemd/private"))
+attempt("start a unit", lambda: subprocess.run(["systemctl", "start", "systemd-tmpfiles-clean.timer"], check=True, capture_output=True))
+attempt("be root", lambda: subprocess.run(["/opt/become", "--reuid=0", "true"], check=True, capture_output=True))
+attempt("be another", lambda: os.setuid(1001))
+attempt("chown", lambda: os.chown("/tmp", 1001, 1001))
+attempt("mount", lambda: subprocess.run(["mount", "-t", "tmpfs", "none", "/tmp"], check=True, capture_output=True))
+attempt("make a device", lambda: os.mknod("/tmp/disk", 0o60600, os.makedev(8, 0)))
+attempt("make a program that is root's for all", lambda: os.chmod(os.open("/tmp/suid", os.O_CREAT), 0o4755))
+"""
+
+
+def take_over(machine, unit, reads, more=""):
+    """What a stand-in for a unit's program could do, from inside the unit, among it to read `reads`."""
+    probe = PROBE + more + 'print("could " + json.dumps(could))'
+    python = machine.succeed("readlink -f $(command -v python3)").strip()
+    machine.succeed(
+        # what gives root to whoever runs it, unless that is prevented
+        "mkdir -p /opt; cp $(readlink -f $(command -v setpriv)) /opt/become; chmod 4755 /opt/become; runuser -u nobody -- /opt/become --reuid=0 true",
+        f"mkdir -p /srv /run/systemd/system/{unit}.service.d; printf %s {shlex.quote(probe)} > /srv/probe.py; chmod 644 /srv/probe.py",
+        f"printf '%s\n' [Service] ExecStart= 'ExecStart={python} /srv/probe.py {' '.join(reads)}' > /run/systemd/system/{unit}.service.d/probe.conf",
+        f"systemctl daemon-reload; systemctl start {unit}.service",
+        "journalctl --sync", f"rm -r /run/systemd/system/{unit}.service.d; systemctl daemon-reload",
+    )
+    said = machine.succeed(f"journalctl -q -u {unit} -o cat | grep '^could ' | tail -n 1")
+    return set(json.loads(said.removeprefix("could ")))

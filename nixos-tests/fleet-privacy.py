@@ -441,74 +441,24 @@ with subtest("a file that changes is served anew, one that is gone stays, neithe
     hub.fail("grep -Rs 'secret of' /etc/ekiben /etc/systemd/system /etc/tmpfiles.d")
     hub.require_unit_state("ekiben-hub-files.timer", "active")
 
-# tries what a unit of the hub's has no business to do, from inside of it
-PROBE = r"""
-import json, os, socket, subprocess, sys
-could = []
-def attempt(name, function):
-    try:
-        function()
-        could.append(name)
-    except (OSError, subprocess.CalledProcessError):
-        pass
-def write(directory):
-    path = f"{directory}/.probe"
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    os.unlink(path)
-def connect(family, address):
-    with socket.socket(family) as s:
-        s.settimeout(3)
-        s.connect(address)
-HUB = "/var/lib/ekiben-hub"
-# every directory that is in sight, but for the many of the store and the like
-for directory, names, _ in os.walk("/"):
-    names[:] = [name for name in names if not os.path.join(directory, name).startswith(("/proc", "/nix/store/", "/nix/.", "/usr/", "/lib", "/sys/"))]
-    attempt(f"write {directory}", lambda: write(directory))
-for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret", "/proc/1/environ"):
-    attempt(f"read {path}", lambda: open(path, "rb").read(1))
-attempt("remove a report", lambda: os.unlink(f"{HUB}/hosts/a/reports/heartbeat.json"))
+READS = ["/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret"]
+MORE = f"""
+attempt("remove a report", lambda: os.unlink("{HUB}/hosts/a/reports/heartbeat.json"))
 attempt("reach a", lambda: connect(socket.AF_INET, ("192.168.1.1", 22)))
-attempt("reach itself", lambda: connect(socket.AF_INET, ("127.0.0.1", 22)))
-attempt("reach D-Bus", lambda: connect(socket.AF_UNIX, "/run/dbus/system_bus_socket"))
-attempt("reach systemd", lambda: connect(socket.AF_UNIX, "/run/systemd/private"))
-attempt("start a unit", lambda: subprocess.run(["systemctl", "start", "ekiben-hub-files.timer"], check=True, capture_output=True))
-attempt("be root", lambda: subprocess.run(["/opt/become", "--reuid=0", "true"], check=True, capture_output=True))
-attempt("be alice", lambda: os.setuid(1001))
-attempt("chown", lambda: os.chown("/tmp", 1001, 1001))
-attempt("mount", lambda: subprocess.run(["mount", "-t", "tmpfs", "none", "/tmp"], check=True, capture_output=True))
-attempt("make a device", lambda: os.mknod("/tmp/disk", 0o60600, os.makedev(8, 0)))
-print("could " + json.dumps(could))
 """
 
-
-def take_over(unit):
-    """What a stand-in for a unit's program could do, from inside the unit."""
-    python = hub.succeed("readlink -f $(command -v python3)").strip()
-    hub.succeed(
-        f"mkdir -p /srv /run/systemd/system/{unit}.service.d; printf %s {shlex.quote(PROBE)} > /srv/probe.py; chmod 644 /srv/probe.py",
-        f"printf '%s\n' [Service] ExecStart= 'ExecStart={python} /srv/probe.py' > /run/systemd/system/{unit}.service.d/probe.conf; systemctl daemon-reload",
-    )
-    hub.succeed(f"systemctl start {unit}.service")
-    hub.succeed("journalctl --sync", f"rm -r /run/systemd/system/{unit}.service.d; systemctl daemon-reload")
-    said = hub.succeed(f"journalctl -q -u {unit} -o cat | grep '^could ' | tail -n 1")
-    return set(json.loads(said.removeprefix("could ")))
-
-
 with subtest("the units of the hub can do what they are for, and nothing else"):
-    hub.succeed(
-        "mkdir -p /opt; cp $(readlink -f $(command -v setpriv)) /opt/become; chmod 4755 /opt/become",
-        "runuser -u alice -- sh -c 'umask 077; echo secret > ~/secret'; runuser -u alice -- /opt/become --reuid=0 true",
-    )
+    hub.succeed("runuser -u alice -- sh -c 'umask 077; echo secret > ~/secret'")
     assert sftp(a, 'attempt("put", lambda: s.write("reports/heartbeat.json", b"well"))') == {"put": "ok"}
     # private ones
     scratch = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/dev")
-    could = take_over("ekiben-hub-files")
+    could = take_over(hub, "ekiben-hub-files", READS, MORE)
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in scratch))} == {
         # root's own directories there, and every source
         *(f"write {HUB}/hosts{place}" for place in ("", "/a", "/a/files", "/b", "/b/files")),
         *(f"read {path}" for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret")),
     }, could
-    could = take_over("ekiben-hub-collect")
+    could = take_over(hub, "ekiben-hub-collect", READS, MORE)
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in (*scratch, "/run/lock")))} == {
         f"write {HUB}/home", f"write {HUB}/received", *(f"write {HUB}/hosts/{host}/{place}" for host in ("a", "b") for place in ("release", "reports")),
         f"read {HUB}/hosts/a/reports/heartbeat.json", "remove a report",

@@ -152,7 +152,10 @@ let
           )
           + lib.concatMapStrings (rule: "${rule}\n") (
             lib.filter (
-              rule: lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix " deploy " rule
+              rule:
+              lib.hasInfix " /var/lib/ekiben" rule
+              || lib.hasInfix "secrets" rule
+              || lib.hasInfix " deploy " rule
             ) config.systemd.tmpfiles.rules
           );
       }

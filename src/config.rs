@@ -95,6 +95,9 @@ pub struct Hub {
     pub ssh_options: Vec<String>,
     /// Whether to update inputs also where the hub has nothing new.
     pub self_update: bool,
+    /// Below these directories, and nowhere else, the hub may put files.
+    #[serde(default)]
+    pub file_directories: Vec<PathBuf>,
 }
 
 /// One address of a hub.

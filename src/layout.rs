@@ -8,6 +8,7 @@
 //! status/<instance>.output      what the failing program said; root only
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
 //! outbox/<instance>/            reports that the fleet's hub has not got yet; written by root, read by the user
+//! files/<instance>.json         which of the hub's files are in their places; root only
 //! ```
 
 use std::fs;
@@ -95,6 +96,16 @@ impl Layout {
     /// Where reports for a fleet's hub wait; root writes, the instance's user reads.
     pub fn outbox(&self) -> PathBuf {
         self.root.join("outbox").join(&self.name)
+    }
+
+    /// What is wrong with the hub's files, for the hub.
+    pub fn trouble_with_files(&self) -> PathBuf {
+        self.outbox().join("files")
+    }
+
+    /// Which of the hub's files are in their places.
+    pub fn installed(&self) -> PathBuf {
+        self.root.join("files").join(format!("{}.json", self.name))
     }
 
     /// The git ref that keeps the candidate commit.

@@ -59,6 +59,7 @@ What the units run:
   webhook
   fleet files FILE
   begin | prepare | build | activate | conclude | deliver INSTANCE
+  install INSTANCE             puts the hub's files for this machine in their places
   reach INSTANCE               fails if the instance's hub cannot be reached
   reboot [--kexec] [--between LOWER UPPER]
                                reboot if what was deployed takes that
@@ -106,6 +107,9 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, client::deliver),
+        ["install", name] => {
+            stage(file, name, |layout, instance| instance.hub.as_ref().map_or(Ok(()), |hub| fleet::install::install(layout, hub)))
+        }
         ["reach", name] => client::reach(name, config()?.instance(name)?),
         ["reboot", options @ ..] => reboot::reboot(options),
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),

@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::sftp::Session;
 use crate::fleet::{FORMAT, Heartbeat, Last, Manifest, NAMESPACE, Received, Release, SMALL, Signed, archive, sha256};
-use crate::fleet::{outbox, release};
+use crate::fleet::{install, outbox, release};
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
@@ -36,6 +36,9 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut session = Session::open(hub, &identity(layout), &directory.path, limit)?;
 
+    if !hub.file_directories.is_empty() {
+        install::fetch(&mut session, layout, &directory)?;
+    }
     let place = directory.fresh("manifest.json")?;
     if !session.get("release/manifest.json", &place)? {
         deliver_by(&mut session, layout, hub, &directory, None)?;
@@ -196,6 +199,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
         runs: tried.map_or(0, |tried| tried.count),
         self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
         reboot_needed: reboot::is_needed(),
+        files: fs::read_to_string(layout.trouble_with_files()).ok(),
         seen,
     })
 }
@@ -213,7 +217,7 @@ fn identity(layout: &Layout) -> PathBuf {
 }
 
 /// A directory for files that nobody needs later.
-struct Scratch {
+pub struct Scratch {
     path: PathBuf,
 }
 
@@ -225,14 +229,15 @@ impl Scratch {
     }
 
     /// The path of a file that is not there.
-    fn fresh(&self, name: &str) -> Result<PathBuf> {
+    pub fn fresh(&self, name: &str) -> Result<PathBuf> {
         let path = self.path.join(name);
         files::remove(&path).context(|| format!("remove {}", path.display()))?;
         Ok(path)
     }
 }
 
-fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
+/// A value that somebody else wrote, as JSON.
+pub fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let doing = || format!("read {}", path.display());
     serde_json::from_slice(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
 }

@@ -122,9 +122,11 @@ fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
     let deployed = [State::AutoUpdated, State::ExtraRuns, State::UpToDate].contains(&state);
     let reboot = deployed && heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.reboot_needed);
     let local = published.as_ref().map(|manifest| manifest.toplevel.as_deref().map_or(short(&manifest.release.id), hash));
+    let files = heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.files.is_some());
+    let also = [(reboot, ", reboot needed"), (files, ", files missing")];
     Ok(Shown {
-        state: if reboot { format!("{state}, reboot needed") } else { state.to_string() },
-        well: state.is_well(),
+        state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
+        well: state.is_well() && !files,
         local_version: local.unwrap_or_default(),
         remote_version: heard.as_ref().map(|(heartbeat, _)| hash(&heartbeat.system)).unwrap_or_default(),
         heard: heard.as_ref().and_then(|(_, arrived)| Some(arrived.duration_since(UNIX_EPOCH).ok()?.as_secs())),
@@ -195,10 +197,11 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
     let mut text = String::new();
     for (row, line) in rows.iter().zip(table::lines(&rows)) {
         text.extend([&line, "\n"]);
-        let error =
-            shown.get(&row[0]).filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref()?.last.as_ref()?.error.as_ref());
-        if let Some(error) = error {
-            text.extend(["  ", error, "\n"]);
+        let heartbeat = shown.get(&row[0]).filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
+        let error = heartbeat.and_then(|heartbeat| heartbeat.last.as_ref()?.error.as_ref());
+        let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
+        for line in error.into_iter().chain(files).flat_map(|said| said.lines()) {
+            text.extend(["  ", line, "\n"]);
         }
     }
     text
@@ -251,6 +254,7 @@ mod tests {
             runs: 1,
             self_updated: false,
             reboot_needed: false,
+            files: None,
         }
     }
 

@@ -22,6 +22,7 @@ pub mod archive;
 pub mod client;
 pub mod command;
 pub mod files;
+pub mod install;
 pub mod outbox;
 pub mod release;
 
@@ -129,6 +130,9 @@ pub struct Heartbeat {
     pub self_updated: bool,
     /// Whether it has to be rebooted to run what it deployed.
     pub reboot_needed: bool,
+    /// Why files of the hub are not in their places.
+    #[serde(default)]
+    pub files: Option<String>,
 }
 
 /// How a run has ended, in short.
