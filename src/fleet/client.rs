@@ -109,13 +109,15 @@ fn read_manifest(place: &Path, hub: &Hub, directory: &Scratch) -> Result<Manifes
         verify.arg("-s").arg(file).output(|| "verify the signature of the hub's manifest".into(), Some(signed.manifest.as_bytes()))?;
     }
     let manifest: Manifest = serde_json::from_str(&signed.manifest).context(doing)?;
-    let hex = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     let plain = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
     let wrong = if manifest.format != FORMAT {
         format!("its format is {}, this Ekiben knows {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {
         format!("it is of {:?}, this is {}", manifest.host, hub.name)
-    } else if !hex(&manifest.release.id) || !hex(&manifest.sha256) || manifest.attr.as_deref().is_some_and(|attr| !plain(attr)) {
+    } else if !sha256::is_one(&manifest.release.id)
+        || !sha256::is_one(&manifest.sha256)
+        || manifest.attr.as_deref().is_some_and(|attr| !plain(attr))
+    {
         "expected hashes and the name of a configuration".into()
     } else {
         return Ok(manifest);

@@ -69,8 +69,9 @@ fn fetch_all(session: &mut Session, served: &[Served], kept: &Path) -> Result<bo
 
 /// The name of a file among those that are served.
 fn name(served: &Served) -> Result<&str> {
-    let is_hash = served.file.len() == 64 && served.file.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_hash.then_some(served.file.as_str()).ok_or_else(|| Error::new("Failed to accept the hub's files: expected a hash as name"))
+    Some(served.file.as_str())
+        .filter(|name| sha256::is_one(name))
+        .ok_or_else(|| Error::new("Failed to accept the hub's files: expected a hash as name"))
 }
 
 /// Puts what was fetched in its places, and removes what the hub has no more. What is wrong with one
