@@ -831,6 +831,12 @@ let
         default = [ ];
         description = "More such keys, for the time in which its key is changed.";
       };
+      uid = mkOption {
+        type = types.nullOr types.ints.positive;
+        default = null;
+        example = 31000;
+        description = "The number of the host's user on the hub, and of its group; NixOS has enough of its own for some 500 hosts.";
+      };
       files = mkOption {
         type = types.attrsOf hubFile;
         default = { };
@@ -997,16 +1003,24 @@ let
   hubAssertions =
     let
       # without the comment
-      bare = key: lib.take 2 (lib.splitString " " key);
+      bare =
+        key:
+        builtins.unsafeDiscardStringContext (concatStringsSep " " (lib.take 2 (lib.splitString " " key)));
+      # all at once: each host's with each other's would be a million of a thousand hosts
+      ownersOf = builtins.zipAttrsWith (_: lib.id) (
+        lib.concatLists (
+          mapAttrsToList (name: host: map (key: { ${bare key} = name; }) (lib.unique (keysOf host))) hub.hosts
+        )
+      );
+      unnumbered = lib.length (lib.filter (host: host.uid == null) (builtins.attrValues hub.hosts));
       isKey =
         key:
         builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
       perHost =
         name: host:
         let
-          others = filterAttrs (
-            _: other: lib.intersectLists (map bare (keysOf host)) (map bare (keysOf other)) != [ ]
-          ) hub.hosts;
+          # with this one, if it has a key
+          owners = lib.genAttrs (lib.concatMap (key: ownersOf.${bare key}) (keysOf host)) (_: null);
           wrong = lib.filter (key: !isKey key) (keysOf host);
         in
         [
@@ -1023,8 +1037,8 @@ let
             message = "`services.ekiben.hub.hosts.${name}.publicKeys`: `${concatStringsSep "` and `" wrong}` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
           }
           {
-            assertion = keysOf host == [ ] || builtins.attrNames others == [ name ];
-            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames others)} have the same key. Make one of its own for each.";
+            assertion = keysOf host == [ ] || builtins.attrNames owners == [ name ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames owners)} have the same key. Make one of its own for each.";
           }
         ]
         ++ mapAttrsToList (path: _: {
@@ -1043,6 +1057,10 @@ let
       {
         assertion = hub.user != "root" && !lib.elem hub.user (builtins.attrNames (forHosts (_: _: null)));
         message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
+      }
+      {
+        assertion = unnumbered <= 500;
+        message = "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for ${toString unnumbered} hosts. Write a `uid` of its own for each, as in `uid = 31000;`.";
       }
     ]
     ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
@@ -1073,11 +1091,12 @@ let
       ekiben-hosts = { };
       ${hubUser}.members = [ hub.user ];
     }
-    // forHosts (_: _: { });
+    // forHosts (_: host: { gid = host.uid; });
     users.users =
       forHosts (
         name: host: {
           isSystemUser = true;
+          inherit (host) uid;
           description = "Host ${name} of Ekiben's fleet";
           group = "fleet-${name}";
           extraGroups = [ "ekiben-hosts" ];

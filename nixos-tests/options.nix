@@ -162,6 +162,12 @@ let
           "${key "a"} root@db"
         ];
       };
+    "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for 501 hosts. Write a `uid`" =
+      hubOf (
+        lib.genAttrs (map (number: "h${toString number}") (lib.range 1 501)) (name: {
+          publicKey = key name;
+        })
+      );
     "`services.ekiben.hub.hosts.web.files.\"/etc/../secret\"`: a file cannot be there. Write an absolute path outside" =
       hubOf {
         web = {
@@ -271,6 +277,10 @@ let
       repository = "/var/fleet";
       directory = "/srv/hub";
       hosts.web.publicKey = key "a";
+      hosts.db = {
+        publicKey = key "b";
+        uid = 31000;
+      };
     };
     services.openssh.extraConfig = lib.mkAfter ''
       Match User deploy
@@ -343,8 +353,17 @@ let
     (expect "who publishes is an administrator, and in no host's group" (
       hub.users.groups.ekiben-hub.members == [ "deploy" ]
       && !(hub.users.users ? ekiben-hub)
-      && hub.users.groups.ekiben-hosts.members == [ "fleet-web" ]
+      &&
+        hub.users.groups.ekiben-hosts.members == [
+          "fleet-db"
+          "fleet-web"
+        ]
       && hub.users.users.fleet-web.group == "fleet-web"
+    ))
+    (expect "a host has the number that it is given, or one of NixOS'" (
+      hub.users.users.fleet-db.uid == 31000
+      && hub.users.groups.fleet-db.gid == 31000
+      && hub.users.users.fleet-web.uid == null
     ))
     (expect "a host's user is not locked, and its key is restricted" (
       hub.users.users.fleet-web.hashedPassword == "*"
