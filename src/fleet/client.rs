@@ -159,12 +159,14 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
 
 /// Sends the heartbeat and the reports that the hub does not say it has.
 fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, directory: &Scratch, running: Option<&Release>) -> Result<()> {
+    let waiting = outbox::waiting(layout)?;
     let place = directory.fresh("received.json")?;
-    if session.get("release/received.json", &place)? {
+    // who has sent nothing need not ask what has arrived
+    if !waiting.is_empty() && session.get("release/received.json", &place)? {
         let received: Received = read_foreign(&place)?;
         files::write_json(&layout.own("received.json"), &received, 0o644)?;
     }
-    for file in outbox::waiting(layout)? {
+    for file in waiting {
         if let Some(name) = file.file_name().and_then(|name| name.to_str()) {
             session.put(&file, &format!("reports/{name}"))?;
         }
