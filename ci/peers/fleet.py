@@ -354,6 +354,7 @@ def measure_command(command, rounds=3):
 
 SESSION = """-pwd
 -reget release/manifest.json {0}/manifest
+-reget files/index.json {0}/index
 -put /root/heartbeat reports/heartbeat.json.new
 -rename reports/heartbeat.json.new reports/heartbeat.json
 """
