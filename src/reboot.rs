@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
@@ -34,8 +34,15 @@ pub fn reboot(options: &[&str]) -> Result<()> {
         return Ok(());
     }
     log::warn!("Rebooting: what has been deployed takes that.");
-    let systemctl = |what: &str| Program::new("systemctl").arg(what).output(|| what.to_owned(), None).map(drop);
-    if kexec && systemctl("kexec").is_ok() { Ok(()) } else { systemctl("reboot").context(|| "reboot".into()) }
+    let systemctl = |words: &[&str]| Program::new("systemctl").args(words).output(|| words.join(" "), None).map(drop);
+    // systemctl finds a kernel by itself only where the boot loader is one of systemd's; NixOS has a service for all
+    let by_kexec = || systemctl(&["start", "prepare-kexec.service"]).and_then(|()| systemctl(&["kexec"]));
+    match kexec.then(by_kexec) {
+        Some(Ok(())) => return Ok(()),
+        Some(Err(error)) => log::warn!("{error}; rebooting by the firmware."),
+        None => {}
+    }
+    systemctl(&["reboot"])
 }
 
 /// Whether it is that time of day; midnight may lie between the two.
