@@ -1,10 +1,13 @@
 # What the scripts of all scenarios share: a machine with a repository, and inputs to update.
 # ruff: noqa
+import itertools
 import json
 import shlex
 
 REPOSITORY = "/var/nixos-config"
 PROFILE = "/nix/var/nix/profiles/system"
+# lists the files of /etc/scenario that a machine's system is built from
+SYSTEM_FILES = "cd /etc/scenario; ls -d system.nix switch-to-configuration systems 2> /dev/null || true"
 
 
 def is_host(machine):
@@ -41,8 +44,8 @@ def install(machine):
     for name in ("app", "other"):
         machine.succeed(as_deploy(f"git init -qb main /srv/{name}"))
         publish(machine, name, "1")
-    machine.succeed(as_deploy(f"git init -qb main {REPOSITORY}; cp -Lr /etc/scenario/. {REPOSITORY}; chmod -R u+w {REPOSITORY}"))
-    deploy(machine, "rm token-*; git add .; nix flake lock; git add .; git commit -qm initial")
+    machine.succeed(as_deploy(f"git init -qb main {REPOSITORY}; cd /etc/scenario; cp -Lr flake.nix $({SYSTEM_FILES}) {REPOSITORY}; chmod -R u+w {REPOSITORY}"))
+    deploy(machine, "git add .; nix flake lock; git add .; git commit -qm initial")
     rebuild(machine)
 
 
@@ -228,3 +231,77 @@ def take_over(machine, unit, reads, more=""):
     )
     said = machine.succeed(f"journalctl -q -u {unit} -o cat | grep '^could ' | tail -n 1")
     return set(json.loads(said.removeprefix("could ")))
+
+
+# a fleet, published from /srv/fleet on its hub by the user deploy
+COUNT_OF_CHANGES = itertools.count(1)
+NIXPKGS = "/etc/scenario/nixpkgs"
+
+
+def fleet(arguments, prefix=""):
+    """The command line for `ekiben fleet` on the hub, by whoever publishes."""
+    return as_deploy(f"cd /srv/fleet; export NIX_PATH=nixpkgs={NIXPKGS}; {prefix} ekiben fleet {arguments} 2>&1")
+
+
+def states(hub):
+    """The state of each host, as the hub sees it."""
+    return {name: shown["state"] for name, shown in json.loads(hub.execute(fleet("status --json"))[1]).items()}
+
+
+def becomes(hub, name, state):
+    """Waits until the hub says this of a host: what the host tells comes a moment after the end of its run."""
+    question = f'.["{name}"].state == "{state}"'
+    hub.wait_until_succeeds(fleet(f"status --json {name} | jq -e {shlex.quote(question)}"))
+
+
+def write(hub, path, text):
+    """Writes a file of whoever publishes."""
+    hub.succeed(as_deploy(f"mkdir -p $(dirname {path}); printf %s {shlex.quote(text)} > {path}"))
+
+
+def change(hub, directory, trouble="none"):
+    """Changes the configuration of the hosts of a directory; returns what their systems say then."""
+    content = str(next(COUNT_OF_CHANGES))
+    write(hub, f"/srv/fleet/hosts/{directory}/app/content", content)
+    write(hub, f"/srv/fleet/hosts/{directory}/app/trouble", trouble)
+    return content
+
+
+def system(name):
+    """The Nix expression of the system of a host, by files beside it: see system.nix."""
+    return f'import ./{name}/system.nix {{ name = "{name}"; app = ./app; other = ./app; revision = "none"; }}'
+
+
+def poll(machine):
+    """Has a host ask its hub; returns how the run ended, when the hub has been told."""
+    ended = run(machine, "fleet")
+    wait_until_idle(machine, "deliver")
+    return ended
+
+
+def found_fleet(hub, directories):
+    """Makes the fleet's repository with all that hosts' systems are built from, in a directory for
+    each host, and has the hosts run a system of which the hub does not know; returns the settings."""
+    for machine in (hub, *directories):
+        machine.wait_for_unit("multi-user.target")
+        machine.wait_until_succeeds(as_deploy("nix-store --version; nix store ping 2>&1 || nix store info"))
+    use_host_key(hub, "host-key")
+    hub.succeed("install -m 600 -o deploy /etc/scenario/signer /home/deploy/signer")
+    hub.succeed(fleet("init"))
+    settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json")) | {"signingKey": "/home/deploy/signer"}
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
+    for machine, directory in directories.items():
+        name = machine.name
+        machine.succeed("install -m 600 /etc/scenario/identity /root/identity")
+        pack = machine.succeed(f"cd /etc/scenario; tar -chz $({SYSTEM_FILES}) | base64 -w0").strip()
+        place = f"/srv/fleet/hosts/{directory}/{name}"
+        hub.succeed(as_deploy(f"mkdir -p {place}; base64 -d <<< {pack} | tar -C {place} -xz"))
+        change(hub, directory)
+        first = "readlink -f /run/current-system"
+        if is_host(machine):
+            # it has none yet
+            machine.succeed(f"mkdir -p /tmp/first/app; cd /etc/scenario; cp -r $({SYSTEM_FILES}) /tmp/first; echo 0 > /tmp/first/app/content")
+            expression = f'(import /tmp/first/system.nix {{ name = "{name}"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }}).config.system.build.toplevel'
+            first = f"nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)}"
+        machine.succeed(f"nix-env --profile {PROFILE} --set $({first})", f"{PROFILE}/bin/switch-to-configuration switch")
+    return settings

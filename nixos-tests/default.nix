@@ -14,13 +14,13 @@ let
   );
   scenarios = lib.genAttrs names (name: import (./. + "/${name}.nix"));
 
-  # `rebuilt` is what a machine's flake adds when it rebuilds itself, see virtual-machine.nix
-  test =
+  # what all machines of a scenario are; `rebuilt` is what one adds when it builds itself again, see
+  # virtual-machine.nix
+  machine =
     pkgs: name: rebuilt:
-    pkgs.testers.runNixOSTest {
-      inherit name;
-      inherit (scenarios.${name}) nodes;
-      defaults.imports = [
+    { lib, ... }:
+    {
+      imports = [
         self.nixosModules.default
         ./machine.nix
         (import ./virtual-machine.nix {
@@ -35,9 +35,32 @@ let
           services.ekiben.package = self.packages.${pkgs.stdenv.hostPlatform.system}.ekiben-fault-points;
         })
       ];
+    };
+
+  test =
+    pkgs: name: rebuilt:
+    pkgs.testers.runNixOSTest {
+      inherit name;
+      inherit (scenarios.${name}) nodes;
+      defaults = machine pkgs name rebuilt;
       testScript = builtins.readFile ./common.py + builtins.readFile (./. + "/${name}.py");
       # an emulated machine is some 20 times slower than one with KVM
       globalTimeout = 4 * 3600;
+    };
+
+  # of a machine, by what it is given
+  addition =
+    name: machine: scenario:
+    let
+      file = scenario.app + "/variant";
+      variant = if builtins.pathExists file then lib.fileContents file else "default";
+    in
+    {
+      imports = [
+        ./addition.nix
+        { inherit scenario; }
+      ]
+      ++ lib.optional (variant != "default") scenarios.${name}.variants.${machine}.${variant};
     };
 
   rendered =
@@ -50,21 +73,23 @@ in
       lib.filterAttrs (_: scenario: !(scenario.onlyHosts or false)) scenarios
     );
 
-  # the configuration that a machine of a scenario evaluates when it rebuilds itself, from what its
-  # flake's inputs say
-  rebuilt =
-    pkgs: name: machine: scenario:
-    let
-      file = scenario.app + "/variant";
-      variant = if builtins.pathExists file then lib.fileContents file else "default";
-    in
-    (test pkgs name {
+  # what a machine of a scenario builds itself from again, with what it is given
+  system = {
+    # evaluated
+    config =
+      pkgs: name: host: scenario:
+      (test pkgs name (addition name host scenario)).nodes.${host};
+
+    # a module, for those who have no flake
+    module = pkgs: name: host: scenario: {
       imports = [
-        ./addition.nix
-        { inherit scenario; }
-      ]
-      ++ lib.optional (variant != "default") scenarios.${name}.variants.${machine}.${variant};
-    }).nodes.${machine};
+        (nixpkgs + "/nixos/lib/testing/nixos-test-base.nix")
+        (machine pkgs name (addition name host scenario))
+        scenarios.${name}.nodes.${host}
+        (test pkgs name null).nodes.${host}.system.build.networkConfig
+      ];
+    };
+  };
 
   # scenario -> machine -> file -> contents
   inherit rendered;

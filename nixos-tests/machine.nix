@@ -1,10 +1,14 @@
 # What the machines of all scenarios have in common, on virtual machines and on hosts.
-{ lib, ... }:
+{ config, lib, ... }:
 {
   options.scenario = {
     patience = lib.mkOption {
       default = 1;
       description = "How many times longer than on a host things take.";
+    };
+    builds = lib.mkOption {
+      default = lib.optional config.services.ekiben.enable config.networking.hostName;
+      description = "The machines whose systems it builds.";
     };
     otherBinary = lib.mkOption {
       default = false;

@@ -1,7 +1,7 @@
-# A machine of a scenario as a virtual machine that can rebuild itself, from a flake in
-# /var/nixos-config, to the same NixOS with other contents.
+# A machine of a scenario as a virtual machine that can build itself again: the same NixOS with other
+# contents.
 #
-# The flake evaluates the very same test again, with what its inputs say added to the machine
+# Its system.nix evaluates the very same test again, with what it is given added to the machine
 # (`rebuilt`); all that such a system is built from is put into the machine beforehand.
 {
   self,
@@ -16,45 +16,42 @@
   ...
 }:
 let
-  inherit (config.networking) hostName;
   # with the contents that every first commit has
-  first = (import ./. { inherit self nixpkgs; }).rebuilt pkgs name hostName {
-    app = ./input;
-    other = ./input;
-    revision = "none";
-  };
+  first =
+    machine:
+    (import ./. { inherit self nixpkgs; }).system.config pkgs name machine {
+      app = ./input;
+      other = ./input;
+      revision = "none";
+    };
 in
 {
   imports = lib.optional (rebuilt != null) rebuilt;
   config = lib.mkMerge [
     {
-      environment.etc."scenario/flake.nix".text = ''
-        {
-          inputs = {
-            nixpkgs.url = "path:${nixpkgs}";
-            ekiben = {
-              url = "path:${self}";
-              inputs.nixpkgs.follows = "nixpkgs";
-            };
-            app = {
-              url = "git+file:///srv/app";
-              flake = false;
-            };
-            other = {
-              url = "git+file:///srv/other";
-              flake = false;
-            };
-          };
-          outputs =
-            { self, nixpkgs, ekiben, app, other }:
-            {
-              nixosConfigurations.${hostName}.config =
-                (import "''${ekiben}/nixos-tests" { self = ekiben; inherit nixpkgs; }).rebuilt
-                  nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" "${hostName}"
-                  { inherit app other; revision = self.rev or "none"; };
-            };
-        }
-      '';
+      environment.etc = {
+        "scenario/flake.nix".source = ../ci/hosts/stand-in/etc/scenario/flake.nix;
+        "scenario/nixpkgs".source = nixpkgs;
+        "scenario/system.nix".text = ''
+          { app, other, name, revision }:
+          let
+            flake =
+              path: narHash: inputs:
+              let
+                source = builtins.fetchTree { type = "path"; inherit path narHash; };
+                self = source // (import (source + "/flake.nix")).outputs (inputs // { inherit self; });
+              in
+              self;
+            nixpkgs = flake "${nixpkgs}" "${nixpkgs.narHash}" { };
+            ekiben = flake "${self}" "${self.narHash}" { inherit nixpkgs; };
+          in
+          builtins.mapAttrs
+            (_: system: system nixpkgs.legacyPackages.${pkgs.stdenv.hostPlatform.system} "${name}" name {
+              inherit app other revision;
+            })
+            (import (ekiben + "/nixos-tests") { self = ekiben; inherit nixpkgs; }).system
+        '';
+      };
       # they evaluate all of NixOS, and an emulated one is slow at it
       scenario.patience = if config.boot.isContainer then 8 else 30;
       system.switch.enable = true;
@@ -98,16 +95,31 @@ in
       virtualisation = {
         memorySize = 3072;
         writableStore = true;
+        # what was built is there after a boot
+        writableStoreUseTmpfs = false;
       };
+      # without a boot loader, it is always booted with what it was made with
+      boot.postBootCommands = lib.mkAfter ''
+        system=$(readlink -f /nix/var/nix/profiles/system)
+        if [ -e "$system" ]; then
+          "$system/activate"
+          ln -sfn "$system" /run/booted-system
+        fi
+      '';
     }
-    (lib.mkIf (rebuilt == null && config.services.ekiben.enable) {
-      system.includeBuildDependencies = true;
-      system.extraDependencies = [
-        nixpkgs.outPath
-        self.outPath
-        first.system.build.toplevel
-      ];
-      virtualisation.additionalPaths = [ first.system.build.toplevel.drvPath ];
-    })
+    (lib.mkIf (rebuilt == null && config.scenario.builds != [ ]) (
+      let
+        systems = map (machine: (first machine).system.build.toplevel) config.scenario.builds;
+      in
+      {
+        system.includeBuildDependencies = true;
+        system.extraDependencies = [
+          nixpkgs.outPath
+          self.outPath
+        ]
+        ++ systems;
+        virtualisation.additionalPaths = map (system: system.drvPath) systems;
+      }
+    ))
   ];
 }

@@ -88,6 +88,10 @@ class Machine:
             return
         self.log("is shut down")
         self._run("systemctl poweroff --no-block")
+        self.wait_for_shutdown()
+
+    def wait_for_shutdown(self):
+        """Waits until the host has ended by itself; it is not started again."""
         try:
             self.process.wait(90)
         except subprocess.TimeoutExpired:

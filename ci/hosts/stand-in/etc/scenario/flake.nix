@@ -1,5 +1,5 @@
-# The flake of a host, whose NixOS is a stand-in: see system.nix. A virtual machine's flake is in
-# nixos-tests/virtual-machine.nix.
+# The flake of a machine. What its NixOS is says system.nix: beside this file the stand-in of a host; a
+# virtual machine's is in nixos-tests/virtual-machine.nix.
 {
   inputs = {
     app = {

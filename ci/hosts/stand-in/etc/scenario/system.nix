@@ -19,7 +19,9 @@ in
 if trouble == "evaluation" then
   throw "trouble in evaluation"
 else
-  {
+  rec {
+    # what stands in for Nixpkgs takes this for a module
+    module = { inherit config; };
     config.system.build.toplevel = derivation {
       name = "nixos-system-${name}-stand-in";
       system = "@system@";

@@ -1,0 +1,40 @@
+# What the machines of a fleet are, unless it is what a scenario is about.
+let
+  keys = import ./fleet-keys.nix;
+in
+{
+  # the hub of the hosts of these names: publishes for them from /srv/fleet
+  hub = names: {
+    services.ekiben.hub = {
+      enable = true;
+      user = "deploy";
+      repository = "/srv/fleet";
+      hosts = builtins.listToAttrs (
+        map (name: {
+          inherit name;
+          value.publicKey = keys.${name}.public;
+        }) names
+      );
+    };
+    scenario.builds = names;
+    systemd.tmpfiles.rules = [ "d /srv/fleet 0755 deploy users -" ];
+    environment.etc = {
+      "scenario/host-key".text = keys.hub.private;
+      "scenario/signer".text = keys.signer.private;
+    };
+  };
+  # the host of this name: asks when the script says so
+  host = name: {
+    services.ekiben.fleet = {
+      enable = true;
+      hub = {
+        host = "hub";
+        hostKey = keys.hub.public;
+      };
+      identityFile = "/root/identity";
+      signers = [ keys.signer.public ];
+      dates = null;
+    };
+    environment.etc."scenario/identity".text = keys.${name}.private;
+  };
+}

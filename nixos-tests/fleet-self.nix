@@ -1,0 +1,32 @@
+# What a host of a fleet does besides following its hub: it updates inputs by itself, reboots where that
+# is needed, and asks at once when somebody at it says so.
+let
+  inherit (import ./fleet-machines.nix) host hub;
+in
+{
+  nodes.hub = hub [ "web" ];
+  nodes.web = {
+    imports = [ (host "web") ];
+    services.ekiben.fleet = {
+      selfUpdate.enable = true;
+      reboot = {
+        when = "needed";
+        # all day: the script has a clock of its own for what is outside of it
+        window = {
+          lower = "00:00";
+          upper = "24:00";
+        };
+        kexec = true;
+      };
+    };
+    # may update the machine, and see how it goes
+    users.users.alice = {
+      isNormalUser = true;
+      uid = 1001;
+      extraGroups = [
+        "ekiben"
+        "systemd-journal"
+      ];
+    };
+  };
+}

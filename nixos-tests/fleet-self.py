@@ -1,0 +1,69 @@
+start_all()
+
+with subtest("a host is up to date"):
+    found_fleet(hub, {web: "web"})
+    write(hub, "/srv/fleet/hosts/web/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.web = {system('web')}; }}; }}")
+    hub.succeed(fleet("deploy"))
+    assert poll(web)["result"] == "deployed", last_run(web, "fleet")
+    becomes(hub, "web", "up to date")
+
+with subtest("an update right now, by a user who is not root, who sees what happens"):
+    content = change(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    said = web.succeed("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
+    assert "activating the configuration" in said and said.endswith("The run ended: deployed.\n"), said
+    assert shows(web, "app") == content
+    change(hub, "web", trouble="activation")
+    hub.succeed(fleet("deploy web"))
+    assert "The run ended: rolled back: " in web.fail("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
+    web.fail("runuser -u nobody -- ekiben trigger --wait fleet")
+
+with subtest("inputs are updated between releases, and the hub says so"):
+    # the hub and the host see the same repository
+    hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/app; cd /srv/app; echo one > content; git add .; git commit -qm one"))
+    pack = hub.succeed("tar -C /srv -cz app | base64 -w0").strip()
+    web.succeed(f"base64 -d <<< {pack} | tar -C /srv -xz; chown -R ekiben-fleet /srv/app")
+    write(hub, "/srv/fleet/hosts/web/flake.nix", f"""{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};
+      outputs = {{ self, app }}: {{ nixosConfigurations.web = {system("web").replace("app = ./app;", "inherit app;")}; }}; }}""")
+    hub.succeed(fleet("flake-update web"), fleet("deploy web"))
+    assert poll(web)["result"] == "deployed", last_run(web, "fleet")
+    assert shows(web, "app") == "one"
+    becomes(hub, "web", "up to date")
+    git = "runuser -u ekiben-fleet -- git -C /srv/app -c user.name=A -c user.email=a@localhost"
+    web.succeed(f"echo two > /srv/app/content; {git} commit -qam two")
+    assert poll(web)["summary"] == "update app", last_run(web, "fleet")
+    assert shows(web, "app") == "two"
+    becomes(hub, "web", "auto updated")
+    assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
+    # a release comes on top, and what it pins is updated again
+    write(hub, "/srv/fleet/hosts/web/note", "new")
+    hub.succeed(fleet("deploy web"))
+    ended = poll(web)
+    assert ended["result"] == "deployed" and ended["summary"].endswith(", update app"), ended
+    assert shows(web, "app") == "two"
+    becomes(hub, "web", "auto updated")
+
+with subtest("what takes a reboot is rebooted into, when it is time for that"):
+    web.succeed(f"echo three > /srv/app/content; echo reboot > /srv/app/trouble; {git} add .; {git} commit -qam three")
+    ended = poll(web)
+    assert ended["result"] == "deployed" and ended["rebootNeeded"], ended
+    becomes(hub, "web", "auto updated, reboot needed")
+    assert shows(web, "app") == "two"
+    command = "ekiben reboot --kexec --between 00:00 24:00"
+    assert f"/bin/{command}\n" in web.succeed("systemctl cat ekiben-reboot.service")
+    now, later = web.succeed("date +%H:%M").strip(), web.succeed("date +%H:%M -d '+2 hours'").strip()
+    web.succeed(f"ekiben reboot --between {later} {now}", "systemctl is-system-running --wait || true")
+    assert web.succeed("systemctl list-jobs") == "No jobs running.\n"
+    # no other kernel can be loaded here: said, and rebooted all the same
+    web.succeed("mkdir -p /var/log/journal; journalctl --flush; systemctl start --no-block ekiben-reboot.service")
+    web.wait_for_shutdown()
+    web.start()
+    assert shows(web, "app") == "three"
+    said = web.succeed("journalctl -o cat -u ekiben-reboot")
+    assert said.count("Rebooting: ") == 1 and "Failed to start prepare-kexec.service" in said, said
+    web.succeed("chown -R ekiben-fleet /srv/app")
+    assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
+    becomes(hub, "web", "auto updated")
+    # nothing to reboot into
+    web.succeed("systemctl start ekiben-reboot.service")
+    assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting: ") == 1
