@@ -7,8 +7,6 @@ let
   };
 in
 {
-  # the host's releases are of stand-in systems, which only namespace hosts have
-  onlyHosts = true;
   # holds a run while something else happens: see src/fault.rs
   faultPoints = true;
   nodes.hub = {
@@ -18,6 +16,8 @@ in
       # only when the script says so
       reports.interval = "1h";
     };
+    # a hub that is down says so
+    networking.firewall.rejectPackets = true;
     environment.etc = {
       "scenario/host-key".text = keys.hub.private;
       "scenario/signer".text = keys.signer.private;

@@ -3,7 +3,7 @@ HOST = "/var/lib/ekiben-hub/hosts/web"
 RECEIVED = "/var/lib/ekiben-hub/received/web"
 # how a release of a host is built
 FLAKE = '{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "none"; }; }; }'
-COUNT = iter(range(1, 1000))
+COUNT = iter(range(2, 1000))
 sequence = 0
 
 for machine in (hub, web):
@@ -11,7 +11,7 @@ for machine in (hub, web):
 use_host_key(hub, "host-key")
 hub.succeed("mkdir -m 700 /srv/publish", "install -m 600 /etc/scenario/signer /etc/scenario/other /srv/publish")
 web.succeed("install -m 600 /etc/scenario/identity /root/identity", "mkdir -p /srv/release/app", f"echo {shlex.quote(FLAKE)} > /srv/release/flake.nix")
-web.succeed("cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /srv/release")
+web.succeed(f"cd /etc/scenario; cp -Lr $({SYSTEM_FILES}) /srv/release")
 web.succeed("cd /srv/release/app; echo 0 > content; echo none > trouble; echo default > variant")
 hub.succeed(f"base64 -d <<< {web.succeed('tar -C /srv -cz release | base64 -w0').strip()} | tar -C /srv -xz")
 
@@ -61,9 +61,9 @@ def deploys(content):
     ended = run(web, "fleet")
     assert ended["result"] == "deployed" and ended["release"]["id"] == release, ended
     assert shows(web, "app") == str(content)
-    report, log = told(ended["id"])
+    report, words = told(ended["id"])
     assert report["release"]["id"] == release and report["result"] == "deployed", report
-    assert "building '" in log and "activating the configuration" in log, log
+    assert "building '" in words and "activating the configuration" in words, words
     hub.wait_until_succeeds(f"jq -e '.deployed.id == \"{release}\" and .running == null' {HOST}/reports/heartbeat.json")
     return release
 
@@ -88,9 +88,11 @@ with subtest("first contact: one of two hubs is down, the other one has a releas
     deploys(next(COUNT))
 
 with subtest("nothing new: one session, nothing written, nothing built"):
-    before = (running(web), generation(web), web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main"))
+    before = (running(web), generation(web))
+    commit = web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main")
     assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
-    assert (running(web), generation(web), web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main")) == before
+    assert (running(web), generation(web)) == before
+    assert web.succeed("cat /var/lib/ekiben/instances/fleet/repository/.git/refs/heads/main") == commit
 
 with subtest("published twice within a second: the later one is deployed"):
     archive(next(COUNT))
@@ -171,8 +173,8 @@ with subtest("a system that does not run: rolled back, told, not tried again unt
     bad = offer()
     ended = run(web, "fleet")
     assert ended["result"] == "rolledBack" and (running(web), generation(web)) == before, ended
-    report, log = told(ended["id"])
-    assert report["result"] == "rolledBack" and "trouble" in log, (report, log)
+    report, words = told(ended["id"])
+    assert report["result"] == "rolledBack" and "trouble" in words, (report, words)
     again = run(web, "fleet")
     assert "known to be bad" in again["error"], again
     beat = heartbeat()

@@ -6,22 +6,14 @@ import re
 import time
 
 SERVED = "/var/lib/ekiben-hub"
+NIXPKGS = "/srv/nixpkgs"
 SYSTEM = os.uname().machine + "-linux"
 
 
-def fleet(arguments, prefix=""):
-    """The command line for `ekiben fleet` in the repository, as an unprivileged user."""
-    return as_deploy(f"cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; {prefix} ekiben fleet {arguments} 2>&1")
-
-
-def write(path, text):
-    hub.succeed(as_deploy(f"mkdir -p $(dirname {path}); printf %s {shlex.quote(text)} > {path}"))
-
-
-def system(name, says):
+def stand_in(name, says):
     """The Nix expression of a system that says something, or does not build if that is "broken"."""
     return f'''{{ config.system.build.toplevel = derivation {{
-      name = "nixos-system-{name}"; system = "{SYSTEM}"; builder = "/bin/sh"; PATH = "/usr/bin"; says = {says};
+      name = "nixos-system-{name}"; system = "{SYSTEM}"; builder = "/bin/sh"; PATH = "/usr/bin:/run/current-system/sw/bin"; says = {says};
       args = [ "-euc" "if [ $says = broken ]; then echo trouble in build >&2; exit 1; fi
         if [ {name} = hub ]; then mkdir -p $out/bin
           printf '#!/bin/sh\\necho $1 > /tmp/switched\\n' > $out/bin/switch-to-configuration; chmod +x $out/bin/*
@@ -31,10 +23,10 @@ def system(name, says):
 def flake(directory, *names, more=""):
     """Writes a flake; what its systems say is in the file `says` beside it, and in its input `app`."""
     says = '"${builtins.replaceStrings [ "\\n" ] [ "" ] (builtins.readFile ./says)}"'
-    systems = " ".join(f'"{name}" = {system(name, says)};' for name in names)
-    write(f"/srv/fleet/hosts/{directory}/flake.nix", f'''{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};
+    systems = " ".join(f'"{name}" = {stand_in(name, says)};' for name in names)
+    write(hub, f"/srv/fleet/hosts/{directory}/flake.nix", f'''{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};
       outputs = {{ self, app }}: {{ nixosConfigurations = {{ {systems} }}; }}; }}''')
-    write(f"/srv/fleet/hosts/{directory}/says", "1")
+    write(hub, f"/srv/fleet/hosts/{directory}/says", "1")
 
 
 def manifest(host):
@@ -58,11 +50,7 @@ def beat(host, **changes):
         "format": 1, "host": host, "version": "0", "seen": released, "deployed": released, "system": manifest(host)["toplevel"],
         "running": None, "last": None, "runs": 1, "selfUpdated": False, "rebootNeeded": False, **changes,
     }
-    write(f"{SERVED}/hosts/{host}/reports/heartbeat.json", json.dumps(heartbeat))
-
-
-def states():
-    return {name: shown["state"] for name, shown in json.loads(hub.execute(fleet("status --json"))[1]).items()}
+    write(hub, f"{SERVED}/hosts/{host}/reports/heartbeat.json", json.dumps(heartbeat))
 
 
 HOSTS = ["db", "hub", "plain", "web", "web2"]
@@ -76,24 +64,24 @@ for host in HOSTS:
     hub.succeed(f"chown root: {SERVED} {SERVED}/hosts {SERVED}/hosts/{host}")
 
 with subtest("init makes a repository, and changes nothing that is there"):
-    write("/srv/fleet/README.md", "mine")
+    write(hub, "/srv/fleet/README.md", "mine")
     assert "fleet.json is new" in hub.succeed(fleet("init"))
     assert hub.succeed(fleet("init")) == ""
     assert hub.succeed("cat /srv/fleet/README.md") == "mine"
     settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -f /home/deploy/key"))
-    write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
+    write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
     assert "there is no host" in hub.fail(fleet("build web"))
 
 with subtest("Flakes of one and of several hosts, and plain configurations are found and built"):
     flake("web", "web")
     flake("pair", "web2", "db")
     # shared by a link that leads out of the directory
-    write("/srv/fleet/shared/says.nix", '"1"')
+    write(hub, "/srv/fleet/shared/says.nix", '"1"')
     hub.succeed("install -d -o deploy /srv/nixpkgs")
-    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
-    write("/srv/fleet/hosts/plain/configuration.nix", system("plain", "import ./says.nix"))
-    write("/srv/fleet/hosts/hub/configuration.nix", system("hub", '"1"'))
+    write(hub, "/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
+    write(hub, "/srv/fleet/hosts/plain/configuration.nix", stand_in("plain", "import ./says.nix"))
+    write(hub, "/srv/fleet/hosts/hub/configuration.nix", stand_in("hub", '"1"'))
     hub.succeed(as_deploy("ln -s ../../shared/says.nix /srv/fleet/hosts/plain/says.nix"))
     hub.succeed(as_deploy("cd /srv/fleet; git init -qb main .; git add .; git commit -qm initial"))
     said = hub.fail(fleet("build dry-build"))
@@ -128,9 +116,9 @@ with subtest("deploy publishes all once, and then what has changed"):
         f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
     )
     # a key that comes later signs what is published, which is no other release
-    write("/srv/fleet/fleet.json", json.dumps(settings))
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
     hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
-    write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
+    write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
     hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
     assert sequences() == [1] * 5
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
@@ -139,43 +127,43 @@ with subtest("deploy publishes all once, and then what has changed"):
     print(f"five unchanged hosts took {time.monotonic() - began:.1f} s", flush=True)
     assert said.count("unchanged") == 5, said
     assert hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort") == before
-    write("/srv/fleet/hosts/web/says", "2")
+    write(hub, "/srv/fleet/hosts/web/says", "2")
     said = hub.succeed(fleet("deploy"))
     assert "web: release 2 published" in said and said.count("unchanged") == 4, said
     assert sequences() == [1, 1, 1, 2, 1]
     # through the link
-    write("/srv/fleet/shared/says.nix", '"2"')
+    write(hub, "/srv/fleet/shared/says.nix", '"2"')
     assert "plain: release 2 published" in hub.succeed(fleet("deploy plain"))
     # a plain configuration is also what NIX_PATH says
-    write("/srv/nixpkgs/nixos/default.nix", "{ }: " + system("plain", '"nixpkgs"'))
+    write(hub, "/srv/nixpkgs/nixos/default.nix", "{ }: " + stand_in("plain", '"nixpkgs"'))
     assert "plain: release 3 published" in hub.succeed(fleet("deploy plain"))
-    write("/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
+    write(hub, "/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
     # what its siblings in the flake are is part of a host's archive
-    write("/srv/fleet/hosts/pair/says", "2")
+    write(hub, "/srv/fleet/hosts/pair/says", "2")
     assert "web2: release 2 published" in hub.succeed(fleet("deploy web2"))
     assert sequences() == [1, 1, 3, 2, 2]
     hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
 
 with subtest("What does not build is not published, and keeps nobody else waiting"):
-    write("/srv/fleet/hosts/web/says", "broken")
-    write("/srv/fleet/hosts/hub/configuration.nix", system("hub", '"2"'))
+    write(hub, "/srv/fleet/hosts/web/says", "broken")
+    write(hub, "/srv/fleet/hosts/hub/configuration.nix", stand_in("hub", '"2"'))
     said = hub.fail(fleet("deploy"))
     assert "web: Failed to build web" in said and "| trouble in build" in said.replace("nixos-system-web> ", ""), said
     assert "hub: release 2 published" in said
     assert manifest("web")["sequence"] == 2
     hub.succeed("grep 'trouble in build' /home/deploy/.local/state/ekiben/logs/web.log")
-    write("/srv/fleet/hosts/plain/configuration.nix", "{")
+    write(hub, "/srv/fleet/hosts/plain/configuration.nix", "{")
     said = hub.fail(fleet("deploy plain"))
     assert "plain: Failed to evaluate" in said and "syntax error" in said, said
     # evaluated only, if so asked for
     assert "web: release 3 published" in hub.succeed(fleet("deploy --no-build web"))
-    write("/srv/fleet/hosts/plain/configuration.nix", system("plain", "import ./says.nix"))
-    write("/srv/fleet/hosts/web/says", "3")
+    write(hub, "/srv/fleet/hosts/plain/configuration.nix", stand_in("plain", "import ./says.nix"))
+    write(hub, "/srv/fleet/hosts/web/says", "3")
     hub.succeed(fleet("deploy"))
     # a flake that cannot even be looked at
-    write("/srv/fleet/hosts/odd/flake.nix", "{")
-    write("/srv/fleet/hosts/web/says", "4")
+    write(hub, "/srv/fleet/hosts/odd/flake.nix", "{")
+    write(hub, "/srv/fleet/hosts/web/says", "4")
     said = hub.fail(fleet("deploy"))
     assert "Failed to evaluate hosts/odd" in said and "web: release 5 published" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/odd")
@@ -183,8 +171,8 @@ with subtest("What does not build is not published, and keeps nobody else waitin
 with subtest("A repository can be a flake itself: what git tracks is what a host gets"):
     hub.succeed("install -d -o deploy /srv/own /srv/own-hub/received /srv/own-hub/hosts/own/release")
     for name, text in (("fleet.json", "{}"), ("says", "1"), ("gone", ""), ("hosts/own/configuration.nix", "a module")):
-        write(f"/srv/own/{name}", text)
-    write("/srv/own/flake.nix", f"{{ outputs = _: {{ nixosConfigurations.own = {system('own', '(builtins.readFile ./says)')}; }}; }}")
+        write(hub, f"/srv/own/{name}", text)
+    write(hub, "/srv/own/flake.nix", f"{{ outputs = _: {{ nixosConfigurations.own = {stand_in('own', '(builtins.readFile ./says)')}; }}; }}")
     hub.succeed(as_deploy("cd /srv/own; git init -qb main .; git add .; rm gone; echo edited > says; touch untracked"))
     hub.succeed(fleet("deploy --repository /srv/own --directory /srv/own-hub own"))
     files = hub.succeed("tar tzf /srv/own-hub/hosts/own/release/*.tar.gz").split()
@@ -201,30 +189,30 @@ with subtest("A host that the hub does not serve is named"):
 
 with subtest("A number is higher than any that the host has seen"):
     beat("db", seen={"id": "0" * 64, "sequence": 40})
-    write("/srv/fleet/hosts/pair/says", "3")
+    write(hub, "/srv/fleet/hosts/pair/says", "3")
     assert "db: release 41 published" in hub.succeed(fleet("deploy"))
 
 with subtest("status tells how the hosts are"):
     released = {key: manifest("web")[key] for key in ("id", "sequence")}
-    assert set(states().values()) == {"new machine", "rebuild pending"}, states()
+    assert set(states(hub).values()) == {"new machine", "rebuild pending"}, states(hub)
     for host in HOSTS:
         beat(host)
     beat("web", last={"release": released, "result": "failed", "stage": "build", "error": "no\\u001b[31m luck", "finished": 0})
     beat("db", deployed=None)
     beat("web2", deployed=None, system="/nix/store/x")
-    assert states() == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, states()
+    assert states(hub) == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, states(hub)
     said = hub.fail(fleet("status"))
     assert re.search("^web +.*failing", said, re.M) and "luck" in said and "\x1b" not in said, said
     hub.succeed(fleet("status web2"))
-    run = "0123456789abcdef" * 2
+    identifier = "0123456789abcdef" * 2
     report = {
-        "format": 1, "host": "db", "system": "/nix/store/x", "id": run, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,
+        "format": 1, "host": "db", "system": "/nix/store/x", "id": identifier, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,
         "commit": None, "summary": None, "release": None, "stage": "build", "error": "no", "warnings": [], "rebootNeeded": False,
     }
-    write(f"{SERVED}/hosts/db/reports/{run}.json", json.dumps(report))
-    hub.succeed(as_deploy(f"printf 'it said \\033[31mno\\n' | gzip > {SERVED}/hosts/db/reports/{run}.log.gz"))
+    write(hub, f"{SERVED}/hosts/db/reports/{identifier}.json", json.dumps(report))
+    hub.succeed(as_deploy(f"printf 'it said \\033[31mno\\n' | gzip > {SERVED}/hosts/db/reports/{identifier}.log.gz"))
     hub.succeed(fleet("collect"))
-    assert json.loads(hub.succeed(f"cat {SERVED}/hosts/db/release/received.json")) == {"reports": [run]}
+    assert json.loads(hub.succeed(f"cat {SERVED}/hosts/db/release/received.json")) == {"reports": [identifier]}
     assert hub.succeed(f"ls {SERVED}/hosts/db/reports") == ""
     assert "it said \ufffd[31mno" in hub.succeed(fleet("log db"))
 
@@ -256,14 +244,14 @@ with subtest("Of two deploys at once, one waits, and both are seen"):
     last = manifest("web")
     assert last["sequence"] in (before + 1, before + 2) and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
     for number in (1, 2):
-        write("/srv/fleet/hosts/web/says", f"fast {number}")
+        write(hub, "/srv/fleet/hosts/web/says", f"fast {number}")
         hub.succeed(fleet("deploy web"))
     assert manifest("web")["sequence"] == last["sequence"] + 2
 
 def check_killed(number, command, **arguments):
     """Changes a host, has the deploy killed; returns whether it has published that."""
     before = manifest("web")
-    write("/srv/fleet/hosts/web/says", f"killed {number}")
+    write(hub, "/srv/fleet/hosts/web/says", f"killed {number}")
     hub.succeed(fleet("build web"))
     status, said = hub.execute(fleet(command, **arguments))
     after = manifest("web")
@@ -287,7 +275,7 @@ with subtest("A deploy that is killed leaves the old release or the new one"):
     print(f"killed {len(seen)} times: {seen.count(False)} times the old release, {seen.count(True)} times the new one", flush=True)
     assert not is_host(hub) or (status == 0 and False in seen and True in seen), said
     # nothing is left of the others
-    write("/srv/fleet/hosts/web/says", "at last")
+    write(hub, "/srv/fleet/hosts/web/says", "at last")
     hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | grep -c tar.gz").strip() == "2"
     assert hub.execute(f"ls {SERVED}/hosts/web/release | grep new")[1] == ""

@@ -54,13 +54,19 @@ with subtest("what takes a reboot is rebooted into, when it is time for that"):
     now, later = web.succeed("date +%H:%M").strip(), web.succeed("date +%H:%M -d '+2 hours'").strip()
     web.succeed(f"ekiben reboot --between {later} {now}", "systemctl is-system-running --wait || true")
     assert web.succeed("systemctl list-jobs") == "No jobs running.\n"
-    # no other kernel can be loaded here: said, and rebooted all the same
+    shares_kernel = web.execute("systemd-detect-virt --container")[0] == 0
     web.succeed("mkdir -p /var/log/journal; journalctl --flush; systemctl start --no-block ekiben-reboot.service")
-    web.wait_for_shutdown()
-    web.start()
+    if shares_kernel:
+        # no other can be loaded: said, and rebooted all the same
+        web.wait_for_shutdown()
+        web.start()
+    else:
+        # by kexec, or it would end here
+        web.connected = False
+        web.wait_for_unit("multi-user.target")
     assert shows(web, "app") == "three"
     said = web.succeed("journalctl -o cat -u ekiben-reboot")
-    assert said.count("Rebooting: ") == 1 and "Failed to start prepare-kexec.service" in said, said
+    assert said.count("Rebooting: ") == 1 and ("Failed to start prepare-kexec.service" in said) == shares_kernel, said
     web.succeed("chown -R ekiben-fleet /srv/app")
     assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
     becomes(hub, "web", "auto updated")
