@@ -91,7 +91,7 @@ with subtest("Flakes of one and of several hosts, and plain configurations are f
     hub.succeed(fleet("build dry-build"))
     said = hub.succeed(fleet("build"))
     for host in HOSTS:
-        toplevel = re.search(f"^{host}: (/nix/store/.*)$", said, re.M)[1]
+        (toplevel,) = re.findall(f"^{host}: (/nix/store/.*)$", said, re.M)
         hub.succeed(f"test -e {toplevel}")
     # from anywhere below, and from elsewhere
     hub.succeed(as_deploy("cd /srv/fleet/hosts/web; ekiben fleet build web"), as_deploy("EKIBEN_FLEET=/srv/fleet ekiben fleet build web"))
@@ -232,17 +232,15 @@ with subtest("flake-update takes inputs and hosts"):
     hub.succeed(fleet("deploy"))
 
 with subtest("Of two deploys at once, one waits, and both are seen"):
-    said = hub.succeed(
-        f"flock {SERVED}/received sleep 2 & sleep 0.5; " + fleet("deploy web", prefix="date +%s.%N;") + "; date +%s.%N"
-    ).split()
-    assert float(said[-1]) - float(said[0]) > 1 and "publishing;" in said, said
-    before = manifest("web")["sequence"]
+    said = hub.succeed(f"flock {SERVED}/received sleep 2 & sleep 0.5; " + fleet("deploy web", prefix="date +%s.%N;") + "; date +%s.%N")
+    assert float(said.split()[-1]) - float(said.split()[0]) > 1 and "publishing;" in said, said
+    number = manifest("web")["sequence"]
     hub.succeed(as_deploy(
         "cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; echo first > hosts/web/says; ekiben fleet deploy web & first=$!; sleep 0.3;"
         " echo second > hosts/web/says; ekiben fleet deploy web; wait $first"
     ))
     last = manifest("web")
-    assert last["sequence"] in (before + 1, before + 2) and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
+    assert last["sequence"] in (number + 1, number + 2) and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
     for number in (1, 2):
         write(hub, "/srv/fleet/hosts/web/says", f"fast {number}")
         hub.succeed(fleet("deploy web"))
@@ -253,10 +251,10 @@ def check_killed(number, command, **arguments):
     before = manifest("web")
     write(hub, "/srv/fleet/hosts/web/says", f"killed {number}")
     hub.succeed(fleet("build web"))
-    status, said = hub.execute(fleet(command, **arguments))
+    code, said = hub.execute(fleet(command, **arguments))
     after = manifest("web")
     assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
-    return status, after != before, said
+    return code, after != before, said
 
 
 with subtest("A deploy that is killed leaves the old release or the new one"):
@@ -268,12 +266,12 @@ with subtest("A deploy that is killed leaves the old release or the new one"):
     calls = "/^(fsync|rename|unlink)"
     for number in range(1, 100) if is_host(hub) else []:
         strace = f"strace -f -qq -o /dev/null -e 'trace={calls}' -e 'inject={calls}:signal=KILL:when={number}'"
-        status, new, said = check_killed(f"at call {number}", "deploy --no-build web", prefix=strace)
-        if status == 0:
+        code, new, said = check_killed(f"at call {number}", "deploy --no-build web", prefix=strace)
+        if code == 0:
             break
         seen.append(new)
     print(f"killed {len(seen)} times: {seen.count(False)} times the old release, {seen.count(True)} times the new one", flush=True)
-    assert not is_host(hub) or (status == 0 and False in seen and True in seen), said
+    assert not is_host(hub) or (code == 0 and False in seen and True in seen), said
     # nothing is left of the others
     write(hub, "/srv/fleet/hosts/web/says", "at last")
     hub.succeed(fleet("deploy"))
