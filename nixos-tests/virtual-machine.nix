@@ -35,11 +35,12 @@ in
         "scenario/system.nix".text = ''
           { app, other, name, revision }:
           let
+            # already in the store, so neither copied nor read
             flake =
               path: narHash: inputs:
               let
-                source = builtins.fetchTree { type = "path"; inherit path narHash; };
-                self = source // (import (source + "/flake.nix")).outputs (inputs // { inherit self; });
+                outPath = builtins.path { name = "source"; inherit path; sha256 = narHash; };
+                self = (import (outPath + "/flake.nix")).outputs (inputs // { inherit self; }) // { inherit narHash outPath; };
               in
               self;
             nixpkgs = flake "${nixpkgs}" "${nixpkgs.narHash}" { };
