@@ -18,7 +18,7 @@ def serve(name, content):
     hub.succeed(f"cd /root/secrets; umask 077; echo {content} > new; mv new {name}; systemctl start ekiben-hub-files.service")
 
 
-def poll():
+def ask():
     """Has the host ask its hub, and waits until root has seen what came."""
     follow(web, "files")
     ended = run(web, "fleet")
@@ -42,7 +42,7 @@ def is_there(path, *expected):
 
 
 with subtest("files arrive as they are declared, and nobody else can read them"):
-    poll()
+    ask()
     is_there(f"{SECRETS}/plain", "first plain", "400 root:root")
     is_there("/run/fleet-secrets/volatile", "first volatile", "400 root:root")
     for command in (f"cat {SECRETS}/plain", f"ls {SECRETS}", f"ls {KEPT}"):
@@ -60,7 +60,7 @@ with subtest("one that cannot be put in its place is told, and does not keep the
 if is_host(web):
     with subtest("when its user is there, the next poll brings it"):
         web.succeed("echo u app - - | systemd-sysusers -")
-        poll()
+        ask()
 else:
     with subtest("a new system brings its user: the service that needs it has it from the first moment on"):
         publish(web, "app", "2", variant="app")
@@ -68,7 +68,7 @@ else:
         rebuild(web)
         web.require_unit_state("scenario-reader.service", "active")
         web.succeed("journalctl -u scenario-reader -o cat | grep -F 'The token is first token.'")
-        poll()
+        ask()
 is_there(f"{SECRETS}/deep/er/token", "first token", "440 app:app")
 web.fail(f"runuser -u app -- cat {SECRETS}/plain")
 web.succeed(f"runuser -u app -- cat {SECRETS}/deep/er/token")
@@ -77,30 +77,30 @@ web.require_unit_state("ekiben-files.service", "inactive")
 
 with subtest("nothing new: nothing is written"):
     before = web.succeed(f"stat -c '%n %i %z' {SECRETS}/plain {SECRETS}/deep/er/token")
-    poll()
+    ask()
     assert web.succeed(f"stat -c '%n %i %z' {SECRETS}/plain {SECRETS}/deep/er/token") == before
 
 with subtest("new contents arrive, in one step"):
     before = web.succeed(f"stat -c %i {SECRETS}/plain")
     serve("plain", "second plain")
-    poll()
+    ask()
     is_there(f"{SECRETS}/plain", "second plain", "400 root:root")
     assert web.succeed(f"stat -c %i {SECRETS}/plain") != before
     assert web.succeed(f"ls -A {SECRETS}").split() == ["deep", "plain"]
 
 with subtest("permissions that somebody has changed are put right"):
     web.succeed(f"chmod 444 {SECRETS}/plain; chown deploy {SECRETS}/plain")
-    poll()
+    ask()
     is_there(f"{SECRETS}/plain", "second plain", "400 root:root")
 
 with subtest("what somebody has written stays, until it is moved away"):
     web.succeed(f"echo mine > {SECRETS}/plain")
     serve("plain", "third plain")
-    poll()
+    ask()
     assert web.succeed(f"cat {SECRETS}/plain") == "mine\n"
     tells("what is there is not what Ekiben has put there")
     web.succeed(f"mv {SECRETS}/plain /root/mine")
-    poll()
+    ask()
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
     tells()
 
@@ -108,13 +108,13 @@ with subtest("what the hub has no more is removed; not what somebody has changed
     hub.succeed("jq 'del(.hosts.web.files?) | .hosts.web |= del(.[\"/var/lib/secrets/plain\"], .[\"/run/fleet-secrets/volatile\"])' /etc/ekiben/hub.json > /root/hub.json")
     web.succeed("echo mine > /run/fleet-secrets/volatile")
     hub.succeed("systemctl stop ekiben-hub-files.timer; ekiben fleet files /root/hub.json")
-    poll()
+    ask()
     web.fail(f"test -e {SECRETS}/plain")
     assert web.succeed("cat /run/fleet-secrets/volatile") == "mine\n"
     is_there(f"{SECRETS}/deep/er/token", "first token", "440 app:app")
     web.succeed("rm /run/fleet-secrets/volatile")
     hub.succeed("systemctl start ekiben-hub-files.service")
-    poll()
+    ask()
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
     assert web.succeed(f"ls {KEPT} | wc -l").strip() == "4"
 
@@ -151,13 +151,13 @@ with subtest("a hub in wrong hands can put files where it may, and nowhere else"
     )
     # what it had before is gone
     offer({"path": f"{SECRETS}/good"})
-    poll()
+    ask()
     for number, change in enumerate([{"path": place} for place in places] + [*others]):
         sound = f"{SECRETS}/good{number}"
         before = picture()
         # the file that is right arrives all the same, unless nothing is fetched at all
         offer(change, {"path": sound})
-        run(web, "fleet") if "sha256" in change else poll()
+        run(web, "fleet") if "sha256" in change else ask()
         assert picture() == before, (change, picture() ^ before)
         if "sha256" not in change:
             is_there(sound, "evil", "400 root:root")
@@ -165,13 +165,15 @@ with subtest("a hub in wrong hands can put files where it may, and nowhere else"
 
 with subtest("what is wrong with the index as a whole: nothing is fetched, all stays as it was"):
     before = picture()
-    for file in ("../../release/manifest.json", "/etc/passwd", "index.json", "a" * 63, "a" * 64, "x" * 64):
+    web.succeed(f"touch {KEPT}/../canary; chown ekiben-fleet {KEPT}/../canary")
+    for file in ("../canary", "../../release/manifest.json", "/etc/passwd", "index.json", "a" * 63, "a" * 64, "x" * 64):
         offer({"file": file})
         assert run(web, "fleet")["stage"] == "prepare"
     for text in ("", "{}", "[1]", '[{"path": 5}]', "[" * 200000, " " * 300000):
         hub.succeed(f"printf %s {shlex.quote(text[:100000])} > {HOST}/files/index.json; printf '%{max(0, len(text) - 100000)}s' '' >> {HOST}/files/index.json")
         assert run(web, "fleet")["stage"] == "prepare"
     assert picture() == before
+    web.succeed(f"test -e {KEPT}/../canary")
 
 with subtest("no index: all stays as it is"):
     hub.succeed(f"rm {HOST}/files/index.json")
@@ -181,7 +183,7 @@ with subtest("no index: all stays as it is"):
 with subtest("all is well again; at boot, what was on a file system in memory is there without the hub"):
     web.succeed(f"rm -r {SECRETS}/theirs {SECRETS}/everybodys {SECRETS}/link {SECRETS}/directory {SECRETS}/dangling {SECRETS}/fifo")
     hub.succeed("systemctl start ekiben-hub-files.service")
-    poll()
+    ask()
     tells()
     assert web.succeed(f"ls -A {SECRETS}").split() == ["deep", "plain"]
     hub.succeed("systemctl stop sshd")
