@@ -157,7 +157,7 @@ fn acknowledge(hub: &Hub, host: &str) -> Result<()> {
         new.sort();
         index.reports.extend(new.into_iter().map(|(_, run)| run));
         index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
-        files::write_json(&hub.release(host).join("received.json"), &index, 0o644)?;
+        files::write_json(&hub.acknowledged(host), &index, 0o644)?;
     }
     let (mut kept, mut bytes) = (0, 0);
     for run in index.reports.iter().rev() {
@@ -187,7 +187,7 @@ mod tests {
     impl Fixture {
         fn new() -> Self {
             let place = Directory::new();
-            let hub = Hub::new(place.path());
+            let hub = Hub::new(place.path()).unwrap();
             for directory in [hub.release("web"), hub.reports("web")] {
                 fs::create_dir_all(directory).unwrap();
             }

@@ -38,7 +38,8 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
 
 Options:
   --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or what the working directory is in)
-  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub)
+  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); of a hub elsewhere
+                     sftp://[user@]host[:port][/path], with what this user's ssh knows
 ";
 
 /// The options that each command takes besides those that all take.
@@ -130,12 +131,13 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     }
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-    let hub = Hub::new(arguments.options.get("--directory").map_or(&settings.directory, Path::new));
+    let hub = Hub::new(arguments.options.get("--directory").map_or(&settings.directory, Path::new))?;
     let fleet = Fleet { place, settings, hub, arguments: &arguments };
     match arguments.words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
         ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
+        ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub does so by itself")),
         ["collect"] => collect::collect(&fleet.hub).map(|()| ExitCode::SUCCESS),
         ["status", ref hosts @ ..] => {
             let (json, once) = (arguments.has("--json"), arguments.has("--once"));
@@ -145,7 +147,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["log", host, run] => fleet.log(host, Some(run)),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
         ["flake-update", ref words @ ..] => fleet.flake_update(words),
-        ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, host)?),
+        ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, fleet.hub.is_elsewhere(), host)?),
         _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben fleet --help", arguments.words.join(" ")))),
     }
 }
@@ -227,7 +229,7 @@ impl Fleet<'_> {
     fn deploy(&self, wanted: &[&str]) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         // what is known to have arrived counts for the sequence numbers
-        let _ = collect::collect(&self.hub);
+        self.hub.take_in(wanted)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let (build, key) = (!self.arguments.has("--no-build"), self.settings.signing_key.as_deref());
@@ -239,15 +241,19 @@ impl Fleet<'_> {
     }
 
     fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
+        self.hub.take_in(&[host])?;
         let host = select(self.hub.hosts()?, String::as_str, &[host])?.remove(0);
-        let _ = collect::collect(&self.hub);
         let doing = || format!("show a log of {host}");
         let run = match run {
             Some(run) if !collect::is_run(run) => Err(format!("expected the identifier of a run, found {run:?}")).context(doing)?,
             Some(run) => run.to_owned(),
-            None => self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?,
+            None => {
+                self.hub.take_in_file(&self.hub.acknowledged(&host))?;
+                self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
+            }
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
+        self.hub.take_in_file(&path)?;
         if !path.exists() {
             return Err(format!("there is none of run {run}")).context(doing);
         }
@@ -268,7 +274,7 @@ impl Fleet<'_> {
     }
 
     fn diff(&self, wanted: &[&str]) -> Result<ExitCode> {
-        let _ = collect::collect(&self.hub);
+        self.hub.take_in(wanted)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));

@@ -30,15 +30,15 @@ pub fn init(directory: &Path) -> Result<Vec<String>> {
     Ok(made)
 }
 
-/// What to do on a new host, and on the hub.
-pub fn bootstrap(settings: &Settings, host: &str) -> Result<String> {
+/// What to do on a new host, and on the hub, which may be this machine.
+pub fn bootstrap(settings: &Settings, hub_is_elsewhere: bool, host: &str) -> Result<String> {
     host_name(host).context(|| "think of a new host".into())?;
     let key = |path: &Path| {
         let text = fs::read_to_string(path).ok()?;
         // without its comment
         Some(text.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
     };
-    let host_key = key(Path::new("/etc/ssh/ssh_host_ed25519_key.pub"));
+    let host_key = (!hub_is_elsewhere).then(|| key(Path::new("/etc/ssh/ssh_host_ed25519_key.pub"))).flatten();
     let host_key = host_key.unwrap_or_else(|| "ssh-ed25519 ... (the hub's /etc/ssh/ssh_host_ed25519_key.pub)".into());
     let signer = settings.signing_key.as_ref().map(|private| {
         let public = format!("{}.pub", private.display());

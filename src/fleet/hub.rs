@@ -1,11 +1,12 @@
-//! The directory that the hub serves, from the hub's own side: what is where, and whose turn it is.
+//! The directory that the hub serves, or what a command knows of one elsewhere: what is where, and
+//! whose turn it is.
 //!
-//! What is read here only the hub can have written; what a host sent has been judged by `collect`,
-//! and is fit for a terminal.
+//! What is read here only the hub can have written, and is fit for a terminal; what a host sent has been
+//! judged by `collect`.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use ::nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
@@ -13,18 +14,83 @@ use serde::de::DeserializeOwned;
 use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::collect::collect;
+use crate::fleet::elsewhere::{Elsewhere, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, Signed};
 use crate::notes::make_printable;
+
+/// Why a release is not published that is not on top of the last one.
+pub const MEANWHILE: &str = "somebody else has published for it meanwhile; deploy again";
 
 /// The served directory.
 pub struct Hub {
     directory: PathBuf,
+    elsewhere: Option<Elsewhere>,
+}
+
+/// Whether this is no directory here, but one of another machine.
+pub fn leads_elsewhere(directory: &Path) -> bool {
+    directory.to_str().is_some_and(|text| text.starts_with(SCHEME))
 }
 
 impl Hub {
-    /// The one in this directory.
-    pub fn new(directory: &Path) -> Self {
-        Self { directory: directory.to_owned() }
+    /// The one of this directory, here or elsewhere.
+    pub fn new(directory: &Path) -> Result<Self> {
+        let elsewhere = leads_elsewhere(directory).then(|| Elsewhere::new(&directory.to_string_lossy())).transpose()?;
+        let directory = elsewhere.as_ref().map_or(directory, Elsewhere::place).to_owned();
+        Ok(Self { directory, elsewhere })
+    }
+
+    /// Whether it is another machine.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
+    }
+
+    /// Takes in what the named hosts have said, or all: what they have sent, or what the hub elsewhere
+    /// knows of them.
+    pub fn take_in(&self, wanted: &[&str]) -> Result<()> {
+        match &self.elsewhere {
+            Some(elsewhere) => elsewhere.fetch(wanted),
+            // whoever may only look sees what was collected before
+            None => collect(self).or(Ok(())),
+        }
+    }
+
+    /// How long to wait before that is worth the while again.
+    pub fn pace(&self) -> Duration {
+        Duration::from_secs(if self.elsewhere.is_some() { 10 } else { 1 })
+    }
+
+    /// The same for one file below the directory.
+    pub fn take_in_file(&self, path: &Path) -> Result<()> {
+        match (&self.elsewhere, path.strip_prefix(&self.directory)) {
+            (Some(elsewhere), Ok(file)) => elsewhere.fetch_file(&file.to_string_lossy()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has hosts see a new release: its archive, which is beside `old`, and then its manifest. Keeps no other
+    /// archives but that one's. Fails, and changes nothing, if `old` is not what they see now.
+    pub fn publish(&self, manifest: &Manifest, new: &Signed, old: Option<&(Manifest, Signed)>) -> Result<()> {
+        let release = self.release(&manifest.host);
+        let kept: Vec<_> = old.iter().map(|(old, _)| old).chain([manifest]).map(Manifest::archive).collect();
+        if let Some(elsewhere) = &self.elsewhere {
+            let path = release.join("new");
+            files::write_json(&path, new, 0o644)?;
+            return elsewhere.publish(&manifest.host, &manifest.archive(), &path, &kept);
+        }
+        if self.manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old.map(|(_, signed)| signed) {
+            return Err(MEANWHILE).context(|| format!("publish {}", manifest.host));
+        }
+        files::write_json(&release.join("manifest.json"), new, 0o644)?;
+        for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // whatever somebody else is writing is not an archive
+            if [".tar.gz", ".tar.gz.new"].iter().any(|end| name.ends_with(end)) && !kept.contains(&name) {
+                files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// The hosts that the hub serves.
@@ -59,17 +125,13 @@ impl Hub {
         self.directory.join("received").join(host)
     }
 
-    /// What is published for a host, and whether it is signed.
-    pub fn manifest(&self, host: &str) -> Result<Option<(Manifest, bool)>> {
+    /// What is published for a host.
+    pub fn manifest(&self, host: &str) -> Result<Option<(Manifest, Signed)>> {
         let path = self.release(host).join("manifest.json");
         let Some(signed) = files::read_json::<Signed>(&path)? else { return Ok(None) };
         let doing = || format!("read {}", path.display());
-        let manifest: Manifest = serde_json::from_str(&signed.manifest).context(doing)?;
-        if manifest.format == FORMAT {
-            Ok(Some((manifest, signed.signature.is_some())))
-        } else {
-            Err("its format is another").context(doing)
-        }
+        let manifest: Manifest = foreign(signed.manifest.as_bytes()).context(doing)?;
+        if manifest.format == FORMAT { Ok(Some((manifest, signed))) } else { Err("its format is another").context(doing) }
     }
 
     /// What a host said last, and when that arrived.
@@ -80,9 +142,14 @@ impl Hub {
         Ok(Some((heartbeat, arrived.context(|| format!("read {}", path.display()))?)))
     }
 
-    /// Which reports of a host have arrived, the newest last.
+    /// The file that says which reports of a host have arrived.
+    pub fn acknowledged(&self, host: &str) -> PathBuf {
+        self.release(host).join("received.json")
+    }
+
+    /// These reports, the newest last.
     pub fn index(&self, host: &str) -> Result<Received> {
-        Ok(files::read_json(&self.release(host).join("received.json"))?.unwrap_or_default())
+        Ok(files::read_json(&self.acknowledged(host))?.unwrap_or_default())
     }
 
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.

@@ -1,7 +1,7 @@
 //! How the hosts are, seen from the hub.
 //!
-//! A state follows from what is published and what the host said last, release by release. No clock
-//! is compared but the hub's own, and only to tell that a host is silent.
+//! A state follows from what is published and what the host said last, release by release. No host's
+//! clock counts: it is by those of the hub, and of whoever looks, that a host is silent.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +13,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use crate::error::{Context, Result};
-use crate::fleet::collect::collect;
 use crate::fleet::hub::Hub;
 use crate::fleet::repository::select;
 use crate::fleet::{Heartbeat, Last, Manifest};
@@ -150,8 +149,7 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
-        // whoever may only look sees what was collected before
-        let _ = collect(hub);
+        hub.take_in(wanted)?;
         let hosts = select(hub.hosts()?, String::as_str, wanted)?;
         let look = |host: String| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
         let shown: BTreeMap<String, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
@@ -168,7 +166,7 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
             before = text;
         }
         drop(output);
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(hub.pace());
     }
 }
 

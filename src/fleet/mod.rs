@@ -6,6 +6,7 @@
 //! ```text
 //! <directory>/hosts/<host>/release/manifest.json    a Signed; replaced in one step
 //! <directory>/hosts/<host>/release/<id>.tar.gz      that host's configuration
+//! <directory>/hosts/<host>/release/publishing       who is publishing from elsewhere just now
 //! <directory>/hosts/<host>/release/received.json    a Received: which reports have arrived
 //! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
 //! <directory>/hosts/<host>/reports/<run>.json       a Report
@@ -27,6 +28,7 @@ pub mod outbox;
 pub mod release;
 
 mod collect;
+mod elsewhere;
 mod guide;
 mod hub;
 mod hub_status;
@@ -36,6 +38,7 @@ mod publish;
 mod repository;
 mod sftp;
 mod sha256;
+mod temporary;
 
 use std::path::PathBuf;
 
@@ -54,7 +57,7 @@ pub const SMALL: u64 = 256 * 1024;
 pub const LARGE: u64 = 64 * 1024 * 1024;
 
 /// A manifest, as it is published: the signature is of exactly that text.
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Signed {
     /// A [`Manifest`] as JSON.
@@ -84,6 +87,13 @@ pub struct Manifest {
     pub toplevel: Option<PathBuf>,
     /// When it was published, in seconds since 1970; for people to read.
     pub published: u64,
+}
+
+impl Manifest {
+    /// The name of the release's archive.
+    pub fn archive(&self) -> String {
+        format!("{}.tar.gz", self.release.id)
+    }
 }
 
 /// One release of one host.

@@ -18,12 +18,13 @@ use crate::run::now;
 /// before that, if so asked for. Returns the release's sequence number. `say` is told what is being done.
 pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key: Option<&Path>, say: impl Fn(&str)) -> Result<Option<u64>> {
     hub.check(&host.name)?;
-    let (old, is_signed) = hub.manifest(&host.name)?.unzip();
+    let old = hub.manifest(&host.name)?;
     say("evaluating");
     let system = repository.evaluate(host)?;
     let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
-    let same = old.as_ref().filter(|old| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
-    if same.is_some() && is_signed == Some(key.is_some()) {
+    let same = old.as_ref().filter(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
+    let well_signed = same.map(|(_, signed)| is_signed_by(signed, key, &repository.scratch(&host.name))).transpose()?;
+    if well_signed == Some(true) {
         return Ok(None);
     }
     if build {
@@ -33,10 +34,10 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
     say("publishing");
     let content = format!("{} {} {}\n", source.sha256, attr.as_deref().unwrap_or("-"), system.toplevel.display());
     let release = match same {
-        Some(same) => same.release.clone(),
+        Some((same, _)) => same.release.clone(),
         None => Release {
             id: sha256::of(content.as_bytes())?,
-            sequence: next_sequence(hub, &host.name, old.as_ref()).context(|| format!("publish {}", host.name))?,
+            sequence: next_sequence(hub, &host.name, old.as_ref().map(|(old, _)| old)).context(|| format!("publish {}", host.name))?,
         },
     };
     let sequence = release.sequence;
@@ -50,8 +51,12 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
         toplevel,
         published: now(),
     };
+    let text = serde_json::to_string(&manifest).context(|| format!("write the manifest of {}", host.name))?;
+    let signature = key.map(|key| sign(&text, key)).transpose()?;
     let archive = fs::read(&source.archive).context(|| format!("read {}", source.archive.display()))?;
-    publish(hub, &manifest, &archive, key, old.as_ref())?;
+    let place = hub.release(&host.name).join(manifest.archive());
+    files::write(&place, &archive, 0o644).context(|| format!("write {}", place.display()))?;
+    hub.publish(&manifest, &Signed { manifest: text, signature }, old.as_ref())?;
     Ok(Some(sequence))
 }
 
@@ -63,24 +68,17 @@ fn next_sequence(hub: &Hub, host: &str, old: Option<&Manifest>) -> Result<u64, S
     highest.unwrap_or(0).checked_add(1).ok_or_else(|| "the host says that there are no more numbers".into())
 }
 
-fn publish(hub: &Hub, manifest: &Manifest, archive: &[u8], key: Option<&Path>, old: Option<&Manifest>) -> Result<()> {
-    let release = hub.release(&manifest.host);
-    let text = serde_json::to_string(manifest).context(|| format!("write the manifest of {}", manifest.host))?;
-    let signature = key.map(|key| sign(&text, key)).transpose()?;
-    let file = |manifest: &Manifest| release.join(format!("{}.tar.gz", manifest.release.id));
-    files::write(&file(manifest), archive, 0o644).context(|| format!("write {}", file(manifest).display()))?;
-    files::write_json(&release.join("manifest.json"), &Signed { manifest: text, signature }, 0o644)?;
-
-    let kept = [Some(file(manifest)), old.map(file)];
-    for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {
-        let path = entry.path();
-        // whatever somebody else is writing is not an archive
-        let ours = [".tar.gz", ".tar.gz.new"].iter().any(|end| entry.file_name().to_string_lossy().ends_with(end));
-        if ours && !kept.contains(&Some(path.clone())) {
-            files::remove(&path).context(|| format!("remove {}", path.display()))?;
-        }
-    }
-    Ok(())
+/// Whether this key made the signature, or there is none where there is no key; `scratch` is a file for it.
+fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<bool> {
+    let (Some(key), Some(signature)) = (key, &signed.signature) else { return Ok(key.is_none() == signed.signature.is_none()) };
+    // "256 SHA256:... comment (ED25519)"
+    let known = Program::new("ssh-keygen").args(["-l", "-f"]).arg(key).output(|| format!("read {}", key.display()), None)?;
+    let known = String::from_utf8_lossy(&known);
+    let print = known.split(' ').nth(1).unwrap_or_default();
+    fs::write(scratch, signature).context(|| format!("write {}", scratch.display()))?;
+    let check = Program::new("ssh-keygen").args(["-Y", "check-novalidate", "-n", NAMESPACE, "-s"]).arg(scratch);
+    let said = check.output(|| "check a signature".into(), Some(signed.manifest.as_bytes()));
+    Ok(said.is_ok_and(|said| String::from_utf8_lossy(&said).trim_end().ends_with(print)))
 }
 
 fn sign(text: &str, key: &Path) -> Result<String> {

@@ -8,14 +8,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ::nix::unistd::mkdtemp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{archive, jobs, pack};
+use crate::fleet::temporary::{Temporary, home};
+use crate::fleet::{archive, hub, jobs, pack};
 use crate::json;
 use crate::nix::nix;
 
@@ -27,7 +27,7 @@ const SYSTEM: &str = "system: { derivation = system.drvPath; toplevel = system.o
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Settings {
-    /// What the hub serves.
+    /// What the hub serves; here, or `sftp://` where.
     pub directory: PathBuf,
     /// The private key to sign releases with.
     pub signing_key: Option<PathBuf>,
@@ -49,8 +49,8 @@ impl Settings {
         let path = repository.join("fleet.json");
         let doing = || format!("read {}", path.display());
         let mut settings: Self = json::parse(&fs::read_to_string(&path).context(doing)?).context(doing)?;
-        if !settings.directory.is_absolute() {
-            return Err(format!("directory: expected an absolute path, found {:?}", settings.directory)).context(doing);
+        if !settings.directory.is_absolute() && !hub::leads_elsewhere(&settings.directory) {
+            return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
         }
         settings.signing_key = settings.signing_key.map(|key| repository.join(key));
         Ok(settings)
@@ -107,26 +107,17 @@ pub struct Repository {
     directory: PathBuf,
     flags: Vec<String>,
     state: PathBuf,
-    scratch: PathBuf,
-}
-
-impl Drop for Repository {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.scratch);
-    }
+    scratch: Temporary,
 }
 
 impl Repository {
     /// Opens the one in this directory.
     pub fn open(directory: &Path, flags: &[String]) -> Result<Self> {
-        let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let state = variable("XDG_STATE_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/state")));
-        let state = state.ok_or("neither XDG_STATE_HOME nor HOME is set").context(|| "find a place for logs".into())?.join("ekiben");
+        let state = home("XDG_STATE_HOME", ".local/state")?;
         for name in ["logs", "evaluated", "systems"] {
             fs::create_dir_all(state.join(name)).context(|| format!("make {}", state.join(name).display()))?;
         }
-        let scratch = mkdtemp(&std::env::temp_dir().join("ekiben-fleet-XXXXXX")).context(|| "make a temporary directory".into())?;
-        Ok(Self { directory: directory.to_owned(), flags: flags.to_owned(), state, scratch })
+        Ok(Self { directory: directory.to_owned(), flags: flags.to_owned(), state, scratch: Temporary::new()? })
     }
 
     /// Where a configuration may be: the repository itself, and the directories of `hosts`. True is a
@@ -157,7 +148,7 @@ impl Repository {
     fn pack(&self, place: &str, is_flake: bool) -> Result<Source> {
         let directory = if place == "." { self.directory.clone() } else { self.directory.join(place) };
         let files = if place == "." { pack::tracked_files(&directory)? } else { pack::files(&directory)? };
-        let archive = self.scratch.join(format!("{}.tar.gz", label(place)));
+        let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
         let (sha256, size) = pack::pack(&directory, files, &archive)?;
         Ok(Source { place: place.to_owned(), directory, archive, sha256, size, is_flake })
     }
@@ -228,9 +219,14 @@ impl Repository {
         self.state.join("logs").join(format!("{name}.log"))
     }
 
+    /// The path of a file that is gone when this command ends.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(format!("of-{name}"))
+    }
+
     /// Unpacks a source, as the host does, and calls `then` with where it is.
     pub fn with_unpacked<T>(&self, source: &Source, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-        let place = self.scratch.join(name);
+        let place = self.scratch.path().join(name);
         let directory = place.join("configuration");
         let done = archive::unpack(&source.archive, &directory).and_then(|()| then(&directory));
         let _ = fs::remove_dir_all(place);
@@ -339,7 +335,7 @@ mod tests {
             (r#"{"silentafter": 1}"#, "silentafter: unknown field"),
             (r#"{"silentAfter": -1}"#, "silentAfter: invalid value"),
             (r#"{"flags": "-L"}"#, "flags: invalid type"),
-            (r#"{"directory": "served"}"#, "directory: expected an absolute path, found \"served\""),
+            (r#"{"directory": "served"}"#, "directory: expected an absolute path or sftp://..., found \"served\""),
         ] {
             let said = read(text).unwrap_err().to_string();
             assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
@@ -356,7 +352,8 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "").unwrap();
         }
-        let repository = Repository { directory: place.path().into(), flags: Vec::new(), state: PathBuf::new(), scratch: PathBuf::new() };
+        let scratch = Temporary::below(&place.path().join("cache")).unwrap();
+        let repository = Repository { directory: place.path().into(), flags: Vec::new(), state: PathBuf::new(), scratch };
         let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
         assert_eq!(repository.places().unwrap(), of_hosts);
         fs::write(place.path().join("configuration.nix"), "").unwrap();

@@ -1,7 +1,8 @@
 //! One session with a hub: OpenSSH's own sftp, asked line by line.
 //!
-//! The hub is whom the configuration says, by its pinned key, or there is no session; a hub that is
-//! silent or slow, or sends more than it may, ends the session, never the run's patience.
+//! To a host, the hub is whom its configuration says, by its pinned key, or there is no session; to
+//! people, whom their own ssh knows. A hub that is silent or slow, or sends more than it may, ends
+//! the session, never the patience of whoever asked.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -9,17 +10,27 @@ use std::time::Duration;
 
 use crate::config::{Hub, Server};
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::fleet::LARGE;
 use crate::program::{Conversation, Program};
 
 /// What sftp says when it has done what it was asked before: a question that it answers by itself.
 const QUESTION: &str = "lpwd";
 const ANSWER: &str = "Local working directory: ";
+const PROMPT: &str = "sftp> ";
+
+/// What sftp said of one thing.
+struct Said {
+    printed: Vec<String>,
+    complaint: String,
+}
 
 /// A session under way.
 pub struct Session {
     sftp: Conversation,
     errors: PathBuf,
+    /// How much of that has been read.
+    heard: usize,
     server: String,
 }
 
@@ -46,8 +57,6 @@ impl Session {
         let doing = || format!("reach the hub at {name}");
         let known_hosts = directory.join("known_hosts");
         fs::write(&known_hosts, format!("hub {}\n", server.host_key)).context(doing)?;
-        let errors = directory.join("sftp.log");
-        let file = File::create(&errors).context(doing)?;
         // of what is said twice, ssh takes the first
         let pinned = [
             "BatchMode=yes".to_owned(),
@@ -62,14 +71,28 @@ impl Session {
         ];
         let defaults = ["ConnectTimeout=20", "ServerAliveInterval=5", "ServerAliveCountMax=2", "LogLevel=ERROR"];
         let options = pinned.iter().chain(&hub.ssh_options).map(String::as_str).chain(defaults);
+        let destination = format!("{}@{}", server.user, server.host);
+        let port = server.port.to_string();
+        let arguments = ["-F", "none"].into_iter().chain(options.flat_map(|option| ["-o", option]));
+        Self::start(name, arguments.chain(["-P", &port, &destination]), directory, limit)
+    }
+
+    /// Connects to `server`, an `sftp://` without a path, as this user's own configuration of ssh
+    /// says, without asking anybody anything.
+    pub fn open_as_configured(server: &str, directory: &Path, limit: Duration) -> Result<Self> {
+        let options = ["-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", "-o", "LogLevel=ERROR"];
+        Self::start(server.to_owned(), options.into_iter().chain([server]), directory, limit)
+    }
+
+    fn start<'a>(server: String, arguments: impl Iterator<Item = &'a str>, directory: &Path, limit: Duration) -> Result<Self> {
+        let errors = directory.join("sftp.log");
+        let file = File::create(&errors).context(|| format!("reach the hub at {server}"))?;
         let sftp = Program::new("timeout")
-            .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--"])
-            .args(["sftp", "-b", "-", "-F", "none"])
-            .args(options.flat_map(|option| ["-o", option]))
-            .args(["-P", &server.port.to_string(), &format!("{}@{}", server.user, server.host)])
+            .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--", "sftp", "-b", "-"])
+            .args(arguments)
             .env("LC_ALL", "C")
             .errors_to(file);
-        let mut session = Self { sftp: sftp.talk()?, errors, server: name };
+        let mut session = Self { sftp: sftp.talk()?, errors, heard: 0, server };
         session.ask("-pwd")?;
         Ok(session)
     }
@@ -83,7 +106,54 @@ impl Session {
     /// Sends a file, under another name until it is whole.
     pub fn put(&mut self, local: &Path, remote: &str) -> Result<()> {
         self.ask(&format!("-put {} {remote}.new", local.display()))?;
-        self.ask(&format!("-rename {remote}.new {remote}"))
+        self.ask(&format!("-rename {remote}.new {remote}")).map(drop)
+    }
+
+    /// Makes a directory the one that paths begin at.
+    pub fn enter(&mut self, remote: &str) -> Result<()> {
+        self.succeed(&format!("-cd {remote}")).map(drop)
+    }
+
+    /// The names in a directory.
+    pub fn list(&mut self, remote: &str) -> Result<Vec<String>> {
+        let printed = self.succeed(&format!("-ls -1 {remote}"))?;
+        Ok(printed.iter().filter_map(|line| line.trim_end().rsplit('/').next()).map(String::from).collect())
+    }
+
+    /// Fetches a file with its time. Returns whether it is there; anything else that is wrong is an error.
+    pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
+        files::remove(local).context(|| format!("remove {}", local.display()))?;
+        let complaint = self.ask(&format!("-get -p {remote} {}", quoted(local)))?.complaint;
+        if complaint.is_empty() || complaint.trim_end().trim_end_matches('.').ends_with("not found") {
+            return Ok(local.exists());
+        }
+        Err(self.refused(&complaint))
+    }
+
+    /// Sends a file, onto the hub's disk.
+    pub fn send(&mut self, local: &Path, remote: &str) -> Result<()> {
+        self.succeed(&format!("-put -f {} {remote}", quoted(local))).map(drop)
+    }
+
+    /// Gives a file a second name. Returns whether nothing had that.
+    pub fn link(&mut self, remote: &str, name: &str) -> Result<bool> {
+        let complaint = self.ask(&format!("-ln {remote} {name}"))?.complaint;
+        match complaint.trim_end() {
+            "" => Ok(true),
+            // all that SFTP says of a name that is taken
+            said if said.ends_with(": Failure") => Ok(false),
+            _ => Err(self.refused(&complaint)),
+        }
+    }
+
+    /// Gives a file another name, which it takes from what had that before.
+    pub fn rename(&mut self, remote: &str, name: &str) -> Result<()> {
+        self.succeed(&format!("-rename {remote} {name}")).map(drop)
+    }
+
+    /// Removes a file.
+    pub fn remove(&mut self, remote: &str) -> Result<()> {
+        self.succeed(&format!("-rm {remote}")).map(drop)
     }
 
     /// Ends the session.
@@ -91,13 +161,31 @@ impl Session {
         self.sftp.end().context(|| format!("take leave of the hub at {}", self.server))
     }
 
+    /// Has sftp do something; returns what it printed.
+    fn succeed(&mut self, command: &str) -> Result<Vec<String>> {
+        let said = self.ask(command)?;
+        if said.complaint.is_empty() { Ok(said.printed) } else { Err(self.refused(&said.complaint)) }
+    }
+
+    fn refused(&self, complaint: &str) -> Error {
+        Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.trim().replace('\n', "; ")))
+    }
+
     /// Has sftp do something, and waits until it has.
-    fn ask(&mut self, command: &str) -> Result<()> {
+    fn ask(&mut self, command: &str) -> Result<Said> {
+        let mut printed = Vec::new();
         let asked = self.sftp.say(command).and_then(|()| self.sftp.say(QUESTION));
         while asked.is_ok() {
             match self.sftp.hear() {
-                Ok(Some(line)) if line.starts_with(ANSWER) => return Ok(()),
-                Ok(Some(_)) => {}
+                Ok(Some(line)) if line.starts_with(ANSWER) => {
+                    let all = fs::read(&self.errors).context(|| format!("read {}", self.errors.display()))?;
+                    let complaint = String::from_utf8_lossy(all.get(self.heard..).unwrap_or_default()).into_owned();
+                    self.heard = all.len();
+                    return Ok(Said { printed, complaint });
+                }
+                // what it was asked it says again
+                Ok(Some(line)) if line.starts_with(PROMPT) => {}
+                Ok(Some(line)) => printed.push(line),
                 Ok(None) | Err(_) => break,
             }
         }
@@ -109,4 +197,9 @@ impl Session {
         let refused = ["Host key verification failed", "Permission denied"];
         Err(if said.iter().any(|line| refused.iter().any(|words| line.contains(words))) { error } else { error.transient() })
     }
+}
+
+/// A path of this user's as one word to sftp.
+fn quoted(path: &Path) -> String {
+    format!("\"{}\"", path.display().to_string().replace('\\', "\\\\").replace('"', "\\\""))
 }

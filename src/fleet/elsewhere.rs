@@ -1,0 +1,244 @@
+//! A hub that is another machine than this one. What a command has to know of it is fetched into a
+//! directory of that command's own, and what is published there is sent.
+//!
+//! A host sees the release before or the whole new one: a manifest is renamed into its place when its
+//! archive is there. Of several who publish for one host, one at a time does, and only on top of what
+//! it has seen: a release is never replaced by one of the same number, or of a lower one.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::config::host_name;
+use crate::error::{Context, Error, Result};
+use crate::fleet::hub::MEANWHILE;
+use crate::fleet::sftp::Session;
+use crate::fleet::temporary::Temporary;
+use crate::program::printable;
+
+/// What the hub is called by whoever publishes.
+pub const SCHEME: &str = "sftp://";
+/// How long it may take to fetch what is known of the hosts, and to send one release.
+const FETCH: Duration = Duration::from_secs(600);
+const SEND: Duration = Duration::from_secs(3600);
+/// The file that exists while somebody publishes, and says who.
+const CLAIM: &str = "publishing";
+const MANIFEST: &str = "manifest.json";
+/// The end of the name of what is being sent.
+const SENT: &str = ".sent";
+/// For how long somebody who publishes has to be silent before somebody else does.
+const STALE: Duration = Duration::from_secs(60);
+/// How long it may take from the claim to the manifest: with the time after which both ends of a
+/// connection give it up, well below the former.
+const HELD: Duration = Duration::from_secs(15);
+/// How often the name is tried that nothing seems to have.
+const TRIES: usize = 5;
+
+/// Where the hub is.
+pub struct Elsewhere {
+    server: String,
+    path: String,
+    temporary: Temporary,
+    /// One session at a time is enough to send.
+    turn: Mutex<()>,
+}
+
+impl Elsewhere {
+    /// The one of this URL.
+    pub fn new(url: &str) -> Result<Self> {
+        let (server, path) = parse(url).context(|| format!("understand {url:?}"))?;
+        Ok(Self { server, path, temporary: Temporary::new()?, turn: Mutex::default() })
+    }
+
+    /// The directory of what has been fetched, in the layout of the hub's own.
+    pub fn place(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    fn open(&self, limit: Duration) -> Result<Session> {
+        let mut session = Session::open_as_configured(&self.server, self.place(), limit)?;
+        if !self.path.is_empty() {
+            session.enter(&self.path)?;
+        }
+        Ok(session)
+    }
+
+    /// Fetches which hosts there are; and of those that are named, or all, what is published and what
+    /// they said last.
+    pub fn fetch(&self, wanted: &[&str]) -> Result<()> {
+        let mut session = self.open(FETCH)?;
+        for host in session.list("hosts")?.iter().filter(|name| host_name(name).is_ok()) {
+            for (directory, file) in [(format!("hosts/{host}/release"), "manifest.json"), (format!("received/{host}"), "heartbeat.json")] {
+                let local = self.place().join(&directory);
+                fs::create_dir_all(&local).context(|| format!("make {}", local.display()))?;
+                if wanted.is_empty() || wanted.contains(&host.as_str()) {
+                    session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
+                }
+            }
+        }
+        session.close()
+    }
+
+    /// Fetches one more file, if it is there.
+    pub fn fetch_file(&self, file: &str) -> Result<()> {
+        let mut session = self.open(FETCH)?;
+        session.fetch(file, &self.place().join(file))?;
+        session.close()
+    }
+
+    /// Sends a host's archive, and then the file `new` as its manifest; keeps no other archives but those
+    /// that are named. Fails, and changes nothing, if somebody else has published since [`Self::fetch`].
+    pub fn publish(&self, host: &str, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = format!("hosts/{host}/release");
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "think of a name".into())?.trim_end().to_owned();
+        let mut release = Release { session: self.open(SEND)?, local: self.place().join(&path), path, id };
+        release.send(archive, &release.local.join(archive))?;
+        release.rename_sent(archive)?;
+        release.send(MANIFEST, new)?;
+        let since = release.claim(host)?;
+        let done = release.replace(since, kept);
+        // nobody need wait for this process any more
+        let gone = if release.is_claimed()? { release.session.remove(&release.remote(CLAIM)) } else { Ok(()) };
+        done.context(|| format!("publish {host}"))?;
+        gone.and_then(|()| release.session.close())
+    }
+}
+
+/// A host's release about to be replaced.
+struct Release {
+    session: Session,
+    /// Its directory here, and there.
+    local: PathBuf,
+    path: String,
+    /// What tells this process from all others who publish.
+    id: String,
+}
+
+impl Release {
+    fn remote(&self, name: &str) -> String {
+        format!("{}/{name}", self.path)
+    }
+
+    /// What a file is called while it is sent.
+    fn sent(&self, name: &str) -> String {
+        self.remote(&format!("{}.{name}{SENT}", self.id))
+    }
+
+    fn send(&mut self, name: &str, local: &Path) -> Result<()> {
+        let remote = self.sent(name);
+        self.session.send(local, &remote)
+    }
+
+    fn rename_sent(&mut self, name: &str) -> Result<()> {
+        let (sent, remote) = (self.sent(name), self.remote(name));
+        self.session.rename(&sent, &remote)
+    }
+
+    /// Waits until nobody else publishes for the host, and keeps others waiting. Returns since when.
+    fn claim(&mut self, host: &str) -> Result<Instant> {
+        let user = std::env::var("USER").unwrap_or_default();
+        let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
+        fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).context(|| format!("write {}", local.display()))?;
+        self.send(CLAIM, &local)?;
+        let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
+        loop {
+            let now = Instant::now();
+            if self.session.link(&sent, &claim)? {
+                self.session.remove(&sent)?;
+                return Ok(now);
+            }
+            match self.read(CLAIM)? {
+                None if tries >= TRIES => return Err(Error::new(format!("Failed to publish {host}: the hub makes no link {claim}"))),
+                None => tries += 1,
+                Some(found) if found != other => {
+                    log::info!("{host} is being published by {}; waiting ...", printable(&String::from_utf8_lossy(&found)));
+                    (other, since) = (found, now);
+                }
+                Some(_) if since.elapsed() > STALE => {
+                    log::warn!("Whoever was publishing {host} has not been heard of for {} s.", STALE.as_secs());
+                    self.session.remove(&claim)?;
+                }
+                Some(_) => {}
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+
+    fn is_claimed(&mut self) -> Result<bool> {
+        let found = self.read(CLAIM)?;
+        Ok(found.is_some_and(|found| String::from_utf8_lossy(&found).ends_with(&self.id)))
+    }
+
+    /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
+    fn replace(&mut self, since: Instant, kept: &[String]) -> Result<(), String> {
+        let said = |error: Error| error.to_string();
+        let fetched = match fs::read(self.local.join(MANIFEST)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            other => Some(other.map_err(|error| error.to_string())?),
+        };
+        if self.read(MANIFEST).map_err(said)? != fetched {
+            return Err(MEANWHILE.into());
+        }
+        // what others are sending they could not publish any more
+        let ours = format!("{}.", self.id);
+        for name in self.session.list(&self.path).map_err(said)? {
+            let archive = name.ends_with(".tar.gz") && !kept.contains(&name);
+            if archive || name.ends_with(SENT) && !name.starts_with(&ours) {
+                self.session.remove(&self.remote(&name)).map_err(said)?;
+            }
+        }
+        if !self.is_claimed().map_err(said)? || since.elapsed() > HELD {
+            return Err("it took too long; deploy again".into());
+        }
+        self.rename_sent(MANIFEST).map_err(said)
+    }
+
+    /// What a file says now; none if it is not there.
+    fn read(&mut self, name: &str) -> Result<Option<Vec<u8>>> {
+        let local = self.local.join("now");
+        if !self.session.fetch(&self.remote(name), &local)? {
+            return Ok(None);
+        }
+        fs::read(&local).map(Some).context(|| format!("read {}", local.display()))
+    }
+}
+
+/// The server, and the path of the directory there; none for the one that the server begins in.
+fn parse(url: &str) -> Result<(String, String), &'static str> {
+    let rest = url.strip_prefix(SCHEME).unwrap_or_default();
+    let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let is =
+        |text: &str, more: &[u8]| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte) || more.contains(&byte));
+    if server.is_empty() || server.starts_with('-') || !is(server, b"@:[]%") || !is(path, b"/") {
+        return Err("expected sftp://[user@]host[:port][/path]");
+    }
+    let path = path.trim_end_matches('/');
+    Ok((format!("{SCHEME}{server}"), if path.is_empty() { String::new() } else { format!("/{path}") }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_a_server_and_a_path() {
+        let found = |url| parse(url).map(|(server, path)| format!("{server} {path}"));
+        for (url, expected) in [
+            ("sftp://hub", "sftp://hub "),
+            ("sftp://hub/", "sftp://hub "),
+            ("sftp://alice@hub.example.org:2222/srv/hub/", "sftp://alice@hub.example.org:2222 /srv/hub"),
+            ("sftp://[::1]:22", "sftp://[::1]:22 "),
+        ] {
+            assert_eq!(found(url).unwrap(), expected);
+        }
+        for url in
+            ["sftp://", "sftp:///srv", "sftp://-oProxyCommand=x", "sftp://hub/a b", "sftp://hub/*", "sftp://hub\nrm", "/srv", "http://hub"]
+        {
+            assert!(found(url).is_err(), "{url}");
+        }
+    }
+}
