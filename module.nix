@@ -811,6 +811,7 @@ let
   inherit (cfg) hub;
   hubHosts = "${hub.directory}/hosts";
   hubUser = "ekiben-hub";
+  hubPublisher = "ekiben-publisher";
   # a name that cannot be a user's is refused below, and not by NixOS, which knows no hosts
   isHostName = name: builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
   hosts = filterAttrs (name: _: isHostName name) hub.hosts;
@@ -885,10 +886,25 @@ let
   # more by the keys (`restrict`) and by the permissions of the directories, as far as they can.
   hubSshd = ''
     Match Group ekiben-hosts
+      ${hubSessions hubRequests "0027"}
       # whomever the administrator allows besides
       AllowGroups ekiben-hosts
       AllowUsers fleet-*
-      AuthenticationMethods publickey
+      ChrootDirectory %h
+      MaxSessions 1
+  ''
+  + lib.optionalString (hub.publishers != [ ]) ''
+    Match User ${hubPublisher}
+      ${hubSessions (hubRequests ++ hubPublisherRequests) "0022"}
+      AllowGroups ${hubPublisher}
+      AllowUsers ${hubPublisher}
+      ChrootDirectory ${hub.directory}
+  ''
+  + ''
+    Match all
+  '';
+  hubSessions = requests: mask: ''
+    AuthenticationMethods publickey
       PubkeyAuthentication yes
       AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u
       ${lib.optionalString (
@@ -896,8 +912,7 @@ let
       ) "AuthorizedKeysCommand none"}
       TrustedUserCAKeys none
       ${lib.optionalString hubHasPam "PAMServiceName ${hubPam}"}
-      ChrootDirectory %h
-      ForceCommand internal-sftp -u 0027 -p ${concatStringsSep "," hubRequests}
+      ForceCommand internal-sftp -u ${mask} -p ${concatStringsSep "," requests}
       PermitTTY no
       PermitUserRC no
       PermitTunnel no
@@ -907,12 +922,9 @@ let
       AllowStreamLocalForwarding no
       AllowTcpForwarding no
       X11Forwarding no
-      MaxSessions 1
-      # a host that is gone must not be waited for
+      # who is gone must not be waited for
       ClientAliveInterval 15
-      ClientAliveCountMax 2
-    Match all
-  '';
+      ClientAliveCountMax 2'';
   # a session as people have it starts a systemd for its user, outside of the directory, and costs
   # several times as much
   hubPam = "ekiben-hub";
@@ -935,6 +947,12 @@ let
     "rename"
     "posix-rename"
     "limits"
+  ];
+  # what whoever publishes needs besides: that one does at a time, and that it is on the disk
+  hubPublisherRequests = [
+    "fsync"
+    "hardlink"
+    "remove"
   ];
 
   # The kernel counts what a host leaves. Below the mount is a directory of root's: without the mount,
@@ -977,6 +995,8 @@ let
     after = map (name: "${utils.escapeSystemdPath (hubMount name).where}.mount") (
       builtins.attrNames hosts
     );
+    # a short interval must not end it
+    startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
       ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
       User = hub.user;
@@ -1055,12 +1075,20 @@ let
         message = "`services.ekiben.hub.user`: there is no user `${hub.user}`. Write `users.users.${hub.user}.isNormalUser = true;`, or leave the option out.";
       }
       {
-        assertion = hub.user != "root" && !lib.elem hub.user (builtins.attrNames (forHosts (_: _: null)));
+        assertion =
+          hub.user != "root"
+          && !lib.elem hub.user ([ hubPublisher ] ++ builtins.attrNames (forHosts (_: _: null)));
         message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
       }
       {
         assertion = unnumbered <= 500;
         message = "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for ${toString unnumbered} hosts. Write a `uid` of its own for each, as in `uid = 31000;`.";
+      }
+      {
+        assertion = lib.all isKey hub.publishers;
+        message = "`services.ekiben.hub.publishers`: `${
+          concatStringsSep "` and `" (lib.filter (key: !isKey key) hub.publishers)
+        }` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
       }
     ]
     ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
@@ -1090,6 +1118,8 @@ let
     users.groups = {
       ekiben-hosts = { };
       ${hubUser}.members = [ hub.user ];
+      # who may publish, from here or from elsewhere
+      ${hubPublisher}.members = [ hub.user ];
     }
     // forHosts (_: host: { gid = host.uid; });
     users.users =
@@ -1113,6 +1143,16 @@ let
           group = hubUser;
           home = "${hub.directory}/home";
         };
+      }
+      // optionalAttrs (hub.publishers != [ ]) {
+        ${hubPublisher} = {
+          isSystemUser = true;
+          description = "Publishers of Ekiben's fleet, from elsewhere";
+          group = hubPublisher;
+          home = hub.directory;
+          hashedPassword = "*";
+          openssh.authorizedKeys.keys = map (key: "restrict ${key}") hub.publishers;
+        };
       };
     systemd = {
       mounts = map hubMount (builtins.attrNames hosts);
@@ -1128,13 +1168,13 @@ let
       # sshd wants all that leads to a host's directory to be root's, and nobody else's to change
       tmpfiles.rules = [
         "d ${hub.directory} 0755 root root -"
-        "d ${hub.directory}/received 0750 ${hub.user} ${hubUser} -"
-        "d ${hubHosts} 0750 root ${hubUser} -"
+        "d ${hub.directory}/received 0750 ${hub.user} ${hubPublisher} -"
+        "d ${hubHosts} 0750 root ${hubPublisher} -"
       ]
       ++ lib.optional (hub.user == hubUser) "d ${hub.directory}/home 0700 ${hubUser} ${hubUser} -"
       ++ lib.concatMap (name: [
         "d ${hubHosts}/${name} 0755 root root -"
-        "d ${hubHosts}/${name}/release 0755 ${hub.user} ${hubUser} -"
+        "d ${hubHosts}/${name}/release 0775 ${hub.user} ${hubPublisher} -"
         # what root makes there gets the host's group
         "d ${hubHosts}/${name}/files 2750 root fleet-${name} -"
       ]) (builtins.attrNames hosts);
@@ -1400,7 +1440,17 @@ in
         type = types.str;
         default = hubUser;
         example = "alice";
-        description = "Who may publish, and see what hosts report: a user that is made for it, or one that is there.";
+        description = "Who may publish here, and see what hosts report: a user that is made for it, or one that is there.";
+      };
+      publishers = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
+        description = ''
+          The keys of who may publish from other machines, and see there what hosts report: they log in as
+          `ekiben-publisher`, and can do nothing but that. In the `fleet.json` of their repository, `directory`
+          is `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if sshd has another one.
+        '';
       };
       reports = {
         size = mkOption {

@@ -78,4 +78,30 @@
       -----END OPENSSH PRIVATE KEY-----
     '';
   };
+  # of those who may publish from elsewhere
+  publisher = {
+    public = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJZNoMkltkcM6+a546KZzUUBUw/PmJ0dm3Ec9fS7YHnI publisher";
+    private = ''
+      -----BEGIN OPENSSH PRIVATE KEY-----
+      b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW
+      QyNTUxOQAAACCWTaDJJbZHDOvmueOimc1FAVMPz5idHZtxHPX0u2B5yAAAAJDcQdxb3EHc
+      WwAAAAtzc2gtZWQyNTUxOQAAACCWTaDJJbZHDOvmueOimc1FAVMPz5idHZtxHPX0u2B5yA
+      AAAEBs6deMtBPeKc4qo8VJ8yCjlQHj8l4tuDJpTtjL02ohtpZNoMkltkcM6+a546KZzUUB
+      Uw/PmJ0dm3Ec9fS7YHnIAAAACXB1Ymxpc2hlcgECAwQ=
+      -----END OPENSSH PRIVATE KEY-----
+    '';
+  };
+  # of another one of them
+  alice = {
+    public = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFs9q67p7RzQHn655I2rr0Al0kWyp0/vTlzzJk7JW/XF alice";
+    private = ''
+      -----BEGIN OPENSSH PRIVATE KEY-----
+      b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW
+      QyNTUxOQAAACBbPauu6e0c0B5+ueSNq69AJdJFsqdP705c8yZOyVv1xQAAAIi0gfM+tIHz
+      PgAAAAtzc2gtZWQyNTUxOQAAACBbPauu6e0c0B5+ueSNq69AJdJFsqdP705c8yZOyVv1xQ
+      AAAEDI7MnMH3KdKSCjVIEE1POXuS5fIKkH023PBP2Mxboy21s9q67p7RzQHn655I2rr0Al
+      0kWyp0/vTlzzJk7JW/XFAAAABWFsaWNl
+      -----END OPENSSH PRIVATE KEY-----
+    '';
+  };
 }

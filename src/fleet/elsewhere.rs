@@ -183,18 +183,22 @@ impl Release {
         if self.read(MANIFEST).map_err(said)? != fetched {
             return Err(MEANWHILE.into());
         }
-        // what others are sending they could not publish any more
-        let ours = format!("{}.", self.id);
-        for name in self.session.list(&self.path).map_err(said)? {
-            let archive = name.ends_with(".tar.gz") && !kept.contains(&name);
-            if archive || name.ends_with(SENT) && !name.starts_with(&ours) {
-                self.session.remove(&self.remote(&name)).map_err(said)?;
-            }
-        }
+        let there = self.session.list(&self.path).map_err(said)?;
         if !self.is_claimed().map_err(said)? || since.elapsed() > HELD {
             return Err("it took too long; deploy again".into());
         }
-        self.rename_sent(MANIFEST).map_err(said)
+        self.rename_sent(MANIFEST).map_err(said)?;
+        // what others were sending they cannot publish any more
+        let ours = format!("{}.", self.id);
+        let is_old = |name: &String| name.ends_with(".tar.gz") && !kept.contains(name) || name.ends_with(SENT) && !name.starts_with(&ours);
+        for name in there.iter().filter(|name| is_old(name)) {
+            // later, it may be needed again
+            let removed = if since.elapsed() < HELD { self.session.remove(&self.remote(name)) } else { Ok(()) };
+            if let Err(error) = removed {
+                log::warn!("{error}.");
+            }
+        }
+        Ok(())
     }
 
     /// What a file says now; none if it is not there.

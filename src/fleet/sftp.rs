@@ -168,7 +168,7 @@ impl Session {
     }
 
     fn refused(&self, complaint: &str) -> Error {
-        Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.trim().replace('\n', "; ")))
+        Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.trim().trim_end_matches('.').replace('\n', "; ")))
     }
 
     /// Has sftp do something, and waits until it has.
@@ -192,7 +192,8 @@ impl Session {
         let said = fs::read_to_string(&self.errors).unwrap_or_default();
         let said: Vec<String> = said.lines().map(String::from).collect();
         let why = said.iter().rev().find(|line| !line.starts_with("Connection closed")).map_or("it hung up", String::as_str);
-        let error = Error::new(format!("Failed to talk to the hub at {}: {}", self.server, why.trim())).with_tail(said.clone());
+        let error = Error::new(format!("Failed to talk to the hub at {}: {}", self.server, why.trim().trim_end_matches('.')))
+            .with_tail(said.clone());
         // anything else may be gone another time
         let refused = ["Host key verification failed", "Permission denied"];
         Err(if said.iter().any(|line| refused.iter().any(|words| line.contains(words))) { error } else { error.transient() })

@@ -1,0 +1,322 @@
+# ruff: noqa: F821
+import itertools
+
+start_all()
+HUB = "/var/lib/ekiben-hub"
+RELEASE = f"{HUB}/hosts/web/release"
+COUNT = itertools.count(1)
+FLAKE = '{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "none"; }; }; }'
+# The real sftp, which is told no more from the first line on that is as ~/gate/at says, until
+# somebody writes into ~/gate/go. What it may send in a second is in ~/gate/limit.
+GATE = r"""#!/bin/bash
+cd ~/gate
+exec 3<&0
+exec /usr/bin/sftp $(cat limit) "$@" < <(while IFS= read -ru 3 line; do
+  if [[ $line == $(cat at) ]]; then touch held; cat go > /dev/null; fi
+  printf '%s\n' "$line"
+done) 3<&-
+"""
+
+
+def by(user, command):
+    """The command line that runs `command` as a user of the desk, in a repository of their own."""
+    return f"runuser -u {user} -- env HOME=/home/{user} USER={user} PATH=/home/{user}/bin:$PATH bash -euc {shlex.quote(f'cd ~/fleet; {command}')}"
+
+
+def fleet(arguments, user="deploy"):
+    return by(user, f"ekiben fleet {arguments} 2>&1")
+
+
+def begin(user, arguments, at, limit=""):
+    """Begins to publish; returns when sftp would be told what is like `at`, or at once if that is empty."""
+    desk.succeed(by(user, f"rm -f ~/gate/held; printf %s {shlex.quote(at)} > ~/gate/at; echo {limit} > ~/gate/limit"))
+    desk.succeed(f"rm -f /tmp/{user}.*; (if {fleet(arguments, user)} > /tmp/{user}.said; then echo 0; else echo 1; fi > /tmp/{user}.new; mv /tmp/{user}.new /tmp/{user}.status) > /dev/null 2>&1 &")
+    if at:
+        desk.wait_until_succeeds(f"test -e /home/{user}/gate/held")
+
+
+def go_on_as(user):
+    desk.succeed(by(user, "echo > ~/gate/at; echo > ~/gate/limit; timeout 10 sh -c 'echo > ~/gate/go'"))
+
+
+def ended(user):
+    """Waits until what was begun has ended; returns whether it succeeded, and what it said."""
+    desk.wait_until_succeeds(f"test -e /tmp/{user}.status", timeout=200)
+    return desk.succeed(f"cat /tmp/{user}.status").strip() == "0", desk.succeed(f"cat /tmp/{user}.said")
+
+
+def change(user="deploy", trouble="none"):
+    """Changes a user's configuration of the host; returns what the host's system says then."""
+    content = str(next(COUNT))
+    desk.succeed(by(user, f"echo {content} > hosts/web/app/content; echo {trouble} > hosts/web/app/trouble"))
+    return content
+
+
+def manifest():
+    """What is published; its archive has to be there, and whole."""
+    found = json.loads(json.loads(hub.succeed(f"cat {RELEASE}/manifest.json"))["manifest"])
+    assert hub.succeed(f"sha256sum < {RELEASE}/{found['id']}.tar.gz").split()[0] == found["sha256"], found
+    return found
+
+
+def poll():
+    """Has the host ask its hub; returns how the run ended, when the hub has been told."""
+    result = run(web, "fleet")
+    wait_until_idle(web, "deliver")
+    return result
+
+
+def becomes(state):
+    desk.wait_until_succeeds(fleet(f"status --json web | jq -e '.web.state == \"{state}\"'"), timeout=60)
+
+
+def follows(content):
+    """Checks that the host deploys what is published, that this says `content`, and that the desk sees it."""
+    result = poll()
+    assert result["result"] == "deployed" and result["release"]["sequence"] == manifest()["sequence"], result
+    assert shows(web, "app") == content
+    becomes("up to date")
+
+
+def stays(content):
+    """Checks that the host sees what was published before, all of it."""
+    result = poll()
+    assert result["result"] == "unchanged", result
+    assert shows(web, "app") == content
+
+
+def published(said):
+    return int(said.split("web: release ")[1].split(" published")[0])
+
+
+def sftp(*commands, key="", login="ekiben-publisher"):
+    """The command line by which somebody at the desk does what OpenSSH's sftp can do."""
+    lines = "\n".join(commands)
+    return by("deploy", f"printf %s {shlex.quote(lines)} | /usr/bin/sftp -b - -P 2222 -o BatchMode=yes {key} {login}@hub 2>&1")
+
+
+for machine in machines:
+    machine.wait_for_unit("multi-user.target")
+use_host_key(hub, "host-key")
+hub.wait_for_open_port(2222)
+hub.succeed("echo secret > /root/secret; chmod 600 /root/secret; systemctl start ekiben-hub-files")
+# nothing is evaluated or built there
+hub.succeed("systemctl stop nix-daemon.socket nix-daemon.service; chmod 0 /usr/bin/nix*")
+web.succeed("install -m 600 /etc/scenario/identity /root/identity")
+pack = web.succeed("tar -C /etc/scenario -cz system.nix switch-to-configuration systems | base64 -w0").strip()
+# the first system by hand, as on a new machine
+web.succeed("mkdir -p /tmp/first/app; cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /tmp/first; echo 0 > /tmp/first/app/content")
+expression = '(import /tmp/first/system.nix { name = "web"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }).config.system.build.toplevel'
+web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)})", f"{PROFILE}/bin/switch-to-configuration switch")
+HOST_KEY = hub.succeed("ssh-keygen -y -f /etc/ssh/ssh_host_ed25519_key").strip()
+for user, place in (("deploy", "sftp://ekiben-publisher@hub:2222"), ("alice", "sftp://the-hub/")):
+    desk.succeed(
+        f"install -d -o {user} /home/{user}/fleet /home/{user}/bin /home/{user}/gate; install -d -m 700 -o {user} /home/{user}/.ssh",
+        f"install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519; mkfifo /home/{user}/gate/go; chmod 666 /home/{user}/gate/go",
+        f"printf %s {shlex.quote(GATE)} > /home/{user}/bin/sftp; chmod 755 /home/{user}/bin/sftp",
+        by(user, "touch ~/gate/limit; echo > ~/gate/at; ekiben fleet init"),
+        by(user, f"jq '.directory = \"{place}\"' fleet.json > new; mv new fleet.json; mkdir -p hosts/web/app; base64 -d <<< {pack} | tar -C hosts/web -xz; echo {shlex.quote(FLAKE)} > hosts/web/flake.nix"),
+    )
+# as alice's ssh has it
+desk.succeed(by("alice", "printf 'Host the-hub\\nHostName hub\\nPort 2222\\nUser ekiben-publisher\\n' > ~/.ssh/config"))
+first = change()
+
+with subtest("a hub that nobody has vouched for is not published to"):
+    assert "Host key verification failed" in desk.fail(fleet("deploy"))
+    for user in ("deploy", "alice"):
+        desk.succeed(by(user, f"echo {shlex.quote(f'[hub]:2222 {HOST_KEY}')} > ~/.ssh/known_hosts"))
+    assert "expected sftp://[user@]host[:port][/path]" in desk.fail(fleet("--directory sftp:///x status"))
+
+with subtest("from a third machine, without root, a release is published, followed and seen"):
+    becomes("not deployed")
+    assert published(desk.succeed(fleet("deploy"))) == 1
+    assert "web: unchanged" in desk.succeed(fleet("deploy"))
+    becomes("new machine")
+    follows(first)
+    assert "activating the configuration" in desk.succeed(fleet("log web"))
+    assert "runs just that" in desk.succeed(fleet("diff"))
+    assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
+    assert "by itself" in desk.fail(fleet("collect"))
+    # the key of the desk's own sshd is no hub's
+    assert "ssh-ed25519 ... (the hub's" in desk.succeed(fleet("bootstrap db"))
+    # somebody else, as their ssh is configured
+    assert json.loads(desk.succeed(fleet("status --json", "alice")))["web"]["state"] == "up to date"
+    broken = change(trouble="activation")
+    desk.succeed(fleet("deploy"))
+    assert poll()["result"] == "rolledBack"
+    becomes("rolled back")
+    desk.fail(fleet("status --once"))
+    second = change()
+    assert published(desk.succeed(fleet("deploy"))) == 3
+    follows(second)
+    # this release, and the one before
+    assert len(hub.succeed(f"ls {RELEASE} | grep -v json").split()) == 2
+    assert hub.succeed(f"stat -c %U {RELEASE}/manifest.json").strip() == "ekiben-publisher"
+    assert desk.succeed("find /home/*/.cache/ekiben/fleet -mindepth 1; find /tmp -name 'ekiben-fleet*'") == ""
+
+with subtest("who publishes can do nothing else at the hub"):
+    def everything():
+        return hub.succeed(f"cd {HUB}; find . -path ./received/web -prune -o -printf '%p %y %U %G %m %l\\n' | sort; find hosts/*/release hosts/*/files -type f | sort | xargs sha256sum")
+    before = everything()
+    assert hub.succeed(f"cat {HUB}/hosts/web/files/*") != "" and "authorized_keys" in hub.succeed("ls -d /etc/ssh/authorized_keys.d")
+    for command in ("id", "/bin/sh", "'sftp; id'", "'scp -t /tmp'", ""):
+        said = desk.fail(by("deploy", f"ssh -T -p 2222 ekiben-publisher@hub {command} < /dev/null 2>&1"))
+        assert said.strip() == "This service allows sftp connections only.", said
+    assert "PTY allocation request failed" in desk.fail(by("deploy", "ssh -tt -p 2222 ekiben-publisher@hub < /dev/null 2>&1"))
+    for forward in ("-W 127.0.0.1:2222", "-R 8001:127.0.0.1:2222", "-R /received/socket:127.0.0.1:2222"):
+        said = desk.fail(by("deploy", f"timeout 20 ssh -N -o ExitOnForwardFailure=yes {forward} -p 2222 ekiben-publisher@hub < /dev/null 2>&1"))
+        assert "prohibited" in said or "forwarding failed" in said, said
+    # all at once there is, but for what it may: none of these is a name that is not there
+    assert set(desk.succeed(sftp("ls -1")).split()[3:]) == {"home", "hosts", "received"}
+    desk.succeed(sftp("ls received/web", "get received/web/heartbeat.json /tmp/heartbeat.json", "get hosts/web/release/manifest.json /tmp/manifest.json"))
+    desk.succeed("touch /tmp/x")
+    for command in (
+        "ls hosts/web/files", "get hosts/web/files/index.json /tmp/index.json", "ls hosts/web/reports", "ls home", "put /tmp/x hosts/web/reports/x",
+        "put /tmp/x hosts/web/files/x", "put /tmp/x hosts/web/x", "put /tmp/x hosts/x", "put /tmp/x x", "put /tmp/x received/x", "put /tmp/x received/web/x",
+        "put /tmp/x received/web/heartbeat.json", "put /tmp/x home/x", "rm received/web/heartbeat.json", "rename received/web/heartbeat.json hosts/web/release/h",
+        "rename hosts/web/release hosts/web/old", "rename hosts/web hosts/old", "mkdir hosts/db", "mkdir hosts/web/release/d", "rmdir hosts/web/release",
+        "ln -s /etc hosts/web/release/l", "ln received/web/heartbeat.json hosts/web/release/l", "chmod 777 hosts/web/release/manifest.json",
+        "chown 0 hosts/web/release/manifest.json", "get /etc/passwd /tmp/p", "get ../../../etc/passwd /tmp/p", "get /etc/ssh/authorized_keys.d/ekiben-publisher /tmp/p",
+        "put /tmp/x /etc/ssh/authorized_keys.d/ekiben-publisher", "mkdir .ssh",
+    ):
+        said = desk.fail(sftp(command))
+        assert any(words in said for words in ("ermission denied", "not found", "No such file", "Couldn't", "couldn't")), said
+    for key, login in (("", "fleet-web"), ("", "ekiben-hub"), ("", "root"), ("-i /tmp/other -o IdentitiesOnly=yes", "ekiben-publisher")):
+        desk.succeed("install -m 600 -o deploy /etc/scenario/other /tmp/other")
+        assert "Permission denied (publickey" in desk.fail(sftp("ls", key=key, login=login))
+    said = web.fail("ssh -p 2222 -i /root/identity -o StrictHostKeyChecking=no -o BatchMode=yes ekiben-publisher@hub < /dev/null 2>&1")
+    assert "Permission denied (publickey" in said, said
+    assert everything() == before
+
+with subtest("what cannot be read is not taken for what is not there, nor what cannot be written for done"):
+    number = manifest()["sequence"]
+    third = change()
+    hub.succeed(f"chmod 0 {RELEASE}/manifest.json")
+    assert "Permission denied" in desk.fail(fleet("deploy"))
+    hub.succeed(f"chmod 644 {RELEASE}/manifest.json; chmod 555 {RELEASE}")
+    assert "Permission denied" in desk.fail(fleet("deploy"))
+    hub.succeed(f"chmod 775 {RELEASE}")
+    assert manifest()["sequence"] == number
+    hub.succeed(f"install -d /tmp/release; cp -a {RELEASE}/. /tmp/release; mount -t tmpfs -o size=64k,mode=777 none {RELEASE}; cp -a /tmp/release/. {RELEASE}")
+    hub.succeed(f"dd if=/dev/zero of={RELEASE}/fill bs=1k 2>/dev/null || true")
+    desk.fail(fleet("deploy"))
+    hub.succeed(f"cmp {RELEASE}/manifest.json /tmp/release/manifest.json", f"umount {RELEASE}")
+    assert manifest()["sequence"] == number
+    stays(second)
+    assert published(desk.succeed(fleet("deploy"))) == number + 1
+    follows(third)
+
+with subtest("cut off at any moment, a release is not there, and the next try mends it"):
+    last = third
+    for at, cut in (
+        ("-rename *.tar.gz", lambda: (hub.succeed("kill $(pgrep -u ekiben-publisher sshd)"), go_on_as("deploy"))),
+        ("-put *.manifest.json.sent", lambda: desk.succeed("kill $(pgrep -u deploy -x sftp)")),
+        ("-ln *", lambda: desk.succeed("pkill -KILL -u deploy -x ekiben; pkill -KILL -u deploy")),
+        ("-rename *manifest.json", lambda: desk.crash()),
+    ):
+        number = manifest()["sequence"]
+        content = change()
+        begin("deploy", "deploy", at)
+        cut()
+        if desk.init:
+            succeeded, said = ended("deploy")
+            assert not succeeded and "published" not in said, said
+        else:
+            desk.start()
+            desk.wait_for_unit("multi-user.target")
+        desk.succeed(by("deploy", "echo > ~/gate/at"))
+        assert manifest()["sequence"] == number
+        stays(last)
+        said = desk.succeed(fleet("deploy"))
+        assert published(said) == number + 1, said
+        assert ("has not been heard of for 60 s" in said) == (at == "-rename *manifest.json"), said
+        follows(content)
+        last = content
+        assert hub.succeed(f"ls {RELEASE} | grep -v -e json -e 'gz$' || true") == ""
+        # neither do those leave anything that were killed
+        assert desk.succeed("find /home/*/.cache/ekiben/fleet -mindepth 1") == ""
+    # in the midst of an archive
+    desk.succeed(by("deploy", "head -c 8000000 /dev/urandom > hosts/web/big"))
+    begin("deploy", "deploy", "", limit="-l4000")
+    hub.wait_until_succeeds(f"test $(stat -c %s {RELEASE}/*.tar.gz.sent) -gt 100000")
+    hub.succeed("kill $(pgrep -u ekiben-publisher sshd)")
+    assert not ended("deploy")[0]
+    stays(last)
+    desk.succeed(by("deploy", "echo > ~/gate/limit"), fleet("deploy"))
+    follows(last)
+    desk.succeed(by("deploy", "rm hosts/web/big"))
+
+with subtest("of two who publish at once, one does, and the other is told"):
+    number = manifest()["sequence"]
+    desk.succeed(by("alice", "rm -r hosts; true"), "cp -r /home/deploy/fleet/hosts /home/alice/fleet; chown -R alice /home/alice/fleet")
+    content, other = change("alice"), change("deploy")
+    begin("alice", "deploy", "-rename *manifest.json")
+    begin("deploy", "deploy", "")
+    desk.wait_until_succeeds("grep 'web is being published by alice at desk' /tmp/deploy.said")
+    go_on_as("alice")
+    succeeded, said = ended("alice")
+    assert succeeded and published(said) == number + 1, said
+    succeeded, said = ended("deploy")
+    assert not succeeded and "somebody else has published for it meanwhile; deploy again" in said, said
+    follows(content)
+    assert published(desk.succeed(fleet("deploy"))) == number + 2
+    follows(other)
+
+with subtest("who has been silent for too long publishes nothing any more"):
+    number = manifest()["sequence"]
+    content, other = change("deploy"), change("alice")
+    begin("alice", "deploy", "-ls -1 hosts/*")
+    assert published(desk.succeed(fleet("deploy"))) == number + 1
+    go_on_as("alice")
+    succeeded, said = ended("alice")
+    assert not succeeded and "Failed to publish web: " in said, said
+    assert manifest()["sequence"] == number + 1
+    follows(content)
+
+with subtest("no number is given twice, whoever publishes when"):
+    numbers = [manifest()["sequence"]]
+    for _ in range(4):
+        for user in ("alice", "deploy"):
+            change(user)
+            begin(user, "deploy", "")
+        for user in ("alice", "deploy"):
+            succeeded, said = ended(user)
+            assert succeeded or "somebody else has published for it meanwhile" in said, said
+            numbers += [published(said)] if succeeded else []
+    assert sorted(numbers) == list(range(numbers[0], numbers[0] + len(numbers))) and manifest()["sequence"] == max(numbers), numbers
+    assert len(numbers) > 4
+
+with subtest("a directory that is synced in any order: the host waits for what is missing"):
+    # once from there, for what the numbers go on from
+    desk.succeed(by("deploy", "mkdir -p ~/served/hosts/web/reports"), sftp("lcd /home/deploy/served", "get -R received", "lcd hosts/web", "get -R hosts/web/release"))
+    number, content = manifest()["sequence"], change()
+    assert published(desk.succeed(fleet("--directory /home/deploy/served deploy"))) == number + 1
+    local = "/home/deploy/served/hosts/web/release"
+    new = json.loads(json.loads(desk.succeed(f"cat {local}/manifest.json"))["manifest"])["id"]
+    before = shows(web, "app")
+    # the manifest first
+    desk.succeed(sftp(f"put {local}/manifest.json {RELEASE.removeprefix(HUB)}/manifest.json"))
+    result = poll()
+    assert result["result"] == "failed" and result["stage"] == "prepare" and "not what its manifest says" in result["error"], result
+    # then half of the archive, in its place
+    desk.succeed(f"head -c 2000 {local}/{new}.tar.gz > /tmp/half", sftp(f"put /tmp/half hosts/web/release/{new}.tar.gz"))
+    result = poll()
+    assert result["result"] == "failed" and "not what its manifest says" in result["error"], result
+    assert shows(web, "app") == before
+    # then all of it, while the host is at it: within the run that has just found half of it
+    follow(web, "fleet")
+    web.succeed("systemctl start --no-block ekiben-fleet")
+    wait_until_said(web, "fleet", "not what its manifest says")
+    desk.succeed(sftp(f"put {local}/{new}.tar.gz hosts/web/release/{new}.tar.gz"))
+    wait_until_at_rest(web, "fleet")
+    if last_run(web, "fleet")["result"] != "deployed":
+        poll()
+    assert last_run(web, "fleet")["result"] == "deployed" and shows(web, "app") == content
+    # and what the host says comes back the same way
+    wait_until_idle(web, "deliver")
+    hub.wait_until_succeeds(f"jq -e '.deployed.sequence == {number + 1}' {HUB}/received/web/heartbeat.json")
+    desk.succeed(sftp("lcd /home/deploy/served", "get -R received"))
+    assert json.loads(desk.succeed(fleet("--directory /home/deploy/served status --json 2>/dev/null")))["web"]["state"] == "up to date"
+    # over sftp it goes on from there
+    change()
+    assert published(desk.succeed(fleet("deploy"))) == number + 2
