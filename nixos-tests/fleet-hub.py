@@ -120,6 +120,16 @@ with subtest("deploy publishes all once, and then what has changed"):
     hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
     write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
     hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
+    # and so does another key in its place, once
+    hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -C 'one more key' -f /home/deploy/other"))
+    for name in ("other", "key"):
+        write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": f"/home/deploy/{name}"}))
+        assert "release 1 published" in hub.succeed(fleet("deploy web"))
+        assert "web: unchanged" in hub.succeed(fleet("deploy web"))
+        hub.succeed(
+            f"cd /tmp; echo \"fleet $(cut -d' ' -f1,2 /home/deploy/{name}.pub)\" > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
+            f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
+        )
     assert sequences() == [1] * 5
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
     began = time.monotonic()

@@ -181,6 +181,8 @@ let
         files.secret.source = "/run/secret";
       };
     };
+    "`services.ekiben.hub.publishers`: `no-pty ${key "b"}` is not a public key and nothing but a public key." =
+      lib.recursiveUpdate (hubOf { }) { hub.publishers = [ "no-pty ${key "b"}" ]; };
     "`services.ekiben.hub.user`: there is no user `nobody-here`. Write `users.users.nobody-here.isNormalUser = true;`" =
       {
         hub = {
@@ -267,6 +269,11 @@ let
         nginx = "n.example.org";
         caddy = "c.example.org";
       };
+    };
+  };
+  publishers = evaluate {
+    services.ekiben = lib.recursiveUpdate (hubOf { web.publicKey = key "a"; }) {
+      hub.publishers = [ (key "b") ];
     };
   };
   # a hub that deploys nothing itself, and whose administrator publishes
@@ -368,6 +375,12 @@ let
     (expect "a host's user is not locked, and its key is restricted" (
       hub.users.users.fleet-web.hashedPassword == "*"
       && hub.users.users.fleet-web.openssh.authorizedKeys.keys == [ "restrict ${key "a"}" ]
+    ))
+    (expect "who publishes from elsewhere is a user with restricted keys, if there is one" (
+      !(hub.users.users ? ekiben-publisher)
+      && hub.users.groups.ekiben-publisher.members == [ "deploy" ]
+      && publishers.users.users.ekiben-publisher.openssh.authorizedKeys.keys == [ "restrict ${key "b"}" ]
+      && publishers.users.groups.ekiben-hub.members == [ "ekiben-hub" ]
     ))
     (expect "what is said of hosts is the last word in sshd's configuration" (
       lib.hasSuffix "Match all\n" hub.services.openssh.extraConfig
