@@ -1,7 +1,12 @@
 # What a host of a fleet can do at its hub besides fetching what is its own and leaving reports:
 # nothing. Every attempt is made for real, with OpenSSH's own programs and with requests of our own.
 let
-  inherit (import ./fleet-keys.nix) db other web;
+  inherit (import ./fleet-keys.nix)
+    db
+    other
+    publisher
+    web
+    ;
   keys = {
     a = web;
     b = db;
@@ -20,6 +25,7 @@ in
       services.ekiben.hub = {
         enable = true;
         repository = "/srv/fleet";
+        publishers = [ publisher.public ];
         hosts.a.publicKey = keys.a.public;
         hosts.b.publicKeys = [ keys.b.public ];
         hosts.a.files."/var/lib/secrets/a" = {
@@ -56,6 +62,7 @@ in
         openssh.authorizedKeys.keys = [ keys.alice.public ];
       };
       environment.etc = {
+        "scenario/key-publisher".text = publisher.private;
         "scenario/key-alice".text = keys.alice.private;
         "scenario/authority".text = keys.alice.public;
       };

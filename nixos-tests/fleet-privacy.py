@@ -395,6 +395,55 @@ with subtest("who publishes sees reports, and no host's files"):
     hub.succeed(as_publisher(f"cat {HUB}/hosts/a/reports/heartbeat.json {HUB}/hosts/b/release/manifest.json; ls {HUB}/received"))
     hub.fail(as_publisher(f"ls {HUB}/hosts/a/files"), as_publisher(f"touch {HUB}/hosts/a/x"), as_publisher(f"touch {HUB}/hosts/x"))
 
+with subtest("who publishes from elsewhere can replace a release and read reports, by whatever request, and nothing else"):
+    b.succeed(
+        f"umask 077; printf %s {shlex.quote(hub.succeed('cat /etc/scenario/key-publisher'))} > /root/publisher",
+        "printf 'Match user ekiben-publisher\\nIdentityFile /root/publisher\\n' >> /root/.ssh/config",
+    )
+    could = sftp(b, r'''
+release = "hosts/a/release"
+attempt("list", lambda: s.list("/"))
+attempt("put", lambda: s.write(f"{release}/new", b"manifest"))
+attempt("link", lambda: s.extended("hardlink@openssh.com", text(f"{release}/new"), text(f"{release}/claim")))
+attempt("link again", lambda: s.extended("hardlink@openssh.com", text(f"{release}/new"), text(f"{release}/claim")))
+attempt("rename", lambda: s.extended("posix-rename@openssh.com", text(f"{release}/new"), text(f"{release}/other.json")))
+attempt("get", lambda: s.read(f"{release}/other.json"))
+for name in ("claim", "other.json"):
+    attempt(f"remove {name}", lambda: s.request(13, text(f"{release}/{name}")))
+attempt("received", lambda: s.list("received"))
+''', "ekiben-publisher")
+    assert could.pop("list")[-2:] == ["hosts", "received"] and could.pop("get") == "manifest" and could.pop("received") == [], could
+    assert could.pop("link again") == "refused: Failure" and set(could.values()) == {"ok"}, could
+    before = served()
+    could = sftp(b, r'''
+for path in ("hosts/a/files/index.json", "hosts/a/reports/heartbeat.json", "/etc/passwd", "../../etc/passwd", "/root/secrets/a", "home/x"):
+    attempt(f"read {path}", lambda: s.read(path))
+for path in ("hosts/a/files", "hosts/a/reports", "home", "/etc"):
+    attempt(f"list {path}", lambda: s.list(path))
+for path in ("x", "hosts/x", "hosts/a/x", "hosts/a/files/x", "hosts/a/reports/x", "received/x", "home/x", "home/.ssh/authorized_keys", "/etc/ssh/authorized_keys.d/fleet-a"):
+    attempt(f"write {path}", lambda: s.write(path, b"x"))
+target = "hosts/a/release/manifest.json"
+attempt("chmod", lambda: s.request(9, text(target), MODE(0o6777)))
+attempt("lsetstat", lambda: s.extended("lsetstat@openssh.com", text(target), MODE(0o777)))
+attempt("symlink", lambda: s.request(20, text("/etc"), text("hosts/a/release/link")))
+attempt("link of what is another's", lambda: s.extended("hardlink@openssh.com", text("hosts/a/files/index.json"), text("hosts/a/release/link")))
+attempt("mkdir", lambda: s.request(14, text("hosts/a/release/directory"), NONE))
+attempt("rmdir", lambda: s.request(15, text("hosts/a/release")))
+attempt("rename", lambda: s.extended("posix-rename@openssh.com", text("hosts/a/release"), text("hosts/a/old")))
+attempt("statvfs", lambda: s.extended("statvfs@openssh.com", text(target)))
+attempt("expand-path", lambda: s.extended("expand-path@openssh.com", text("~root")))
+attempt("home-directory", lambda: s.extended("home-directory", text("alice")))
+''', "ekiben-publisher")
+    tried += denied(could, "Permission denied", "No such file")
+    for command in ("id", "''"):
+        said = b.fail(f"ssh -T ekiben-publisher@hub {command} < /dev/null 2>&1")
+        assert said.strip() == "This service allows sftp connections only.", said
+    said = b.fail("timeout 20 ssh -W 127.0.0.1:8000 ekiben-publisher@hub < /dev/null 2>&1")
+    assert "prohibited" in said, said
+    assert "Permission denied (publickey" in a.fail("ssh -T ekiben-publisher@hub < /dev/null 2>&1")
+    tried += 4
+    assert served() == before
+
 with subtest("a host that leaves more than there is room for harms nobody but itself"):
     free = "df --output=avail,iavail / /var /tmp"
     others = hub.succeed(free)
