@@ -28,11 +28,9 @@ const CLAIM: &str = "publishing";
 const MANIFEST: &str = "manifest.json";
 /// The end of the name of what is being sent.
 const SENT: &str = ".sent";
-/// For how long somebody who publishes has to be silent before somebody else does.
-const STALE: Duration = Duration::from_secs(60);
-/// How long it may take from the claim to the manifest: with the time after which both ends of a
-/// connection give it up, well below the former.
-const HELD: Duration = Duration::from_secs(15);
+/// For how long somebody who publishes has to be silent before somebody else does; what the former sent
+/// is then removed, so it is no matter if they are slow and not gone.
+const STALE: Duration = Duration::from_secs(30);
 /// How often the name is tried that nothing seems to have.
 const TRIES: usize = 5;
 
@@ -94,15 +92,16 @@ impl Elsewhere {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let path = format!("hosts/{host}/release");
         let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "think of a name".into())?.trim_end().to_owned();
-        let mut release = Release { session: self.open(SEND)?, local: self.place().join(&path), path, id };
+        let mut release = Release { session: self.open(SEND)?, host: host.to_owned(), local: self.place().join(&path), path, id };
         release.send(archive, &release.local.join(archive))?;
         release.rename_sent(archive)?;
         release.send(MANIFEST, new)?;
-        let since = release.claim(host)?;
-        let done = release.replace(since, kept);
+        release.claim()?;
+        let done = release.replace(archive, kept);
         // nobody need wait for this process any more
-        let gone = if release.is_claimed()? { release.session.remove(&release.remote(CLAIM)) } else { Ok(()) };
-        done.context(|| format!("publish {host}"))?;
+        let ours = release.is_claimed();
+        let gone = ours.and_then(|ours| if ours { release.session.remove(&release.remote(CLAIM)) } else { Ok(()) });
+        done?;
         gone.and_then(|()| release.session.close())
     }
 }
@@ -110,6 +109,7 @@ impl Elsewhere {
 /// A host's release about to be replaced.
 struct Release {
     session: Session,
+    host: String,
     /// Its directory here, and there.
     local: PathBuf,
     path: String,
@@ -132,31 +132,53 @@ impl Release {
         self.session.send(local, &remote)
     }
 
+    /// Puts what was sent into its place.
     fn rename_sent(&mut self, name: &str) -> Result<()> {
         let (sent, remote) = (self.sent(name), self.remote(name));
-        self.session.rename(&sent, &remote)
+        match self.session.rename(&sent, &remote) {
+            Err(error) => Err(self.or_meanwhile(name, error)),
+            Ok(()) => Ok(()),
+        }
     }
 
-    /// Waits until nobody else publishes for the host, and keeps others waiting. Returns since when.
-    fn claim(&mut self, host: &str) -> Result<Instant> {
+    /// Removes a file, if whoever sent it has not done so meanwhile.
+    fn clear(&mut self, name: &str) -> Result<()> {
+        let removed = self.session.remove(&self.remote(name));
+        if removed.is_err() && !self.session.list(&self.path)?.iter().any(|there| there == name) { Ok(()) } else { removed }
+    }
+
+    /// The error that says why what was sent could not be put to use: `error`, or somebody has removed it.
+    fn or_meanwhile(&mut self, name: &str, error: Error) -> Error {
+        let sent = self.sent(name);
+        let gone = self.session.list(&self.path).is_ok_and(|there| !there.iter().any(|name| self.remote(name) == sent));
+        if gone { self.meanwhile() } else { error }
+    }
+
+    fn meanwhile(&self) -> Error {
+        Error::new(format!("Failed to publish {}: {MEANWHILE}", self.host))
+    }
+
+    /// Waits until nobody else publishes for the host, and keeps others waiting.
+    fn claim(&mut self) -> Result<()> {
         let user = std::env::var("USER").unwrap_or_default();
         let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
         fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).context(|| format!("write {}", local.display()))?;
         self.send(CLAIM, &local)?;
         let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
+        let host = self.host.clone();
         loop {
-            let now = Instant::now();
-            if self.session.link(&sent, &claim)? {
-                self.session.remove(&sent)?;
-                return Ok(now);
+            match self.session.link(&sent, &claim) {
+                Ok(false) => {}
+                Ok(true) => return self.session.remove(&sent),
+                Err(error) => return Err(self.or_meanwhile(CLAIM, error)),
             }
             match self.read(CLAIM)? {
                 None if tries >= TRIES => return Err(Error::new(format!("Failed to publish {host}: the hub makes no link {claim}"))),
                 None => tries += 1,
                 Some(found) if found != other => {
                     log::info!("{host} is being published by {}; waiting ...", printable(&String::from_utf8_lossy(&found)));
-                    (other, since) = (found, now);
+                    (other, since) = (found, Instant::now());
                 }
                 Some(_) if since.elapsed() > STALE => {
                     log::warn!("Whoever was publishing {host} has not been heard of for {} s.", STALE.as_secs());
@@ -174,29 +196,22 @@ impl Release {
     }
 
     /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
-    fn replace(&mut self, since: Instant, kept: &[String]) -> Result<(), String> {
-        let said = |error: Error| error.to_string();
+    fn replace(&mut self, archive: &str, kept: &[String]) -> Result<()> {
+        let (there, id) = (self.session.list(&self.path)?, self.id.clone());
+        // whoever is behind this one, however late, finds nothing to put into place
+        for name in there.iter().filter(|name| name.ends_with(SENT) && !name.starts_with(&id)) {
+            self.clear(name)?;
+        }
         let fetched = match fs::read(self.local.join(MANIFEST)) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
-            other => Some(other.map_err(|error| error.to_string())?),
+            other => Some(other.context(|| format!("read the manifest of {}", self.host))?),
         };
-        if self.read(MANIFEST).map_err(said)? != fetched {
-            return Err(MEANWHILE.into());
+        if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
+            return Err(self.meanwhile());
         }
-        let there = self.session.list(&self.path).map_err(said)?;
-        if !self.is_claimed().map_err(said)? || since.elapsed() > HELD {
-            return Err("it took too long; deploy again".into());
-        }
-        self.rename_sent(MANIFEST).map_err(said)?;
-        // what others were sending they cannot publish any more
-        let ours = format!("{}.", self.id);
-        let is_old = |name: &String| name.ends_with(".tar.gz") && !kept.contains(name) || name.ends_with(SENT) && !name.starts_with(&ours);
-        for name in there.iter().filter(|name| is_old(name)) {
-            // later, it may be needed again
-            let removed = if since.elapsed() < HELD { self.session.remove(&self.remote(name)) } else { Ok(()) };
-            if let Err(error) = removed {
-                log::warn!("{error}.");
-            }
+        self.rename_sent(MANIFEST)?;
+        for name in there.iter().filter(|name| name.ends_with(".tar.gz") && !kept.contains(name)) {
+            self.clear(name)?;
         }
         Ok(())
     }
