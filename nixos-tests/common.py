@@ -259,7 +259,7 @@ def write(hub, path, text):
     hub.succeed(as_deploy(f"mkdir -p $(dirname {path}); printf %s {shlex.quote(text)} > {path}"))
 
 
-def change(hub, directory, trouble="none"):
+def change_hosts(hub, directory, trouble="none"):
     """Changes the configuration of the hosts of a directory; returns what their systems say then."""
     content = str(next(COUNT_OF_CHANGES))
     write(hub, f"/srv/fleet/hosts/{directory}/app/content", content)
@@ -296,7 +296,7 @@ def found_fleet(hub, directories):
         pack = machine.succeed(f"cd /etc/scenario; tar -chz $({SYSTEM_FILES}) | base64 -w0").strip()
         place = f"/srv/fleet/hosts/{directory}/{name}"
         hub.succeed(as_deploy(f"mkdir -p {place}; base64 -d <<< {pack} | tar -C {place} -xz"))
-        change(hub, directory)
+        change_hosts(hub, directory)
         first = "readlink -f /run/current-system"
         if is_host(machine):
             # it has none yet

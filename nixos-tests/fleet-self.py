@@ -8,12 +8,12 @@ with subtest("a host is up to date"):
     becomes(hub, "web", "up to date")
 
 with subtest("an update right now, by a user who is not root, who sees what happens"):
-    content = change(hub, "web")
+    content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web"))
     said = web.succeed("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
     assert "activating the configuration" in said and said.endswith("The run ended: deployed.\n"), said
     assert shows(web, "app") == content
-    change(hub, "web", trouble="activation")
+    change_hosts(hub, "web", trouble="activation")
     hub.succeed(fleet("deploy web"))
     assert "The run ended: rolled back: " in web.fail("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
     web.fail("runuser -u nobody -- ekiben trigger --wait fleet")

@@ -31,7 +31,7 @@ with subtest("nothing new: nothing is published, nothing is done"):
         assert poll(HOSTS[name])["result"] == "unchanged", last_run(HOSTS[name], "fleet")
 
 with subtest("one host of three is changed: it alone has something to do"):
-    content = change(hub, "web")
+    content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web db plain"))
     assert states(hub) == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
@@ -50,7 +50,7 @@ with subtest("what is published makes no other system: that is said"):
     assert running(web) == before
 
 with subtest("what the hub has built, and the host can have, is neither evaluated nor built there"):
-    content = change(hub, "web")
+    content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web"))
     shown = json.loads(hub.succeed("cat /var/lib/ekiben-hub/hosts/web/release/manifest.json"))
     toplevel = json.loads(shown["manifest"])["toplevel"]
@@ -65,18 +65,18 @@ with subtest("what the hub has built, and the host can have, is neither evaluate
     assert "activating" in said and "evaluating" not in said and "building" not in said, said
 
 with subtest("what does not build is not published"):
-    change(hub, "web", trouble="build")
+    change_hosts(hub, "web", trouble="build")
     assert "trouble in build" in hub.fail(fleet("deploy web"))
     becomes(hub, "web", "up to date")
 
 with subtest("what does not run is rolled back, and the hub says so"):
-    change(hub, "plain", trouble="activation")
+    change_hosts(hub, "plain", trouble="activation")
     hub.succeed(fleet("deploy plain"))
     assert poll(plain)["result"] == "rolledBack", last_run(plain, "fleet")
     becomes(hub, "plain", "rolled back")
     hub.fail(fleet("status plain"))
     assert "Activation script snippet" in hub.succeed(fleet("log plain"))
-    change(hub, "plain")
+    change_hosts(hub, "plain")
     hub.succeed(fleet("deploy plain"))
     assert poll(plain)["result"] == "deployed", last_run(plain, "fleet")
     # it was tried, and it runs
@@ -84,7 +84,7 @@ with subtest("what does not run is rolled back, and the hub says so"):
     hub.succeed(fleet("status plain"))
 
 with subtest("a host that is at work is seen as that"):
-    change(hub, "pair", trouble="build-hangs")
+    change_hosts(hub, "pair", trouble="build-hangs")
     hub.succeed(fleet("deploy --no-build db"), fleet("status db"))
     db.succeed("ekiben trigger fleet")
     becomes(hub, "db", "building")
@@ -92,7 +92,7 @@ with subtest("a host that is at work is seen as that"):
     becomes(hub, "db", "failing")
 
 with subtest("a host fails for a reason of its own, and needs another run"):
-    change(hub, "pair")
+    change_hosts(hub, "pair")
     hub.succeed(fleet("deploy db"))
     db.succeed("systemctl stop nix-daemon.socket nix-daemon.service")
     assert poll(db)["result"] == "failed"

@@ -35,6 +35,7 @@
           [
             "machine"
             "server"
+            "web"
           ]
       );
     };
