@@ -25,7 +25,7 @@ in
     services.ekiben.hub = {
       enable = true;
       hosts.web.publicKey = keys.web.public;
-      hosts.web.files."/var/lib/secret".source = "/root/secret";
+      hosts.web.files."/var/lib/secrets/web".source = "/root/secret";
       publishers = [
         keys.publisher.public
         keys.alice.public

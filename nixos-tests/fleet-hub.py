@@ -123,7 +123,7 @@ with subtest("deploy publishes all once, and then what has changed"):
     # and so does another key in its place, once
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -C 'one more key' -f /home/deploy/other"))
     for name in ("other", "key"):
-        write("/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": f"/home/deploy/{name}"}))
+        write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": f"/home/deploy/{name}"}))
         assert "release 1 published" in hub.succeed(fleet("deploy web"))
         assert "web: unchanged" in hub.succeed(fleet("deploy web"))
         hub.succeed(
