@@ -2,6 +2,7 @@
 # is needed, and asks at once when somebody at it says so.
 let
   inherit (import ./fleet-machines.nix) host hub;
+  inherit (import ./fleet-keys.nix) signer;
 in
 {
   nodes.hub = hub [ "web" ];
@@ -19,6 +20,9 @@ in
         kexec = true;
       };
     };
+    # for whoever pushes
+    services.openssh.enable = true;
+    users.users.root.openssh.authorizedKeys.keys = [ signer.public ];
     # may update the machine, and see how it goes
     users.users.alice = {
       isNormalUser = true;

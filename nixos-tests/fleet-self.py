@@ -18,6 +18,21 @@ with subtest("an update right now, by a user who is not root, who sees what happ
     assert "The run ended: rolled back: " in web.fail("runuser -u alice -- ekiben trigger --wait fleet 2>&1")
     web.fail("runuser -u nobody -- ekiben trigger --wait fleet")
 
+with subtest("an update that is pushed, over SSH; the next release is deployed as any other"):
+    hub.succeed(as_deploy("mkdir -p -m 700 ~/.ssh; printf 'Host *\\nIdentityFile ~/signer\\nStrictHostKeyChecking accept-new\\n' > ~/.ssh/config"))
+    content = change_hosts(hub, "web")
+    before = generation(web)
+    hub.succeed(fleet("build test web --target root@web"))
+    assert shows(web, "app") == content and generation(web) == before
+    hub.succeed(fleet("build switch web --target root@web"))
+    assert shows(web, "app") == content and generation(web).endswith(running(web))
+    for wrong in ("switch web --target -oProxyCommand=x", "switch web --target 'a b'", "build web --target root@web", "switch --target root@web"):
+        assert "Failed to understand --target" in hub.fail(fleet(f"build {wrong}"))
+    assert "copy /nix/store/" in hub.fail(fleet("build switch web --target root@nowhere"))
+    hub.succeed(fleet("deploy web"))
+    assert poll(web)["result"] == "deployed", last_run(web, "fleet")
+    becomes(hub, "web", "up to date")
+
 with subtest("inputs are updated between releases, and the hub says so"):
     # the hub and the host see the same repository
     hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/app; cd /srv/app; echo one > content; git add .; git commit -qm one"))

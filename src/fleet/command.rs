@@ -14,7 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
-use crate::fleet::{collect, guide, hub_status, publish};
+use crate::fleet::{collect, guide, hub_status, publish, push};
 use crate::nix::{is_store_path, nix, set_profile, updated_lock_file};
 use crate::program::{Program, printable};
 use crate::{config, files, system};
@@ -25,8 +25,9 @@ Publishes NixOS configurations to a fleet of hosts, and shows how they are.
 Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
 
   init                                begin a repository here
-  build [dry-build|build|test|switch] [--jobs N] [HOST...]
-                                      evaluate; or build; or build this machine's own and activate it
+  build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
+                                      evaluate; or build; or build this machine's own and activate it, or that of
+                                      another one, over SSH
   deploy [--no-build] [--jobs N] [HOST...]
                                       build what has changed, and publish it
   status [--json] [--once] [HOST...]  how the hosts are
@@ -45,7 +46,7 @@ Options:
 /// The options that each command takes besides those that all take.
 const OPTIONS: [(&str, &[&str]); 9] = [
     ("init", &[]),
-    ("build", &["--jobs"]),
+    ("build", &["--jobs", "--target"]),
     ("deploy", &["--jobs", "--no-build"]),
     ("status", &["--json", "--once"]),
     ("log", &[]),
@@ -74,7 +75,7 @@ impl<'a> Arguments<'a> {
         let mut rest = arguments.iter();
         while let Some(&word) = rest.next() {
             let value = match word {
-                "--repository" | "--directory" | "--jobs" => {
+                "--repository" | "--directory" | "--jobs" | "--target" => {
                     rest.next().ok_or("it needs a value").context(|| format!("understand {word}"))?
                 }
                 _ => "",
@@ -198,8 +199,12 @@ impl Fleet<'_> {
 
     fn build(&self, what: &str, wanted: &[&str]) -> Result<ExitCode> {
         let activates = what == "test" || what == "switch";
-        if activates {
-            check_own(what, wanted)?;
+        let target = self.arguments.options.get("--target");
+        match target {
+            Some(target) if activates && wanted.len() == 1 => push::check(target)?,
+            Some(_) => return Err("it is for test and switch of one host").context(|| "understand --target".into()),
+            None if activates => check_own(what, wanted)?,
+            None => {}
         }
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
@@ -217,6 +222,9 @@ impl Fleet<'_> {
             Ok(said)
         })?;
         if let (true, true, Some(toplevel)) = (well, activates, built.get()) {
+            if let Some(target) = target {
+                return push::push(toplevel, what, target).map(|()| exit(found));
+            }
             let _turn = system::turn()?;
             if what == "switch" {
                 set_profile(toplevel)?;

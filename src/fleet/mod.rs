@@ -35,6 +35,7 @@ mod hub_status;
 mod jobs;
 mod pack;
 mod publish;
+mod push;
 mod repository;
 mod sftp;
 mod sha256;

@@ -1,0 +1,32 @@
+//! A system for a machine that cannot, or cannot yet, fetch it by itself: copied there and activated over
+//! SSH, by whoever this user may log in as.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::error::{Context, Result};
+use crate::nix::nix;
+use crate::program::Program;
+
+/// How long to copy, and to activate, may take.
+const LIMIT: Duration = Duration::from_secs(3600);
+/// By systemd, so that a connection that the switch cuts does not end the switch.
+const SCRIPT: &str = "\
+sudo=; [ $(id -u) = 0 ] || sudo=sudo
+[ $1 = test ] || $sudo nix-env --profile /nix/var/nix/profiles/system --set $2
+$sudo systemd-run --quiet --collect --wait --pipe --service-type=exec $2/bin/switch-to-configuration $1";
+
+/// Fails unless `target` can be one, as in `root@web`.
+pub fn check(target: &str) -> Result<()> {
+    let plain = target.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"@._-:[]%".contains(&byte));
+    let well = plain && !target.is_empty() && !target.starts_with('-');
+    well.then_some(()).ok_or_else(|| format!("expected [user@]host, found {target:?}")).context(|| "understand --target".into())
+}
+
+/// Has `target` run a system of this store; `action` is `test` or `switch`.
+pub fn push(system: &Path, action: &str, target: &str) -> Result<()> {
+    let copy = nix().args(["copy", "--no-check-sigs", "--to", &format!("ssh://{target}")]).arg(system).run(LIMIT)?;
+    copy.success(|| format!("copy {} to {target}", system.display()))?;
+    let line = format!("set -eu; set -- {action} {}; {SCRIPT}", system.display());
+    Program::new("ssh").args(["--", target, &line]).run(LIMIT)?.success(|| format!("activate {} at {target}", system.display()))
+}
