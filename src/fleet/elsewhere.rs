@@ -100,7 +100,7 @@ impl Elsewhere {
         let done = release.replace(archive, kept);
         // nobody need wait for this process any more
         let ours = release.is_claimed();
-        let gone = ours.and_then(|ours| if ours { release.session.remove(&release.remote(CLAIM)) } else { Ok(()) });
+        let gone = ours.and_then(|ours| if ours { release.clear(CLAIM) } else { Ok(()) });
         done?;
         gone.and_then(|()| release.session.close())
     }
@@ -182,7 +182,7 @@ impl Release {
                 }
                 Some(_) if since.elapsed() > STALE => {
                     log::warn!("Whoever was publishing {host} has not been heard of for {} s.", STALE.as_secs());
-                    self.session.remove(&claim)?;
+                    self.clear(CLAIM)?;
                 }
                 Some(_) => {}
             }

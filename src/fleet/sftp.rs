@@ -124,10 +124,13 @@ impl Session {
     pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
         files::remove(local).context(|| format!("remove {}", local.display()))?;
         let complaint = self.ask(&format!("-get -p {remote} {}", quoted(local)))?.complaint;
-        if complaint.is_empty() || complaint.trim_end().trim_end_matches('.').ends_with("not found") {
-            return Ok(local.exists());
+        // the latter if it goes just now
+        let is_missing = |line: &str| line.ends_with("not found") || line.ends_with("No such file or directory");
+        match complaint.trim_end().trim_end_matches('.') {
+            "" => Ok(local.exists()),
+            said if is_missing(said) => Ok(false),
+            _ => Err(self.refused(&complaint)),
         }
-        Err(self.refused(&complaint))
     }
 
     /// Sends a file, onto the hub's disk.
