@@ -24,6 +24,9 @@ const KEPT_BYTES: u64 = 4 * LARGE;
 const REMEMBERED: usize = 1000;
 /// How many files are looked at in one go.
 const AT_ONCE: usize = 10_000;
+/// A heartbeat's name, and what it is called when it is taken.
+const HEARTBEAT: &str = "heartbeat.json";
+const TAKEN: &str = "heartbeat.json.taken";
 /// How long a file may be on its way.
 const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 
@@ -50,9 +53,15 @@ fn collect_host(hub: &Hub, host: &str) -> Result<()> {
         found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.path()));
     }
     found.sort();
-    for (_, time, path) in found {
+    for (_, time, mut path) in found {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let aside = path.with_file_name(TAKEN);
+        // or one that arrives just now would be removed in the place of the one that was read
+        if name == HEARTBEAT && fs::rename(&path, &aside).is_ok() {
+            path = aside;
+        }
         let young = now.duration_since(time).unwrap_or_else(|error| error.duration()) < ON_ITS_WAY;
-        match take(hub, host, &path, time.min(now)) {
+        match take(hub, host, &name, &path, time.min(now)) {
             Ok(Taken::Yes) => {}
             Ok(Taken::NotYet) if young => continue,
             Ok(Taken::NotYet) => log::warn!("Dropped {path:?}: what belongs to it did not arrive."),
@@ -81,13 +90,13 @@ enum Taken {
     Never(String),
 }
 
-fn take(hub: &Hub, host: &str, path: &Path, time: SystemTime) -> Result<Taken> {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+/// Takes the file `path`, which was sent by this name.
+fn take(hub: &Hub, host: &str, name: &str, path: &Path, time: SystemTime) -> Result<Taken> {
     let target = hub.received(host).join(name);
     let doing = || format!("write {}", target.display());
     let is_log = name.strip_suffix(".log.gz").is_some_and(is_run);
     let run = name.strip_suffix(".json").filter(|run| is_run(run));
-    if name != "heartbeat.json" && run.is_none() && !is_log {
+    if name != HEARTBEAT && run.is_none() && !is_log {
         return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("nobody asked for it".into()) });
     }
     let bytes = match files::read_foreign(path, if is_log { LARGE } else { SMALL }) {
@@ -231,6 +240,25 @@ mod tests {
             "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/x", "running": null,
             "last": null, "runs": 0, "selfUpdated": false, "rebootNeeded": false, "unheardOf": true,
         })
+    }
+
+    #[test]
+    fn a_heartbeat_that_arrives_meanwhile_is_not_lost() {
+        let fixture = Fixture::new();
+        for number in 0..200 {
+            let mut newer = heartbeat("web");
+            newer["runs"] = number.into();
+            fixture.send("heartbeat.json", &heartbeat("web"));
+            fixture.send("heartbeat.json.new", &newer);
+            std::thread::scope(|scope| {
+                scope.spawn(|| fixture.collect());
+                // at another moment each time
+                std::thread::sleep(Duration::from_micros(number * 10));
+                fs::rename(fixture.sent("heartbeat.json.new"), fixture.sent("heartbeat.json")).unwrap();
+            });
+            fixture.collect();
+            assert_eq!(u64::from(fixture.hub.heartbeat("web").unwrap().unwrap().0.runs), number);
+        }
     }
 
     #[test]
