@@ -20,15 +20,17 @@ with subtest("an update right now, by a user who is not root, who sees what happ
 
 with subtest("an update that is pushed, over SSH; the next release is deployed as any other"):
     hub.succeed(as_deploy("mkdir -p -m 700 ~/.ssh; printf 'Host *\\nIdentityFile ~/signer\\nStrictHostKeyChecking accept-new\\n' > ~/.ssh/config"))
+    # root's own is not for others to look into
+    path = "PATH=/run/current-system/sw/bin:/usr/bin:/bin"
     content = change_hosts(hub, "web")
     before = generation(web)
-    hub.succeed(fleet("build test web --target root@web"))
+    hub.succeed(fleet("build test web --target root@web", path))
     assert shows(web, "app") == content and generation(web) == before
-    hub.succeed(fleet("build switch web --target root@web"))
+    hub.succeed(fleet("build switch web --target root@web", path))
     assert shows(web, "app") == content and generation(web).endswith(running(web))
     for wrong in ("switch web --target -oProxyCommand=x", "switch web --target 'a b'", "build web --target root@web", "switch --target root@web"):
         assert "Failed to understand --target" in hub.fail(fleet(f"build {wrong}"))
-    assert "copy /nix/store/" in hub.fail(fleet("build switch web --target root@nowhere"))
+    assert "copy /nix/store/" in hub.fail(fleet("build switch web --target root@nowhere", path))
     hub.succeed(fleet("deploy web"))
     assert poll(web)["result"] == "deployed", last_run(web, "fleet")
     becomes(hub, "web", "up to date")
