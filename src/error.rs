@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::text;
+
 /// What fails here fails with an [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -16,9 +18,10 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error that is said in one sentence, without a full stop.
-    pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), tail: Vec::new(), transient: false }
+    /// An error that is said in one sentence, without a full stop. It will be shown, and stands in files
+    /// that everybody may read: what others have written in it is made fit for that.
+    pub fn new(message: impl AsRef<str>) -> Self {
+        Self { message: text::line(message.as_ref()), tail: Vec::new(), transient: false }
     }
 
     /// The same error, as one that has to do with this moment rather than with what was asked for.

@@ -17,6 +17,7 @@ mod health;
 mod json;
 mod layout;
 mod lockfile;
+mod names;
 mod nix;
 mod notes;
 mod prepare;
@@ -30,6 +31,7 @@ mod system;
 mod table;
 #[cfg(test)]
 mod testing;
+mod text;
 mod token;
 mod trigger;
 mod webhook;
@@ -43,6 +45,7 @@ use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fleet::client;
 use crate::layout::Layout;
+use crate::text::print;
 
 const HELP: &str = "\
 Keeps a NixOS machine up to date from the inside.
@@ -148,11 +151,8 @@ fn layout(name: &str) -> Result<Layout> {
     Ok(Layout::new(name))
 }
 
-fn print(text: &str) -> Result<()> {
-    std::io::stdout().write_all(text.as_bytes()).context(|| "write to standard output".into())
-}
-
-/// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it.
+/// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it. They may
+/// hold what others have written, so all are made fit to show.
 fn start_logging() {
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let format = move |buffer: &mut env_logger::fmt::Formatter, record: &log::Record| {
@@ -162,7 +162,9 @@ fn start_logging() {
             log::Level::Info => (6, ""),
             log::Level::Debug | log::Level::Trace => (7, ""),
         };
-        if journal { writeln!(buffer, "<{priority}>{}", record.args()) } else { writeln!(buffer, "{word}{}", record.args()) }
+        text::lines(&record.args().to_string())
+            .lines()
+            .try_for_each(|line| if journal { writeln!(buffer, "<{priority}>{line}") } else { writeln!(buffer, "{word}{line}") })
     };
     env_logger::Builder::new().filter_level(log::LevelFilter::Info).parse_default_env().format(format).init();
 }

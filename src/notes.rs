@@ -6,13 +6,13 @@
 use std::fs;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::run::{Failure, Stage};
+use crate::text;
 
 /// More than any run has to say.
 const LIMIT: u64 = 256 * 1024;
@@ -85,7 +85,7 @@ impl Notes {
             other => other.context(doing)?,
         };
         let mut notes = serde_json::from_slice(&bytes).context(doing)?;
-        make_printable(&mut notes);
+        text::make_fit(&mut notes);
         let notes: Self = serde_json::from_value(notes).context(doing)?;
         Ok((notes.run == run).then_some(notes))
     }
@@ -107,15 +107,5 @@ impl Notes {
         // a directory of the user's own making in its place is the user's to remove
         fs::metadata(path.parent().unwrap_or(&path)).context(doing)?;
         files::write(&path, &text, 0o600).context(doing)
-    }
-}
-
-/// Makes all texts fit for a terminal, and for one line of the journal.
-pub fn make_printable(value: &mut Value) {
-    match value {
-        Value::String(text) => *text = text.replace(char::is_control, "\u{fffd}"),
-        Value::Array(values) => values.iter_mut().for_each(make_printable),
-        Value::Object(values) => values.values_mut().for_each(make_printable),
-        _ => {}
     }
 }

@@ -19,11 +19,12 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, User, pipe2};
 
 use crate::error::{Context, Error, Result};
+use crate::text;
 
 /// How many lines of a program's output a report holds.
 const TAIL_LINES: usize = 50;
-/// What is kept of one line.
-const LINE_BYTES: usize = 1000;
+/// What is kept of one line: more than is shown of it.
+const LINE_BYTES: usize = 4 * text::LINE;
 /// How long a program may tidy up after it was asked to end.
 const GRACE: Duration = Duration::from_secs(10);
 /// How often a silent program is looked after.
@@ -141,7 +142,7 @@ impl Program {
         if status.success() {
             return Ok(output);
         }
-        let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(String::from).collect();
+        let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(text::line).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
         let said = reason(&tail).or(tail.last().map(String::as_str)).map(|line| format!(": {line}")).unwrap_or_default();
         Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status))).with_tail(tail))
@@ -161,9 +162,20 @@ impl Program {
         self.succeeded(doing, output.status, output.stdout, &said)
     }
 
-    /// Starts the program beside this one; its output is this one's.
-    pub fn start(mut self) -> Result<Child> {
-        self.command.spawn().context(|| format!("run {}", self.name))
+    /// Starts the program beside this one, and shows its output line by line.
+    pub fn show(mut self) -> Result<Child> {
+        let mut child = self.command.stdout(Stdio::piped()).spawn().context(|| format!("run {}", self.name))?;
+        if let Some(output) = child.stdout.take() {
+            std::thread::spawn(move || {
+                let (mut output, mut line) = (BufReader::new(output), Vec::new());
+                while (&mut output).take(LINE_BYTES as u64).read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                    // whoever reads this may be gone
+                    let _ = text::print(&format!("{}\n", String::from_utf8_lossy(&line).trim_end_matches('\n')));
+                    line.clear();
+                }
+            });
+        }
+        Ok(child)
     }
 
     /// Has the program write its errors into a file.
@@ -263,11 +275,6 @@ impl Ended {
     }
 }
 
-/// A line that a program said, fit for a terminal.
-pub fn printable(line: &str) -> String {
-    line.replace(|letter: char| letter.is_control() && letter != '\t', "\u{fffd}")
-}
-
 /// Ends a program and its children, first politely.
 fn end(child: &mut Child) {
     let Ok(group) = child.id().try_into().map(Pid::from_raw) else { return };
@@ -322,8 +329,6 @@ impl Tail {
         }
         let mut buffer = [0; 8192];
         let count = reader.read(&mut buffer)?;
-        // the journal may be gone, the run goes on
-        let _ = io::stderr().write_all(&buffer[..count]);
         for &byte in &buffer[..count] {
             if byte == b'\n' {
                 self.end_line();
@@ -338,7 +343,8 @@ impl Tail {
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
-        let line = printable(&String::from_utf8_lossy(&self.partial));
+        let line = text::line(&String::from_utf8_lossy(&self.partial));
+        log::info!("{line}");
         self.seen |= !self.watched.is_empty() && line.contains(self.watched);
         self.lines.push_back(line);
         self.partial.clear();

@@ -19,7 +19,7 @@ use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
-use crate::table;
+use crate::{table, text};
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 20;
@@ -353,13 +353,12 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<()> {
     };
     let shown: BTreeMap<String, Shown> = names.iter().map(look).collect();
     if json {
-        println!("{}", serde_json::to_string_pretty(&shown).context(|| "write the status".into())?);
+        text::print_json(&shown)
     } else if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
-        print!("{}", details(name, shown, now()));
+        text::print(&details(name, shown, now()))
     } else {
-        print!("{}", table(&shown, now()));
+        text::print(&table(&shown, now()))
     }
-    Ok(())
 }
 
 /// A line for each instance.
@@ -403,9 +402,7 @@ fn details(name: &str, shown: &Shown, now: u64) -> String {
             add("reboot", "needed: the new system runs after it");
         }
     }
-    // a program's output may hold anything
-    let plain = |line: &str| line.replace(|letter: char| letter.is_control() && letter != '\t', "?");
-    lines.extend(shown.output.lines().map(|line| format!("  | {}", plain(line))));
+    lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
     lines.join("\n") + "\n"
 }
 

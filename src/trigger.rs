@@ -9,6 +9,7 @@ use crate::layout::Layout;
 use crate::program::Program;
 use crate::queue;
 use crate::status::{Outcome, Status};
+use crate::text;
 
 /// Between two looks at the status.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -16,15 +17,14 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Asks for a run.
 pub fn trigger(config: &Config, name: &str) -> Result<()> {
     let number = request(config, name)?;
-    println!("Request {number} for {name}; see ekiben status {name}.");
-    Ok(())
+    text::print(&format!("Request {number} for {name}; see ekiben status {name}.\n"))
 }
 
 /// Asks for a run and waits for its end, with its log as far as this user may read the journal. Fails
 /// if the run does.
 pub fn trigger_and_wait(config: &Config, name: &str) -> Result<()> {
     let unit = format!("--unit=ekiben-{name}.service");
-    let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).start()?;
+    let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).show()?;
     let number = request(config, name)?;
     let layout = Layout::new(name);
     let ended = loop {
@@ -39,8 +39,7 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<()> {
     let _ = log.wait();
     match ended {
         Some(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged) => {
-            println!("The run ended: {}.", run.result);
-            Ok(())
+            text::print(&format!("The run ended: {}.\n", run.result))
         }
         Some(run) => Err(Error::new(format!("The run ended: {}: {}", run.result, run.error.unwrap_or_default()))),
         None => Err(Error::new(format!("Failed to find the run of request {number}"))),

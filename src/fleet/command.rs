@@ -1,7 +1,7 @@
 //! `ekiben fleet`: which words lead to which function, on the hub.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::OnceLock;
@@ -16,8 +16,8 @@ use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
 use crate::fleet::{collect, guide, hub_status, publish, push};
 use crate::nix::{is_store_path, nix, set_profile, updated_lock_file};
-use crate::program::{Program, printable};
-use crate::{config, files, system};
+use crate::program::Program;
+use crate::{config, files, system, text};
 
 const HELP: &str = "\
 Publishes NixOS configurations to a fleet of hosts, and shows how they are.
@@ -154,11 +154,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
 }
 
 fn print(text: &str) -> Result<ExitCode> {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // whoever read it has read enough
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-        other => other.map(|()| ExitCode::SUCCESS).context(|| "write to standard output".into()),
-    }
+    text::print(text).map(|()| ExitCode::SUCCESS)
 }
 
 impl Fleet<'_> {
@@ -186,7 +182,7 @@ impl Fleet<'_> {
                 Ok(said) => said.clone(),
                 Err(error) => {
                     let tail = error.tail.iter().skip(error.tail.len().saturating_sub(LINES));
-                    let tail: String = tail.map(|line| "\n  | ".to_owned() + &printable(line)).collect();
+                    let tail: String = tail.map(|line| "\n  | ".to_owned() + line).collect();
                     let log = if tail.is_empty() { String::new() } else { format!("\n  see {}", repository.log(&host.name).display()) };
                     format!("{error}.{tail}{log}")
                 }
@@ -268,13 +264,13 @@ impl Fleet<'_> {
         let mut gzip = Command::new("gzip").arg("-dc").arg(path).stdout(Stdio::piped()).spawn().context(doing)?;
         // piece by piece: a small file can be a long log
         let mut lines = BufReader::new(gzip.stdout.take().ok_or("gzip has no output").context(doing)?);
-        let (mut line, mut output) = (Vec::new(), std::io::stdout().lock());
-        while (&mut lines).take(LINE_BYTES).read_until(b'\n', &mut line).context(doing)? > 0 {
-            let (text, end) = line.strip_suffix(b"\n").map_or((&line[..], ""), |text| (text, "\n"));
-            if write!(output, "{}{end}", printable(&String::from_utf8_lossy(text))).is_err() {
+        let (mut piece, mut output) = (Vec::new(), std::io::stdout().lock());
+        while (&mut lines).take(LINE_BYTES).read_until(b'\n', &mut piece).context(doing)? > 0 {
+            let (line, end) = piece.strip_suffix(b"\n").map_or((&piece[..], ""), |line| (line, "\n"));
+            if write!(output, "{}{end}", text::line(&String::from_utf8_lossy(line))).is_err() {
                 break;
             }
-            line.clear();
+            piece.clear();
         }
         drop(lines);
         gzip.wait().context(doing)?;

@@ -16,7 +16,6 @@ use crate::error::{Context, Error, Result};
 use crate::fleet::hub::MEANWHILE;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::program::printable;
 
 /// What the hub is called by whoever publishes.
 pub const SCHEME: &str = "sftp://";
@@ -177,7 +176,7 @@ impl Release {
                 None if tries >= TRIES => return Err(Error::new(format!("Failed to publish {host}: the hub makes no link {claim}"))),
                 None => tries += 1,
                 Some(found) if found != other => {
-                    log::info!("{host} is being published by {}; waiting ...", printable(&String::from_utf8_lossy(&found)));
+                    log::info!("{host} is being published by {}; waiting ...", String::from_utf8_lossy(&found));
                     (other, since) = (found, Instant::now());
                 }
                 Some(_) if since.elapsed() > STALE => {

@@ -17,7 +17,7 @@ use crate::files;
 use crate::fleet::collect::collect;
 use crate::fleet::elsewhere::{Elsewhere, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, Signed};
-use crate::notes::make_printable;
+use crate::text;
 
 /// Why a release is not published that is not on top of the last one.
 pub const MEANWHILE: &str = "somebody else has published for it meanwhile; deploy again";
@@ -177,6 +177,6 @@ pub fn lock(directory: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
 /// Parses what a host has sent, as something to be shown on a terminal.
 pub fn foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
     let mut value = serde_json::from_slice(text)?;
-    make_printable(&mut value);
+    text::make_fit(&mut value);
     serde_json::from_value(value)
 }

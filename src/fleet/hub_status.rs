@@ -18,7 +18,7 @@ use crate::fleet::repository::select;
 use crate::fleet::{Heartbeat, Last, Manifest};
 use crate::run::now;
 use crate::status::Outcome;
-use crate::table;
+use crate::{table, text};
 
 /// How a host can be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -153,19 +153,17 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
         let hosts = select(hub.hosts()?, String::as_str, wanted)?;
         let look = |host: String| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
         let shown: BTreeMap<String, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
-        let text =
-            if json { serde_json::to_string_pretty(&shown).context(|| "write the status".into())? + "\n" } else { table(&shown, now()) };
-        let mut output = std::io::stdout().lock();
         if !live {
-            output.write_all(text.as_bytes()).context(|| "write to standard output".into())?;
+            if json { text::print_json(&shown) } else { text::print(&table(&shown, now())) }?;
             return Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
+        let text = text::lines(&table(&shown, now()));
         if text != before {
+            let mut output = std::io::stdout().lock();
             let done = write!(output, "\x1b[H\x1b[2J{text}").and_then(|()| output.flush());
             done.context(|| "write to standard output".into())?;
             before = text;
         }
-        drop(output);
         std::thread::sleep(hub.pace());
     }
 }

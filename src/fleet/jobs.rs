@@ -5,6 +5,8 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::text;
+
 /// Does `work` on all items, at most `jobs` at a time; returns what came of each, in their order.
 pub fn parallel<T: Sync, R: Send>(items: &[T], jobs: usize, work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let next = AtomicUsize::new(0);
@@ -47,7 +49,7 @@ impl Board {
 
     /// Says what came of it: lines that stay.
     pub fn end(&self, name: &str, what: &str) {
-        self.change(name, None, &format!("{name}: {what}\n"));
+        self.change(name, None, &text::lines(&format!("{name}: {what}\n")));
     }
 
     fn change(&self, name: &str, what: Option<&str>, lasting: &str) {

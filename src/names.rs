@@ -1,0 +1,99 @@
+//! Names that come from another machine or another user, as types that cannot be made unchecked: what
+//! has one of these types can be a file's name and a word of a command line, whoever chose it.
+
+use std::fmt;
+use std::ops::Deref;
+
+use serde::{Deserialize, Serialize};
+
+/// Defines a type of text that `check` has accepted.
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $check:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                let check: fn(&str) -> Result<(), String> = $check;
+                check(&text).map(|()| Self(text))
+            }
+        }
+
+        impl TryFrom<&str> for $name {
+            type Error = String;
+
+            fn try_from(text: &str) -> Result<Self, String> {
+                text.to_owned().try_into()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl Deref for $name {
+            type Target = str;
+
+            fn deref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str(self)
+            }
+        }
+    };
+}
+
+name!(
+    /// A run's: the identifier that systemd gave it, 32 hexadecimal digits.
+    RunId,
+    |text| digits(text, 32).then_some(()).ok_or_else(|| format!("expected the identifier of a run, 32 hexadecimal digits, found {text:?}"))
+);
+
+name!(
+    /// A SHA-256 in 64 hexadecimal digits: that of a file, or the name of a release.
+    Sha256,
+    |text| digits(text, 64).then_some(()).ok_or_else(|| format!("expected a SHA-256, 64 hexadecimal digits, found {text:?}"))
+);
+
+name!(
+    /// A fleet host's; behind `fleet-` it is a user's name as well.
+    HostName,
+    crate::config::host_name
+);
+
+/// Whether a text has just that many hexadecimal digits, none of them a capital letter.
+fn digits(text: &str, count: usize) -> bool {
+    text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_but_a_name_is_a_name() {
+        assert_eq!(RunId::try_from("0123456789abcdef0123456789abcdef").unwrap().to_string(), "0123456789abcdef0123456789abcdef");
+        for odd in [
+            "",
+            "0123456789abcdef0123456789abcde",
+            "0123456789ABCDEF0123456789abcdef",
+            "../3456789abcdef0123456789abcdef",
+            "x\n!touch /tmp/x",
+        ] {
+            assert!(RunId::try_from(odd).is_err(), "{odd:?}");
+            assert!(serde_json::from_value::<RunId>(odd.into()).is_err(), "{odd:?}");
+        }
+        assert!(Sha256::try_from("0".repeat(64)).is_ok() && Sha256::try_from("0".repeat(65)).is_err());
+        assert!(HostName::try_from("web-1").is_ok() && HostName::try_from("../web").is_err());
+    }
+}
