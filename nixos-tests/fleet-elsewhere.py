@@ -209,10 +209,10 @@ with subtest("what cannot be read is not taken for what is not there, nor what c
 with subtest("cut off at any moment, a release is not there, and the next try mends it"):
     last = third
     for at, cut in (
-        ("-rename *.tar.gz", lambda: (hub.succeed("kill $(pgrep -u ekiben-publisher sshd)"), go_on_as("deploy"))),
-        ("-put *.manifest.json.sent", lambda: desk.succeed("kill $(pgrep -u deploy -x sftp)")),
+        ('-rename *.tar.gz"', lambda: (hub.succeed("kill $(pgrep -u ekiben-publisher sshd)"), go_on_as("deploy"))),
+        ('-put *.manifest.json.sent"', lambda: desk.succeed("kill $(pgrep -u deploy -x sftp)")),
         ("-ln *", lambda: desk.succeed("pkill -KILL -u deploy -x ekiben; pkill -KILL -u deploy")),
-        ("-rename *manifest.json", lambda: desk.crash()),
+        ('-rename *manifest.json"', lambda: desk.crash()),
     ):
         number = manifest()["sequence"]
         content = change()
@@ -229,7 +229,7 @@ with subtest("cut off at any moment, a release is not there, and the next try me
         stays(last)
         said = desk.succeed(fleet("deploy"))
         assert published(said) == number + 1, said
-        assert ("has not been heard of for 30 s" in said) == (at == "-rename *manifest.json"), said
+        assert ("has not been heard of for 30 s" in said) == (at == '-rename *manifest.json"'), said
         follows(content)
         last = content
         assert hub.succeed(f"ls {RELEASE} | grep -v -e json -e 'gz$' || true") == ""
@@ -250,7 +250,7 @@ with subtest("of two who publish at once, one does, and the other is told"):
     number = manifest()["sequence"]
     desk.succeed(by("alice", "rm -r hosts; true"), "cp -r /home/deploy/fleet/hosts /home/alice/fleet; chown -R alice /home/alice/fleet")
     content, other = change("alice"), change("deploy")
-    begin("alice", "deploy", "-rename *manifest.json")
+    begin("alice", "deploy", '-rename *manifest.json"')
     begin("deploy", "deploy", "")
     desk.wait_until_succeeds("grep 'web is being published by alice at desk' /tmp/deploy.said")
     go_on_as("alice")
@@ -265,7 +265,7 @@ with subtest("of two who publish at once, one does, and the other is told"):
 with subtest("who has been silent for too long publishes nothing any more"):
     number = manifest()["sequence"]
     content, other = change("deploy"), change("alice")
-    begin("alice", "deploy", "-rename *manifest.json")
+    begin("alice", "deploy", '-rename *manifest.json"')
     assert published(desk.succeed(fleet("deploy"))) == number + 1
     go_on_as("alice")
     succeeded, said = ended("alice")

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::json;
+use crate::names::HostName;
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -86,7 +87,7 @@ pub struct Instance {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Hub {
     /// This machine's name in the fleet.
-    pub name: String,
+    pub name: HostName,
     /// Where the hub is: the next one is asked where one does not answer.
     pub servers: Vec<Server>,
     /// Public keys, as in `authorized_keys`: a release must be signed by one of them, if there are any.
@@ -251,7 +252,6 @@ impl Instance {
 
 impl Hub {
     fn check(&self) -> Result<(), String> {
-        host_name(&self.name).map_err(|what| format!("name: {what}"))?;
         if self.servers.is_empty() {
             return Err("servers: expected at least one".into());
         }

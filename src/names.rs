@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,12 @@ macro_rules! name {
             }
         }
 
+        impl AsRef<Path> for $name {
+            fn as_ref(&self) -> &Path {
+                Path::new(&self.0)
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
                 formatter.write_str(self)
@@ -71,6 +78,67 @@ name!(
     crate::config::host_name
 );
 
+name!(
+    /// A whole path of the Nix store.
+    StorePath,
+    |text| {
+        let is_one = text.len() <= 255 && crate::nix::is_store_path(Path::new(text));
+        is_one.then_some(()).ok_or_else(|| format!("expected a path of the Nix store, found {text:?}"))
+    }
+);
+
+impl StorePath {
+    /// The same as a path of the file system.
+    pub fn path(&self) -> &Path {
+        self.as_ref()
+    }
+}
+
+impl TryFrom<&Path> for StorePath {
+    type Error = String;
+
+    fn try_from(path: &Path) -> Result<Self, String> {
+        path.to_string_lossy().into_owned().try_into()
+    }
+}
+
+/// The number of a release: no more than what numbers of this kind can come to be, so that there is always a next one.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Sequence(u64);
+
+impl Sequence {
+    /// Seconds since 1970 that will not come to pass in this geological age.
+    const HIGHEST: u64 = 1 << 40;
+
+    /// The lowest number above this one.
+    pub fn next(self) -> Result<Self, String> {
+        (self.0 + 1).try_into()
+    }
+}
+
+impl TryFrom<u64> for Sequence {
+    type Error = String;
+
+    fn try_from(number: u64) -> Result<Self, String> {
+        (number <= Self::HIGHEST)
+            .then_some(Self(number))
+            .ok_or_else(|| format!("expected a sequence number of at most {}, found {number}", Self::HIGHEST))
+    }
+}
+
+impl From<Sequence> for u64 {
+    fn from(number: Sequence) -> Self {
+        number.0
+    }
+}
+
+impl fmt::Display for Sequence {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
 /// Whether a text has just that many hexadecimal digits, none of them a capital letter.
 fn digits(text: &str, count: usize) -> bool {
     text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
@@ -94,6 +162,10 @@ mod tests {
             assert!(serde_json::from_value::<RunId>(odd.into()).is_err(), "{odd:?}");
         }
         assert!(Sha256::try_from("0".repeat(64)).is_ok() && Sha256::try_from("0".repeat(65)).is_err());
+        let store = |name: &str| StorePath::try_from(format!("/nix/store/{}-{name}", "a".repeat(32)));
+        assert!(store("x").is_ok() && store("x/y").is_err() && store("x\ny").is_err() && store(&"x".repeat(250)).is_err());
+        assert!(serde_json::from_str::<Sequence>("1").unwrap().next().unwrap() == Sequence(2));
+        assert!(serde_json::from_str::<Sequence>(&u64::MAX.to_string()).is_err() && Sequence(Sequence::HIGHEST).next().is_err());
         assert!(HostName::try_from("web-1").is_ok() && HostName::try_from("../web").is_err());
     }
 }

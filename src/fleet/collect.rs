@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::{self, Hub};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Report, SMALL};
+use crate::names::{HostName, RunId};
 
 /// How many reports of one host are kept, and how many bytes of logs.
 const KEPT: usize = 100;
@@ -39,7 +40,7 @@ pub fn collect(hub: &Hub) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
 }
 
-fn collect_host(hub: &Hub, host: &str) -> Result<()> {
+fn collect_host(hub: &Hub, host: &HostName) -> Result<()> {
     let (reports, received) = (hub.reports(host), hub.received(host));
     let doing = || format!("collect from {}", reports.display());
     fs::create_dir_all(&received).context(|| format!("make {}", received.display()))?;
@@ -91,11 +92,11 @@ enum Taken {
 }
 
 /// Takes the file `path`, which was sent by this name.
-fn take(hub: &Hub, host: &str, name: &str, path: &Path, time: SystemTime) -> Result<Taken> {
+fn take(hub: &Hub, host: &HostName, name: &str, path: &Path, time: SystemTime) -> Result<Taken> {
     let target = hub.received(host).join(name);
     let doing = || format!("write {}", target.display());
     let is_log = name.strip_suffix(".log.gz").is_some_and(is_run);
-    let run = name.strip_suffix(".json").filter(|run| is_run(run));
+    let run = name.strip_suffix(".json").and_then(|run| RunId::try_from(run).ok());
     if name != HEARTBEAT && run.is_none() && !is_log {
         return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("nobody asked for it".into()) });
     }
@@ -115,7 +116,7 @@ fn take(hub: &Hub, host: &str, name: &str, path: &Path, time: SystemTime) -> Res
         }
         bytes
     } else {
-        let judged = if let Some(run) = run { judge_report(&bytes, host, run) } else { judge_heartbeat(&bytes, host) };
+        let judged = if let Some(run) = run { judge_report(&bytes, host, &run) } else { judge_heartbeat(&bytes, host) };
         match judged {
             Ok(contents) => contents,
             Err(why) => return Ok(Taken::No(why)),
@@ -127,39 +128,39 @@ fn take(hub: &Hub, host: &str, name: &str, path: &Path, time: SystemTime) -> Res
     Ok(Taken::Yes)
 }
 
-fn judge_report(bytes: &[u8], host: &str, run: &str) -> Result<Vec<u8>, String> {
+fn judge_report(bytes: &[u8], host: &HostName, run: &RunId) -> Result<Vec<u8>, String> {
     let report: Report = hub::foreign(bytes).map_err(|error| error.to_string())?;
-    if (report.format, report.host.as_str(), report.run.id.as_str()) != (FORMAT, host, run) {
+    if (report.format, &report.host, report.run.id.as_str()) != (FORMAT, host, run) {
         return Err(format!("expected a report of format {FORMAT} by {host} on {run}"));
     }
     serde_json::to_vec_pretty(&report).map_err(|error| error.to_string())
 }
 
-fn judge_heartbeat(bytes: &[u8], host: &str) -> Result<Vec<u8>, String> {
+fn judge_heartbeat(bytes: &[u8], host: &HostName) -> Result<Vec<u8>, String> {
     let heartbeat: Heartbeat = hub::foreign(bytes).map_err(|error| error.to_string())?;
-    if (heartbeat.format, heartbeat.host.as_str()) != (FORMAT, host) {
+    if (heartbeat.format, &heartbeat.host) != (FORMAT, host) {
         return Err(format!("expected a heartbeat of format {FORMAT} by {host}"));
     }
     serde_json::to_vec_pretty(&heartbeat).map_err(|error| error.to_string())
 }
 
-/// Whether `name` can be a run's: an identifier that systemd gave.
-pub fn is_run(name: &str) -> bool {
-    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+fn is_run(name: &str) -> bool {
+    RunId::try_from(name).is_ok()
 }
 
 /// Tells the host which reports have arrived, and keeps the newest.
-fn acknowledge(hub: &Hub, host: &str) -> Result<()> {
+fn acknowledge(hub: &Hub, host: &HostName) -> Result<()> {
     let received = hub.received(host);
     let doing = || format!("read {}", received.display());
     let mut index = hub.index(host)?;
-    let known: BTreeSet<String> = index.reports.iter().cloned().collect();
+    let known: BTreeSet<RunId> = index.reports.iter().cloned().collect();
     let mut new = Vec::new();
     for entry in fs::read_dir(&received).context(doing)? {
         let entry = entry.context(doing)?;
         let name = entry.file_name().into_string().unwrap_or_default();
-        if let Some(run) = name.strip_suffix(".json").filter(|run| is_run(run) && !known.contains(*run)) {
-            new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run.to_owned()));
+        let run = name.strip_suffix(".json").and_then(|run| RunId::try_from(run).ok());
+        if let Some(run) = run.filter(|run| !known.contains(run)) {
+            new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run));
         }
     }
     if !new.is_empty() {
@@ -191,24 +192,26 @@ mod tests {
     struct Fixture {
         hub: Hub,
         place: Directory,
+        host: HostName,
     }
 
     impl Fixture {
         fn new() -> Self {
             let place = Directory::new();
             let hub = Hub::new(place.path()).unwrap();
-            for directory in [hub.release("web"), hub.reports("web")] {
+            let host = HostName::try_from("web").unwrap();
+            for directory in [hub.release(&host), hub.reports(&host)] {
                 fs::create_dir_all(directory).unwrap();
             }
-            Self { hub, place }
+            Self { hub, place, host }
         }
 
         fn sent(&self, name: &str) -> PathBuf {
-            self.hub.reports("web").join(name)
+            self.hub.reports(&self.host).join(name)
         }
 
         fn got(&self, name: &str) -> PathBuf {
-            self.hub.received("web").join(name)
+            self.hub.received(&self.host).join(name)
         }
 
         fn send(&self, name: &str, value: &Value) {
@@ -219,8 +222,12 @@ mod tests {
             collect(&self.hub).unwrap();
         }
 
+        fn index(&self) -> Vec<String> {
+            self.hub.index(&self.host).unwrap().reports.into_iter().map(String::from).collect()
+        }
+
         fn left(&self) -> usize {
-            fs::read_dir(self.hub.reports("web")).unwrap().count()
+            fs::read_dir(self.hub.reports(&self.host)).unwrap().count()
         }
     }
 
@@ -230,14 +237,14 @@ mod tests {
 
     fn report(host: &str, run: &str) -> Value {
         json!({
-            "format": 1, "host": host, "system": "/nix/store/x", "id": run, "result": "failed", "trigger": "timer", "started": 0,
+            "format": 1, "host": host, "system": "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-x", "id": run, "result": "failed", "trigger": "timer", "started": 0,
             "finished": 0, "commit": null, "summary": null, "stage": "build", "error": "\u{1b}[31mno", "warnings": [], "rebootNeeded": false,
         })
     }
 
     fn heartbeat(host: &str) -> Value {
         json!({
-            "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/x", "running": null,
+            "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-x", "running": null,
             "last": null, "runs": 0, "selfUpdated": false, "rebootNeeded": false, "unheardOf": true,
         })
     }
@@ -257,7 +264,7 @@ mod tests {
                 fs::rename(fixture.sent("heartbeat.json.new"), fixture.sent("heartbeat.json")).unwrap();
             });
             fixture.collect();
-            assert_eq!(u64::from(fixture.hub.heartbeat("web").unwrap().unwrap().0.runs), number);
+            assert_eq!(u64::from(fixture.hub.heartbeat(&fixture.host).unwrap().unwrap().0.runs), number);
         }
     }
 
@@ -271,17 +278,17 @@ mod tests {
             fixture.collect();
         }
         assert_eq!(fixture.left(), 0);
-        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+        assert_eq!(fixture.index(), [run(3), run(1)]);
         assert_eq!(fs::read(fixture.got(&format!("{}.log.gz", run(3)))).unwrap(), b"log");
         // fit for a terminal
-        let (heartbeat, arrived) = fixture.hub.heartbeat("web").unwrap().unwrap();
+        let (heartbeat, arrived) = fixture.hub.heartbeat(&fixture.host).unwrap().unwrap();
         assert_eq!(heartbeat.version, "\u{fffd}");
         assert!(arrived.elapsed().unwrap() < Duration::from_secs(60));
         assert!(!fs::read_to_string(fixture.got(&format!("{}.json", run(1)))).unwrap().contains("\\u001b"));
         // the same again changes nothing
         fixture.send(&format!("{}.json", run(3)), &report("web", &run(3)));
         fixture.collect();
-        assert_eq!(fixture.hub.index("web").unwrap().reports, [run(3), run(1)]);
+        assert_eq!(fixture.index(), [run(3), run(1)]);
     }
 
     #[test]
@@ -305,8 +312,8 @@ mod tests {
         symlink(&secret, fixture.sent("heartbeat.json.new")).unwrap();
         fixture.collect();
         assert_eq!(fixture.left(), 1, "what may be on its way is left");
-        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), 0);
-        assert!(secret.exists() && !fixture.hub.release("web").join("received.json").exists());
+        assert_eq!(fs::read_dir(fixture.hub.received(&fixture.host)).unwrap().count(), 0);
+        assert!(secret.exists() && !fixture.hub.release(&fixture.host).join("received.json").exists());
     }
 
     #[test]
@@ -332,7 +339,7 @@ mod tests {
         let file = File::options().append(true).open(fixture.sent("heartbeat.json")).unwrap();
         file.set_modified(SystemTime::now() + Duration::from_secs(100_000)).unwrap();
         fixture.collect();
-        assert!(fixture.hub.heartbeat("web").unwrap().unwrap().1 <= SystemTime::now());
+        assert!(fixture.hub.heartbeat(&fixture.host).unwrap().unwrap().1 <= SystemTime::now());
     }
 
     #[test]
@@ -347,21 +354,21 @@ mod tests {
                 fixture.collect();
             }
         }
-        let index = fixture.hub.index("web").unwrap().reports;
+        let index = fixture.index();
         assert_eq!((index.len(), index.last()), (KEPT + 20, Some(&run(0))));
-        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+        assert_eq!(fs::read_dir(fixture.hub.received(&fixture.host)).unwrap().count(), KEPT);
         assert!(fixture.got(&format!("{}.json", run(0))).exists() && !fixture.got(&format!("{}.json", run(KEPT + 19))).exists());
         // an old one that is sent again is not a new one
         fixture.send(&format!("{}.json", run(KEPT + 19)), &report("web", &run(KEPT + 19)));
         fixture.collect();
-        assert_eq!(fixture.hub.index("web").unwrap().reports, index);
-        assert_eq!(fs::read_dir(fixture.hub.received("web")).unwrap().count(), KEPT);
+        assert_eq!(fixture.index(), index);
+        assert_eq!(fs::read_dir(fixture.hub.received(&fixture.host)).unwrap().count(), KEPT);
     }
 
     #[test]
     fn trouble_with_one_host_is_not_the_others() {
         let fixture = Fixture::new();
-        fs::create_dir_all(fixture.hub.release("a")).unwrap();
+        fs::create_dir_all(fixture.hub.release(&"a".try_into().unwrap())).unwrap();
         fixture.send("heartbeat.json", &heartbeat("web"));
         let error = collect(&fixture.hub).unwrap_err().to_string();
         assert_eq!(error, "Failed to collect from 1 hosts");

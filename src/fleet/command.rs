@@ -15,7 +15,8 @@ use crate::fleet::hub::Hub;
 use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
 use crate::fleet::{collect, guide, hub_status, publish, push};
-use crate::nix::{is_store_path, nix, set_profile, updated_lock_file};
+use crate::names::RunId;
+use crate::nix::{nix, set_profile, updated_lock_file};
 use crate::program::Program;
 use crate::{config, files, system, text};
 
@@ -212,20 +213,20 @@ impl Fleet<'_> {
                 say("building");
                 repository.build(host, &system)?;
             }
-            let said = system.toplevel.display().to_string();
+            let said = system.toplevel.to_string();
             // of the only one, if it is to be activated
             let _ = built.set(system.toplevel);
             Ok(said)
         })?;
         if let (true, true, Some(toplevel)) = (well, activates, built.get()) {
             if let Some(target) = target {
-                return push::push(toplevel, what, target).map(|()| exit(found));
+                return push::push(toplevel.path(), what, target).map(|()| exit(found));
             }
             let _turn = system::turn()?;
             if what == "switch" {
-                set_profile(toplevel)?;
+                set_profile(toplevel.path())?;
             }
-            system::switch_to(toplevel, what, SWITCH)?.success(|| format!("activate {}", toplevel.display()))?;
+            system::switch_to(toplevel.path(), what, SWITCH)?.success(|| format!("activate {toplevel}"))?;
         }
         Ok(exit(well && found))
     }
@@ -246,15 +247,13 @@ impl Fleet<'_> {
 
     fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
         self.hub.take_in(&[host])?;
-        let host = select(self.hub.hosts()?, String::as_str, &[host])?.remove(0);
+        let host = select(self.hub.hosts()?, |name| name, &[host])?.remove(0);
         let doing = || format!("show a log of {host}");
-        let run = match run {
-            Some(run) if !collect::is_run(run) => Err(format!("expected the identifier of a run, found {run:?}")).context(doing)?,
-            Some(run) => run.to_owned(),
-            None => {
-                self.hub.take_in_file(&self.hub.acknowledged(&host))?;
-                self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
-            }
+        let run = if let Some(run) = run {
+            RunId::try_from(run).context(doing)?
+        } else {
+            self.hub.take_in_file(&self.hub.acknowledged(&host))?;
+            self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
         self.hub.take_in_file(&path)?;
@@ -289,12 +288,12 @@ impl Fleet<'_> {
             if old == new {
                 return Ok("runs just that".into());
             }
-            if let Some(missing) = [&old, &new].into_iter().find(|path| !is_store_path(path) || !path.exists()) {
-                return Ok(format!("{missing:?} is not in this machine's store"));
+            if let Some(missing) = [&old, &new].into_iter().find(|path| !path.path().exists()) {
+                return Ok(format!("{missing} is not in this machine's store"));
             }
             let program = if nvd { Program::new("nvd").arg("diff") } else { nix().args(["store", "diff-closures"]) };
-            let said = program.arg(&old).arg(&new).output(|| format!("compare {}", host.name), None)?;
-            Ok(format!("{} -> {}\n{}", old.display(), new.display(), String::from_utf8_lossy(&said).trim_end()))
+            let said = program.arg(old.path()).arg(new.path()).output(|| format!("compare {}", host.name), None)?;
+            Ok(format!("{old} -> {new}\n{}", String::from_utf8_lossy(&said).trim_end()))
         })?;
         Ok(exit(well && found))
     }
@@ -304,7 +303,7 @@ impl Fleet<'_> {
         let flakes = repository.flakes()?;
         // what the hosts are has to be known only where a word may be one
         let hosts = if words.is_empty() { Vec::new() } else { self.hosts(&repository, &[])?.0 };
-        let is_host = |word: &&str| hosts.iter().any(|host| host.name == *word);
+        let is_host = |word: &&str| hosts.iter().any(|host| *host.name == **word);
         let (named, inputs): (Vec<&str>, Vec<&str>) = words.iter().partition(|word| is_host(word));
         if let Some(odd) = inputs.iter().find(|input| !config::is_input(input)) {
             return Err(Error::new(format!("Failed to find host or input {odd:?}")));
@@ -312,7 +311,7 @@ impl Fleet<'_> {
         let inputs: Vec<String> = inputs.into_iter().map(String::from).collect();
         let mut well = true;
         for source in flakes {
-            let meant = |host: &Host| host.source.place == source.place && named.contains(&host.name.as_str());
+            let meant = |host: &Host| host.source.place == source.place && named.contains(&&*host.name);
             if !named.is_empty() && !hosts.iter().any(meant) {
                 continue;
             }

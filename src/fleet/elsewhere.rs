@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::fleet::hub::MEANWHILE;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
+use crate::names::HostName;
 
 /// What the hub is called by whoever publishes.
 pub const SCHEME: &str = "sftp://";
@@ -66,11 +66,11 @@ impl Elsewhere {
     /// they said last.
     pub fn fetch(&self, wanted: &[&str]) -> Result<()> {
         let mut session = self.open(FETCH)?;
-        for host in session.list("hosts")?.iter().filter(|name| host_name(name).is_ok()) {
+        for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
             for (directory, file) in [(format!("hosts/{host}/release"), "manifest.json"), (format!("received/{host}"), "heartbeat.json")] {
                 let local = self.place().join(&directory);
                 fs::create_dir_all(&local).context(|| format!("make {}", local.display()))?;
-                if wanted.is_empty() || wanted.contains(&host.as_str()) {
+                if wanted.is_empty() || wanted.contains(&&*host) {
                     session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
                 }
             }
@@ -87,11 +87,11 @@ impl Elsewhere {
 
     /// Sends a host's archive, and then the file `new` as its manifest; keeps no other archives but those
     /// that are named. Fails, and changes nothing, if somebody else has published since [`Self::fetch`].
-    pub fn publish(&self, host: &str, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
+    pub fn publish(&self, host: &HostName, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let path = format!("hosts/{host}/release");
         let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "think of a name".into())?.trim_end().to_owned();
-        let mut release = Release { session: self.open(SEND)?, host: host.to_owned(), local: self.place().join(&path), path, id };
+        let mut release = Release { session: self.open(SEND)?, host: host.clone(), local: self.place().join(&path), path, id };
         release.send(archive, &release.local.join(archive))?;
         release.rename_sent(archive)?;
         release.send(MANIFEST, new)?;
@@ -108,7 +108,7 @@ impl Elsewhere {
 /// A host's release about to be replaced.
 struct Release {
     session: Session,
-    host: String,
+    host: HostName,
     /// Its directory here, and there.
     local: PathBuf,
     path: String,

@@ -86,7 +86,7 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Offer>) -> Re
     write(&directory.join(INDEX), &text)?;
     for entry in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name != INDEX && index.iter().all(|served| served.file != name) {
+        if name != INDEX && index.iter().all(|served| *served.file != *name) {
             files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
         }
     }
@@ -135,7 +135,7 @@ mod tests {
         serve_text(directory, &format!(r#"{{"a": {{"/x": {one}, "/y": {link}}}, "b": {{}}}}"#)).unwrap();
         let first = index(directory, "a");
         assert_eq!(first.iter().map(|served| served.path.to_str().unwrap()).collect::<Vec<_>>(), ["/x", "/y"]);
-        assert_eq!(first[0].sha256, "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b");
+        assert_eq!(*first[0].sha256, *"6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b");
         assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
         assert!(index(directory, "b").is_empty() && index(directory, "gone").is_empty());
         assert!(!directory.join("hosts/gone/files/secret").exists());

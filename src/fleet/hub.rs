@@ -11,12 +11,12 @@ use std::time::{Duration, SystemTime};
 use ::nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 
-use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::collect::collect;
 use crate::fleet::elsewhere::{Elsewhere, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, Signed};
+use crate::names::HostName;
 use crate::text;
 
 /// Why a release is not published that is not on top of the last one.
@@ -94,39 +94,39 @@ impl Hub {
     }
 
     /// The hosts that the hub serves.
-    pub fn hosts(&self) -> Result<Vec<String>> {
+    pub fn hosts(&self) -> Result<Vec<HostName>> {
         let directory = self.directory.join("hosts");
         let entries = fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let mut names: Vec<_> = names.filter(|name| host_name(name).is_ok() && directory.join(name).is_dir()).collect();
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
+        let mut names: Vec<HostName> = names.filter(|name| directory.join(name).is_dir()).collect();
         names.sort();
         Ok(names)
     }
 
     /// Fails unless the hub serves this host.
-    pub fn check(&self, host: &str) -> Result<()> {
+    pub fn check(&self, host: &HostName) -> Result<()> {
         let place = self.directory.join("hosts").join(host);
         let why = || format!("the hub has no {}; add it to services.ekiben.hub.hosts", place.display());
         if place.is_dir() { Ok(()) } else { Err(why()).context(|| format!("publish {host}")) }
     }
 
     /// What a host may fetch.
-    pub fn release(&self, host: &str) -> PathBuf {
+    pub fn release(&self, host: &HostName) -> PathBuf {
         self.directory.join("hosts").join(host).join("release")
     }
 
     /// Where it writes.
-    pub fn reports(&self, host: &str) -> PathBuf {
+    pub fn reports(&self, host: &HostName) -> PathBuf {
         self.directory.join("hosts").join(host).join("reports")
     }
 
     /// What was collected of that.
-    pub fn received(&self, host: &str) -> PathBuf {
+    pub fn received(&self, host: &HostName) -> PathBuf {
         self.directory.join("received").join(host)
     }
 
     /// What is published for a host.
-    pub fn manifest(&self, host: &str) -> Result<Option<(Manifest, Signed)>> {
+    pub fn manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
         let path = self.release(host).join("manifest.json");
         let Some(signed) = files::read_json::<Signed>(&path)? else { return Ok(None) };
         let doing = || format!("read {}", path.display());
@@ -135,7 +135,7 @@ impl Hub {
     }
 
     /// What a host said last, and when that arrived.
-    pub fn heartbeat(&self, host: &str) -> Result<Option<(Heartbeat, SystemTime)>> {
+    pub fn heartbeat(&self, host: &HostName) -> Result<Option<(Heartbeat, SystemTime)>> {
         let path = self.received(host).join("heartbeat.json");
         let Some(heartbeat) = files::read_json(&path)? else { return Ok(None) };
         let arrived = fs::metadata(&path).and_then(|metadata| metadata.modified());
@@ -143,12 +143,12 @@ impl Hub {
     }
 
     /// The file that says which reports of a host have arrived.
-    pub fn acknowledged(&self, host: &str) -> PathBuf {
+    pub fn acknowledged(&self, host: &HostName) -> PathBuf {
         self.release(host).join("received.json")
     }
 
     /// These reports, the newest last.
-    pub fn index(&self, host: &str) -> Result<Received> {
+    pub fn index(&self, host: &HostName) -> Result<Received> {
         Ok(files::read_json(&self.acknowledged(host))?.unwrap_or_default())
     }
 

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,6 +15,7 @@ use crate::error::{Context, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::repository::select;
 use crate::fleet::{Heartbeat, Last, Manifest};
+use crate::names::{HostName, StorePath};
 use crate::run::now;
 use crate::status::Outcome;
 use crate::{table, text};
@@ -112,7 +112,7 @@ struct Shown {
     heartbeat: Option<Heartbeat>,
 }
 
-fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
+fn look(hub: &Hub, host: &HostName, silent_after: Duration) -> Result<Shown> {
     let published = hub.manifest(host)?.map(|(manifest, _)| manifest);
     let heard = hub.heartbeat(host)?;
     let now = SystemTime::now();
@@ -120,7 +120,7 @@ fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
     let state = State::of(published.as_ref(), age, silent_after);
     let deployed = [State::AutoUpdated, State::ExtraRuns, State::UpToDate].contains(&state);
     let reboot = deployed && heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.reboot_needed);
-    let local = published.as_ref().map(|manifest| manifest.toplevel.as_deref().map_or(short(&manifest.release.id), hash));
+    let local = published.as_ref().map(|manifest| manifest.toplevel.as_ref().map_or(short(&manifest.release.id), hash));
     let files = heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.files.is_some());
     let also = [(reboot, ", reboot needed"), (files, ", files missing")];
     Ok(Shown {
@@ -135,8 +135,8 @@ fn look(hub: &Hub, host: &str, silent_after: Duration) -> Result<Shown> {
 }
 
 /// The beginning of a store path's hash.
-fn hash(path: &Path) -> String {
-    path.file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
+fn hash(path: &StorePath) -> String {
+    path.path().file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
 }
 
 fn short(text: &str) -> String {
@@ -150,9 +150,9 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
     let mut before = String::new();
     loop {
         hub.take_in(wanted)?;
-        let hosts = select(hub.hosts()?, String::as_str, wanted)?;
-        let look = |host: String| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
-        let shown: BTreeMap<String, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
+        let hosts = select(hub.hosts()?, |name| name, wanted)?;
+        let look = |host: HostName| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
+        let shown: BTreeMap<HostName, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
         if !live {
             if json { text::print_json(&shown) } else { text::print(&table(&shown, now())) }?;
             return Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -168,7 +168,7 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
     }
 }
 
-fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
+fn table(shown: &BTreeMap<HostName, Shown>, now: u64) -> String {
     let mut rows = vec![["MACHINE", "LOCAL VERSION", "REMOTE VERSION", "STATE", "LAST RUN", "PUBLISHED"].map(String::from)];
     for (name, shown) in shown {
         let mark = match shown {
@@ -182,7 +182,7 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
         };
         let last = shown.heartbeat.as_ref().and_then(|heartbeat| heartbeat.last.as_ref());
         rows.push([
-            name.clone(),
+            name.to_string(),
             shown.local_version.clone(),
             format!("{}{mark}", shown.remote_version),
             shown.state.clone(),
@@ -191,9 +191,9 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
         ]);
     }
     let mut text = String::new();
-    for (row, line) in rows.iter().zip(table::lines(&rows)) {
+    for (shown, line) in [None].into_iter().chain(shown.values().map(Some)).zip(table::lines(&rows)) {
         text.extend([&line, "\n"]);
-        let heartbeat = shown.get(&row[0]).filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
+        let heartbeat = shown.filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
         let error = heartbeat.and_then(|heartbeat| heartbeat.last.as_ref()?.error.as_ref());
         let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
         for line in error.into_iter().chain(files).flat_map(|said| said.lines()) {
@@ -220,18 +220,18 @@ mod tests {
     use crate::fleet::{FORMAT, Release};
 
     fn release(sequence: u64) -> Release {
-        Release { id: format!("id {sequence}"), sequence }
+        Release { id: format!("{sequence:064x}").try_into().unwrap(), sequence: sequence.try_into().unwrap() }
     }
 
     fn manifest() -> Manifest {
         Manifest {
             format: FORMAT,
-            host: "web".into(),
+            host: "web".try_into().unwrap(),
             release: release(2),
-            sha256: String::new(),
+            sha256: "0".repeat(64).try_into().unwrap(),
             size: 0,
             attr: None,
-            toplevel: Some("/nix/store/0123456789-new".into()),
+            toplevel: Some("/nix/store/0123456789abcdfghijklmnpqrsvwxyz-new".try_into().unwrap()),
             published: 1000,
         }
     }
@@ -240,11 +240,11 @@ mod tests {
     fn heartbeat(deployed: u64) -> Heartbeat {
         Heartbeat {
             format: FORMAT,
-            host: "web".into(),
+            host: "web".try_into().unwrap(),
             version: String::new(),
             seen: None,
             deployed: Some(release(deployed)),
-            system: "/nix/store/abcdefghij-old".into(),
+            system: "/nix/store/abcdfghijklmnpqrsvwxyz0123456789-old".try_into().unwrap(),
             running: None,
             last: None,
             runs: 1,
@@ -277,7 +277,7 @@ mod tests {
             (SyncPending, Heartbeat { system: same(), ..old() }),
             (UpToDate, new()),
             // another release with the same contents
-            (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1, ..release(2) }), ..old() }),
+            (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), ..old() }),
             (ExtraRuns, Heartbeat { runs: 2, ..new() }),
             (RebuildPending, Heartbeat { runs: 2, ..old() }),
             (AutoUpdated, Heartbeat { runs: 2, self_updated: true, ..new() }),
@@ -303,7 +303,7 @@ mod tests {
         let shown = |heartbeat: Heartbeat, state: State| Shown {
             state: state.to_string(),
             well: state.is_well(),
-            local_version: hash(manifest().toplevel.as_deref().unwrap()),
+            local_version: hash(manifest().toplevel.as_ref().unwrap()),
             remote_version: hash(&heartbeat.system),
             heard: None,
             published: Some(manifest()),
@@ -313,13 +313,13 @@ mod tests {
         let same = Heartbeat { system: manifest().toplevel.unwrap(), ..heartbeat(2) };
         let hosts =
             [("a", shown(failing, State::Failing)), ("b", shown(same, State::UpToDate)), ("c", shown(heartbeat(2), State::AutoUpdated))];
-        let hosts = hosts.into_iter().map(|(name, shown)| (name.to_owned(), shown)).collect();
+        let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();
         let expected = "\
 MACHINE  LOCAL VERSION  REMOTE VERSION  STATE         LAST RUN    PUBLISHED
-a        01234567       abcdefgh ≠      failing       1 min 40 s  1 min 40 s
+a        01234567       abcdfghi ≠      failing       1 min 40 s  1 min 40 s
   no luck
 b        01234567       01234567 =      up to date                1 min 40 s
-c        01234567       abcdefgh +      auto updated              1 min 40 s
+c        01234567       abcdfghi +      auto updated              1 min 40 s
 ";
         assert_eq!(table(&hosts, 1100), expected);
     }

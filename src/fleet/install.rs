@@ -19,6 +19,7 @@ use crate::fleet::client::{Scratch, read_foreign};
 use crate::fleet::sftp::Session;
 use crate::fleet::{SMALL, Served, sha256};
 use crate::layout::Layout;
+use crate::names::Sha256;
 
 /// Among what was fetched; the others are named as in `files` on the hub.
 const INDEX: &str = "files/index.json";
@@ -40,7 +41,7 @@ pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Scratch) -> Resul
         let served: Vec<Served> = read_foreign(&index)?;
         if fetch_all(session, &served, &kept)? {
             for entry in fs::read_dir(&kept).context(doing)?.flatten() {
-                if entry.file_name() != "index.json" && served.iter().all(|served| entry.file_name() != served.file.as_str()) {
+                if entry.file_name() != "index.json" && served.iter().all(|served| entry.file_name() != *served.file) {
                     files::remove(&entry.path()).context(doing)?;
                 }
             }
@@ -54,7 +55,7 @@ pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Scratch) -> Resul
 /// Fetches the files that are not there yet. Returns whether all are there then.
 fn fetch_all(session: &mut Session, served: &[Served], kept: &Path) -> Result<bool> {
     for served in served {
-        let local = kept.join(name(served)?);
+        let local = kept.join(&served.file);
         let is_right = || Ok(local.exists() && sha256::of_file(&local)? == served.sha256);
         if is_right()? {
             continue;
@@ -65,13 +66,6 @@ fn fetch_all(session: &mut Session, served: &[Served], kept: &Path) -> Result<bo
         }
     }
     Ok(true)
-}
-
-/// The name of a file among those that are served.
-fn name(served: &Served) -> Result<&str> {
-    Some(served.file.as_str())
-        .filter(|name| sha256::is_one(name))
-        .ok_or_else(|| Error::new("Failed to accept the hub's files: expected a hash as name"))
 }
 
 /// Puts what was fetched in its places, and removes what the hub has no more. What is wrong with one
@@ -110,7 +104,7 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
 fn place(layout: &Layout, hub: &Hub, served: &Served, before: &[Served]) -> Result<bool> {
     let path = &served.path;
     let doing = || format!("put {path:?} in its place");
-    let contents = files::read_foreign(&layout.own("files").join(name(served)?), SMALL).context(doing)?;
+    let contents = files::read_foreign(&layout.own("files").join(&served.file), SMALL).context(doing)?;
     if sha256::of(&contents)? != served.sha256 {
         return Err("it is not what the hub says it is").context(doing);
     }
@@ -160,12 +154,12 @@ fn remove(served: &Served, hub: &Hub) -> Result<bool> {
     Ok(false)
 }
 
-fn is_ours(path: &Path, sha256: &str, before: &[Served]) -> bool {
-    before.iter().any(|old| old.path == path && old.sha256 == sha256)
+fn is_ours(path: &Path, sha256: &Sha256, before: &[Served]) -> bool {
+    before.iter().any(|old| old.path == path && old.sha256 == *sha256)
 }
 
 /// The SHA-256 of the file that is there, if one is.
-fn is_there(path: &Path) -> Result<Option<String>, String> {
+fn is_there(path: &Path) -> Result<Option<Sha256>, String> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Ok(metadata) if metadata.is_file() => sha256::of_file(path).map(Some).map_err(|error| error.to_string()),

@@ -45,6 +45,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::names::{HostName, RunId, Sequence, Sha256, StorePath};
 use crate::run::Stage;
 use crate::status::{Ended, Outcome};
 
@@ -74,18 +75,18 @@ pub struct Manifest {
     /// [`FORMAT`].
     pub format: u32,
     /// Whose release this is.
-    pub host: String,
+    pub host: HostName,
     /// Which release.
     #[serde(flatten)]
     pub release: Release,
-    /// The SHA-256 of the archive, in hexadecimal digits.
-    pub sha256: String,
+    /// The SHA-256 of the archive.
+    pub sha256: Sha256,
     /// The size of the archive in bytes.
     pub size: u64,
     /// The attribute of `nixosConfigurations` to build; none for a plain `configuration.nix`.
-    pub attr: Option<String>,
+    pub attr: Option<HostName>,
     /// What it was built to on the hub, if it was.
-    pub toplevel: Option<PathBuf>,
+    pub toplevel: Option<StorePath>,
     /// When it was published, in seconds since 1970; for people to read.
     pub published: u64,
 }
@@ -102,9 +103,9 @@ impl Manifest {
 #[serde(rename_all = "camelCase")]
 pub struct Release {
     /// The SHA-256 of all that the release consists of: archive, `attr` and `toplevel`.
-    pub id: String,
+    pub id: Sha256,
     /// Higher than that of every release of this host before.
-    pub sequence: u64,
+    pub sequence: Sequence,
 }
 
 /// The reports that the hub has, so that the host need not keep them any more.
@@ -112,7 +113,7 @@ pub struct Release {
 #[serde(rename_all = "camelCase")]
 pub struct Received {
     /// Identifiers of runs, the newest last.
-    pub reports: Vec<String>,
+    pub reports: Vec<RunId>,
 }
 
 /// How a host is, as it says itself; sent with each poll, and after each run that did something.
@@ -122,7 +123,7 @@ pub struct Heartbeat {
     /// [`FORMAT`].
     pub format: u32,
     /// The host.
-    pub host: String,
+    pub host: HostName,
     /// The version of its Ekiben.
     pub version: String,
     /// The newest release it has seen.
@@ -130,7 +131,7 @@ pub struct Heartbeat {
     /// The release it deployed last.
     pub deployed: Option<Release>,
     /// The system it runs.
-    pub system: PathBuf,
+    pub system: StorePath,
     /// The release of a run that is under way.
     pub running: Option<Release>,
     /// The last run that was about this release, or that failed.
@@ -169,9 +170,9 @@ pub struct Report {
     /// [`FORMAT`].
     pub format: u32,
     /// The host.
-    pub host: String,
+    pub host: HostName,
     /// The system that runs after it.
-    pub system: PathBuf,
+    pub system: StorePath,
     /// The run, and the release that it was about.
     #[serde(flatten)]
     pub run: Ended,
@@ -190,7 +191,7 @@ pub struct Served {
     /// Its group there.
     pub group: String,
     /// Its name in `files`.
-    pub file: String,
-    /// The SHA-256 of its contents, in hexadecimal digits.
-    pub sha256: String,
+    pub file: Sha256,
+    /// The SHA-256 of its contents.
+    pub sha256: Sha256,
 }

@@ -35,6 +35,7 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     }
     let doing = || format!("write the report of run {}", run.id);
     let system = fs::canonicalize("/run/current-system").context(doing)?;
+    let system = system.as_path().try_into().context(doing)?;
     let report = Report { format: FORMAT, host: hub.name.clone(), system, run: run.clone() };
     let script = r#"journalctl --quiet --sync; journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$2" | gzip -n"#;
     let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, &run.id]).output(doing, None)?;
@@ -54,7 +55,7 @@ fn tidy(layout: &Layout) -> Result<()> {
     for file in waiting(layout)? {
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let id = name.split('.').next().unwrap_or_default();
-        if received.reports.iter().any(|received| received == id) {
+        if received.reports.iter().any(|received| **received == *id) {
             files::remove(&file).context(doing)?;
         } else {
             left.push(file);

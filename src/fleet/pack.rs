@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::fleet::{LARGE, sha256};
+use crate::names::Sha256;
 use crate::program::Program;
 
 /// All files below a directory, but those of git and the links that `nix build` leaves.
@@ -60,7 +61,7 @@ pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Packs files of a directory into a new archive; returns its hash and its size.
-pub fn pack(directory: &Path, mut files: Vec<PathBuf>, file: &Path) -> Result<(String, u64)> {
+pub fn pack(directory: &Path, mut files: Vec<PathBuf>, file: &Path) -> Result<(Sha256, u64)> {
     let doing = || format!("pack {}", directory.display());
     files.sort();
     let list: Vec<u8> = files.iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
@@ -82,7 +83,7 @@ mod tests {
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
 
-    fn packed(directory: &Path, archive: &Path) -> (String, u64) {
+    fn packed(directory: &Path, archive: &Path) -> (Sha256, u64) {
         pack(directory, files(directory).unwrap(), archive).unwrap()
     }
 

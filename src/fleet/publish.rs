@@ -11,12 +11,20 @@ use crate::files;
 use crate::fleet::hub::Hub;
 use crate::fleet::repository::{Host, Repository};
 use crate::fleet::{FORMAT, Manifest, NAMESPACE, Release, Signed, sha256};
+use crate::names::{HostName, Sequence};
 use crate::program::Program;
 use crate::run::now;
 
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
 /// before that, if so asked for. Returns the release's sequence number. `say` is told what is being done.
-pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key: Option<&Path>, say: impl Fn(&str)) -> Result<Option<u64>> {
+pub fn deploy(
+    hub: &Hub,
+    repository: &Repository,
+    host: &Host,
+    build: bool,
+    key: Option<&Path>,
+    say: impl Fn(&str),
+) -> Result<Option<Sequence>> {
     hub.check(&host.name)?;
     let old = hub.manifest(&host.name)?;
     say("evaluating");
@@ -32,7 +40,7 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
         repository.build(host, &system)?;
     }
     say("publishing");
-    let content = format!("{} {} {}\n", source.sha256, attr.as_deref().unwrap_or("-"), system.toplevel.display());
+    let content = format!("{} {} {}\n", source.sha256, attr.as_deref().unwrap_or("-"), system.toplevel);
     let release = match same {
         Some((same, _)) => same.release.clone(),
         None => Release {
@@ -61,11 +69,11 @@ pub fn deploy(hub: &Hub, repository: &Repository, host: &Host, build: bool, key:
 }
 
 /// A number higher than that of every release before, also of those that only the host remembers.
-fn next_sequence(hub: &Hub, host: &str, old: Option<&Manifest>) -> Result<u64, String> {
+fn next_sequence(hub: &Hub, host: &HostName, old: Option<&Manifest>) -> Result<Sequence, String> {
     let heartbeat = hub.heartbeat(host).map_err(|error| error.to_string())?.map(|(heartbeat, _)| heartbeat);
     let remembered = heartbeat.into_iter().flat_map(|heartbeat| [heartbeat.seen, heartbeat.deployed]).flatten();
     let highest = remembered.map(|release| release.sequence).chain(old.map(|old| old.release.sequence)).max();
-    highest.unwrap_or(0).checked_add(1).ok_or_else(|| "the host says that there are no more numbers".into())
+    highest.map_or_else(|| 1.try_into(), Sequence::next)
 }
 
 /// Whether this key made the signature, or there is none where there is no key; `scratch` is a file for it.

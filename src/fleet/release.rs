@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::{Context, Error, Result};
 use crate::fleet::{Manifest, archive};
 use crate::git::Repository;
-use crate::nix::{self, Source};
+use crate::nix::Source;
 
 /// The message of the commit that is a release.
 pub fn message(manifest: &Manifest) -> Result<String> {
@@ -26,8 +26,8 @@ pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
 pub fn build(repository: &Repository, commit: &str, directory: &Path, build: impl Fn(&Source) -> Result<()>) -> Result<()> {
     let manifest = of(repository, commit)?.ok_or_else(|| Error::new(format!("Failed to build {commit}: it is no release")))?;
     let is_the_release = repository.subject(commit)? == format!("release {}", manifest.release.sequence);
-    if let Some(system) = manifest.toplevel.as_deref().filter(|path| is_the_release && nix::is_store_path(path)) {
-        match build(&Source::Store(system)) {
+    if let Some(system) = manifest.toplevel.as_ref().filter(|_| is_the_release) {
+        match build(&Source::Store(system.path())) {
             Ok(()) => return Ok(()),
             Err(error) => log::info!("{error}; evaluating it here."),
         }

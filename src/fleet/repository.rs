@@ -11,12 +11,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::host_name;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::temporary::{Temporary, home};
 use crate::fleet::{archive, hub, jobs, pack};
 use crate::json;
+use crate::names::{HostName, Sha256, StorePath};
 use crate::nix::nix;
 
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
@@ -71,7 +71,7 @@ pub struct Source {
     /// Its archive.
     pub archive: PathBuf,
     /// The archive's hash.
-    pub sha256: String,
+    pub sha256: Sha256,
     /// Its size in bytes.
     pub size: u64,
     is_flake: bool,
@@ -80,9 +80,9 @@ pub struct Source {
 /// A host.
 pub struct Host {
     /// Its name.
-    pub name: String,
+    pub name: HostName,
     /// The attribute of its flake's `nixosConfigurations`; none for a plain `configuration.nix`.
-    pub attr: Option<String>,
+    pub attr: Option<HostName>,
     /// Where its configuration is.
     pub source: Arc<Source>,
 }
@@ -90,9 +90,9 @@ pub struct Host {
 /// What a configuration evaluates to.
 #[derive(Deserialize)]
 pub struct System {
-    derivation: PathBuf,
+    derivation: StorePath,
     /// The system's path, built or not.
-    pub toplevel: PathBuf,
+    pub toplevel: StorePath,
 }
 
 /// What a question came to.
@@ -176,14 +176,12 @@ impl Repository {
         let doing = || format!("find the hosts of {place}");
         let source = Arc::new(source);
         if !source.is_flake {
-            let name = place.trim_start_matches("hosts/").to_owned();
-            host_name(&name).context(doing)?;
+            let name = place.trim_start_matches("hosts/").try_into().context(doing)?;
             return Ok(vec![Host { name, attr: None, source }]);
         }
         let names = self.ask(&source, &label(&place), "nixosConfigurations", NAMES, false)?;
-        let names: Vec<String> = serde_json::from_value(names).context(doing)?;
-        names.iter().try_for_each(|name| host_name(name)).context(doing)?;
-        let host = |name: String| Host { attr: Some(name.clone()), name, source: Arc::clone(&source) };
+        let names: Vec<HostName> = serde_json::from_value(names).context(doing)?;
+        let host = |name: HostName| Host { attr: Some(name.clone()), name, source: Arc::clone(&source) };
         Ok(names.into_iter().map(host).collect())
     }
 
@@ -197,12 +195,12 @@ impl Repository {
         };
         let system = ask(false)?;
         // collected as garbage: nothing could be built
-        if system.derivation.exists() || system.toplevel.exists() { Ok(system) } else { ask(true) }
+        if system.derivation.path().exists() || system.toplevel.path().exists() { Ok(system) } else { ask(true) }
     }
 
     /// Builds what a host's configuration evaluated to.
     pub fn build(&self, host: &Host, system: &System) -> Result<()> {
-        if !system.derivation.exists() {
+        if !system.derivation.path().exists() {
             return Ok(());
         }
         let build = nix()
@@ -210,7 +208,7 @@ impl Repository {
             .args(&self.flags)
             .arg("--out-link")
             .arg(self.state.join("systems").join(&host.name));
-        let build = build.arg(format!("{}^out", system.derivation.display()));
+        let build = build.arg(format!("{}^out", system.derivation));
         build.logged(|| format!("build {}", host.name), &self.log(&host.name)).map(drop)
     }
 
@@ -236,7 +234,7 @@ impl Repository {
     /// Evaluates `function` of an attribute, and keeps what nix says as the log `name`.
     fn ask(&self, source: &Source, name: &str, attribute: &str, function: &str, again: bool) -> Result<Value> {
         let file = self.state.join("evaluated").join(format!("{name}.json"));
-        let question = [&[source.sha256.clone(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
+        let question = [&[source.sha256.to_string(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
         // of these arguments, the same may mean something else tomorrow
         let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
         if let Ok(Some(Answer { answer, .. })) =
@@ -276,7 +274,7 @@ fn label(place: &str) -> String {
 /// that name is a module of the flake's.
 fn tell_apart(hosts: Vec<Host>) -> Result<Vec<Host>> {
     let of_repository: Vec<_> = hosts.iter().filter(|host| host.source.place == ".").map(|host| host.name.clone()).collect();
-    let mut found: BTreeMap<String, Host> = BTreeMap::new();
+    let mut found: BTreeMap<HostName, Host> = BTreeMap::new();
     for host in hosts {
         if host.attr.is_none() && of_repository.contains(&host.name) {
             continue;
@@ -310,15 +308,15 @@ mod tests {
             place: place.into(),
             directory: PathBuf::new(),
             archive: PathBuf::new(),
-            sha256: String::new(),
+            sha256: "0".repeat(64).try_into().unwrap(),
             size: 0,
             is_flake: attr.is_some(),
         };
-        Host { name: name.into(), attr: attr.map(String::from), source: Arc::new(source) }
+        Host { name: name.try_into().unwrap(), attr: attr.map(|attr| attr.try_into().unwrap()), source: Arc::new(source) }
     }
 
     fn names(hosts: &[Host]) -> Vec<&str> {
-        hosts.iter().map(|host| host.name.as_str()).collect()
+        hosts.iter().map(|host| &*host.name).collect()
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! the session, never the patience of whoever asked.
 
 use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,10 +15,13 @@ use crate::files;
 use crate::fleet::LARGE;
 use crate::program::{Conversation, Program};
 
-/// What sftp says when it has done what it was asked before: a question that it answers by itself.
-const QUESTION: &str = "lpwd";
-const ANSWER: &str = "Local working directory: ";
+/// What sftp puts before a line that it repeats.
 const PROMPT: &str = "sftp> ";
+/// The longest line: sftp takes what is beyond 2047 bytes for another one.
+const LINE: usize = 2000;
+/// How much sftp may print, and how much it may complain, about one line.
+const PRINTED: usize = 1024 * 1024;
+const COMPLAINT: u64 = 64 * 1024;
 
 /// What sftp said of one thing.
 struct Said {
@@ -30,8 +34,10 @@ pub struct Session {
     sftp: Conversation,
     errors: PathBuf,
     /// How much of that has been read.
-    heard: usize,
+    heard: u64,
     server: String,
+    /// A comment that nobody else can know: sftp repeats it when it has done what it was asked before.
+    mark: String,
 }
 
 impl Session {
@@ -92,38 +98,40 @@ impl Session {
             .args(arguments)
             .env("LC_ALL", "C")
             .errors_to(file);
-        let mut session = Self { sftp: sftp.talk()?, errors, heard: 0, server };
-        session.ask("-pwd")?;
+        let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
+        let mut session = Self { sftp: sftp.talk()?, errors, heard: 0, server, mark: format!("# {}", random.trim_end()) };
+        session.ask("-pwd", &[])?;
         Ok(session)
     }
 
     /// Fetches a file, or the rest of one that is there in part. Returns whether it is there now.
     pub fn get(&mut self, remote: &str, local: &Path) -> Result<bool> {
-        self.ask(&format!("-reget {remote} {}", local.display()))?;
+        self.ask("-reget", &[remote, &text(local)])?;
         Ok(local.exists())
     }
 
     /// Sends a file, under another name until it is whole.
     pub fn put(&mut self, local: &Path, remote: &str) -> Result<()> {
-        self.ask(&format!("-put {} {remote}.new", local.display()))?;
-        self.ask(&format!("-rename {remote}.new {remote}")).map(drop)
+        let new = format!("{remote}.new");
+        self.ask("-put", &[&text(local), &new])?;
+        self.ask("-rename", &[&new, remote]).map(drop)
     }
 
     /// Makes a directory the one that paths begin at.
     pub fn enter(&mut self, remote: &str) -> Result<()> {
-        self.succeed(&format!("-cd {remote}")).map(drop)
+        self.succeed("-cd", &[remote]).map(drop)
     }
 
     /// The names in a directory.
     pub fn list(&mut self, remote: &str) -> Result<Vec<String>> {
-        let printed = self.succeed(&format!("-ls -1 {remote}"))?;
+        let printed = self.succeed("-ls -1", &[remote])?;
         Ok(printed.iter().filter_map(|line| line.trim_end().rsplit('/').next()).map(String::from).collect())
     }
 
     /// Fetches a file with its time. Returns whether it is there; anything else that is wrong is an error.
     pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
         files::remove(local).context(|| format!("remove {}", local.display()))?;
-        let complaint = self.ask(&format!("-get -p {remote} {}", quoted(local)))?.complaint;
+        let complaint = self.ask("-get -p", &[remote, &text(local)])?.complaint;
         // the latter if it goes just now
         let is_missing = |line: &str| line.ends_with("not found") || line.ends_with("No such file or directory");
         match complaint.trim_end().trim_end_matches('.') {
@@ -135,12 +143,12 @@ impl Session {
 
     /// Sends a file, onto the hub's disk.
     pub fn send(&mut self, local: &Path, remote: &str) -> Result<()> {
-        self.succeed(&format!("-put -f {} {remote}", quoted(local))).map(drop)
+        self.succeed("-put -f", &[&text(local), remote]).map(drop)
     }
 
     /// Gives a file a second name. Returns whether nothing had that.
     pub fn link(&mut self, remote: &str, name: &str) -> Result<bool> {
-        let complaint = self.ask(&format!("-ln {remote} {name}"))?.complaint;
+        let complaint = self.ask("-ln", &[remote, name])?.complaint;
         match complaint.trim_end() {
             "" => Ok(true),
             // all that SFTP says of a name that is taken
@@ -151,12 +159,12 @@ impl Session {
 
     /// Gives a file another name, which it takes from what had that before.
     pub fn rename(&mut self, remote: &str, name: &str) -> Result<()> {
-        self.succeed(&format!("-rename {remote} {name}")).map(drop)
+        self.succeed("-rename", &[remote, name]).map(drop)
     }
 
     /// Removes a file.
     pub fn remove(&mut self, remote: &str) -> Result<()> {
-        self.succeed(&format!("-rm {remote}")).map(drop)
+        self.succeed("-rm", &[remote]).map(drop)
     }
 
     /// Ends the session.
@@ -165,8 +173,8 @@ impl Session {
     }
 
     /// Has sftp do something; returns what it printed.
-    fn succeed(&mut self, command: &str) -> Result<Vec<String>> {
-        let said = self.ask(command)?;
+    fn succeed(&mut self, command: &str, words: &[&str]) -> Result<Vec<String>> {
+        let said = self.ask(command, words)?;
         if said.complaint.is_empty() { Ok(said.printed) } else { Err(self.refused(&said.complaint)) }
     }
 
@@ -174,21 +182,41 @@ impl Session {
         Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.trim().trim_end_matches('.').replace('\n', "; ")))
     }
 
+    /// What sftp has written into its errors since this was asked last.
+    fn complaint(&mut self) -> Result<String> {
+        let (mut complaint, from) = (Vec::new(), self.heard);
+        let read = File::open(&self.errors).and_then(|mut file| {
+            self.heard = file.metadata()?.len();
+            file.seek(SeekFrom::Start(from))?;
+            file.take(COMPLAINT).read_to_end(&mut complaint)
+        });
+        read.context(|| format!("read {}", self.errors.display()))?;
+        Ok(String::from_utf8_lossy(&complaint).into_owned())
+    }
+
     /// Has sftp do something, and waits until it has.
-    fn ask(&mut self, command: &str) -> Result<Said> {
-        let mut printed = Vec::new();
-        let asked = self.sftp.say(command).and_then(|()| self.sftp.say(QUESTION));
+    fn ask(&mut self, command: &str, words: &[&str]) -> Result<Said> {
+        let line = line(command, words).context(|| format!("talk to the hub at {}", self.server))?;
+        let (mut printed, mut size) = (Vec::new(), 0);
+        let asked = self.sftp.say(&line).and_then(|()| self.sftp.say(&self.mark));
         while asked.is_ok() {
             match self.sftp.hear() {
-                Ok(Some(line)) if line.starts_with(ANSWER) => {
-                    let all = fs::read(&self.errors).context(|| format!("read {}", self.errors.display()))?;
-                    let complaint = String::from_utf8_lossy(all.get(self.heard..).unwrap_or_default()).into_owned();
-                    self.heard = all.len();
-                    return Ok(Said { printed, complaint });
-                }
                 // what it was asked it says again
-                Ok(Some(line)) if line.starts_with(PROMPT) => {}
-                Ok(Some(line)) => printed.push(line),
+                Ok(Some(line)) if line.starts_with(PROMPT) => {
+                    if line[PROMPT.len()..].trim_end() == self.mark {
+                        return Ok(Said { printed, complaint: self.complaint()? });
+                    }
+                }
+                Ok(Some(line)) => {
+                    size += line.len();
+                    if size > PRINTED {
+                        return Err(Error::new(format!(
+                            "Failed to talk to the hub at {}: it prints more than {PRINTED} bytes",
+                            self.server
+                        )));
+                    }
+                    printed.push(line);
+                }
                 Ok(None) | Err(_) => break,
             }
         }
@@ -203,7 +231,30 @@ impl Session {
     }
 }
 
-/// A path of this user's as one word to sftp.
-fn quoted(path: &Path) -> String {
-    format!("\"{}\"", path.display().to_string().replace('\\', "\\\\").replace('"', "\\\""))
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A line that sftp reads as this command with these words, whoever chose them; none if there is none.
+fn line(command: &str, words: &[&str]) -> Result<String, String> {
+    let quoted = |word: &&str| format!(" \"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""));
+    let line = command.to_owned() + &words.iter().map(quoted).collect::<String>();
+    match words.iter().find(|word| word.is_empty() || word.chars().any(char::is_control)) {
+        Some(word) => Err(format!("{word:?} is no name")),
+        None if line.len() > LINE => Err(format!("{:?} is too long", words[0])),
+        None => Ok(line),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_command_whatever_the_words_are() {
+        assert_eq!(line("-get -p", &["a b", "*/\"c\"\\"]).unwrap(), r#"-get -p "a b" "*/\"c\"\\""#);
+        for odd in ["", "x\n!touch /tmp/x", "x\ry", "x\u{1b}y", "x\u{85}y", &"x".repeat(LINE)] {
+            assert!(line("-rm", &[odd]).is_err(), "{odd:?}");
+        }
+    }
 }
