@@ -92,7 +92,7 @@ with subtest("the configuration cannot be built"):
 
 with subtest("the build never ends"):
     publish(server, "app", next(COUNT), trouble="build-hangs")
-    fails("failed", "build", "timed out", instance="hasty-build")
+    fails("failed", "build", "Failed to build server: timed out after", instance="hasty-build")
 
 with subtest("what was built is no NixOS"):
     publish(server, "app", next(COUNT), trouble="no-nixos")
@@ -203,7 +203,7 @@ with subtest("an activation script fails"):
 
 with subtest("the activation never ends"):
     publish(server, "app", next(COUNT), trouble="hang")
-    fails("rolledBack", "activate", "timed out", instance="hasty-activation")
+    fails("rolledBack", "activate", "Failed to activate the new system: timed out after", instance="hasty-activation")
     works()
 
 with subtest("a unit fails that had not failed before"):

@@ -86,7 +86,7 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
         fault::point("activate: persisting");
         nix::set_profile(&system)?;
         fault::point("activate: profile set");
-        system::switch_to(&system, "boot", run.instance.timeouts.activate)?.success(|| "install the boot loader".into())?;
+        system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
         fault::point("activate: boot loader set");
         run.reboot_needed |= run.instance.operation == Operation::Boot;
     }
@@ -97,7 +97,7 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
 
 /// Activates the candidate without making it what is booted.
 fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
-    let ended = system::switch_to(system, "test", run.instance.timeouts.activate)?;
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
     match ended.status.code() {
         // the documented ones: all well, some unit failed, only a reboot can bring this
         Some(0) => Ok(()),
@@ -121,7 +121,7 @@ fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
             run.reboot_needed = true;
             Ok(())
         }
-        _ => ended.success(|| "activate the new system".into()),
+        _ => ended.success(),
     }
 }
 

@@ -156,7 +156,9 @@ pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
     let options = serde_json::to_string(&run.instance).context(|| "write the run's options".into())?;
     let ourselves = Program::ourselves_as(&run.instance.user)?;
-    let ended = ourselves.args(["candidate", fate.word(), layout.name(), &run.id, &options]).run(SETTLE_LIMIT)?;
+    let ended = ourselves
+        .args(["candidate", fate.word(), layout.name(), &run.id, &options])
+        .run(SETTLE_LIMIT, || format!("{} the candidate", fate.word()))?;
     if ended.status.code() == Some(i32::from(MOVED)) {
         return Ok(false);
     }
@@ -215,16 +217,16 @@ pub fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
             store::restore_profile(before.generation.as_ref())?;
         }
         if let Some(generation) = store::current_generation()? {
-            system::switch_to(&generation.system, "boot", limit)?.success(|| "restore the boot loader".into())?;
+            system::switch_to(&generation.system, "boot", limit, "restore the boot loader")?.success()?;
         }
     }
     fault::point("back: profile restored");
     let current = system::current()?;
     // after a reboot the old system has come up by itself
     if ours(&current) && (run.boot == boot_id() || current != before.system) {
-        let ended = system::switch_to(&before.system, "test", limit)?;
+        let ended = system::switch_to(&before.system, "test", limit, "activate the old system")?;
         if ended.status.code() != Some(4) {
-            ended.success(|| "activate the old system".into())?;
+            ended.success()?;
         }
         system::check_units(&before.failed_units)?;
     }

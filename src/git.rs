@@ -226,7 +226,7 @@ impl Repository {
         self.unlock(reference);
         let fetch = self.git().args(["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--refmap="]);
         let fetch = fetch.args([&remote, &format!("+{branch}:{reference}")]);
-        fetch.run(NETWORK_LIMIT)?.success(|| format!("fetch {branch} from {remote}"))?;
+        fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success()?;
         let theirs = self.ask(["rev-parse", reference])?;
         if self.contains(&theirs, &self.head) {
             Ok(theirs)
@@ -241,7 +241,7 @@ impl Repository {
     pub fn push(&self, commit: &str) -> Result<()> {
         let (remote, branch) = self.upstream()?;
         let push = self.git().args(["push", "--quiet", &remote, &format!("{commit}:{branch}")]);
-        push.run(NETWORK_LIMIT)?.success(|| format!("push {commit} to {branch} of {remote}"))
+        push.run(NETWORK_LIMIT, || format!("push {commit} to {branch} of {remote}"))?.success()
     }
 
     fn upstream(&self) -> Result<(String, String)> {
@@ -364,7 +364,7 @@ impl Repository {
     /// locked, and if that fails, the branch stays.
     fn update_branch(&self, commit: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
         let doing = || format!("move {} to {commit}", self.branch);
-        let mut git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]).talk()?;
+        let mut git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]).talk(None)?;
         let locked = git
             .ask("start", "start: ok")
             .and_then(|()| git.say(&format!("update {} {commit} {}", self.branch, self.head)))

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::config::HealthCheck;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::program::Program;
 
 /// Between two attempts.
@@ -47,13 +47,12 @@ fn attempt(name: &str, check: &HealthCheck) -> Result<()> {
     let limit = Duration::from_secs(check.timeout);
     let doing = || format!("pass health check {name}");
     if !check.units.is_empty() {
-        let active = Program::as_root("systemctl").args(["is-active", "--"]).args(&check.units).run(limit)?;
-        active.success(doing)?;
+        let active = Program::as_root("systemctl").args(["is-active", "--"]).args(&check.units).run(limit, doing)?;
+        active.success()?;
     }
     let Some(command) = &check.command else { return Ok(()) };
     // the programs of the system that is checked
     let path = format!("{}:/run/current-system/sw/bin", std::env::var("PATH").unwrap_or_default());
     let shell = Program::as_root("/bin/sh").args(["-c", command]).env("PATH", path).directory(Path::new("/"));
-    let ended = shell.run(limit).map_err(|error| Error::new(format!("Failed to {}: {error}", doing())).with_tail(error.tail))?;
-    ended.success(doing)
+    shell.run(limit, doing)?.success()
 }

@@ -30,7 +30,8 @@ pub fn updated_lock_file(flake: &str, inputs: &[String], scratch: &Path, limit: 
     crate::files::remove(scratch).context(|| format!("remove {}", scratch.display()))?;
     let update = nix().args(["flake", "update"]).args(inputs).args(["--flake", flake]);
     let update = update.arg("--output-lock-file").arg(scratch);
-    update.run(limit)?.success(|| format!("update {}", if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") }))?;
+    let what = if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") };
+    update.run(limit, || format!("update {what}"))?.success()?;
     let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
     crate::files::remove(scratch).context(|| format!("remove {}", scratch.display()))?;
     Ok(lock)
@@ -62,7 +63,7 @@ pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Durat
         }
         Source::Store(system) => (build.arg(system), system.display().to_string()),
     };
-    build.run(limit)?.success(|| format!("build {name}"))
+    build.run(limit, || format!("build {name}"))?.success()
 }
 
 /// nix with the features that all of this needs.

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -25,12 +25,14 @@ use crate::text;
 const TAIL_LINES: usize = 50;
 /// What is kept of one line: more than is shown of it.
 const LINE_BYTES: usize = 4 * text::LINE;
-/// How long a program may tidy up after it was asked to end.
+/// How long a program may tidy up after it was asked to end, and how long its end may take.
 const GRACE: Duration = Duration::from_secs(10);
 /// How often a silent program is looked after.
 const TICK: Duration = Duration::from_millis(200);
-/// The same for one that has closed its output, and so is about to end.
-const CLOSED_TICK: Duration = Duration::from_millis(2);
+/// The same for one that is about to end.
+const ENDING_TICK: Duration = Duration::from_millis(2);
+/// How long what a program has left behind is listened to.
+const ECHO: Duration = Duration::from_secs(1);
 
 /// A program about to be run.
 pub struct Program {
@@ -47,6 +49,7 @@ pub struct Ended {
     pub tail: Vec<String>,
     /// Whether it has said what was watched for.
     pub seen: bool,
+    doing: String,
 }
 
 impl Program {
@@ -145,7 +148,7 @@ impl Program {
         let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(text::line).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
         let said = reason(&tail).or(tail.last().map(String::as_str)).map(|line| format!(": {line}")).unwrap_or_default();
-        Err(Error::new(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status))).with_tail(tail))
+        Err(failed(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status)), status, tail))
     }
 
     /// The same for programs that take long: what they say besides goes to the end of the file `log`
@@ -178,14 +181,11 @@ impl Program {
         Ok(child)
     }
 
-    /// Has the program write its errors into a file.
-    pub fn errors_to(mut self, file: File) -> Self {
-        self.command.stderr(file);
-        self
-    }
-
-    /// Starts the program for a conversation, line by line.
-    pub fn talk(mut self) -> Result<Conversation> {
+    /// Starts the program for a conversation, line by line; its errors go to `errors`, if that is given.
+    pub fn talk(mut self, errors: Option<File>) -> Result<Conversation> {
+        if let Some(file) = errors {
+            self.command.stderr(file);
+        }
         let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = child.context(|| format!("run {}", self.name))?;
         match (child.stdin.take(), child.stdout.take()) {
@@ -194,32 +194,36 @@ impl Program {
         }
     }
 
-    /// Runs the program to its end, or until `limit` has passed: then it and its children are ended,
-    /// and that is an error. Its own failure is not: see [`Ended`].
-    pub fn run(mut self, limit: Duration) -> Result<Ended> {
-        let doing = || format!("run {}", self.name);
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(doing)?;
+    /// Runs the program to its end, or until `limit` has passed, which is an error; `doing` completes
+    /// "Failed to". What it leaves behind in its process group is ended, too. Its own failure is no error
+    /// yet: see [`Ended::success`].
+    pub fn run(mut self, limit: Duration, doing: impl Fn() -> String) -> Result<Ended> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(&doing)?;
         let mut reader = File::from(reader);
-        let errors = writer.try_clone().context(doing)?;
+        let errors = writer.try_clone().context(&doing)?;
         let deadline = Instant::now() + limit;
         let child = self.command.stdout(writer).stderr(errors).process_group(0).spawn();
         // our ends of the pipe would keep it open
         self.command = Command::new("");
-        let mut child = child.context(doing)?;
+        let mut child = child.context(|| format!("run {}", self.name))?;
         let mut tail = Tail { watched: self.watched, ..Tail::default() };
+        let mut ended = None;
         loop {
-            let heard = tail.follow(&mut reader).context(doing)?;
-            let ended = child.try_wait().context(doing)?;
+            let heard = tail.follow(&mut reader).context(&doing)?;
+            if ended.is_none() {
+                ended = child.try_wait().context(&doing)?.map(|status| (status, Instant::now()));
+            }
             match (heard, ended) {
-                // a child of the program's may hold its output open: silence is enough then
-                (Heard::Nothing | Heard::End, Some(status)) => {
+                (Heard::Something, Some((_, since))) if since.elapsed() < ECHO => {}
+                (_, Some((status, _))) => {
+                    end(&mut child);
                     let lines = tail.finish();
-                    return Ok(Ended { status, tail: lines, seen: tail.seen });
+                    return Ok(Ended { status, tail: lines, seen: tail.seen, doing: doing() });
                 }
-                (Heard::End, None) => std::thread::sleep(CLOSED_TICK),
+                (Heard::End, None) => std::thread::sleep(ENDING_TICK),
                 _ => {}
             }
-            if Instant::now() >= deadline {
+            if ended.is_none() && Instant::now() >= deadline {
                 end(&mut child);
                 let message = format!("Failed to {}: timed out after {} s", doing(), limit.as_secs());
                 return Err(Error::new(message).with_tail(tail.finish()));
@@ -266,24 +270,35 @@ impl Conversation {
 
 impl Ended {
     /// Fails unless the program succeeded.
-    pub fn success(self, doing: impl FnOnce() -> String) -> Result<()> {
+    pub fn success(self) -> Result<()> {
         if self.status.success() {
             return Ok(());
         }
         let said = reason(&self.tail).map(|line| format!(": {line}")).unwrap_or_default();
-        Err(Error::new(format!("Failed to {}: {}{said}", doing(), describe(self.status))).with_tail(self.tail))
+        Err(failed(format!("Failed to {}: {}{said}", self.doing, describe(self.status)), self.status, self.tail))
     }
 }
 
-/// Ends a program and its children, first politely.
+/// The error that a program which did not succeed comes to. If somebody else has ended it, the next may well succeed.
+fn failed(message: String, status: ExitStatus, tail: Vec<String>) -> Error {
+    let error = Error::new(message).with_tail(tail);
+    let by_others = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGTERM].map(|signal| signal as i32);
+    if status.signal().is_some_and(|signal| by_others.contains(&signal)) { error.transient() } else { error }
+}
+
+/// Ends what there is of a program and its children, first politely.
 fn end(child: &mut Child) {
     let Ok(group) = child.id().try_into().map(Pid::from_raw) else { return };
-    let _ = killpg(group, Signal::SIGTERM);
-    let deadline = Instant::now() + GRACE;
-    while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
-        std::thread::sleep(TICK);
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let deadline = Instant::now() + GRACE;
+        let mut there = killpg(group, signal).is_ok();
+        while there && Instant::now() < deadline {
+            std::thread::sleep(ENDING_TICK);
+            // one that nobody has waited for still counts
+            let _ = child.try_wait();
+            there = killpg(group, None).is_ok();
+        }
     }
-    let _ = killpg(group, Signal::SIGKILL);
     let _ = child.wait();
 }
 
@@ -293,7 +308,6 @@ fn reason(tail: &[String]) -> Option<&str> {
 }
 
 fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with {code}"),
         (None, Some(signal)) => format!("was ended by signal {signal}"),
@@ -366,30 +380,68 @@ mod tests {
         Program::new("sh").args(["-c", script])
     }
 
+    fn run(script: &str, limit: Duration) -> Result<Ended> {
+        shell(script).run(limit, || "count".into())
+    }
+
     #[test]
     fn the_end_of_the_output_is_kept() {
-        let ended = shell("seq 1 100; echo problem >&2; exit 3").run(Duration::from_secs(10)).unwrap();
+        let ended = run("seq 1 100; echo problem >&2; exit 3", Duration::from_secs(10)).unwrap();
         assert_eq!(ended.status.code(), Some(3));
         assert_eq!(ended.tail.len(), TAIL_LINES);
         assert_eq!(ended.tail.last().unwrap(), "problem");
-        let error = ended.success(|| "count".into()).unwrap_err();
+        let error = ended.success().unwrap_err();
         assert_eq!(error.to_string(), "Failed to count: exited with 3");
+        assert!(!error.is_transient());
     }
 
     #[test]
     fn a_program_that_hangs_is_ended_with_its_children() {
         let before = Instant::now();
-        let error = shell("echo on my way; sleep 1000 & sleep 1000").run(Duration::from_millis(300)).err().unwrap();
-        assert_eq!(error.to_string(), "Failed to run sh: timed out after 0 s");
+        let error = run("echo on my way; sleep 1000 & sleep 1000", Duration::from_millis(300)).err().unwrap();
+        assert_eq!(error.to_string(), "Failed to count: timed out after 0 s");
         assert_eq!(error.tail, ["on my way"]);
         assert!(before.elapsed() < Duration::from_secs(5));
     }
 
+    /// Whether the process of this number, which the program has said last, is there.
+    fn is_there(ended: &Ended) -> bool {
+        nix::sys::signal::kill(Pid::from_raw(ended.tail.last().unwrap().parse().unwrap()), None).is_ok()
+    }
+
     #[test]
-    fn a_child_left_behind_does_not_hold_the_run_up() {
+    fn a_child_left_behind_is_ended() {
         let before = Instant::now();
-        assert!(shell("sleep 5 &").run(Duration::from_secs(60)).unwrap().status.success());
-        assert!(before.elapsed() < Duration::from_secs(3));
+        let ended = run("sleep 1000 > /dev/null 2>&1 & echo $!", Duration::from_secs(60)).unwrap();
+        assert!(ended.status.success() && !is_there(&ended));
+        assert!(run("sleep 1000 &", Duration::from_secs(60)).unwrap().status.success());
+        assert!(before.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_child_that_ignores_every_request_is_ended() {
+        let script = "sh -c 'trap : TERM HUP INT; echo $$; while :; do sleep 1; done' & sleep 0.2";
+        let ended = run(script, Duration::from_secs(60)).unwrap();
+        assert!(ended.status.success() && !is_there(&ended));
+    }
+
+    #[test]
+    fn a_child_that_goes_on_talking_makes_no_failure_of_a_success() {
+        let before = Instant::now();
+        let ended = run("while :; do echo talk; done & exit 0", Duration::from_secs(20)).unwrap();
+        assert!(ended.status.success());
+        assert!(before.elapsed() < Duration::from_secs(10));
+        let ended = run("(sleep 0.1; echo late) & exit 0", Duration::from_secs(20)).unwrap();
+        assert_eq!(ended.tail, ["late"]);
+    }
+
+    #[test]
+    fn who_is_ended_by_another_is_not_to_blame() {
+        for (signal, transient) in [("KILL", true), ("TERM", true), ("SEGV", false), ("ABRT", false)] {
+            let script = format!("ulimit -c 0; kill -{signal} $$");
+            assert_eq!(run(&script, Duration::from_secs(10)).unwrap().success().unwrap_err().is_transient(), transient, "{signal}");
+            assert_eq!(shell(&script).output(|| "count".into(), None).unwrap_err().is_transient(), transient, "{signal}");
+        }
     }
 
     #[test]

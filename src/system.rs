@@ -60,13 +60,13 @@ pub fn cancel_start(instance: &str) -> Result<()> {
 }
 
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
-/// somebody else is switching, waits for that, with the same limit.
-pub fn switch_to(system: &Path, action: &str, limit: u64) -> Result<Ended> {
+/// somebody else is switching, waits for that, with the same limit. `doing` is what that is for.
+pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Ended> {
     let deadline = Instant::now() + Duration::from_secs(limit);
     loop {
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
-        let ended = program.watch_for(SNIPPET_FAILED).run(Duration::from_secs(limit))?;
+        let ended = program.watch_for(SNIPPET_FAILED).run(Duration::from_secs(limit), || doing.into())?;
         let locked = !ended.status.success() && ended.tail.iter().any(|line| line.contains("Could not acquire lock"));
         if !locked || Instant::now() > deadline {
             return Ok(ended);

@@ -55,13 +55,13 @@ fn unpack_by(archive: &Path, tar: &Path, directory: &Path) -> Result<()> {
     // the limit ends it, whatever it unpacks to
     let limit = format!("--fsize={UNPACKED}");
     let unzip = Program::new("prlimit").args([&limit, "--", "/bin/sh", "-euc", r#"gzip -dc < "$1" > "$2""#, "sh"]).arg(archive).arg(tar);
-    unzip.run(LIMIT)?.success(doing)?;
+    unzip.run(LIMIT, doing)?.success()?;
 
     let list = tar_program().args(["--list", "--verbose", "--quoting-style=escape", "--file"]).arg(tar);
     let list = list.output(doing, None)?;
     check(&String::from_utf8_lossy(&list)).context(doing)?;
     let extract = tar_program().args(["--extract", "--no-same-owner", "--no-same-permissions", "--file"]).arg(tar);
-    extract.arg("--directory").arg(directory).run(LIMIT)?.success(doing)
+    extract.arg("--directory").arg(directory).run(LIMIT, doing)?.success()
 }
 
 fn tar_program() -> Program {

@@ -226,7 +226,7 @@ impl Fleet<'_> {
             if what == "switch" {
                 set_profile(toplevel.path())?;
             }
-            system::switch_to(toplevel.path(), what, SWITCH)?.success(|| format!("activate {toplevel}"))?;
+            system::switch_to(toplevel.path(), what, SWITCH, &format!("activate {toplevel}"))?.success()?;
         }
         Ok(exit(well && found))
     }

@@ -25,8 +25,8 @@ pub fn check(target: &str) -> Result<()> {
 
 /// Has `target` run a system of this store; `action` is `test` or `switch`.
 pub fn push(system: &Path, action: &str, target: &str) -> Result<()> {
-    let copy = nix().args(["copy", "--no-check-sigs", "--to", &format!("ssh://{target}")]).arg(system).run(LIMIT)?;
-    copy.success(|| format!("copy {} to {target}", system.display()))?;
+    let copy = nix().args(["copy", "--no-check-sigs", "--to", &format!("ssh://{target}")]).arg(system);
+    copy.run(LIMIT, || format!("copy {} to {target}", system.display()))?.success()?;
     let line = format!("set -eu; set -- {action} {}; {SCRIPT}", system.display());
-    Program::new("ssh").args(["--", target, &line]).run(LIMIT)?.success(|| format!("activate {} at {target}", system.display()))
+    Program::new("ssh").args(["--", target, &line]).run(LIMIT, || format!("activate {} at {target}", system.display()))?.success()
 }

@@ -96,10 +96,9 @@ impl Session {
         let sftp = Program::new("timeout")
             .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--", "sftp", "-b", "-"])
             .args(arguments)
-            .env("LC_ALL", "C")
-            .errors_to(file);
+            .env("LC_ALL", "C");
         let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
-        let mut session = Self { sftp: sftp.talk()?, errors, heard: 0, server, mark: format!("# {}", random.trim_end()) };
+        let mut session = Self { sftp: sftp.talk(Some(file))?, errors, heard: 0, server, mark: format!("# {}", random.trim_end()) };
         session.ask("-pwd", &[])?;
         Ok(session)
     }
