@@ -28,8 +28,8 @@
             fileset = lib.fileset.unions [
               ./Cargo.toml
               ./Cargo.lock
-              ./clippy.toml
-              ./rustfmt.toml
+              ./.clippy.toml
+              ./.rustfmt.toml
               ./src
             ];
           };
