@@ -1,5 +1,6 @@
 # What the scripts of all scenarios share: a machine with a repository, and inputs to update.
 # ruff: noqa
+import difflib
 import itertools
 import json
 import shlex
@@ -123,12 +124,15 @@ def wait_until_idle(machine, instance):
     machine.wait_until_succeeds(is_idle(instance))
 
 
-def wait_until_at_rest(machine, instance):
-    """Waits until an instance does nothing and has nothing to do."""
+def at_rest(instance):
+    """The command that succeeds if an instance does nothing and has nothing to do."""
     # in this order: a run that ends may leave a request, which begins the next one
-    machine.wait_until_succeeds(
-        f"{is_idle(instance)} && test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json"
-    )
+    return f"{is_idle(instance)} && test ! -e /var/lib/ekiben/queue/{instance} -a ! -e /var/lib/ekiben/runs/{instance}.json"
+
+
+def wait_until_at_rest(machine, instance, timeout=900):
+    """Waits until an instance does nothing and has nothing to do."""
+    machine.wait_until_succeeds(at_rest(instance), timeout=timeout)
 
 
 def use_host_key(machine, file):
@@ -156,16 +160,43 @@ def shows(machine, name):
     return machine.succeed(f"cat /etc/{name}").strip()
 
 
+# what must not change of a repository: every file and directory, with its time and permissions, and every ref; in git's
+# directory, too, but for loose objects, which change nothing if nothing refers to them
+MOST = "find . \\( -path './.git/objects/??' -o -path ./.git/refs/ekiben -empty \\) -prune -o"
+DIGEST = f"""
+    {MOST} -type f -printf '%p %T@ %m\\n' | sort
+    {MOST} -type f -print0 | sort -z | xargs -0 sha256sum
+    {MOST} ! -type f -printf '%y %p %l\\n' | sort
+    git for-each-ref
+"""
+
+
 def digest(machine):
-    """What must not change: every file of the repository with its time and permissions, and every
-    ref, but for objects that nothing refers to and our own refs."""
-    ours = "-path ./.git/objects -o -path ./.git/refs/ekiben"
-    return deploy(machine, " ; ".join((
-        f"find . \\( {ours} \\) -prune -o -type f -printf '%p %T@ %m\\n' | sort",
-        f"find . \\( {ours} \\) -prune -o -type f -print0 | sort -z | xargs -0 sha256sum",
-        f"find . \\( {ours} \\) -prune -o ! -type f -printf '%y %p %l\\n' | sort",
-        "git for-each-ref --format='%(objectname) %(refname)' | grep -v refs/ekiben/ || true",
-    )))
+    """All of the repository, to be compared with later."""
+    return deploy(machine, DIGEST)
+
+
+def state(machine):
+    """All that a run that does not succeed has to leave as it was."""
+    parts = {
+        "repository": as_deploy(f"cd {REPOSITORY}; {DIGEST}"),
+        "generation": f"echo $(readlink {PROFILE}) $(readlink -f {PROFILE})",
+        "generations": "ls /nix/var/nix/profiles",
+        "running": "readlink -f /run/current-system",
+        "shows": "cat /etc/app /etc/other /etc/revision",
+    }
+    said = machine.succeed("; printf '\\0'; ".join(parts.values())).split("\0")
+    return dict(zip(parts, said))
+
+
+def differences(before, after):
+    """What is different between two states, line by line."""
+    return [
+        f"{key}: {line}"
+        for key in before
+        for line in difflib.unified_diff(before[key].splitlines(), after[key].splitlines(), lineterm="", n=0)
+        if not line.startswith(("---", "+++", "@@"))
+    ]
 
 
 def check_deployed(machine, instance):

@@ -7,11 +7,13 @@ kernel goes on; and limits of memory and tasks apply only where the kernel lets 
 these controllers.
 """
 
+import errno
 import os
 import pty
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +24,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RETRY_SECONDS = 0.1
+# what a fault does to the program whose operation it is; else it is the name of the error that the operation ends with
+SIGNALS = {"kill": signal.SIGKILL, "hold": signal.SIGSTOP}
+# the page of faults.c
+PAGE = struct.Struct("=IIii32s128s128s1024s")
 
 
 class Failure(Exception):
@@ -156,6 +162,39 @@ class Machine:
 
     def _cable(self, state):
         subprocess.run(["ip", "link", "set", f"port-{self.address.rsplit('.', 1)[1]}", state], check=True)
+
+    # faults: where the scenario says `fileFaults = true`
+
+    def fault(self, program, number, act, words="", path=""):
+        """Has the `number`th file operation of a program from now on (0: none; they are counted) go wrong: the program
+        is killed ("kill") or held ("hold"), or the operation fails (an error's name). `words` are a part of the
+        program's command line, `path` a part of the operation's."""
+        act = -SIGNALS[act] if act in SIGNALS else getattr(errno, act)
+        self._write_faults(PAGE.pack(0, number, act, 0, program.encode(), words.encode(), path.encode(), b""))
+
+    def no_fault(self):
+        """No operation goes wrong any more; returns how many fitted the last `fault`."""
+        count = self._read_faults()[0]
+        self._write_faults(bytes(PAGE.size))
+        return count
+
+    def fault_met(self):
+        """What has gone wrong since the last `fault`; empty if nothing has."""
+        _, _, _, process, *_, report = self._read_faults()
+        return report.rstrip(b"\0").decode(errors="replace") if process else ""
+
+    def let_go(self):
+        """Lets the program that is held go on, if it still is."""
+        _, _, _, process, *_ = self._read_faults()
+        self.execute(f"kill -CONT {process}")
+
+    def _read_faults(self):
+        return PAGE.unpack(Path(f"/proc/{self.init}/root/dev/shm/faults").read_bytes()[:PAGE.size])
+
+    def _write_faults(self, page):
+        # in place: all programs have it mapped
+        with open(f"/proc/{self.init}/root/dev/shm/faults", "r+b") as faults:
+            faults.write(page)
 
     # commands
 
