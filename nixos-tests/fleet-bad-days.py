@@ -313,6 +313,22 @@ for what, add in (
         refuses("Failed to unpack")
         assert web.succeed("ls /var/lib/ekiben/instances/fleet/fetched | grep source || true") == ""
 
+with subtest("an archive of few bytes with a name of many is refused before anything is made of it"):
+    # GNU tar has a long name before the file that is meant
+    write_long_name = """
+import gzip, tarfile
+header = tarfile.TarInfo("x")
+header.type, header.size = b"L", 1 << 28
+with gzip.open("/srv/publish/archive", "wb", 1) as archive:
+    archive.write(header.tobuf(tarfile.GNU_FORMAT))
+    for _ in range(256):
+        archive.write(b"a" * (1 << 20))
+"""
+    hub.succeed(f"python3 -c {shlex.quote(write_long_name)}")
+    offer()
+    ended = refuses("expected names of at most 1024 bytes")
+    assert ended["finished"] - ended["started"] < 30, ended
+
 with subtest("an archive that is larger than allowed is not fetched to its end"):
     taken = "du -sm /var/lib/ekiben/instances/fleet | cut -f1"
     before_it = int(web.succeed(taken))

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Context, Result};
+use crate::program::Program;
 
 /// Replaces the file `path` by one with these contents and permissions.
 pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
@@ -52,6 +53,15 @@ pub fn remove(path: &Path) -> io::Result<()> {
         Err(error) => Err(error),
         Ok(()) => sync_parent(path),
     }
+}
+
+/// Removes whatever is at `path`, if something is; rm knows its way out of any depth.
+pub fn clear(path: &Path) -> Result<()> {
+    if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let remove = Program::new("rm").args(["--recursive", "--force", "--"]).arg(path);
+    remove.output(|| format!("remove {}", path.display()), None).map(drop)
 }
 
 /// Makes the creation, renaming or removal of `path` durable.

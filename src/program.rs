@@ -10,7 +10,7 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
@@ -25,6 +25,10 @@ use crate::text;
 const TAIL_LINES: usize = 50;
 /// What is kept of one line: more than is shown of it.
 const LINE_BYTES: usize = 4 * text::LINE;
+/// What is kept of a program's errors.
+const TAIL_BYTES: usize = TAIL_LINES * LINE_BYTES;
+/// The most that a program may write for us to work on.
+const OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
 /// How long a program may tidy up after it was asked to end, and how long its end may take.
 const GRACE: Duration = Duration::from_secs(10);
 /// How often a silent program is looked after.
@@ -135,7 +139,7 @@ impl Program {
                 // a program that wants no more of it has its reasons: its status tells
                 let _ = stdin.write_all(input);
             }
-            child.wait_with_output()
+            collect(child)
         };
         let output = run().context(|| format!("run {}", self.name))?;
         self.succeeded(doing, output.status, output.stdout, &output.stderr)
@@ -156,13 +160,31 @@ impl Program {
     pub fn logged(mut self, doing: impl Fn() -> String, log: &Path) -> Result<Vec<u8>> {
         let file = File::options().append(true).create(true).open(log).context(|| format!("write {}", log.display()))?;
         let before = file.metadata().map_or(0, |metadata| metadata.len());
-        let output = self.command.stderr(file).output().context(|| format!("run {}", self.name))?;
+        let child = self.command.stdout(Stdio::piped()).stderr(file).spawn();
+        let output = child.and_then(collect).context(|| format!("run {}", self.name))?;
         let mut said = Vec::new();
         if !output.status.success() {
             let mut file = File::open(log).context(|| format!("read {}", log.display()))?;
-            file.seek(SeekFrom::Start(before)).and_then(|_| file.read_to_end(&mut said)).context(|| format!("read {}", log.display()))?;
+            file.seek(SeekFrom::Start(before)).context(|| format!("read {}", log.display()))?;
+            said = end_of(file);
         }
         self.succeeded(doing, output.status, output.stdout, &said)
+    }
+
+    /// Runs the program with `input` as its input, and has `take` read what it writes. The program is ended
+    /// where that has failed.
+    pub fn filter<T>(mut self, doing: impl Fn() -> String, input: File, take: impl FnOnce(ChildStdout) -> Result<T, String>) -> Result<T> {
+        let started = || format!("run {}", self.name);
+        let mut child = self.command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context(started)?;
+        let output = child.stdout.take().ok_or("it has no output").context(started)?;
+        let taken = take(output);
+        // nobody reads it any more: that ends it
+        let ended = collect(child).context(started)?;
+        match taken {
+            Err(why) if ended.status.code().is_none_or(|code| code == 0) => Err(why).context(doing),
+            // its own reason is the better one
+            other => self.succeeded(&doing, ended.status, Vec::new(), &ended.stderr).and_then(|_| other.context(doing)),
+        }
     }
 
     /// Starts the program beside this one, and shows its output line by line.
@@ -284,6 +306,37 @@ fn failed(message: String, status: ExitStatus, tail: Vec<String>) -> Error {
     let error = Error::new(message).with_tail(tail);
     let by_others = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGTERM].map(|signal| signal as i32);
     if status.signal().is_some_and(|signal| by_others.contains(&signal)) { error.transient() } else { error }
+}
+
+/// Waits for a program's end with what it writes: all of its output, which must not be endless, and the end
+/// of its errors.
+fn collect(mut child: Child) -> io::Result<Output> {
+    let errors = child.stderr.take().map(|errors| std::thread::spawn(move || end_of(errors)));
+    let mut stdout = Vec::new();
+    if let Some(output) = child.stdout.take() {
+        output.take(OUTPUT_BYTES + 1).read_to_end(&mut stdout)?;
+    }
+    let too_much = stdout.len() as u64 > OUTPUT_BYTES;
+    if too_much {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    if too_much {
+        return Err(io::Error::other(format!("its output has more than {OUTPUT_BYTES} bytes")));
+    }
+    let stderr = errors.and_then(|errors| errors.join().ok()).unwrap_or_default();
+    Ok(Output { status, stdout, stderr })
+}
+
+/// The last bytes of a stream.
+fn end_of(mut stream: impl Read) -> Vec<u8> {
+    let (mut kept, mut buffer) = (Vec::new(), [0; 8192]);
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        kept.extend_from_slice(&buffer[..count]);
+        let surplus = kept.len().saturating_sub(TAIL_BYTES);
+        kept.drain(..surplus);
+    }
+    kept
 }
 
 /// Ends what there is of a program and its children, first politely.
@@ -449,6 +502,10 @@ mod tests {
         assert_eq!(Program::new("cat").output(|| "copy".into(), Some(b"abc")).unwrap(), b"abc");
         let error = shell("echo 'error: no' >&2; exit 1").output(|| "try".into(), None).unwrap_err();
         assert_eq!(error.to_string(), "Failed to try: sh exited with 1: error: no");
+        let endless = Program::new("cat").arg("/dev/zero").output(|| "try".into(), None).unwrap_err();
+        assert_eq!(endless.to_string(), "Failed to run cat: its output has more than 67108864 bytes");
+        let chatty = shell("yes no | head -c 10000000 >&2; echo 'error: at last' >&2; exit 1").output(|| "try".into(), None).unwrap_err();
+        assert!(chatty.to_string().ends_with("error: at last") && chatty.tail.len() == TAIL_LINES);
         let missing = Program::new("/no/such/program").output(|| "try".into(), None).unwrap_err();
         assert!(missing.to_string().starts_with("Failed to run /no/such/program: No such file"));
     }

@@ -70,7 +70,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let message = release::message(&manifest)?;
     let scratch = directory.path.join("index");
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, manifest.published, &scratch)?;
-    archive::clear(&source)?;
+    files::clear(&source)?;
     Ok((manifest.release, commit))
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::fleet::{Manifest, archive};
 use crate::git::Repository;
 use crate::nix::Source;
@@ -38,5 +39,5 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, build: imp
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),
         None => build(&Source::Directory(directory)),
     };
-    archive::clear(directory).and(result)
+    files::clear(directory).and(result)
 }
