@@ -1,6 +1,7 @@
 start_all()
 HOST = "/var/lib/ekiben-hub/hosts/web"
 RECEIVED = "/var/lib/ekiben-hub/received/web"
+OWN = "/var/lib/ekiben/instances/fleet"
 # how a release of a host is built
 FLAKE = '{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "none"; }; }; }'
 COUNT = iter(range(2, 1000))
@@ -261,6 +262,9 @@ with subtest("clocks are years apart: of no account"):
     archive(next(COUNT))
     offer(published=1)
     assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+    archive(next(COUNT))
+    offer(published=2**64 - 1)
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
 
 with subtest("the hub's host key is another one: refused, said, nothing fetched, nothing told"):
     archive(next(COUNT))
@@ -278,7 +282,7 @@ for what, how, words in (
     ("is signed by somebody else", {"key": "other"}, "verify the signature"),
     ("is another host's", {"host": "db"}, 'it is of "db", this is web'),
     ("is of another format", {"format": 2}, "its format is 2"),
-    ("names a way out", {"id": "../../" + "a" * 58}, "expected hashes"),
+    ("names a way out", {"id": "../../" + "a" * 58}, "expected a SHA-256"),
     ("names another archive", {"sha256": "0" * 64}, "what the hub sends is not what its manifest says"),
     ("says another size", {"size": 1}, "what the hub sends is not what its manifest says"),
     ("goes back", {"sequence": 1}, "has been seen before"),
@@ -311,7 +315,7 @@ for what, add in (
         web.succeed("rm -f /tmp/out")
         offer()
         refuses("Failed to unpack")
-        assert web.succeed("ls /var/lib/ekiben/instances/fleet/fetched | grep source || true") == ""
+        assert web.succeed(f"ls {OWN}/fetched/fleet") == ""
 
 with subtest("an archive of few bytes with a name of many is refused before anything is made of it"):
     # GNU tar has a long name before the file that is meant
@@ -329,13 +333,109 @@ with gzip.open("/srv/publish/archive", "wb", 1) as archive:
     ended = refuses("expected names of at most 1024 bytes")
     assert ended["finished"] - ended["started"] < 30, ended
 
-with subtest("an archive that is larger than allowed is not fetched to its end"):
+with subtest("an archive that is larger than allowed is not fetched, or not to its end"):
     taken = "du -sm /var/lib/ekiben/instances/fleet | cut -f1"
-    before_it = int(web.succeed(taken))
     hub.succeed("head -c 70000000 /dev/urandom > /srv/publish/archive")
     offer()
+    before_it = int(web.succeed(taken))
+    refuses("its archive has 70000000 bytes, more than 67108864")
+    assert int(web.succeed(taken)) <= before_it
+    offer(size=60000000)
     refuses("Failed to")
     assert int(web.succeed(taken)) - before_it < 66
+
+with subtest("what the hub does not hand out is not taken for what it does not have"):
+    archive(next(COUNT))
+    release = offer()
+    for path, usual in ((f"{HOST}/release", "755"), (f"{HOST}/release/manifest.json", "644"), (f"{HOST}/release/{release}.tar.gz", "644")):
+        hub.succeed(f"chmod 700 {path}")
+        refuses("Permission denied")
+        hub.succeed(f"chmod {usual} {path}")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("a heartbeat that the hub has no room for does not count as told"):
+    # so that there is nothing else to tell
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    hub.succeed(f"cat /dev/zero > {HOST}/reports/full || true")
+    web.succeed("echo trouble > /var/lib/ekiben/outbox/fleet/files")
+    wait_until_idle(web, "deliver")
+    web.fail("systemctl start ekiben-deliver.service")
+    assert heartbeat()["files"] is None
+    hub.succeed(f"rm {HOST}/reports/full")
+    web.succeed("systemctl start ekiben-deliver.service")
+    assert heartbeat()["files"] == "trouble\n"
+    web.succeed("rm /var/lib/ekiben/outbox/fleet/files")
+
+STATUS = "/var/lib/ekiben/status/fleet.json"
+
+with subtest("who has lost what the hub offered last does not go back either"):
+    deploys(next(COUNT))
+    archive(next(COUNT))
+    # what lies in the user's own directory first, then what root has written down, too
+    for lost in ("true", f"mv {STATUS} /root/status.json"):
+        web.succeed(f"rm {OWN}/seen.json", lost)
+        offer(sequence=1)
+        refuses("has been seen before")
+        offer()
+        web.succeed(f"printf %s {shlex.quote(json.dumps({'id': 'a' * 64, 'sequence': sequence - 1}))} > {OWN}/seen.json")
+    web.succeed(f"mv /root/status.json {STATUS}")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("a number of days to come is refused; who holds one is let go by root, and by nobody else"):
+    archive(next(COUNT))
+    offer(sequence=int(web.succeed("date +%s")) + 2 * 86400)
+    refuses("which is tomorrow by this machine's clock")
+    release = offer()
+    out_of_range, high, higher = (json.dumps({"id": "a" * 64, "sequence": number}) for number in ((1 << 64) - 1, 1 << 39, (1 << 39) + 1))
+    for hold, words in (
+        (f"echo {shlex.quote(out_of_range)} > {OWN}/seen.json", "ekiben forget-releases fleet"),
+        (f"echo {shlex.quote(high)} > {OWN}/seen.json", "release 549755813888 of aaaa"),
+        (f"jq '.runs[0].release = {higher}' {STATUS} > /root/status.json; cp /root/status.json {STATUS}", "release 549755813889 of aaaa"),
+    ):
+        web.succeed(hold)
+        refuses(words)
+        web.fail("runuser -u ekiben-fleet -- ekiben forget-releases")
+        refuses(words)
+        assert "takes the next release of its hub" in web.succeed("ekiben forget-releases")
+        offer(key=None)
+        refuses("it is not signed")
+        release = offer()
+        assert run(web, "fleet")["release"]["id"] == release, last_run(web, "fleet")
+        # once: what was offered since is known
+        offer(sequence=sequence - 2)
+        refuses("has been seen before")
+        archive(next(COUNT))
+        offer()
+
+with subtest("what lies in the way in directories of Ekiben's own does not stay there"):
+    content = next(COUNT)
+    archive(content)
+    release = offer()
+    outbox = "/var/lib/ekiben/outbox/fleet"
+    web.succeed(
+        f"cd {OWN}; rm -r fetched; touch fetched; mkdir -p {release}.tar.gz/deep; touch {'b' * 64}.tar.gz; chown -R ekiben-fleet .",
+        f"mkdir {outbox}/{'c' * 32}.json; touch {outbox}/{'d' * 32}.log.gz {outbox}/junk",
+    )
+    ended = run(web, "fleet")
+    assert ended["result"] == "deployed" and shows(web, "app") == str(content), ended
+    told(ended["id"])
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    assert web.succeed(f"cd {OWN}; ls | grep tar.gz || true; ls fetched/fleet") == ""
+    assert web.succeed(f"ls {outbox} | grep -E '^(c{{32}}|d{{32}}|junk)' || true") == ""
+
+if is_host(hub):
+    with subtest("what a hub says into the host's errors cannot make its terminal do anything"):
+        config = (
+            "PidFile /run/scenario-sshd.pid", "HostKey /etc/ssh/ssh_host_ed25519_key", "AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u", "StrictModes no",
+            r'ForceCommand printf "\033[31mred\033]0;title\007\302\233\342\200\256\n" >&2; exit 1',
+        )
+        hub.succeed(f"printf '%s\\n' {shlex.join(config)} > /srv/sshd", "usermod --shell /bin/sh fleet-web", "systemctl stop sshd; mkdir -p /run/sshd; /usr/sbin/sshd -f /srv/sshd")
+        refuses("\ufffd[31mred\ufffd]0;title\ufffd\ufffd\ufffd")
+        for shown in ("journalctl -u ekiben-fleet -o cat", "ekiben status", "ekiben status fleet", "ekiben trigger --wait fleet 2>&1 || true"):
+            web.succeed(f"({shown}) > /tmp/shown; grep 31mred /tmp/shown")
+            web.fail(r"LC_ALL=C grep -aE $'\x1b|\x07|\xc2\x9b|\xe2\x80\xae' /tmp/shown")
+        hub.succeed("kill $(cat /run/scenario-sshd.pid); systemctl start sshd")
 
 with subtest("after all that, a good release is deployed"):
     deploys(next(COUNT))

@@ -9,7 +9,10 @@ use_host_key(hub, "host-key")
 hub.succeed("mkdir -m 700 /root/secrets; cd /root/secrets; umask 077; for name in plain token volatile; do echo first $name > $name; done")
 hub.succeed("systemctl start ekiben-hub-files.service")
 web.succeed("install -m 600 /etc/scenario/identity /root/identity")
-if not is_host(web):
+if is_host(web):
+    # some system: it is not what this is about
+    web.succeed("ln -sfn $(nix-store --add /etc/hostname) /run/current-system")
+else:
     install(web)
 
 
@@ -121,7 +124,7 @@ with subtest("what the hub has no more is removed; not what somebody has changed
 
 def offer(*changes):
     """Serves what a hub in wrong hands could serve: an index of its own."""
-    sha256 = hub.succeed("echo evil > /root/evil; sha256sum /root/evil | cut -c1-64").strip()
+    sha256 = hub.succeed("test -e /root/evil || echo evil > /root/evil; sha256sum /root/evil | cut -c1-64").strip()
     usual = {"path": f"{SECRETS}/evil", "mode": "0400", "owner": "root", "group": "root", "file": sha256, "sha256": sha256}
     index = json.dumps([usual | change for change in changes])
     hub.succeed(f"cp /root/evil {HOST}/files/{sha256}; echo {shlex.quote(index)} > {HOST}/files/index.json; chgrp -R fleet-web {HOST}/files; chmod 640 {HOST}/files/*")
@@ -142,7 +145,8 @@ with subtest("a hub in wrong hands can put files where it may, and nowhere else"
     places = (
         "/etc/evil", "etc/evil", "/", "", f"{SECRETS}", f"{SECRETS}/", f"{SECRETS}/../evil", f"{SECRETS}/a/../../../../etc/evil", "/var/lib/secrets-evil/evil",
         f"{SECRETS}/theirs/evil", f"{SECRETS}/everybodys/evil", f"{SECRETS}/link/evil", f"{SECRETS}/link/shadow", f"{SECRETS}/directory", f"{SECRETS}/dangling",
-        f"{SECRETS}/fifo", f"{SECRETS}/fifo/evil", f"{SECRETS}/.ekiben", f"{SECRETS}/.ekiben.new", f"{SECRETS}/{'x' * 300}", f"{SECRETS}/nul\0", "/proc/self/evil",
+        f"{SECRETS}/fifo", f"{SECRETS}/fifo/evil", f"{SECRETS}/.ekiben", f"{SECRETS}/.ekiben.new", f"{SECRETS}/.ekiben/evil", f"{SECRETS}/{'x' * 300}", f"{SECRETS}/nul\0", "/proc/self/evil",
+        f"{SECRETS}/{'d/' * 20}evil", f"{SECRETS}/new/{'x' * 256}", f"{SECRETS}/new/{'x' * 256}/evil", f"{SECRETS}/{'d/' * 500}evil",
         f"{KEPT}/evil", "/var/lib/ekiben/runs/fleet.json", "/run/systemd/system/evil.service", "/home/deploy/evil", "/root/.ssh/authorized_keys",
     )
     others = (
@@ -169,13 +173,64 @@ with subtest("what is wrong with the index as a whole: nothing is fetched, all s
     for file in ("../canary", "../../release/manifest.json", "/etc/passwd", "index.json", "a" * 63, "a" * 64, "x" * 64):
         offer({"file": file})
         assert run(web, "fleet")["stage"] == "prepare"
+    # more than can be told of, and more than a host has room for
+    offer(*[{"path": f"{SECRETS}/evil{number}"} for number in range(257)])
+    assert run(web, "fleet")["stage"] == "prepare"
+    hub.succeed("head -c 300000 /dev/zero > /root/evil")
+    offer({})
+    assert "has more than 262144 bytes" in run(web, "fleet")["error"]
     for text in ("", "{}", "[1]", '[{"path": 5}]', "[" * 200000, " " * 300000):
         hub.succeed(f"printf %s {shlex.quote(text[:100000])} > {HOST}/files/index.json; printf '%{max(0, len(text) - 100000)}s' '' >> {HOST}/files/index.json")
         assert run(web, "fleet")["stage"] == "prepare"
     assert picture() == before
     web.succeed(f"test -e {KEPT}/../canary")
 
+with subtest("root reads nothing for the instance's user that only root may read"):
+    sha256 = web.succeed("echo stolen > /root/stolen; sha256sum /root/stolen | cut -c1-64").strip()
+    stolen = {"path": f"{SECRETS}/stolen", "mode": "0444", "owner": "root", "group": "root", "file": sha256, "sha256": sha256}
+    web.succeed(f"mkdir -m 700 /root/others; echo {shlex.quote(json.dumps([stolen]))} > /root/others/index.json; mv /root/stolen /root/others/{sha256}")
+    before = picture()
+    own = "runuser -u ekiben-fleet -- env -C /var/lib/ekiben/instances/fleet"
+    for lure in ("mv files kept; ln -s /root/others files", f"ln -sf /root/others/index.json files/index.json; ln -s /root/others/{sha256} files/{sha256}"):
+        web.succeed(f"{own} sh -euc {shlex.quote(lure)}")
+        web.execute("systemctl start ekiben-files.service")
+        assert picture() == before
+        web.execute(f"{own} sh -c 'rm files && mv kept files'")
+    web.succeed(f"rm {KEPT}/index.json; rm -r /root/others")
+
+with subtest("a hub that has much to be told of does not keep itself from being told"):
+    hub.succeed("rm /root/evil")
+    offer(*[{"path": f"/etc/{'evil' * 50}/{number}"} for number in range(256)])
+    ask()
+    tells("Failed to put")
+    assert int(hub.succeed(f"stat -c %s {HOST}/reports/heartbeat.json")) < 262144
+
+with subtest("directories that were made for a file go with it; others, and what is in them, stay"):
+    offer({"path": f"{SECRETS}/made/for/evil"}, {"path": f"{SECRETS}/directory/made/evil"})
+    ask()
+    is_there(f"{SECRETS}/made/for/evil", "evil", "400 root:root")
+    web.succeed(f"touch {SECRETS}/made/mine")
+    offer({"path": f"{SECRETS}/good"})
+    ask()
+    assert web.succeed(f"find {SECRETS}/made {SECRETS}/directory").split() == [f"{SECRETS}/made", f"{SECRETS}/made/mine", f"{SECRETS}/directory"]
+    web.succeed(f"rm -r {SECRETS}/made")
+
+with subtest("nobody has root remove a file by a directory that is not root's"):
+    offer({"path": f"{SECRETS}/handed/evil"})
+    ask()
+    web.succeed(f"mkdir -m 755 /srv/precious; cp -p {SECRETS}/handed/evil /srv/precious; mv {SECRETS}/handed /root; ln -s /srv/precious {SECRETS}/handed")
+    offer({"path": f"{SECRETS}/good"})
+    ask()
+    web.succeed(f"test -e /srv/precious/evil; rm {SECRETS}/handed")
+
+with subtest("a record of what is in its place that makes no sense does not stop anything"):
+    web.succeed("echo nonsense > /var/lib/ekiben/files/fleet.json")
+    ask()
+    is_there(f"{SECRETS}/good", "evil", "400 root:root")
+    tells()
+
 with subtest("no index: all stays as it is"):
+    before = picture()
     hub.succeed(f"rm {HOST}/files/index.json")
     assert "the hub has none for web yet" in run(web, "fleet")["error"]
     assert picture() == before

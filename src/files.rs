@@ -3,12 +3,15 @@
 //! A file written here is, after a power cut at any moment, either the old or the new one. A file
 //! read here as somebody else's is never a link, a pipe or larger than asked for.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Component, Path};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -56,12 +59,12 @@ pub fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Removes whatever is at `path`, if something is; rm knows its way out of any depth.
-pub fn clear(path: &Path) -> Result<()> {
+pub fn clear(path: &Path) -> io::Result<()> {
     if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
         return Ok(());
     }
     let remove = Program::new("rm").args(["--recursive", "--force", "--"]).arg(path);
-    remove.output(|| format!("remove {}", path.display()), None).map(drop)
+    remove.output(|| format!("remove {}", path.display()), None).map(drop).map_err(|error| io::Error::other(error.to_string()))
 }
 
 /// Makes the creation, renaming or removal of `path` durable.
@@ -77,8 +80,25 @@ pub fn sync(path: &Path) -> io::Result<()> {
 /// Reads a file of which only the directory above it is trusted: no link, no pipe, no device is
 /// opened, and a file of more than `limit` bytes is an error.
 pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    let name = path.file_name().ok_or(ErrorKind::InvalidInput)?;
+    read_foreign_below(path.parent().ok_or(ErrorKind::InvalidInput)?, name, limit)
+}
+
+/// The same with more than a name, below a directory that is trusted: what leads from there to the file is
+/// somebody else's, too, and no link.
+pub fn read_foreign_below(directory: &Path, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
+    // openat2 does this by itself, but not in a unit that RestrictSUIDSGID= protects
+    let open = |at: &OwnedFd, name: &OsStr, flags: OFlag| openat(at, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty());
+    let is_directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
+    let mut at: OwnedFd = OpenOptions::new().read(true).custom_flags(is_directory.bits()).open(directory)?.into();
+    let mut parts = path.as_ref().components().peekable();
+    let file = loop {
+        let Some(Component::Normal(name)) = parts.next() else { return Err(ErrorKind::InvalidInput.into()) };
+        if parts.peek().is_none() {
+            break File::from(open(&at, name, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?);
+        }
+        at = open(&at, name, is_directory)?;
+    };
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidData, "not a regular file"));
     }
@@ -88,4 +108,54 @@ pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(ErrorKind::FileTooLarge, format!("more than {limit} bytes")));
     }
     Ok(contents)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_somebody_else_has_put_there_leads_nowhere() {
+        let place = Directory::new();
+        let (trusted, other) = (place.path().join("trusted"), place.path().join("other"));
+        for directory in [&trusted.join("theirs"), &other] {
+            fs::create_dir_all(directory).unwrap();
+            fs::write(directory.join("file"), "x").unwrap();
+        }
+        symlink(&other, trusted.join("absolute")).unwrap();
+        symlink("theirs", trusted.join("within")).unwrap();
+        symlink("file", trusted.join("theirs/link")).unwrap();
+        nix::unistd::mkfifo(&trusted.join("theirs/fifo"), Mode::S_IRWXU).unwrap();
+        let read = |path: &str, limit| read_foreign_below(&trusted, path, limit).map(|contents| contents.len()).ok();
+        assert_eq!(read("theirs/file", 1), Some(1));
+        assert_eq!(read("theirs/file", 0), None);
+        for odd in ["absolute/file", "within/file", "theirs/link", "theirs/fifo", "theirs", "", "../other/file", "theirs/../../other/file"]
+        {
+            assert_eq!(read(odd, 1), None, "{odd}");
+        }
+        assert!(read_foreign(&trusted.join("theirs/link"), 1).is_err());
+        // whoever says which directory is trusted may have a link to it
+        assert_eq!(read_foreign(&trusted.join("within/file"), 1).unwrap(), b"x");
+    }
+
+    #[test]
+    fn nothing_is_too_deep_to_be_removed() {
+        let place = Directory::new();
+        let top = place.path().join("deep");
+        fs::create_dir(&top).unwrap();
+        let (flags, mode) = (OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::S_IRWXU);
+        let mut directory = nix::fcntl::open(&top, flags, mode).unwrap();
+        for _ in 0..2_000 {
+            nix::sys::stat::mkdirat(&directory, "d", mode).unwrap();
+            directory = openat(&directory, "d", flags, mode).unwrap();
+        }
+        clear(&top).unwrap();
+        assert!(!top.exists());
+        clear(&top).unwrap();
+        symlink("/etc", &top).unwrap();
+        clear(&top).unwrap();
+        assert!(!top.is_symlink() && Path::new("/etc").exists());
+    }
 }

@@ -6,6 +6,7 @@
 //! runs/<instance>.request       the request that this run has taken
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
+//! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
 //! outbox/<instance>/            reports that the fleet's hub has not got yet; written by root, read by the user
 //! files/<instance>.json         which of the hub's files are in their places; root only
@@ -76,6 +77,11 @@ impl Layout {
     /// The end of the output of the program that failed last.
     pub fn output(&self) -> PathBuf {
         self.root.join("status").join(format!("{}.output", self.name))
+    }
+
+    /// The releases of a fleet's hub that do not count any more.
+    pub fn forgotten(&self) -> PathBuf {
+        self.root.join("status").join(format!("{}.forgotten", self.name))
     }
 
     /// What the user's stages tell root's.

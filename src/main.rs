@@ -55,6 +55,7 @@ Usage: ekiben [--config FILE] COMMAND
   trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
   status [--json] [INSTANCE]   show how the instances are, or one of them in detail
   check FILE                   check a configuration file
+  forget-releases [INSTANCE]   take the next release of the fleet's hub, whatever its number is
 
   fleet COMMAND                publish to a fleet of hosts, and see how they are: ekiben fleet --help
 
@@ -101,6 +102,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["forget-releases", name] => fleet::seen::forget(name, config()?.instance(name)?),
+        ["forget-releases"] => config().and_then(|config| {
+            let mut of_hubs = config.instances.iter().filter(|(_, instance)| instance.hub.is_some());
+            of_hubs.try_for_each(|(name, instance)| fleet::seen::forget(name, instance))
+        }),
         ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
         ["fleet", rest @ ..] => return fleet::command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
@@ -118,6 +124,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
+        ["forget-own-releases", name] => stage(file, name, fleet::seen::forget_own),
         ["candidate", fate, name, run, options] => {
             let options = serde_json::from_str(options).context(|| "read the run's options".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;

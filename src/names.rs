@@ -87,6 +87,53 @@ name!(
     }
 );
 
+name!(
+    /// A user's or a group's.
+    Account,
+    |text| {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.$".contains(&byte);
+        let is_one = (1..=64).contains(&text.len()) && text.bytes().all(plain);
+        is_one.then_some(()).ok_or_else(|| format!("expected the name of a user or a group, found {text:?}"))
+    }
+);
+
+name!(
+    /// An absolute path of a file, each part of which is a name.
+    FilePath,
+    |text| {
+        let is_name = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255 && !part.contains(char::is_control);
+        let is_one = text.len() <= 1024 && text.strip_prefix('/').is_some_and(|below| below.split('/').all(is_name));
+        is_one.then_some(()).ok_or_else(|| format!("expected the absolute path of a file, found {text:?}"))
+    }
+);
+
+/// Permissions for owner, group and others, in octal digits.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mode(u32);
+
+impl TryFrom<String> for Mode {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let mode =
+            Some(&text).filter(|text| text.bytes().all(|byte| byte.is_ascii_digit())).and_then(|text| u32::from_str_radix(text, 8).ok());
+        mode.filter(|mode| *mode <= 0o777).map(Self).ok_or_else(|| format!("expected permissions such as \"0400\", found {text:?}"))
+    }
+}
+
+impl From<Mode> for String {
+    fn from(mode: Mode) -> Self {
+        format!("{:04o}", mode.0)
+    }
+}
+
+impl From<Mode> for u32 {
+    fn from(mode: Mode) -> Self {
+        mode.0
+    }
+}
+
 impl StorePath {
     /// The same as a path of the file system.
     pub fn path(&self) -> &Path {
@@ -166,6 +213,14 @@ mod tests {
         assert!(store("x").is_ok() && store("x/y").is_err() && store("x\ny").is_err() && store(&"x".repeat(250)).is_err());
         assert!(serde_json::from_str::<Sequence>("1").unwrap().next().unwrap() == Sequence(2));
         assert!(serde_json::from_str::<Sequence>(&u64::MAX.to_string()).is_err() && Sequence(Sequence::HIGHEST).next().is_err());
+        assert!(FilePath::try_from("/a/b c.d").is_ok() && Account::try_from("ekiben-fleet").is_ok());
+        for odd in ["", "/", "a", "/a/", "//a", "/a/../b", "/./a", "/a\nb", "/a\0", &format!("/{}", "x".repeat(256)), &"/a".repeat(513)] {
+            assert!(FilePath::try_from(odd).is_err() && Account::try_from(odd).is_err() || odd == "a", "{odd:?}");
+        }
+        assert_eq!(Mode::try_from("0640".to_owned()).map(String::from).as_deref(), Ok("0640"));
+        for odd in ["", "4755", "01000", "+400", "-1", "rwx", "8", "99999999999"] {
+            assert!(Mode::try_from(odd.to_owned()).is_err(), "{odd:?}");
+        }
         assert!(HostName::try_from("web-1").is_ok() && HostName::try_from("../web").is_err());
     }
 }

@@ -50,15 +50,14 @@ pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
         places.try_for_each(|place| File::open(&place)?.set_modified(SystemTime::UNIX_EPOCH)).context(|| doing(archive))
     });
     if unpacked.is_err() {
-        files::clear(directory)?;
+        files::clear(directory).context(|| doing(archive))?;
     }
     unpacked
 }
 
 /// Makes an empty directory, in the place of what is there.
 pub fn make_anew(directory: &Path) -> Result<()> {
-    files::clear(directory)?;
-    fs::create_dir_all(directory).context(|| format!("make {}", directory.display()))
+    files::clear(directory).and_then(|()| fs::create_dir_all(directory)).context(|| format!("make {}", directory.display()))
 }
 
 fn doing(archive: &Path) -> String {
@@ -149,7 +148,8 @@ fn next(stream: &mut impl Read, names: &mut Names) -> Result<Option<Entry>, Opti
     };
     let size = octal(&header[124..136]).filter(|size| !is_directory || *size == 0);
     let size = size.ok_or_else(|| format!("expected a size, {}", found()))?;
-    let path = path(&name, is_directory).ok_or_else(|| format!("expected a name below the directory, {}", found()))?;
+    let path =
+        path(&name, is_directory).ok_or_else(|| format!("expected a name of at most {PARTS} parts below the directory, {}", found()))?;
     names.add(&path, is_directory).map_err(|why| format!("expected {why}, {}", found()))?;
     let is_executable = octal(&header[100..108]).is_some_and(|mode| mode & 0o100 != 0);
     Ok(Some(Entry { path: OsStr::from_bytes(&path).into(), is_directory, is_executable, size }))
@@ -217,6 +217,7 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
 
+    use std::os::unix::fs::PermissionsExt;
     use std::time::{Duration, Instant};
 
     fn shell(script: &str, directory: &Path) {
@@ -233,12 +234,18 @@ mod tests {
 
     #[test]
     fn files_and_directories_are_unpacked() {
-        let (place, unpacked) = attempt("mkdir d; echo 'a b' > 'd/a b'; touch x ä; chmod +x x; tar czf ../a.tar.gz .");
+        let (place, unpacked) =
+            attempt("mkdir d; echo 'a b' > 'd/a b'; touch x ä; chmod +x x; touch $(seq -s '' 90); tar czf ../a.tar.gz .");
         unpacked.unwrap();
         let target = place.path().join("target");
         assert_eq!(fs::read_to_string(target.join("d/a b")).unwrap(), "a b\n");
-        assert!(target.join("x").exists() && target.join("ä").exists());
-        assert!(!place.path().join("target.tar").exists());
+        assert!(target.join((1..=90).map(|number| number.to_string()).collect::<String>()).exists());
+        let mode = |name| target.join(name).metadata().unwrap().permissions().mode() & 0o111;
+        assert!(mode("x") != 0 && mode("ä") == 0 && mode("d") != 0);
+        // what is made of a release depends on nothing but the release
+        for name in ["", "d", "d/a b", "x"] {
+            assert_eq!(target.join(name).metadata().unwrap().modified().unwrap(), SystemTime::UNIX_EPOCH, "{name}");
+        }
     }
 
     #[test]
@@ -314,8 +321,8 @@ mod tests {
             ("a long name", vec![long(&[b'a'; 2000]), entry(b"a", b'0', b"")], "expected names of at most 1024 bytes"),
             ("a name that is said to be long", vec![sized_entry(b"././@LongLink", b'L', "77777777777", b"")], "expected names of at most"),
             ("a name after a name", vec![long(b"a"), long(b"b"), entry(b"a", b'0', b"")], "of type 'L'"),
-            ("a long part", vec![long(&[b'a'; 300]), entry(b"a", b'0', b"")], "expected a name below"),
-            ("depth", vec![long(&deep), entry(b"a", b'5', b"")], "expected a name below"),
+            ("a long part", vec![long(&[b'a'; 300]), entry(b"a", b'0', b"")], "expected a name of"),
+            ("depth", vec![long(&deep), entry(b"a", b'5', b"")], "expected a name of"),
             ("many names", many, "expected at most 20000 names"),
             ("many directories that are not mentioned", implied, "expected at most 20000 names"),
             ("a size of its own", vec![entry(b"pax", b'x', b"20 size=99999999999\n"), entry(b"a", b'0', b"")], "of type 'x'"),
@@ -350,13 +357,13 @@ mod tests {
             ("a file and a directory", vec![entry(b"a", b'0', b""), entry(b"a/", b'5', b"")], "expected each name once"),
             ("a directory and a file", vec![entry(b"a/b", b'0', b""), entry(b"a", b'0', b"")], "expected each name once"),
             ("below a file", vec![entry(b"a", b'0', b""), entry(b"a//b", b'0', b"")], "expected a directory where there is a file"),
-            ("no name", vec![entry(b"", b'0', b"")], "expected a name"),
-            ("the directory as a file", vec![entry(b"./.", b'0', b"")], "expected a name"),
-            ("a directory as a file", vec![entry(b"a/", b'0', b"")], "expected a name"),
-            ("above", vec![entry(b"a/../../b", b'0', b"")], "expected a name"),
-            ("root", vec![entry(b"/a", b'0', b"")], "expected a name"),
-            ("git", vec![entry(b"a/.Git/config", b'0', b"")], "expected a name"),
-            ("a line break", vec![entry(b"a\nb", b'0', b"")], "expected a name"),
+            ("no name", vec![entry(b"", b'0', b"")], "expected a name of"),
+            ("the directory as a file", vec![entry(b"./.", b'0', b"")], "expected a name of"),
+            ("a directory as a file", vec![entry(b"a/", b'0', b"")], "expected a name of"),
+            ("above", vec![entry(b"a/../../b", b'0', b"")], "expected a name of"),
+            ("root", vec![entry(b"/a", b'0', b"")], "expected a name of"),
+            ("git", vec![entry(b"a/.Git/config", b'0', b"")], "expected a name of"),
+            ("a line break", vec![entry(b"a\nb", b'0', b"")], "expected a name of"),
             ("a link", vec![entry(b"a", b'2', b"")], "of type '2'"),
             ("a directory with contents", vec![entry(b"a", b'5', b"x")], "expected a size"),
             ("no header", vec![vec![b'x'; BLOCK]], "not a tar archive"),

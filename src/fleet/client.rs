@@ -16,93 +16,113 @@ use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::sftp::Session;
-use crate::fleet::{FORMAT, Heartbeat, Last, Manifest, NAMESPACE, Received, Release, SMALL, Signed, archive, sha256};
-use crate::fleet::{install, outbox, release};
+use crate::fleet::temporary::Temporary;
+use crate::fleet::{FORMAT, Heartbeat, LARGE, Last, Manifest, NAMESPACE, Received, Release, SMALL, Signed, archive, sha256};
+use crate::fleet::{install, outbox, release, seen};
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
 use crate::reboot;
+use crate::run::now;
 use crate::status::{Outcome, Status};
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);
 /// How long reports may take.
 const DELIVERY: Duration = Duration::from_secs(300);
+/// The heartbeat that the hub has taken last.
+const TOLD: &str = "heartbeat.json";
 
 /// Asks the hub for its release, with what it has not been told yet. Returns the release, and the
 /// commit to start from: HEAD, if the release is in it, or a new one on top.
 pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Release, String)> {
-    let directory = Scratch::of(layout)?;
+    let scratch = scratch(layout)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
-    let mut session = Session::open(hub, &identity(layout), &directory.path, limit)?;
+    let mut session = Session::open(hub, &identity(layout), scratch.path(), limit)?;
+    // what the hub does not want to be told now, the next poll tells
+    let tell = |session: &mut Session, running| {
+        if let Err(error) = deliver_by(session, layout, hub, scratch.path(), running) {
+            log::warn!("{error}.");
+        }
+    };
 
     if !hub.file_directories.is_empty() {
-        install::fetch(&mut session, layout, &directory)?;
+        install::fetch(&mut session, layout, scratch.path())?;
     }
-    let place = directory.fresh("manifest.json")?;
-    if !session.get("release/manifest.json", &place)? {
-        deliver_by(&mut session, layout, hub, &directory, None)?;
+    let place = scratch.path().join("manifest.json");
+    if !session.get("release/manifest.json", &place, SMALL)? {
+        tell(&mut session, None);
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
-    let manifest = read_manifest(&place, hub, &directory)?;
+    let manifest = read_manifest(&place, hub, scratch.path())?;
     let release = &manifest.release;
-    let doing = || format!("accept release {} of {}", release.sequence, release.id);
-    if let Some(seen) =
-        seen(layout)?.filter(|seen| seen.sequence > release.sequence || seen.sequence == release.sequence && seen.id != release.id)
-    {
-        let why = format!("release {} of {} has been seen before; the hub went back, or somebody replays", seen.sequence, seen.id);
-        return Err(why).context(doing);
-    }
-    let known = release::of(repository, &repository.head)?.is_some_and(|known| known.release.id == release.id);
-    let tarball = layout.own(&format!("{}.tar.gz", release.id));
+    let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
+    seen::check(layout, release, committed.clone(), now())?;
+    let known = committed.is_some_and(|committed| committed.id == release.id);
+    let tarball = layout.own(&manifest.archive());
+    remove_archives(layout, Some(&tarball).filter(|_| !known))?;
     if !known {
         fetch_archive(&mut session, &manifest, &tarball)?;
     }
-    files::write_json(&layout.own("seen.json"), release, 0o644)?;
-    deliver_by(&mut session, layout, hub, &directory, Some(release).filter(|_| !known))?;
+    seen::remember(layout, release)?;
+    tell(&mut session, Some(release).filter(|_| !known));
     session.close()?;
     if known {
-        let _ = fs::remove_file(&tarball);
         return Ok((manifest.release, repository.head.clone()));
     }
-    let source = directory.path.join("source");
+    let source = scratch.path().join("source");
     archive::unpack(&tarball, &source)?;
     let message = release::message(&manifest)?;
-    let scratch = directory.path.join("index");
-    let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, manifest.published, &scratch)?;
-    files::clear(&source)?;
+    let index = scratch.path().join("index");
+    // git knows no later times
+    let published = manifest.published.min(u64::from(u32::MAX));
+    let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;
     Ok((manifest.release, commit))
+}
+
+/// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
+fn remove_archives(layout: &Layout, kept: Option<&PathBuf>) -> Result<()> {
+    let directory = layout.own("");
+    for file in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
+        if file.file_name().as_encoded_bytes().ends_with(b".tar.gz") && Some(&file.path()) != kept {
+            files::clear(&file.path()).context(|| format!("remove {}", file.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Fetches the archive, unless it is there already; what has been fetched of it before is not fetched again.
 fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> Result<()> {
-    let Release { id, .. } = &manifest.release;
-    let doing = || format!("fetch release {id}");
-    let is_right = || -> Result<bool> {
-        let there = fs::metadata(tarball).is_ok_and(|metadata| metadata.len() == manifest.size);
-        Ok(there && sha256::of_file(tarball)? == manifest.sha256)
-    };
+    let doing = || format!("fetch release {}", manifest.release.id);
+    if manifest.size > LARGE {
+        return Err(format!("its archive has {} bytes, more than {LARGE}", manifest.size)).context(doing);
+    }
+    let size = || tarball.metadata().map_or(0, |metadata| metadata.len());
+    let is_right = || size() == manifest.size && sha256::of_file(tarball).is_ok_and(|sha256| sha256 == manifest.sha256);
     // the second time from the beginning: what was there may have been something else
     for _ in 0..2 {
-        if is_right()? {
+        if is_right() {
             return Ok(());
         }
-        session.get(&format!("release/{id}.tar.gz"), tarball)?;
-        if is_right()? {
+        if size() >= manifest.size || !tarball.is_file() {
+            files::clear(tarball).context(doing)?;
+        }
+        session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)?;
+        if is_right() {
             return Ok(());
         }
-        files::remove(tarball).context(doing)?;
+        files::clear(tarball).context(doing)?;
     }
     Err("what the hub sends is not what its manifest says").context(doing).map_err(Error::transient)
 }
 
 /// Reads a manifest that somebody else wrote.
-fn read_manifest(place: &Path, hub: &Hub, directory: &Scratch) -> Result<Manifest> {
+fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
     let signed: Signed = read_foreign(place)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.ok_or("it is not signed").context(doing)?;
-        let (signers, file) = (directory.path.join("signers"), directory.path.join("manifest.sig"));
+        let (signers, file) = (scratch.join("signers"), scratch.join("manifest.sig"));
         let lines: Vec<_> = hub.signers.iter().map(|key| format!("fleet {key}")).collect();
         fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
         let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
@@ -112,7 +132,7 @@ fn read_manifest(place: &Path, hub: &Hub, directory: &Scratch) -> Result<Manifes
     let wrong = if manifest.format != FORMAT {
         format!("its format is {}, this Ekiben knows {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {
-        format!("it is of {:?}, this is {}", manifest.host, hub.name)
+        format!("it is of {:?}, this is {}", &*manifest.host, hub.name)
     } else {
         return Ok(manifest);
     };
@@ -122,14 +142,14 @@ fn read_manifest(place: &Path, hub: &Hub, directory: &Scratch) -> Result<Manifes
 /// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
 pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
-    let directory = Scratch::of(layout)?;
-    let told = fs::read(layout.own("heartbeat.json")).unwrap_or_default();
+    let told = fs::read(layout.own(TOLD)).unwrap_or_default();
     let now = serde_json::to_vec_pretty(&heartbeat(layout, hub, None)?).context(|| "write the heartbeat".into())?;
     if outbox::waiting(layout)?.is_empty() && told == now {
         return Ok(());
     }
-    let mut session = Session::open(hub, &identity(layout), &directory.path, DELIVERY)?;
-    deliver_by(&mut session, layout, hub, &directory, None)?;
+    let scratch = scratch(layout)?;
+    let mut session = Session::open(hub, &identity(layout), scratch.path(), DELIVERY)?;
+    deliver_by(&mut session, layout, hub, scratch.path(), None)?;
     session.close()
 }
 
@@ -142,8 +162,8 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
         return ourselves.output(|| "reach the hub".into(), None).map(drop);
     }
     let layout = Layout::new(name);
-    let directory = Scratch::of(&layout)?;
-    match Session::open(hub, &identity(&layout), &directory.path, REACH) {
+    let scratch = scratch(&layout)?;
+    match Session::open(hub, &identity(&layout), scratch.path(), REACH) {
         Ok(session) => session.close(),
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
@@ -151,30 +171,35 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
 }
 
-/// Sends the heartbeat and the reports that the hub does not say it has.
-fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, directory: &Scratch, running: Option<&Release>) -> Result<()> {
-    let waiting = outbox::waiting(layout)?;
-    let place = directory.fresh("received.json")?;
+/// Sends the heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
+/// rest waiting; what counts as told is what it has taken.
+fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, scratch: &Path, running: Option<&Release>) -> Result<()> {
+    let mut waiting = outbox::waiting(layout)?;
+    let place = scratch.join("received.json");
     // who has sent nothing need not ask what has arrived
-    if !waiting.is_empty() && session.get("release/received.json", &place)? {
+    if !waiting.is_empty() && session.get("release/received.json", &place, SMALL)? {
         let received: Received = read_foreign(&place)?;
         files::write_json(&layout.own("received.json"), &received, 0o644)?;
+        waiting.retain(|run| !received.reports.contains(run));
     }
-    for file in waiting {
-        if let Some(name) = file.file_name().and_then(|name| name.to_str()) {
-            session.put(&file, &format!("reports/{name}"))?;
-        }
-    }
-    let heartbeat = heartbeat(layout, hub, running)?;
+    let mut send = |file: &Path| {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        session.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
+    };
+    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(layout, run).iter().try_for_each(|file| send(file))).collect();
     // the directory is the user's alone; on the hub, others have to read what is sent
-    files::write_json(&layout.own("heartbeat.json"), &heartbeat, 0o644)?;
-    session.put(&layout.own("heartbeat.json"), "reports/heartbeat.json")
+    let beat = scratch.join(TOLD);
+    files::write_json(&beat, &heartbeat(layout, hub, running)?, 0o644)?;
+    send(&beat)?;
+    fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
+    reports.into_iter().collect()
 }
 
 /// How the instance is.
 fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<Heartbeat> {
     let status = Status::read(layout);
-    let seen = seen(layout)?;
+    // a host that cannot read what it has seen is to be heard all the same
+    let seen = seen::newest(layout, None).unwrap_or_default();
     let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
     // a release that could not even be proposed has not been tried
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
@@ -203,11 +228,6 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
     })
 }
 
-/// The newest release that the hub has offered.
-fn seen(layout: &Layout) -> Result<Option<Release>> {
-    files::read_json(&layout.own("seen.json"))
-}
-
 /// The private key: systemd's copy of it, which only the instance's user can read.
 fn identity(layout: &Layout) -> PathBuf {
     let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
@@ -215,24 +235,13 @@ fn identity(layout: &Layout) -> PathBuf {
     own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity")
 }
 
-/// A directory for files that nobody needs later.
-pub struct Scratch {
-    path: PathBuf,
-}
-
-impl Scratch {
-    fn of(layout: &Layout) -> Result<Self> {
-        let path = layout.own("fetched");
-        fs::create_dir_all(&path).context(|| format!("make {}", path.display()))?;
-        Ok(Self { path })
-    }
-
-    /// The path of a file that is not there.
-    pub fn fresh(&self, name: &str) -> Result<PathBuf> {
-        let path = self.path.join(name);
-        files::remove(&path).context(|| format!("remove {}", path.display()))?;
-        Ok(path)
-    }
+/// A directory for files that nobody needs later; whatever is in its way is not.
+fn scratch(layout: &Layout) -> Result<Temporary> {
+    let place = layout.own("fetched");
+    Temporary::below(&place).or_else(|error| {
+        log::warn!("{error}; removing {}.", place.display());
+        files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))
+    })
 }
 
 /// A value that somebody else wrote, as JSON.

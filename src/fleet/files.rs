@@ -15,6 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::{SMALL, Served, sha256};
 use crate::json;
+use crate::names::{Account, FilePath, Mode};
 
 const INDEX: &str = "index.json";
 /// For the host's group, which the directory hands on.
@@ -27,7 +28,7 @@ struct Hub {
     /// The hub's directory.
     directory: PathBuf,
     /// The files of each host, by their paths there.
-    hosts: BTreeMap<String, BTreeMap<PathBuf, Offer>>,
+    hosts: BTreeMap<String, BTreeMap<FilePath, Offer>>,
 }
 
 /// One file of one host.
@@ -37,11 +38,11 @@ struct Offer {
     /// Where it is on the hub.
     source: PathBuf,
     /// As in [`Served`].
-    mode: String,
+    mode: Mode,
     /// As in [`Served`].
-    owner: String,
+    owner: Account,
     /// As in [`Served`].
-    group: String,
+    group: Account,
 }
 
 /// Serves to each host what the file `config` says; trouble with one does not keep the others waiting.
@@ -50,7 +51,7 @@ pub fn serve(config: &Path) -> Result<()> {
     let hub: Hub = json::parse(&fs::read_to_string(config).context(doing)?).context(doing)?;
     let hosts = hub.directory.join("hosts");
     let mut failed = 0;
-    let mut one = |host: &str, wanted: &BTreeMap<PathBuf, Offer>| {
+    let mut one = |host: &str, wanted: &BTreeMap<FilePath, Offer>| {
         if let Err(error) = serve_host(&hosts, host, wanted) {
             log::error!("{error}.");
             failed += 1;
@@ -69,7 +70,7 @@ pub fn serve(config: &Path) -> Result<()> {
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
 
-fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Offer>) -> Result<()> {
+fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> Result<()> {
     host_name(host).context(|| "serve files".into())?;
     let directory = hosts.join(host).join("files");
     let mut index = Vec::new();
@@ -79,7 +80,7 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<PathBuf, Offer>) -> Re
         let contents = source.canonicalize().and_then(|source| files::read_foreign(&source, SMALL)).context(doing)?;
         let sha256 = sha256::of(&contents)?;
         write(&directory.join(&sha256), &contents)?;
-        let (path, mode, owner, group) = (path.clone(), mode.clone(), owner.clone(), group.clone());
+        let (path, mode, owner, group) = (path.clone(), *mode, owner.clone(), group.clone());
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
     }
     let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
@@ -134,7 +135,7 @@ mod tests {
 
         serve_text(directory, &format!(r#"{{"a": {{"/x": {one}, "/y": {link}}}, "b": {{}}}}"#)).unwrap();
         let first = index(directory, "a");
-        assert_eq!(first.iter().map(|served| served.path.to_str().unwrap()).collect::<Vec<_>>(), ["/x", "/y"]);
+        assert_eq!(first.iter().map(|served| &*served.path).collect::<Vec<_>>(), ["/x", "/y"]);
         assert_eq!(*first[0].sha256, *"6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b");
         assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
         assert!(index(directory, "b").is_empty() && index(directory, "gone").is_empty());

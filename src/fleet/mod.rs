@@ -26,6 +26,7 @@ pub mod files;
 pub mod install;
 pub mod outbox;
 pub mod release;
+pub mod seen;
 
 mod collect;
 mod elsewhere;
@@ -41,11 +42,9 @@ mod sftp;
 mod sha256;
 mod temporary;
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 
-use crate::names::{HostName, RunId, Sequence, Sha256, StorePath};
+use crate::names::{Account, FilePath, HostName, Mode, RunId, Sequence, Sha256, StorePath};
 use crate::run::Stage;
 use crate::status::{Ended, Outcome};
 
@@ -183,13 +182,13 @@ pub struct Report {
 #[serde(rename_all = "camelCase")]
 pub struct Served {
     /// Where it belongs on the host.
-    pub path: PathBuf,
-    /// Its permissions there, in octal digits.
-    pub mode: String,
+    pub path: FilePath,
+    /// Its permissions there.
+    pub mode: Mode,
     /// Whose it is there.
-    pub owner: String,
+    pub owner: Account,
     /// Its group there.
-    pub group: String,
+    pub group: Account,
     /// Its name in `files`.
     pub file: Sha256,
     /// The SHA-256 of its contents.

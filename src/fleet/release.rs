@@ -14,11 +14,12 @@ pub fn message(manifest: &Manifest) -> Result<String> {
     Ok(format!("release {}\n\n{text}\n", manifest.release.sequence))
 }
 
-/// The manifest of the release that a commit is, or is made from.
+/// The manifest of the release that a commit is, or is made from; none if whoever made the commit has
+/// written something else there.
 pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
     let message = repository.message(commit, "^release [0-9]+$")?;
     let manifest = message.as_deref().and_then(|message| message.split_once("\n\n"));
-    manifest.map(|(_, text)| serde_json::from_str(text).context(|| format!("read the release of {commit}"))).transpose()
+    Ok(manifest.and_then(|(_, text)| serde_json::from_str(text).ok()))
 }
 
 /// Builds the system of a commit as the hub does: from a directory with its files and nothing else.
@@ -39,5 +40,5 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, build: imp
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),
         None => build(&Source::Directory(directory)),
     };
-    files::clear(directory).and(result)
+    files::clear(directory).context(|| format!("remove {}", directory.display())).and(result)
 }

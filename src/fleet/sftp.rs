@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::LARGE;
 use crate::program::{Conversation, Program};
+use crate::text;
 
 /// What sftp puts before a line that it repeats.
 const PROMPT: &str = "sftp> ";
@@ -103,17 +104,43 @@ impl Session {
         Ok(session)
     }
 
-    /// Fetches a file, or the rest of one that is there in part. Returns whether it is there now.
-    pub fn get(&mut self, remote: &str, local: &Path) -> Result<bool> {
-        self.ask("-reget", &[remote, &text(local)])?;
-        Ok(local.exists())
+    /// Fetches a file, or the rest of one that is there in part. Returns whether there is one; one that the
+    /// hub does not hand out, or of more than `limit` bytes, is an error.
+    pub fn get(&mut self, remote: &str, local: &Path, limit: u64) -> Result<bool> {
+        let found = self.receive("-reget", remote, local)?;
+        if found && local.metadata().is_ok_and(|metadata| metadata.len() > limit) {
+            files::clear(local).context(|| format!("remove {}", local.display()))?;
+            return Err(self.refused(&format!("{remote} has more than {limit} bytes")));
+        }
+        Ok(found)
+    }
+
+    /// Fetches all of a file, with its time. Returns whether there is one, as [`Self::get`] does.
+    pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
+        files::clear(local).context(|| format!("remove {}", local.display()))?;
+        self.receive("-get -p", remote, local)
+    }
+
+    fn receive(&mut self, command: &str, remote: &str, local: &Path) -> Result<bool> {
+        let complaint = self.ask(command, &[remote, &path(local)])?.complaint;
+        if complaint.is_empty() {
+            return Ok(local.exists());
+        }
+        let ends = |complaint: &str, words: &str| complaint.trim_end().trim_end_matches('.').ends_with(words);
+        if ends(&complaint, "not found") {
+            // sftp says so, too, if it may not look for it; of what is to be a directory it says why it is none
+            let why = self.ask("-cd", &[remote])?.complaint;
+            return if ends(&why, "No such file or directory") { Ok(false) } else { Err(self.refused(&format!("{complaint}{why}"))) };
+        }
+        // it goes just now
+        if ends(&complaint, "No such file or directory") { Ok(false) } else { Err(self.refused(&complaint)) }
     }
 
     /// Sends a file, under another name until it is whole.
     pub fn put(&mut self, local: &Path, remote: &str) -> Result<()> {
         let new = format!("{remote}.new");
-        self.ask("-put", &[&text(local), &new])?;
-        self.ask("-rename", &[&new, remote]).map(drop)
+        self.succeed("-put", &[&path(local), &new])?;
+        self.rename(&new, remote)
     }
 
     /// Makes a directory the one that paths begin at.
@@ -127,22 +154,9 @@ impl Session {
         Ok(printed.iter().filter_map(|line| line.trim_end().rsplit('/').next()).map(String::from).collect())
     }
 
-    /// Fetches a file with its time. Returns whether it is there; anything else that is wrong is an error.
-    pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
-        files::remove(local).context(|| format!("remove {}", local.display()))?;
-        let complaint = self.ask("-get -p", &[remote, &text(local)])?.complaint;
-        // the latter if it goes just now
-        let is_missing = |line: &str| line.ends_with("not found") || line.ends_with("No such file or directory");
-        match complaint.trim_end().trim_end_matches('.') {
-            "" => Ok(local.exists()),
-            said if is_missing(said) => Ok(false),
-            _ => Err(self.refused(&complaint)),
-        }
-    }
-
     /// Sends a file, onto the hub's disk.
     pub fn send(&mut self, local: &Path, remote: &str) -> Result<()> {
-        self.succeed("-put -f", &[&text(local), remote]).map(drop)
+        self.succeed("-put -f", &[&path(local), remote]).map(drop)
     }
 
     /// Gives a file a second name. Returns whether nothing had that.
@@ -219,8 +233,7 @@ impl Session {
                 Ok(None) | Err(_) => break,
             }
         }
-        let said = fs::read_to_string(&self.errors).unwrap_or_default();
-        let said: Vec<String> = said.lines().map(String::from).collect();
+        let said: Vec<String> = self.complaint()?.lines().map(text::line).collect();
         let why = said.iter().rev().find(|line| !line.starts_with("Connection closed")).map_or("it hung up", String::as_str);
         let error = Error::new(format!("Failed to talk to the hub at {}: {}", self.server, why.trim().trim_end_matches('.')))
             .with_tail(said.clone());
@@ -230,7 +243,7 @@ impl Session {
     }
 }
 
-fn text(path: &Path) -> String {
+fn path(path: &Path) -> String {
     path.display().to_string()
 }
 
