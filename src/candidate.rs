@@ -41,12 +41,16 @@ impl Fate {
 
 /// Does it. `run` is the run that the notes must be of.
 pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Result<ExitCode> {
+    carry_out(fate, layout, instance, run).map_err(|error| git::explain(instance, error))
+}
+
+fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Result<ExitCode> {
     let repository = Repository::open(instance);
     if let Ok(repository) = &repository {
         repository.recover(layout.name())?;
     }
     if fate == Fate::Drop {
-        return git::drop_reference(instance, &layout.reference()).map(|()| ExitCode::SUCCESS);
+        return git::drop_reference(instance, &layout.reference(), layout.name()).map(|()| ExitCode::SUCCESS);
     }
     let notes = Notes::read_of(layout, run)?;
     let Some(proposal) = notes.and_then(|notes| notes.proposal) else {
@@ -59,8 +63,9 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != proposal.commit {
-        repository.check_lock_file_is_clean()?;
-        repository.check_forward(&proposal.commit, layout.name(), &layout.own("index"))?;
+        let scratch = layout.scratch()?;
+        repository.check_lock_file_is_clean(&scratch)?;
+        repository.check_forward(&proposal.commit, layout.name(), &scratch)?;
         if fate == Fate::Accept {
             if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
                 let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
@@ -76,11 +81,11 @@ pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) ->
 
 /// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.
 fn publish(repository: &Repository, proposal: &Proposal, layout: &Layout, instance: &Instance) {
-    if let Err(error) = git::drop_reference(instance, &layout.reference()) {
+    if let Err(error) = git::drop_reference(instance, &layout.reference(), layout.name()) {
         log::warn!("{error}.");
     }
     if instance.push {
-        if let Err(error) = repository.push(&proposal.commit) {
+        if let Err(error) = repository.push(&proposal.commit, &layout.upstream()) {
             log::warn!("{error}.");
         }
     }

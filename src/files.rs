@@ -23,9 +23,13 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
     name.push(".new");
     let new = path.with_file_name(name);
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(mode).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&new)?;
-    let written = file.write_all(contents).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&new, path));
+    clear(&new)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
+    let rename = || match fs::rename(&new, path) {
+        Err(error) if error.kind() == ErrorKind::IsADirectory => clear(path).and_then(|()| fs::rename(&new, path)),
+        other => other,
+    };
+    let written = file.write_all(contents).and_then(|()| file.sync_all()).and_then(|()| rename());
     if written.is_err() {
         // a full disk must not stay full because of this file
         let _ = fs::remove_file(&new);
@@ -65,6 +69,11 @@ pub fn clear(path: &Path) -> io::Result<()> {
     }
     let remove = Program::new("rm").args(["--recursive", "--force", "--"]).arg(path);
     remove.output(|| format!("remove {}", path.display()), None).map(drop).map_err(|error| io::Error::other(error.to_string()))
+}
+
+/// Makes an empty directory in the place of what is there.
+pub fn make_directory(path: &Path) -> io::Result<()> {
+    clear(path).and_then(|()| fs::create_dir_all(path))
 }
 
 /// Makes the creation, renaming or removal of `path` durable.
@@ -115,6 +124,30 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn whatever_is_in_the_way_of_a_file_is_removed() {
+        let place = Directory::new();
+        let (there, outside) = (place.path().join("there"), place.path().join("outside"));
+        fs::write(&outside, "").unwrap();
+        for place in [&there, &place.path().join("there.new")] {
+            let make: [&dyn Fn(); 3] = [&|| fs::write(place, "old").unwrap(), &|| symlink(&outside, place).unwrap(), &|| {
+                fs::create_dir_all(place.join("a/b")).unwrap()
+            }];
+            for make in make {
+                clear(place).unwrap();
+                make();
+                write(&there, b"new", 0o600).unwrap();
+                assert_eq!(fs::read(&there).unwrap(), b"new");
+                clear(place).unwrap();
+                make();
+                make_directory(place).unwrap();
+                assert_eq!(fs::read_dir(place).unwrap().count(), 0);
+            }
+            clear(place).unwrap();
+        }
+        assert_eq!(fs::read(&outside).unwrap(), b"");
+    }
 
     #[test]
     fn what_somebody_else_has_put_there_leads_nowhere() {

@@ -4,19 +4,28 @@
 //! Hooks, the file system monitor and prompts are off, optional locks are not taken, and what
 //! is written is synced: git does not do so by itself.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{User, geteuid};
 
 use crate::config::{Author, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fault;
+use crate::files;
 use crate::program::Program;
-use crate::savepoint::{Changed, Savepoint};
+use crate::savepoint::{self, Changed, Savepoint};
 
 /// How long the other side of a fetch or push may take.
 const NETWORK_LIMIT: Duration = Duration::from_secs(300);
+/// The same for only a look at it.
+const LOOK_LIMIT: Duration = Duration::from_secs(60);
 /// What git calls an operation under way, by the file that tells.
 const UNDER_WAY: [(&str, &str); 7] = [
     ("MERGE_HEAD", "merge"),
@@ -67,10 +76,23 @@ impl Repository {
                 git_directory.display()
             )));
         }
+        for (question, can_read, what) in [("--show-object-format", "sha1", "objects"), ("--show-ref-format", "files", "refs")] {
+            // an older git does not know other ones
+            if let Some(format) = one(question).ok().filter(|format| format != can_read && format != question) {
+                let only = format!("it has {what} of format {format}, Nix reads {can_read} only; use a clone of that format");
+                return Err(Error::new(format!("Failed to open the repository {place}: {only}")));
+            }
+        }
+        if let Ok(shared) = ask(directory, ["config", "--get", "core.sharedRepository"], String::new) {
+            share(&shared);
+        }
         let not_now = |why: &str| Err(Error::new(format!("Failed to start from {place}: {why}")));
         let Ok(branch) = ask(directory, ["symbolic-ref", "HEAD"], String::new) else {
             return not_now("HEAD is detached; check a branch out");
         };
+        if branch.contains('\u{fffd}') {
+            return not_now("the name of its branch is not UTF-8; rename the branch");
+        }
         let Ok(head) = ask(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], String::new) else {
             return not_now("the branch has no commit yet; commit the flake");
         };
@@ -107,8 +129,9 @@ impl Repository {
         Ok(format!("git+file://{}?{}", self.top.display(), parameters.join("&")))
     }
 
-    /// Fails unless the lock file is in the working tree and in the index what it is in HEAD.
-    pub fn check_lock_file_is_clean(&self) -> Result<()> {
+    /// Fails unless the lock file is in the working tree and in the index what it is in HEAD, as git sees
+    /// it; bits that have git look away do not count. `scratch` is a directory.
+    pub fn check_lock_file_is_clean(&self, scratch: &Path) -> Result<()> {
         let path = self.lock_file();
         let edited = |where_: &str| {
             let place = self.top.join(&path);
@@ -116,17 +139,37 @@ impl Repository {
         };
         let committed = self.ask(["rev-parse", "--verify", "--quiet", &format!("HEAD:{path}")]).ok();
         let staged = self.ask(["ls-files", "--stage", "--", &path])?;
-        let staged = staged.split_whitespace().nth(1).map(String::from);
+        let mut staged = staged.split_whitespace();
+        let (mode, staged) = (staged.next().unwrap_or_default(), staged.next().map(String::from));
         if staged != committed {
             return edited("has staged changes");
         }
-        let file = self.top.join(&path);
-        let present = match fs::symlink_metadata(&file) {
-            Ok(metadata) if metadata.is_file() => Some(self.ask(["hash-object", "--path", &path, "--", &path])?),
-            Ok(_) => return edited("is no regular file"),
-            Err(_) => None,
+        let uncommitted = match (fs::symlink_metadata(self.top.join(&path)), staged) {
+            (Ok(metadata), _) if !metadata.is_file() => return edited("is no regular file"),
+            (there, None) => there.is_ok(),
+            // a sparse checkout may leave it out
+            (Err(_), Some(_)) => !self.ask(["ls-files", "-t", "--", &path])?.starts_with('S'),
+            (Ok(_), Some(blob)) => {
+                let index = self.copy_of_index(scratch)?;
+                let anew = format!("{mode},{blob},{path}");
+                let _ = self.by(&index).args(["update-index", "-q", "--cacheinfo", &anew, "--refresh"]).output(String::new, None);
+                let differ = self.by(&index).args(["diff-files", "--name-only", "--", &path]);
+                !differ.output(|| format!("compare {path} with the index"), None)?.is_empty()
+            }
         };
-        if present == committed { Ok(()) } else { edited("has uncommitted changes") }
+        if uncommitted { edited("has uncommitted changes") } else { Ok(()) }
+    }
+
+    /// Copies the index to a file in a directory; returns that.
+    fn copy_of_index(&self, directory: &Path) -> Result<PathBuf> {
+        let index = directory.join("index");
+        savepoint::copy_index(&self.git_directory.join("index"), &index).map(|()| index)
+    }
+
+    /// git with another index than the user's.
+    fn by(&self, index: &Path) -> Program {
+        // a link that was made to a file, and is gone, is no edit; nothing is to be written beside the index
+        self.git().env("GIT_INDEX_FILE", index).args(["-c", "core.trustctime=false"])
     }
 
     /// A file as it is in a commit, if it is there.
@@ -148,14 +191,13 @@ impl Repository {
     pub fn commit_lock_file(&self, base: &str, lock: &[u8], message: &str, author: &Author, scratch: &Path) -> Result<String> {
         let doing = || format!("commit {}", self.lock_file());
         let text = |program: Program, input| program.output(doing, input).map(|bytes| line(&bytes));
-        let _ = fs::remove_file(scratch);
+        files::clear(scratch).context(doing)?;
         let private = || self.git().env("GIT_INDEX_FILE", scratch);
         let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
         text(private().args(["read-tree", base]), None)?;
         let entry = format!("100644,{blob},{}", self.lock_file());
         text(private().args(["update-index", "--add", "--cacheinfo", &entry]), None)?;
         let tree = text(private().args(["write-tree"]), None)?;
-        let _ = fs::remove_file(scratch);
         let commit = self.git().args(["commit-tree", "-p", base, &tree]);
         text(by(author, commit), Some(message.as_bytes()))
     }
@@ -173,12 +215,11 @@ impl Repository {
         scratch: &Path,
     ) -> Result<String> {
         let doing = || format!("commit {}", directory.display());
-        let _ = fs::remove_file(scratch);
+        files::clear(scratch).context(doing)?;
         let private = || self.git().env("GIT_INDEX_FILE", scratch);
         let add = private().arg("--git-dir").arg(&self.git_directory).arg("--work-tree").arg(directory);
         add.args(AS_IT_IS).args(["add", "--all", "--force", "."]).directory(directory).output(doing, None)?;
         let tree = private().args(["write-tree"]).output(doing, None).map(|bytes| line(&bytes))?;
-        let _ = fs::remove_file(scratch);
         let commit = self.git().args(["commit-tree", "-p", base, &tree]);
         let date = format!("@{date} +0000");
         let commit = by(author, commit).env("GIT_AUTHOR_DATE", &date).env("GIT_COMMITTER_DATE", &date);
@@ -194,6 +235,7 @@ impl Repository {
     pub fn export(&self, commit: &str, directory: &Path) -> Result<()> {
         let doing = || format!("write {commit} into {}", directory.display());
         let tar = directory.with_extension("tar");
+        files::clear(&tar).context(doing)?;
         let export = self.git().args(AS_IT_IS).args(["archive", "--format=tar", "--mtime=1970-01-01T00:00:00Z", "--output"]);
         export.arg(&tar).arg(commit).output(doing, None)?;
         Program::new("tar").arg("--extract").arg("--file").arg(&tar).directory(directory).output(doing, None)?;
@@ -209,47 +251,104 @@ impl Repository {
 
     /// Keeps a commit under a ref of ours, so that git does not collect it as garbage.
     pub fn keep(&self, reference: &str, commit: &str) -> Result<()> {
-        self.unlock(reference);
+        unlock(&self.git_directory, reference);
         // no reflog for it, whatever the user's setting
         self.ask(["-c", "core.logAllRefUpdates=true", "update-ref", reference, commit]).map(drop)
     }
 
-    /// Removes what a run that was cut off has left: no other writes this ref.
-    fn unlock(&self, reference: &str) {
-        let _ = fs::remove_file(self.git_directory.join(format!("{reference}.lock")));
-    }
-
     /// Fetches the branch's upstream into `reference`. Returns the commit to start from: the
-    /// upstream's, or HEAD where that is ahead.
-    pub fn fetch_upstream(&self, reference: &str) -> Result<String> {
-        let (remote, branch) = self.upstream()?;
-        self.unlock(reference);
-        let fetch = self.git().args(["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--refmap="]);
-        let fetch = fetch.args([&remote, &format!("+{branch}:{reference}")]);
-        fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success()?;
+    /// upstream's, or HEAD where that is ahead. `memory` is a file: see [`Upstream`].
+    pub fn fetch_upstream(&self, reference: &str, memory: &Path, instance: &str) -> Result<String> {
+        let upstream = self.upstream(memory)?;
+        let Upstream { remote, branch, .. } = &upstream;
+        unlock(&self.git_directory, reference);
+        let fetch =
+            self.git().args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet", "--no-tags", "--no-prune", "--no-prune-tags"]);
+        let fetch =
+            fetch.args(["--recurse-submodules=no", "--no-write-fetch-head", "--refmap=", remote, &format!("+{branch}:{reference}")]);
+        self.guarded(instance, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
-        if self.contains(&theirs, &self.head) {
-            Ok(theirs)
-        } else if self.contains(&self.head, &theirs) {
-            Ok(self.head.clone())
-        } else {
-            Err(Error::new(format!("Failed to pull {branch} from {remote}: {} has other commits; merge or rebase them", self.branch)))
+        let doing = || format!("pull {branch} from {remote}");
+        if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head) {
+            let what = format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch);
+            return Err(what).context(doing);
         }
+        let base = if self.contains(&theirs, &self.head) {
+            theirs.clone()
+        } else if self.contains(&self.head, &theirs) {
+            self.head.clone()
+        } else {
+            return Err(format!("{} has other commits; merge or rebase them", self.branch)).context(doing);
+        };
+        upstream.remember(memory, &theirs)?;
+        Ok(base)
     }
 
-    /// Sends a commit to the branch's upstream; never forces.
-    pub fn push(&self, commit: &str) -> Result<()> {
-        let (remote, branch) = self.upstream()?;
-        let push = self.git().args(["push", "--quiet", &remote, &format!("{commit}:{branch}")]);
-        push.run(NETWORK_LIMIT, || format!("push {commit} to {branch} of {remote}"))?.success()
+    /// Sends a commit to the branch's upstream, unless that has withdrawn some of it. Never overwrites
+    /// what others have sent.
+    pub fn push(&self, commit: &str, memory: &Path) -> Result<()> {
+        let upstream = self.upstream(memory)?;
+        let Upstream { remote, branch, .. } = &upstream;
+        let doing = || format!("push {commit} to {branch} of {remote}");
+        let mut push = self.git().args(["push", "--quiet"]);
+        if upstream.last.is_some() {
+            let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
+            let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
+            listed.success()?;
+            if self.contains(commit, &theirs) {
+                if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit) {
+                    return Err(format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch))
+                        .context(doing);
+                }
+                // it must still be there by then; what comes after it is no force
+                push = push.arg(format!("--force-with-lease={branch}:{theirs}"));
+            }
+        }
+        push.args([remote, &format!("{commit}:{branch}")]).run(NETWORK_LIMIT, doing)?.success()?;
+        upstream.remember(memory, commit)
     }
 
-    fn upstream(&self) -> Result<(String, String)> {
-        let branch = self.branch.trim_start_matches("refs/heads/");
-        let setting = |what: &str| self.ask(["config", "--get", &format!("branch.{branch}.{what}")]);
-        match (setting("remote"), setting("merge")) {
-            (Ok(remote), Ok(merge)) => Ok((remote, merge)),
-            _ => Err(Error::new(format!("Failed to find the upstream of {branch}: it has none; set it with git branch --set-upstream-to"))),
+    /// The newest commit of `ours` that the upstream has had before, and has no longer.
+    fn withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str) -> Option<String> {
+        let common = self.ask(["merge-base", upstream.last.as_deref()?, ours]).ok()?;
+        (!self.contains(theirs, &common)).then_some(common)
+    }
+
+    fn upstream(&self, memory: &Path) -> Result<Upstream> {
+        let name = self.branch.trim_start_matches("refs/heads/");
+        let setting = |what: &str| self.ask(["config", "--get", &format!("branch.{name}.{what}")]);
+        let (Ok(remote), Ok(branch)) = (setting("remote"), setting("merge")) else {
+            return Err(Error::new(format!(
+                "Failed to find the upstream of {name}: it has none; set it with git branch --set-upstream-to"
+            )));
+        };
+        let known = fs::read_to_string(memory).unwrap_or_default();
+        let last = known.strip_prefix(&format!("{remote} {branch} ")).map(String::from);
+        let last = last.or_else(|| self.ask(["rev-parse", "--verify", "--quiet", &format!("{name}@{{upstream}}")]).ok());
+        Ok(Upstream { remote, branch, last })
+    }
+
+    /// Has what a commit's files are, in a clone that fetches objects as git needs them: nix does not.
+    pub fn complete(&self, commit: &str) -> Result<()> {
+        let Ok(promisors) = self.ask(["config", "--name-only", "--type=bool", "--get-regexp", r"^remote\..*\.promisor$"]) else {
+            return Ok(());
+        };
+        let remote = promisors.lines().next().unwrap_or_default();
+        let remote = remote.trim_start_matches("remote.").trim_end_matches(".promisor");
+        let doing = || format!("fetch the files of {commit} from {remote}");
+        // what is below a tree is known when the tree is there
+        loop {
+            let all = self.git().args(["rev-list", "--objects", "--no-object-names", "--missing=print", &format!("{commit}^{{tree}}")]);
+            let all = all.output(doing, None)?;
+            let missing: Vec<_> = all.split(|byte| *byte == b'\n').filter_map(|line| line.strip_prefix(b"?")).map(line).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            for some in missing.chunks(1000) {
+                let fetch = self.git().args(["-c", "fetch.negotiationAlgorithm=noop", "fetch", "--quiet", "--no-tags", "--refmap="]);
+                let fetch = fetch.args(["--recurse-submodules=no", "--no-write-fetch-head", "--filter=blob:none", remote]);
+                fetch.args(some).run(NETWORK_LIMIT, doing)?.success()?;
+            }
         }
     }
 
@@ -259,31 +358,45 @@ impl Repository {
     }
 
     /// Fails if going from HEAD to `commit` would have to overwrite an uncommitted edit or an
-    /// untracked file, or if there would be no way back; changes nothing. `scratch` is a file for a
-    /// private index.
+    /// untracked file, or if there would be no way back; changes nothing. `scratch` is a directory.
     pub fn check_forward(&self, commit: &str, instance: &str, scratch: &Path) -> Result<()> {
         let files = self.changed_files(commit)?;
+        let savepoint = self.savepoint(instance);
         // git would overwrite those that it ignores
-        if let Some(file) = files.iter().find(|file| file.new && self.top.join(&file.path).symlink_metadata().is_ok()) {
-            return Err(Error::new(format!("Failed to go from {} to {commit}: {} is in the way; move or commit it", self.head, file.path)));
+        let removed: BTreeSet<_> = files.iter().filter(|file| file.before).map(|file| file.path.as_path()).collect();
+        let new = files.iter().filter(|file| !file.before && file.after);
+        if let Some(path) = new.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
+            let path = path.display();
+            return Err(Error::new(format!("Failed to go from {} to {commit}: {path} is in the way; move or commit it", self.head)));
         }
         let index = self.git_directory.join("index");
         let lock = index.with_extension("lock");
-        if lock.exists() {
+        if lock.symlink_metadata().is_ok() {
             let what = "another git is at work there, or has left that file behind; remove it then";
             return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", index.display(), lock.display())));
         }
-        fs::copy(&index, scratch).context(|| format!("copy {}", index.display()))?;
-        let private = || self.git().env("GIT_INDEX_FILE", scratch);
-        // its status says whether files were edited, which is no matter yet
-        let _ = private().args(["update-index", "-q", "--refresh"]).output(String::new, None);
-        let check = private().args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
-        let result = check.output(|| format!("go from {} to {commit} without touching your edits", self.head), None);
-        let _ = fs::remove_file(scratch);
-        result?;
-        let savepoint = self.savepoint(instance);
-        let made = savepoint.make(&files);
-        savepoint.discard().and(made)
+        savepoint.check(&files)?;
+        let index = self.copy_of_index(scratch)?;
+        self.refresh(&index);
+        let check = self.by(&index).args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
+        check.output(|| format!("go from {} to {commit} without touching your edits", self.head), None).map(drop)
+    }
+
+    /// Goes from HEAD to `commit` in an empty directory, as git will do in the working tree: that shows
+    /// whether it can write the files, with whatever filters they need. `scratch` is a directory.
+    pub fn rehearse_forward(&self, commit: &str, scratch: &Path) -> Result<()> {
+        let tree = scratch.join("tree");
+        let doing = || format!("write the files of {commit}");
+        files::make_directory(&tree).context(doing)?;
+        let git = self.by(&self.copy_of_index(scratch)?).arg("--git-dir").arg(&self.git_directory).arg("--work-tree").arg(&tree);
+        git.args(["read-tree", "-m", "-u", &self.head, commit]).directory(&tree).output(doing, None)?;
+        files::clear(&tree).context(doing)
+    }
+
+    /// Has an index know which files are unchanged; read-tree knows which ones matter.
+    fn refresh(&self, index: &Path) {
+        // its status says whether files were edited
+        let _ = self.by(index).args(["update-index", "-q", "--refresh"]).output(String::new, None);
     }
 
     /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`, or changes
@@ -291,16 +404,18 @@ impl Repository {
     pub fn forward(&self, commit: &str, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
         let files = self.changed_files(commit)?;
-        let made = savepoint.make(&files);
+        let made = savepoint.note_locks(&self.branch).and_then(|()| savepoint.make(&self.head, commit, &self.branch, &files));
         fault::point("accept: saved");
         let mut begun = false;
         let forwarded = made.and_then(|()| {
             self.update_branch(commit, || {
                 fault::point("accept: branch locked");
-                savepoint.begin(&self.head, commit, &files)?;
-                // its status says whether files were edited; read-tree knows which ones matter
-                let _ = self.ask(["update-index", "-q", "--refresh"]);
-                let read = self.ask(["read-tree", "-m", "-u", &self.head, commit]);
+                savepoint.lock_index()?;
+                savepoint.copy_index()?;
+                savepoint.begin()?;
+                self.refresh(&savepoint.index());
+                let read = self.by(&savepoint.index()).args(["read-tree", "-m", "-u", &self.head, commit]);
+                let read = read.output(|| format!("go from {} to {commit}", self.head), None);
                 // git looks before it changes anything; what the user has done meanwhile is to stay
                 begun = !read.as_ref().is_err_and(is_refusal);
                 read?;
@@ -311,51 +426,107 @@ impl Repository {
         });
         match forwarded {
             Err(error) if begun => match self.ask(["rev-parse", "--verify", "--quiet", &self.branch]) {
-                // git moves the branch before it writes the reflog, which may have failed
+                // the reflog may have failed
                 Ok(now) if now == commit => log::warn!("{error}; but the branch has been moved."),
-                Ok(_) => return savepoint.restore(&files, &self.branch).and(Err(error)),
+                Ok(_) => return self.go_back(&savepoint).and(Err(error)),
                 // nobody knows: that is for the next run to find out
                 Err(_) => return Err(error),
             },
-            Err(error) => return savepoint.discard().and(Err(error)),
+            Err(error) => return savepoint.remove_locks().and(self.end(&savepoint, &files)).and(Err(error)),
             Ok(()) => fault::point("accept: branch moved"),
         }
-        if let Err(error) = savepoint.discard() {
+        if let Err(error) = savepoint.install_index().and_then(|()| savepoint.discard()) {
             log::warn!("{error}.");
         }
         Ok(())
     }
 
-    /// Ends a fast-forward of the instance that was cut off: all of it has been done, or none of it.
+    /// Ends what was cut off of the instance: a fast-forward has been done wholly, or not at all, and no
+    /// lock of a git that was killed stays.
     pub fn recover(&self, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
         if !savepoint.exists() {
             return Ok(());
         }
-        match savepoint.cut_off()? {
-            Some(cut_off) if cut_off.from == self.head => {
-                log::warn!("Going back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
-                savepoint.restore(&cut_off.files, &self.branch)
-            }
-            // nothing was changed yet, or all; or somebody has gone on from there by hand
-            _ => savepoint.clean_up(&self.branch),
+        savepoint.remove_locks()?;
+        let cut_off = savepoint.cut_off()?;
+        if savepoint.has_begun() && cut_off.from == self.head {
+            log::warn!("Going back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
+            return self.go_back(&savepoint);
         }
+        if savepoint.has_begun() && cut_off.to == self.head {
+            savepoint.install_index_if_unchanged()?;
+            return savepoint.discard();
+        }
+        // nothing was changed yet, or somebody has gone on from there by hand
+        self.end(&savepoint, &cut_off.files)
+    }
+
+    fn go_back(&self, savepoint: &Savepoint) -> Result<()> {
+        let cut_off = savepoint.cut_off()?;
+        savepoint.remove_locks()?;
+        let contents = |path: &Path| {
+            let object = [cut_off.to.as_bytes(), b":", path.as_os_str().as_bytes()].concat();
+            self.git().args(["cat-file", "--filters"]).arg(OsStr::from_bytes(&object)).output(String::new, None).ok()
+        };
+        savepoint.restore(&cut_off, &contents)?;
+        self.end(savepoint, &cut_off.files)
+    }
+
+    /// Forgets a savepoint after which the files are as they were. Entries of the index that have git look
+    /// away are never refreshed by it: without this, it would take their files for edited ever after.
+    fn end(&self, savepoint: &Savepoint, files: &[Changed]) -> Result<()> {
+        let hidden = self.git().args(["ls-files", "-v", "-z"]).output(|| "list the index".into(), None)?;
+        let hidden: Vec<_> = hidden
+            .split(|byte| *byte == 0)
+            .filter_map(|entry| entry.split_at_checked(2))
+            .filter(|(tag, path)| {
+                let is_changed = files.iter().any(|file| file.before && file.path.as_os_str().as_bytes() == *path);
+                (tag[0].is_ascii_lowercase() || tag[0] == b'S') && is_changed
+            })
+            .collect();
+        if !hidden.is_empty() && savepoint.owns_index().is_ok() {
+            savepoint.copy_index()?;
+            let skipped = hidden.iter().filter(|(tag, _)| tag[0].eq_ignore_ascii_case(&b's'));
+            let skipped: Vec<_> = skipped.map(|(_, path)| OsStr::from_bytes(path)).collect();
+            for arguments in [&["--no-skip-worktree", "--"][..], &["--really-refresh"], &["--skip-worktree", "--"]] {
+                let update = self.by(&savepoint.index()).args(["-c", "core.trustctime=true", "update-index", "-q"]).args(arguments);
+                let paths = if arguments.len() > 1 { &skipped[..] } else { &[] };
+                // its status says whether files were edited
+                let _ = update.args(paths).output(String::new, None);
+            }
+            savepoint.install_index()?;
+        }
+        savepoint.discard()
     }
 
     fn savepoint(&self, instance: &str) -> Savepoint {
         Savepoint::of(&self.top, &self.git_directory, instance)
     }
 
-    /// The files that differ between HEAD and a commit. Submodules are not: git leaves them alone.
+    /// Does something by which git, if it is killed, may leave locks behind, and removes those.
+    fn guarded<T>(&self, instance: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let savepoint = self.savepoint(instance);
+        savepoint.note_locks(&self.branch)?;
+        let done = work();
+        if done.is_err() {
+            savepoint.remove_locks()?;
+        }
+        savepoint.discard().and(done)
+    }
+
+    /// What differs between HEAD and a commit.
     fn changed_files(&self, commit: &str) -> Result<Vec<Changed>> {
-        let list = self.ask(["diff-tree", "-r", "-z", "--no-renames", &self.head, commit])?;
+        let compare = self.git().args(["diff-tree", "-r", "-z", "--no-renames", &self.head, commit]);
+        let list = compare.output(|| format!("compare {} with {commit}", self.head), None)?;
         // ":<old mode> <new mode> <old object> <new object> <status>", the path
-        let mut parts = list.split('\0');
+        let mut parts = list.split(|byte| *byte == 0);
         let mut files = Vec::new();
         while let (Some(what), Some(path)) = (parts.next(), parts.next()) {
-            if !what.contains("160000") {
-                files.push(Changed { path: path.to_owned(), new: what.starts_with(":000000") });
-            }
+            let mut is_file =
+                what.splitn(3, |byte| *byte == b' ').map(|mode| !mode.ends_with(b"000000") && mode != b":160000" && mode != b"160000");
+            let (before, after) = (is_file.next() == Some(true), is_file.next() == Some(true));
+            files.push(Changed { path: OsStr::from_bytes(path).into(), before, after });
         }
         Ok(files)
     }
@@ -386,17 +557,64 @@ impl Repository {
     }
 }
 
-/// Makes a repository of our own where there is none yet, with a first commit that holds nothing.
+/// What a branch follows. What it was when it was seen last is kept in a file, by which a commit that is
+/// withdrawn is told from one that has not been sent yet.
+struct Upstream {
+    remote: String,
+    branch: String,
+    last: Option<String>,
+}
+
+impl Upstream {
+    fn remember(&self, memory: &Path, commit: &str) -> Result<()> {
+        let text = format!("{} {} {commit}", self.remote, self.branch);
+        if fs::read_to_string(memory).is_ok_and(|known| known == text) {
+            return Ok(());
+        }
+        files::write(memory, text.as_bytes(), 0o600).context(|| format!("write {}", memory.display()))
+    }
+}
+
+/// Makes a repository of our own where there is none yet, with a first commit that holds nothing. It
+/// gets its name when it is whole; what is there without a commit is what an attempt has left.
 pub fn create(instance: &Instance) -> Result<()> {
     let place = &instance.flake_path;
     let doing = || format!("make the repository {}", place.display());
-    if ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
-        return Ok(());
+    if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
+        // nobody else's git is at work there
+        return remove_locks(&place.join(".git")).context(doing);
     }
-    fs::create_dir_all(place).context(doing)?;
-    ask(place, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
-    let commit = git(place).args(["commit", "--quiet", "--allow-empty", "--message=nothing yet"]);
-    by(&instance.author, commit).output(doing, None).map(drop)
+    let new = place.with_extension("new");
+    files::make_directory(&new).context(doing)?;
+    ask(&new, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
+    let commit = git(&new).args(["commit", "--quiet", "--no-gpg-sign", "--allow-empty", "--message=nothing yet"]);
+    by(&instance.author, commit).output(doing, None)?;
+    files::clear(place).and_then(|()| fs::rename(&new, place)).and_then(|()| files::sync_parent(place)).context(doing)
+}
+
+fn remove_locks(directory: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "lock") {
+            files::clear(&path)?;
+        } else if path.is_dir() && !path.is_symlink() {
+            remove_locks(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Has what is written be for others, too, as `core.sharedRepository` says.
+fn share(setting: &str) {
+    let files = match setting {
+        "group" | "true" | "yes" | "on" | "1" | "all" | "world" | "everybody" | "2" | "3" => 0o664,
+        octal => match u32::from_str_radix(octal, 8) {
+            Ok(mode) if octal.starts_with('0') && mode > 0 => mode & 0o666,
+            _ => return,
+        },
+    };
+    // where files can be read, directories can be entered
+    umask(Mode::from_bits_truncate(0o777 & !(files | (files & 0o444) >> 2)));
 }
 
 /// Has a program of git's write in this name.
@@ -406,9 +624,74 @@ fn by(author: &Author, program: Program) -> Program {
 }
 
 /// Removes a ref of ours, if it is there, in whatever state the repository is.
-pub fn drop_reference(instance: &Instance, reference: &str) -> Result<()> {
+pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Result<()> {
+    let place = &instance.flake_path;
     let doing = || format!("drop {reference}");
-    ask(&instance.flake_path, ["update-ref", "-d", reference], doing).map(drop)
+    let git_directory = PathBuf::from(ask(place, ["rev-parse", "--absolute-git-dir"], doing)?);
+    unlock(&git_directory, reference);
+    // nobody else writes it; git would lock all refs for this
+    let file = git_directory.join(reference);
+    files::clear(&file).context(doing)?;
+    if let Some(directory) = file.parent() {
+        let _ = fs::remove_dir(directory);
+    }
+    if ask(place, ["rev-parse", "--verify", "--quiet", reference], doing).is_err() {
+        return Ok(());
+    }
+    // it is among the packed ones
+    let drop_it = || ask(place, ["update-ref", "-d", reference], doing).map(drop);
+    let savepoint = Savepoint::of(place, &git_directory, name);
+    if savepoint.exists() {
+        return drop_it();
+    }
+    savepoint.note_locks(reference)?;
+    let dropped = drop_it();
+    if dropped.is_err() {
+        savepoint.remove_locks()?;
+    }
+    savepoint.discard().and(dropped)
+}
+
+/// Removes the lock of a ref of ours: nobody else writes it.
+fn unlock(git_directory: &Path, reference: &str) {
+    let _ = files::clear(&git_directory.join(format!("{reference}.lock")));
+}
+
+/// The same error, with what mends it where files of somebody else's are the cause.
+pub fn explain(instance: &Instance, error: Error) -> Error {
+    const WORDS: [&str; 4] = ["permission denied", "operation not permitted", "insufficient permission", "dubious ownership"];
+    let said = error.to_string().to_ascii_lowercase();
+    let is_about_access = WORDS.iter().any(|words| said.contains(words));
+    let top = fs::canonicalize(&instance.flake_path).unwrap_or_else(|_| instance.flake_path.clone());
+    let Some((path, owner)) = Some(()).filter(|()| is_about_access).and_then(|()| foreign_file(&top)) else { return error };
+    let owner = User::from_uid(owner.into()).ok().flatten().map_or(format!("user {owner}"), |owner| owner.name);
+    let user = &instance.user;
+    let (path, top) = (path.display(), top.display());
+    let message = format!("{error}; {path} belongs to {owner}, not to {user}: run chown -R {user}: {top}");
+    // git's advice would be another one
+    let tail = if said.contains("dubious ownership") { Vec::new() } else { error.tail };
+    Error::new(message).with_tail(tail)
+}
+
+/// The first file in a repository that belongs to somebody else, and to whom.
+fn foreign_file(path: &Path) -> Option<(PathBuf, u32)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    if metadata.uid() != geteuid().as_raw() {
+        return Some((path.to_owned(), metadata.uid()));
+    }
+    let entries = if metadata.is_dir() { fs::read_dir(path).ok()? } else { return None };
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    paths.iter().find_map(|path| foreign_file(path))
+}
+
+/// What git said, up to what it died of: the cause is often in the line before.
+fn reason(tail: &[String]) -> Option<String> {
+    let end =
+        tail.iter().position(|line| line.starts_with("fatal: ")).or_else(|| tail.iter().rposition(|line| line.starts_with("error: ")))?;
+    let said = tail[..=end].iter().map(|line| line.trim()).filter(|line| !line.is_empty() && !line.starts_with("hint: "));
+    let said: Vec<_> = said.map(|line| line.trim_end_matches(['.', '\r'])).collect();
+    Some(said[said.len().saturating_sub(3)..].join("; "))
 }
 
 /// Whether git has found something in its way, and so has changed nothing.
@@ -418,8 +701,19 @@ fn is_refusal(error: &Error) -> bool {
 }
 
 fn git(directory: &Path) -> Program {
-    let settings = ["core.hooksPath=/dev/null", "core.fsmonitor=false", "core.fsync=all", "gc.auto=0", "maintenance.auto=false"];
+    let settings = [
+        "core.hooksPath=/dev/null",
+        "core.fsmonitor=false",
+        "core.fsync=all",
+        "gc.auto=0",
+        "maintenance.auto=false",
+        // no part of an index beside it
+        "core.splitIndex=false",
+        // by set-group-id bits, which the sandbox forbids; our umask does the same
+        "core.sharedRepository=umask",
+    ];
     Program::new("git")
+        .reason(reason)
         .args(settings.iter().flat_map(|setting| ["-c", setting]))
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_TERMINAL_PROMPT", "0")
@@ -433,4 +727,280 @@ fn ask<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>
 
 fn line(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::SystemTime;
+
+    /// What a pull may change: before, and afterwards.
+    const CHANGES: [(&str, &str); 8] = [
+        ("echo 1 > plain; chmod 755 plain", "echo 2 > plain; mkdir -p new/deep/er; echo 2 > new/deep/er/file; echo 2 > top"),
+        ("echo 1 > plain", "rm plain; mkdir -p plain/a/b; echo 2 > plain/a/b/x; echo 2 > plain/c"),
+        ("mkdir -m 700 -p d/e; echo 1 > d/x; echo 1 > d/e/y", "rm -r d; echo 2 > d"),
+        ("echo 1 > plain; ln -s plain link", "rm link; mkdir -p link/y; echo 2 > link/y/z"),
+        ("mkdir d; echo 1 > d/z; ln -s d link", "rm link; mkdir link; echo 2 > link/z; echo 2 > link/new"),
+        ("mkdir -p d/e; echo 1 > d/e/x", "rm -r d; ln -s plain d"),
+        ("mkdir -p a/b/c; echo 1 > a/b/c/only", "rm -r a; mkdir b; echo 2 > b/x"),
+        (
+            "printf 1 > \"$(printf 'odd\\377\\nname')\"; echo 1 > ' file'",
+            "printf 2 > \"$(printf 'odd\\377\\nname')\"; mkdir \"$(printf '\\376')\"; echo 2 > \"$(printf '\\376')\"/x",
+        ),
+    ];
+
+    fn shell(directory: &Path, script: &str) -> String {
+        let program = Program::new("sh").args(["-euc", script]).directory(directory).env("GIT_CONFIG_GLOBAL", "/dev/null");
+        let program = program.env("GIT_AUTHOR_NAME", "a").env("GIT_AUTHOR_EMAIL", "a").env("GIT_COMMITTER_NAME", "a");
+        line(&program.env("GIT_COMMITTER_EMAIL", "a").output(|| script.into(), None).unwrap())
+    }
+
+    /// A repository that stands before a change, and the commit after it.
+    fn repository(directory: &Directory, before: &str, after: &str) -> (Repository, String) {
+        let top = directory.path().to_owned();
+        let commit = "git add -A -f; git commit -qm x";
+        shell(&top, &format!("git init -qb feature/main; mkdir kept; echo 1 > kept/file; {before}; {commit}; {after}; {commit}"));
+        let to = shell(&top, "git rev-parse HEAD");
+        // empty directories are in no commit
+        shell(&top, "git reset -q --hard HEAD^; test ! -e d/e || mkdir -m 700 -p d/empty/one");
+        let head = shell(&top, "git rev-parse HEAD");
+        let git_directory = top.join(".git");
+        (Repository { top, prefix: String::new(), branch: "refs/heads/feature/main".into(), head, git_directory }, to)
+    }
+
+    type Found = Vec<(PathBuf, u32, SystemTime, Vec<u8>)>;
+
+    /// All that there is, but for objects.
+    fn snapshot(place: &Path) -> Found {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(place).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = path.symlink_metadata().unwrap();
+            let mut one = |time, contents| found.push((path.clone(), metadata.permissions().mode(), time, contents));
+            if metadata.is_symlink() {
+                one(SystemTime::UNIX_EPOCH, fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes());
+            } else if metadata.is_file() {
+                one(metadata.modified().unwrap(), fs::read(&path).unwrap());
+            } else if !path.ends_with(".git/objects") {
+                one(SystemTime::UNIX_EPOCH, Vec::new());
+                found.extend(snapshot(&path));
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Does what a fast-forward does before git changes files.
+    fn begin(repository: &Repository, to: &str) -> (Savepoint, Vec<Changed>) {
+        let savepoint = repository.savepoint("app");
+        let files = repository.changed_files(to).unwrap();
+        savepoint.note_locks(&repository.branch).unwrap();
+        savepoint.make(&repository.head, to, &repository.branch, &files).unwrap();
+        savepoint.lock_index().unwrap();
+        savepoint.copy_index().unwrap();
+        savepoint.begin().unwrap();
+        repository.refresh(&savepoint.index());
+        (savepoint, files)
+    }
+
+    fn read_tree(repository: &Repository, savepoint: &Savepoint, to: &str) {
+        let read = repository.by(&savepoint.index()).args(["read-tree", "-m", "-u", &repository.head, to]);
+        read.output(|| "read".into(), None).unwrap();
+    }
+
+    #[test]
+    fn whatever_upstream_changes_is_followed() {
+        for (before, after) in CHANGES {
+            let directory = Directory::new();
+            let (repository, to) = repository(&directory, before, after);
+            let untouched = snapshot(directory.path());
+            let scratch = Directory::new();
+            repository.check_forward(&to, "app", scratch.path()).unwrap();
+            repository.rehearse_forward(&to, scratch.path()).unwrap();
+            assert_eq!(snapshot(directory.path()), untouched, "{after}");
+            repository.forward(&to, "app").unwrap();
+            assert_eq!(
+                shell(directory.path(), "git status --porcelain; git rev-parse HEAD; ls -d .git/*.lock .git/ekiben* || true"),
+                to,
+                "{after}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_fast_forward_that_is_cut_off_leaves_nothing() {
+        for (before, after) in CHANGES {
+            for cut in 0..7 {
+                let directory = Directory::new();
+                let (repository, to) = repository(&directory, before, after);
+                // the branch is among the packed refs, as after git gc
+                shell(directory.path(), "git pack-refs --all");
+                let untouched = snapshot(directory.path());
+                let (savepoint, files) = begin(&repository, &to);
+                if cut == 1 {
+                    for file in files.iter().filter(|file| file.before).take(1) {
+                        fs::remove_file(directory.path().join(&file.path)).unwrap();
+                    }
+                }
+                if cut >= 2 {
+                    read_tree(&repository, &savepoint, &to);
+                }
+                let half = files.iter().find(|file| file.after && cut == 3).map(|file| directory.path().join(&file.path));
+                if let Some(half) = half.filter(|half| half.is_file()) {
+                    fs::write(half, "").unwrap();
+                }
+                if cut >= 4 {
+                    shell(directory.path(), "mkdir -p .git/refs/heads/feature; touch .git/HEAD.lock .git/refs/heads/feature/main.lock");
+                }
+                if cut >= 5 {
+                    let entry = format!("{} {to} a <a> 1 +0000\tekiben: fast-forward", repository.head);
+                    let entry = if cut == 5 { entry.split_at(50).0.to_owned() } else { entry + "\n" };
+                    shell(directory.path(), &format!("printf '{entry}' | tee -a .git/logs/HEAD >> .git/logs/refs/heads/feature/main"));
+                }
+                repository.recover("app").unwrap();
+                let found = snapshot(directory.path());
+                let difference = found.iter().find(|one| !untouched.contains(one)).or(untouched.iter().find(|one| !found.contains(one)));
+                assert_eq!(difference, None, "{after}, {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_fast_forward_that_was_cut_off_at_its_end_is_ended() {
+        let directory = Directory::new();
+        let (mut repository, to) = repository(&directory, CHANGES[0].0, CHANGES[0].1);
+        let (savepoint, _) = begin(&repository, &to);
+        read_tree(&repository, &savepoint, &to);
+        shell(directory.path(), &format!("git update-ref HEAD {to}"));
+        repository.head.clone_from(&to);
+        repository.recover("app").unwrap();
+        assert_eq!(shell(directory.path(), "git status --porcelain; ls -d .git/*.lock .git/ekiben* 2> /dev/null || true"), "");
+    }
+
+    #[test]
+    fn what_somebody_has_written_since_stays() {
+        let directory = Directory::new();
+        let (repository, to) =
+            repository(&directory, "echo 1 > file; echo 1 > plain", "echo 2 > file; rm plain; mkdir plain; echo 2 > plain/x; echo 2 > new");
+        let (savepoint, _) = begin(&repository, &to);
+        read_tree(&repository, &savepoint, &to);
+        shell(directory.path(), "echo mine > file; echo mine > plain/mine; echo mine > new");
+        repository.recover("app").unwrap();
+        assert_eq!(shell(directory.path(), "cat file plain plain.kept-1/mine new"), "mine\n1\nmine\nmine");
+        assert_eq!(shell(directory.path(), "git status --porcelain"), " M file\n?? new\n?? plain.kept-1/");
+        assert!(!savepoint.exists());
+    }
+
+    #[test]
+    fn locks_of_others_stay() {
+        let directory = Directory::new();
+        let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+        shell(directory.path(), "touch .git/packed-refs.lock");
+        begin(&repository, &to);
+        // by hand, and then the user's git takes it
+        shell(directory.path(), "rm .git/index.lock; touch .git/index.lock .git/HEAD.lock");
+        repository.recover("app").unwrap();
+        assert_eq!(shell(directory.path(), "ls .git/*.lock"), ".git/index.lock\n.git/packed-refs.lock");
+        let refused = repository.check_forward(&to, "app", directory.path()).unwrap_err();
+        assert!(refused.to_string().contains("index.lock exists"));
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_named() {
+        for (before, after, edit, named) in [
+            ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig is in the way"),
+            (
+                "mkdir d; echo 1 > d/x; echo .ig > .gitignore",
+                "rm -r d; echo 2 > d",
+                "mkdir d/e; echo mine > d/e/.ig",
+                "d/e/.ig is in the way",
+            ),
+            ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d is in the way"),
+            ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d is in the way"),
+            ("echo 1 > x", "echo 2 > x", "echo mine > x", "without touching your edits"),
+        ] {
+            let directory = Directory::new();
+            let (repository, to) = repository(&directory, before, after);
+            shell(directory.path(), edit);
+            let (untouched, scratch) = (snapshot(directory.path()), Directory::new());
+            let refused = repository.check_forward(&to, "app", scratch.path()).unwrap_err();
+            assert!(refused.to_string().contains(named), "{refused}");
+            assert_eq!(snapshot(directory.path()), untouched);
+        }
+    }
+
+    #[test]
+    fn a_file_that_git_was_told_not_to_look_at_can_be_merged_ever_after() {
+        for (bit, tag) in [("--assume-unchanged", "h"), ("--skip-worktree", "S")] {
+            for cut in [false, true] {
+                let directory = Directory::new();
+                let (mut repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+                shell(directory.path(), &format!("git update-index {bit} file"));
+                let scratch = Directory::new();
+                repository.check_forward(&to, "app", scratch.path()).unwrap();
+                if cut {
+                    let (savepoint, _) = begin(&repository, &to);
+                    read_tree(&repository, &savepoint, &to);
+                    repository.recover("app").unwrap();
+                    assert_eq!(shell(directory.path(), "git ls-files -v file"), format!("{tag} file"));
+                } else {
+                    repository.forward(&to, "app").unwrap();
+                    shell(directory.path(), "git update-index --no-skip-worktree --really-refresh; git reset -q --hard HEAD^");
+                    shell(directory.path(), &format!("git update-index {bit} file"));
+                    repository.head = shell(directory.path(), "git rev-parse HEAD");
+                    // refused in the very moment: git has not changed anything
+                    repository
+                        .savepoint("app")
+                        .make(&repository.head, &to, &repository.branch, &repository.changed_files(&to).unwrap())
+                        .unwrap();
+                    repository.recover("app").unwrap();
+                }
+                shell(directory.path(), &format!("git merge -q --ff-only {to}; test $(cat file) = 2"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_lock_file_is_clean_if_git_says_so() {
+        let scratch = Directory::new();
+        for (set_up, edit) in [
+            ("true", ""),
+            (
+                "git config core.autocrlf true; printf '{\\r\\n}\\r\\n' > flake.lock; git -c core.autocrlf=false commit -qam crlf; touch flake.lock",
+                "",
+            ),
+            ("echo >> flake.lock", "has uncommitted changes"),
+            ("git update-index --assume-unchanged flake.lock; echo >> flake.lock", "has uncommitted changes"),
+            ("git update-index --skip-worktree flake.lock", ""),
+            ("git update-index --skip-worktree flake.lock; echo >> flake.lock", "has uncommitted changes"),
+            ("echo >> flake.lock; git add .", "has staged changes"),
+            ("rm flake.lock", "has uncommitted changes"),
+            ("rm flake.lock; ln -s kept flake.lock", "is no regular file"),
+        ] {
+            let directory = Directory::new();
+            let (repository, _) = repository(&directory, "echo '{}' > flake.lock", "true > x");
+            shell(directory.path(), set_up);
+            let untouched = snapshot(directory.path());
+            match repository.check_lock_file_is_clean(scratch.path()) {
+                Ok(()) => assert_eq!(edit, "", "{set_up}"),
+                Err(error) => assert!(!edit.is_empty() && error.to_string().contains(edit), "{set_up}: {error}"),
+            }
+            assert_eq!(snapshot(directory.path()), untouched);
+        }
+    }
+
+    #[test]
+    fn the_reason_is_what_git_said_up_to_its_death() {
+        let said = |text: &str| reason(&text.lines().map(String::from).collect::<Vec<_>>()).unwrap_or_default();
+        assert_eq!(
+            said(
+                "Host key verification failed.\r\nfatal: Could not read from remote repository.\n\nPlease make sure you have the correct access rights"
+            ),
+            "Host key verification failed; fatal: Could not read from remote repository"
+        );
+        assert_eq!(said("error: insufficient permission for x\nhint: y\nerror: z"), "error: insufficient permission for x; error: z");
+        assert_eq!(said("no"), "");
+    }
 }

@@ -15,6 +15,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::error::{Context, Result};
+use crate::files;
+
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -97,6 +100,18 @@ impl Layout {
     /// A file of the user's own.
     pub fn own(&self, file: &str) -> PathBuf {
         self.root.join("instances").join(&self.name).join(file)
+    }
+
+    /// What the branch's upstream was when it was seen last.
+    pub fn upstream(&self) -> PathBuf {
+        self.own("upstream")
+    }
+
+    /// A directory for what nobody needs later, empty: whatever has been left in its place is removed.
+    pub fn scratch(&self) -> Result<PathBuf> {
+        let path = self.own("scratch");
+        files::make_directory(&path).context(|| format!("make {}", path.display()))?;
+        Ok(path)
     }
 
     /// Where reports for a fleet's hub wait; root writes, the instance's user reads.

@@ -27,13 +27,13 @@ pub struct Generation {
 /// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to.
 pub fn updated_lock_file(flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
     let doing = || format!("read {}", scratch.display());
-    crate::files::remove(scratch).context(|| format!("remove {}", scratch.display()))?;
+    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
     let update = nix().args(["flake", "update"]).args(inputs).args(["--flake", flake]);
     let update = update.arg("--output-lock-file").arg(scratch);
     let what = if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") };
     update.run(limit, || format!("update {what}"))?.success()?;
     let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
-    crate::files::remove(scratch).context(|| format!("remove {}", scratch.display()))?;
+    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
     Ok(lock)
 }
 

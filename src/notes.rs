@@ -63,7 +63,7 @@ impl Notes {
     /// link to an earlier candidate.
     pub fn begin(layout: &Layout) -> Result<Self> {
         let candidate = layout.candidate();
-        files::remove(&candidate).context(|| format!("remove {}", candidate.display()))?;
+        files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
         let notes = Self { run: run_id(), ..Self::default() };
         notes.write(layout)?;
         Ok(notes)

@@ -4,6 +4,7 @@
 //! instance's inputs on top. It exists only as an object under a ref of ours. Nothing that the
 //! user can see is changed, and nothing at all is written if nothing is new.
 
+use std::path::Path;
 use std::time::Duration;
 
 use crate::config::Instance;
@@ -24,7 +25,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut notes = Notes::begin(layout)?;
     fault::point("prepare: begun");
-    match propose_from_head(layout, instance, &mut notes) {
+    match propose_from_head(layout, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
             notes.proposal = Some(proposal);
@@ -38,12 +39,13 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.
 fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
+    let scratch = layout.scratch()?;
     if instance.hub.is_some() {
         git::create(instance)?;
     }
     loop {
         let repository = Repository::open(instance)?;
-        match propose(layout, instance, &repository, notes) {
+        match propose(layout, instance, &repository, &scratch, notes) {
             Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
                 log::info!("{error}; starting over.");
             }
@@ -52,9 +54,10 @@ fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) ->
     }
 }
 
-fn propose(layout: &Layout, instance: &Instance, repository: &Repository, notes: &mut Notes) -> Result<Proposal> {
+fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratch: &Path, notes: &mut Notes) -> Result<Proposal> {
     repository.recover(layout.name())?;
-    repository.check_lock_file_is_clean()?;
+    repository.check_lock_file_is_clean(scratch)?;
+    let index = scratch.join("index");
     let reference = layout.reference();
     let retries = instance.network_retries;
     let base = if let Some(hub) = &instance.hub {
@@ -62,11 +65,12 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, notes:
         notes.release = Some(release);
         commit
     } else if instance.pull {
-        persist(retries, || repository.fetch_upstream(&reference))?
+        persist(retries, || repository.fetch_upstream(&reference, &layout.upstream(), layout.name()))?
     } else {
         repository.head.clone()
     };
 
+    persist(retries, || repository.complete(&base))?;
     let old = repository.read_file(&base, &repository.lock_file())?;
     // of a release, inputs are the hub's business
     let new = if instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none()) {
@@ -74,16 +78,15 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, notes:
     } else {
         let flake = repository.flake_at(&base, instance)?;
         let limit = Duration::from_secs(instance.timeouts.prepare);
-        persist(retries, || nix::updated_lock_file(&flake, &instance.inputs, &layout.own("flake.lock"), limit))?
+        persist(retries, || nix::updated_lock_file(&flake, &instance.inputs, &scratch.join("flake.lock"), limit))?
     };
     fault::point("prepare: inputs updated");
     let (old_lock, new_lock) = (LockFile::parse(old.as_deref())?, LockFile::parse(new.as_deref())?);
     old_lock.check_only_changed(&new_lock, &instance.inputs)?;
     let changes = old_lock.changes(&new_lock);
 
-    let scratch = layout.own("index");
     let commit = match &new {
-        Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &scratch)?,
+        Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &index)?,
         _ => base.clone(),
     };
     fault::point("prepare: committed");
@@ -91,10 +94,11 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, notes:
     let tree = repository.tree(&commit)?;
     Status::read(layout).check_not_bad(&base, &tree, instance)?;
     if commit != repository.head {
-        repository.check_forward(&commit, layout.name(), &scratch)?;
+        repository.check_forward(&commit, layout.name(), scratch)?;
+        repository.rehearse_forward(&commit, scratch)?;
         repository.keep(&reference, &commit)?;
     } else if instance.pull {
-        if let Err(error) = git::drop_reference(instance, &reference) {
+        if let Err(error) = git::drop_reference(instance, &reference, layout.name()) {
             log::warn!("{error}.");
         }
     }

@@ -43,7 +43,11 @@ pub struct Program {
     command: Command,
     name: String,
     watched: &'static str,
+    reason: Reason,
 }
+
+/// Finds what says best why a program failed, in the last lines that it printed.
+pub type Reason = fn(&[String]) -> Option<String>;
 
 /// How a program ended.
 pub struct Ended {
@@ -54,6 +58,7 @@ pub struct Ended {
     /// Whether it has said what was watched for.
     pub seen: bool,
     doing: String,
+    reason: Reason,
 }
 
 impl Program {
@@ -61,14 +66,14 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
-        Self { command, name: name.to_owned(), watched: "" }
+        Self { command, name: name.to_owned(), watched: "", reason }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: "" };
+        let mut program = Self { command: Command::new(path), name, watched: "", reason };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -120,6 +125,12 @@ impl Program {
         self
     }
 
+    /// Has failures explained in another way.
+    pub fn reason(mut self, reason: Reason) -> Self {
+        self.reason = reason;
+        self
+    }
+
     /// The directory to run in.
     pub fn directory(mut self, path: &Path) -> Self {
         self.command.current_dir(path);
@@ -151,7 +162,7 @@ impl Program {
         }
         let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(text::line).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
-        let said = reason(&tail).or(tail.last().map(String::as_str)).map(|line| format!(": {line}")).unwrap_or_default();
+        let said = (self.reason)(&tail).or_else(|| tail.last().cloned()).map(|line| format!(": {line}")).unwrap_or_default();
         Err(failed(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status)), status, tail))
     }
 
@@ -240,7 +251,7 @@ impl Program {
                 (_, Some((status, _))) => {
                     end(&mut child);
                     let lines = tail.finish();
-                    return Ok(Ended { status, tail: lines, seen: tail.seen, doing: doing() });
+                    return Ok(Ended { status, tail: lines, seen: tail.seen, doing: doing(), reason: self.reason });
                 }
                 (Heard::End, None) => std::thread::sleep(ENDING_TICK),
                 _ => {}
@@ -296,7 +307,7 @@ impl Ended {
         if self.status.success() {
             return Ok(());
         }
-        let said = reason(&self.tail).map(|line| format!(": {line}")).unwrap_or_default();
+        let said = (self.reason)(&self.tail).map(|line| format!(": {line}")).unwrap_or_default();
         Err(failed(format!("Failed to {}: {}{said}", self.doing, describe(self.status)), self.status, self.tail))
     }
 }
@@ -356,8 +367,8 @@ fn end(child: &mut Child) {
 }
 
 /// The line that says best why a program failed.
-fn reason(tail: &[String]) -> Option<&str> {
-    tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))
+fn reason(tail: &[String]) -> Option<String> {
+    tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word))).map(String::from)
 }
 
 fn describe(status: ExitStatus) -> String {
