@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -377,7 +377,7 @@ impl Repository {
             let what = "another git is at work there, or has left that file behind; remove it then";
             return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", index.display(), lock.display())));
         }
-        savepoint.check(&files)?;
+        savepoint.check(&self.branch, &files)?;
         let index = self.copy_of_index(scratch)?;
         self.refresh(&index);
         let check = self.by(&index).args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
@@ -410,7 +410,7 @@ impl Repository {
         fault::point("accept: saved");
         let mut begun = false;
         let forwarded = made.and_then(|()| {
-            self.update_branch(commit, || {
+            self.update_branch(commit, &savepoint.errors(), || {
                 fault::point("accept: branch locked");
                 savepoint.lock_index()?;
                 savepoint.copy_index()?;
@@ -534,19 +534,24 @@ impl Repository {
     }
 
     /// Moves the branch from HEAD to `commit`, if it is still at HEAD; `meanwhile` is done while it is
-    /// locked, and if that fails, the branch stays.
-    fn update_branch(&self, commit: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// locked, and if that fails, the branch stays. `errors` is a file for what git says.
+    fn update_branch(&self, commit: &str, errors: &Path, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
         let doing = || format!("move {} to {commit}", self.branch);
-        let mut git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]).talk(None)?;
+        let git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]);
+        let mut git = git.talk(Some(File::create(errors).context(doing)?))?;
+        let said = |error: std::io::Error| {
+            let said = fs::read_to_string(errors).unwrap_or_default();
+            reason(&said.lines().map(String::from).collect::<Vec<_>>()).unwrap_or_else(|| error.to_string())
+        };
         let locked = git
             .ask("start", "start: ok")
             .and_then(|()| git.say(&format!("update {} {commit} {}", self.branch, self.head)))
             .and_then(|()| git.ask("prepare", "prepare: ok"));
-        locked.context(doing)?;
+        locked.map_err(said).context(doing)?;
         let done = meanwhile();
         let asked = if done.is_ok() { git.ask("commit", "commit: ok") } else { git.ask("abort", "abort: ok") };
         done?;
-        asked.and_then(|()| git.end()).context(doing)
+        asked.and_then(|()| git.end()).map_err(said).context(doing)
     }
 
     fn git(&self) -> Program {

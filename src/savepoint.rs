@@ -106,10 +106,19 @@ impl Savepoint {
         Ok(())
     }
 
-    /// Fails if there would be no way back.
-    pub fn check(&self, files: &[Changed]) -> Result<()> {
+    /// Fails if this user may not move the branch, or if there would be no way back.
+    pub fn check(&self, branch: &str, files: &[Changed]) -> Result<()> {
         let doing = || format!("save files to {}", self.directory.display());
         let me = geteuid();
+        let reflog = Path::new("logs").join(branch);
+        for path in ["HEAD".as_ref(), branch.as_ref(), "logs/HEAD".as_ref(), reflog.as_path()].map(|path| self.git_directory.join(path)) {
+            let place = path.ancestors().skip(1).find(|place| place.is_dir()).unwrap_or(&self.git_directory);
+            let is_log = path.ends_with("logs/HEAD") || path.ends_with(&reflog);
+            let log = Some((path.as_path(), AccessFlags::W_OK)).filter(|_| is_log && path.exists());
+            for (path, needed) in [(place, AccessFlags::W_OK | AccessFlags::X_OK)].into_iter().chain(log) {
+                access(path, needed).map_err(|error| format!("{}: {}", path.display(), error.desc())).context(doing)?;
+            }
+        }
         for file in files {
             let path = self.top.join(&file.path);
             let place = path.ancestors().skip(1).find(|place| place.is_dir()).unwrap_or(&self.top);
@@ -179,6 +188,11 @@ impl Savepoint {
             }
         }
         Ok(())
+    }
+
+    /// A file for what git says meanwhile.
+    pub fn errors(&self) -> PathBuf {
+        self.directory.join("errors")
     }
 
     /// Locks the index: by a file that nobody can take for another's.
