@@ -132,7 +132,7 @@ mod tests {
         fs::write(&outside, "").unwrap();
         for place in [&there, &place.path().join("there.new")] {
             let make: [&dyn Fn(); 3] = [&|| fs::write(place, "old").unwrap(), &|| symlink(&outside, place).unwrap(), &|| {
-                fs::create_dir_all(place.join("a/b")).unwrap()
+                fs::create_dir_all(place.join("a/b")).unwrap();
             }];
             for make in make {
                 clear(place).unwrap();

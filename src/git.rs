@@ -488,6 +488,8 @@ impl Repository {
             })
             .collect();
         if !hidden.is_empty() && savepoint.owns_index().is_ok() {
+            // the end of a link changes a file's time, too
+            savepoint.release_files(files.len())?;
             savepoint.copy_index()?;
             let skipped = hidden.iter().filter(|(tag, _)| tag[0].eq_ignore_ascii_case(&b's'));
             let skipped: Vec<_> = skipped.map(|(_, path)| OsStr::from_bytes(path)).collect();

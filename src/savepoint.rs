@@ -413,6 +413,12 @@ impl Savepoint {
         paths.into_iter().try_for_each(|path| sync(&path).context(|| format!("sync {}", path.display())))
     }
 
+    /// Forgets the saved files, once all of them have their names.
+    pub fn release_files(&self, count: usize) -> Result<()> {
+        let mut saved = (0..count).map(|number| self.saved(number));
+        saved.try_for_each(|saved| files::remove(&saved).context(|| format!("remove {}", saved.display())))
+    }
+
     /// Forgets all of it, and unlocks the index.
     pub fn discard(&self) -> Result<()> {
         let discard = || -> io::Result<()> {
