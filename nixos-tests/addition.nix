@@ -58,6 +58,19 @@ in
         };
       };
     })
+    # units that ran, and now cannot be loaded, or miss what they require
+    (lib.mkIf (trouble == "unit-broken") {
+      systemd.services.scenario-daemon.serviceConfig.ExecStart = lib.mkForce "";
+    })
+    (lib.mkIf (trouble == "unit-requires") {
+      systemd.services.scenario-daemon.requires = [ "scenario-missing.service" ];
+    })
+    (lib.mkIf (trouble == "timer") {
+      systemd.timers.scenario-clock.timerConfig.OnCalendar = lib.mkForce "on a Sunday";
+    })
+    (lib.mkIf (trouble == "wait") {
+      system.activationScripts.trouble = "until [ -e /run/scenario-go ]; do sleep 0.1; done";
+    })
     (lib.mkIf (trouble == "reboot") {
       system.extraSystemBuilderCmds = "echo another > $out/init-interface-version";
     })

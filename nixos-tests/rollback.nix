@@ -40,13 +40,31 @@ in
           };
         };
       };
-      # broken, unless it is told to be calm
-      systemd.services.scenario-flaky = {
-        unitConfig.ConditionPathExists = "!/run/scenario-calm";
-        wantedBy = [ "multi-user.target" ];
-        serviceConfig = {
-          Type = "oneshot";
-          ExecStart = "/bin/sh -c 'exit 1'";
+      systemd = {
+        services = {
+          # broken, unless it is told to be calm
+          scenario-flaky = {
+            unitConfig.ConditionPathExists = "!/run/scenario-calm";
+            wantedBy = [ "multi-user.target" ];
+            serviceConfig = {
+              Type = "oneshot";
+              ExecStart = "/bin/sh -c 'exit 1'";
+            };
+          };
+          # what this machine is there for
+          scenario-daemon = {
+            wantedBy = [ "multi-user.target" ];
+            unitConfig.StartLimitIntervalSec = 0;
+            serviceConfig.ExecStart = "/bin/sh -c 'exec sleep infinity'";
+          };
+          scenario-clock.serviceConfig = {
+            Type = "oneshot";
+            ExecStart = "/bin/sh -c true";
+          };
+        };
+        timers.scenario-clock = {
+          wantedBy = [ "timers.target" ];
+          timerConfig.OnCalendar = "yearly";
         };
       };
     };

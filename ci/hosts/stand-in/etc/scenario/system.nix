@@ -54,12 +54,15 @@ else
           echo $trouble > $out/trouble
           echo stand-in > $out/nixos-version
           [ $trouble = reboot ] && echo 2 > $out/init-interface-version || echo 1 > $out/init-interface-version
-          if [ $trouble = unit ]; then
-            chmod u+w $out/etc/systemd/system
-            printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' \
-              > $out/etc/systemd/system/scenario-trouble.service
-          fi
-          [ $trouble = no-nixos ] || ln -s /sbin/init $out/init
+          units=$out/etc/systemd/system
+          chmod -R u+w $out/etc
+          case $trouble in
+            unit) printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' > $units/scenario-trouble.service ;;
+            unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
+            unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
+            timer) sed -i 's/^OnCalendar=.*/OnCalendar=on a Sunday/' $units/scenario-clock.timer ;;
+          esac
+          [ $trouble = no-nixos ] || printf '#!/bin/sh\nexec /sbin/init\n' > $out/init
         ''
       ];
     };
