@@ -48,14 +48,30 @@ def works():
 NOT_A_SYSTEM = machine.succeed(as_deploy("echo plain > /tmp/plain; nix-store --add /tmp/plain")).strip()
 INVALID = "/nix/store/00000000000000000000000000000000-nixos-system-machine"
 
+
+def store_path(make):
+    """What makes `candidate` a link to a store path that the user has made; /tmp/evil leaves a trace where root runs it."""
+    return f"made=/tmp/made; rm -rf $made; {make}; ln -sfn $(nix-store --add $made) candidate"
+
+
+machine.succeed(as_deploy(
+    "mkdir -p /tmp/evil/bin; touch /tmp/evil/init /tmp/evil/nixos-version; "
+    "printf '#!/bin/sh\\ntouch /tmp/root-ran-it\\n' > /tmp/evil/bin/switch-to-configuration; chmod +x /tmp/evil/bin/*"
+))
+
 CANDIDATES = (
-    ("a path outside of the store", "mkdir -p /tmp/evil/bin; touch /tmp/evil/init /tmp/evil/nixos-version; echo '#!/bin/sh' > /tmp/evil/bin/switch-to-configuration; chmod +x /tmp/evil/bin/*; ln -sfn /tmp/evil candidate", "it is no path of the store"),
-    ("a way out of the store", "ln -sfn /nix/store/../../tmp/evil candidate", "it is no path of the store"),
-    ("a path below a store path", "ln -sfn $(readlink /run/current-system)/etc candidate", "it is no path of the store"),
+    ("a path outside of the store", "ln -sfn /tmp/evil candidate", "not a store path"),
+    ("a way out of the store", "ln -sfn /nix/store/../../tmp/evil candidate", "not a store path"),
+    ("a path below a store path", "ln -sfn $(readlink /run/current-system)/etc candidate", "not a store path"),
     ("a store path that is not there", f"ln -sfn {INVALID} candidate", "is not valid"),
-    ("a store path that is no system", f"ln -sfn {NOT_A_SYSTEM} candidate", "it is no NixOS system"),
-    ("a link to a link", "ln -sfn $(readlink candidate) /tmp/link; ln -sfn /tmp/link candidate", "it is no path of the store"),
-    ("an argument", "ln -sfn -- --delete candidate", "it is no path of the store"),
+    ("a store path that is no system", f"ln -sfn {NOT_A_SYSTEM} candidate", "not a directory"),
+    ("a store path that is a link out of the store", store_path("ln -s /tmp/evil $made"), "not a directory"),
+    ("a store path that is a link to a system", store_path("ln -s $(readlink /run/current-system) $made"), "not a directory"),
+    ("a system whose program is outside", store_path("cp -r /tmp/evil $made; ln -sf /tmp/evil/bin/switch-to-configuration $made/bin/"), "leads out of the store"),
+    ("a system whose programs are outside", store_path("cp -r /tmp/evil $made; rm -r $made/bin; ln -s /tmp/evil/bin $made/bin"), "leads out of the store"),
+    ("a system by way of a link outside", store_path("cp -r /tmp/evil $made; ln -sfn $(readlink /run/current-system) /tmp/way; ln -sf /tmp/way/init $made/init"), "leads out of the store"),
+    ("a link to a link", "ln -sfn $(readlink candidate) /tmp/link; ln -sfn /tmp/link candidate", "not a store path"),
+    ("an argument", "ln -sfn -- --delete candidate", "not a store path"),
     ("a file", "rm candidate; echo /run/current-system > candidate", "Failed to read the candidate"),
     ("a FIFO", "rm candidate; mkfifo candidate", "Failed to read the candidate"),
     ("a directory", "rm candidate; mkdir candidate", "Failed to read the candidate"),
@@ -67,14 +83,18 @@ NOTES = (
     ("a directory", "rm notes.json; mkdir notes.json", "not a regular file"),
     ("endless", "rm notes.json; truncate -s 10G notes.json", "more than"),
     ("no JSON", "echo '{' > notes.json", "Failed to read"),
-    ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"0\"/' notes.json", "there is no proposal"),
-    ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "Failed to"),
+    ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"00000000000000000000000000000000\"/' notes.json", "there is no proposal"),
+    ("of no run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"..\"/' notes.json", "expected the identifier of a run"),
+    ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"0000000000000000000000000000000000000000\"/' notes.json", "Failed to"),
+    ("of no commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "expected the hash of an object of git"),
+    ("of no branch", "sed -i 's#\"branch\":\"[^\"]*\"#\"branch\":\"--force\"#' notes.json", "expected a branch"),
+    ("of a stage of root's", "sed -i 's/\"stage\":\"[a-z]*\"/\"stage\":\"conclude\"/' notes.json", "not for these stages to say"),
 )
-for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES, 5)), ("notes are", "notes.json", some(machine, NOTES, 3))):
+for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES, 7)), ("notes are", "notes.json", some(machine, NOTES, 3))):
     for what, make, words in cases:
         with subtest(f"the {name} {what}"):
             attempt("activate: begun", f"cd {OWN}; {make}", words)
-            machine.succeed(as_deploy(f"rm -rf {OWN}/{file}"))
+            machine.succeed(as_deploy(f"rm -rf {OWN}/{file}"), "test ! -e /tmp/root-ran-it")
 
 with subtest("what the notes say does not forge the journal, or steer a terminal"):
     forged = r"a\\nekiben: forged line\\u001b[2J"

@@ -80,7 +80,11 @@ for way in WAYS:
             print(f"{way} at {point}: {end}")
             # only after a power cut, or where nothing was left to conclude it, the run is made up for
             decided = point in ("activate: persisted", *(point for point in POINTS if point.startswith(("accept:", "conclude:"))))
-            expected = "old" if goes_back else "new" if decided or way == "crash" else "old"
+            # what took the machine down, as far as anybody can know, is not tried again unasked
+            took_down = way == "crash" and point in ("activate: switching", "activate: switched", "activate: healthy")
+            expected = "old" if goes_back or took_down else "new" if decided or way == "crash" else "old"
+            if took_down:
+                assert "known to be bad" in last_run(machine, "app")["error"], last_run(machine, "app")
             assert end == expected or way == "kill-all" and not goes_back, (end, expected)
             if goes_back or end == "old":
                 publish(machine, "app", str(next(COUNT)))
@@ -101,6 +105,107 @@ for way in WAYS:
             cut_off(way)
             end = settled(content, before)
             assert end == ("new" if way == "crash" else "old") or way == "kill-all", end
+
+
+
+def begin(*points, content=None):
+    """Starts a run that is held at the first of some points."""
+    content = content or str(next(COUNT))
+    publish(machine, "app", content)
+    hold(machine, *points)
+    until_said(f"Held at {points[0]}.")
+    return content
+
+
+def end():
+    """Waits for the end of the run; returns how it ended."""
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json -a ! -e /var/lib/ekiben/queue/app")
+    wait_until_idle(machine, "app")
+    machine.succeed("rm -f /run/ekiben-fault")
+    return last_run(machine, "app")
+
+
+def works():
+    """Checks that the next run deploys."""
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
+
+with subtest("only what moves the branch is killed, when it has moved it"):
+    content = begin("accept: branch moved")
+    machine.succeed("rm /run/ekiben-fault; pkill -KILL -f '[c]andidate accept'")
+    assert end()["result"] == "deployed", last_run(machine, "app")
+    assert settled(content, None) == "new"
+
+if STAND_IN:
+    with subtest("the disk fails when the journal is to say that the new system is the one to boot"):
+        before = state()
+        begin("activate: boot loader set", "back: begun")
+        machine.succeed("mount --bind -o ro /var/lib/ekiben/runs /var/lib/ekiben/runs")
+        go_on(machine, "activate: boot loader set")
+        wait_until_said(machine, "app", "Held at back: begun.")
+        machine.succeed("umount /var/lib/ekiben/runs")
+        go_on(machine, "back: begun")
+        ended = end()
+        assert ended["result"] == "rolledBack" and "Read-only file system" in ended["error"], ended
+        assert {**state(), "shows": ""} == {**before, "shows": ""}
+        works()
+
+    with subtest("the disk is full when the report is to be written"):
+        content = begin("conclude: accepted")
+        machine.succeed(
+            "cp -a /var/lib/ekiben /var/lib/ekiben.away; mount -t tmpfs -o size=2M,mode=755 tmpfs /var/lib/ekiben",
+            "cp -a /var/lib/ekiben.away/. /var/lib/ekiben/",
+            "dd if=/dev/zero of=/var/lib/ekiben/filler bs=4k 2>/dev/null || true",
+        )
+        go_on(machine, "conclude: accepted")
+        ended = end()
+        assert ended["result"] == "deployed" and status(machine, "app")["running"] is None, ended
+        machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
+        works()
+
+    with subtest("what it would go back to is collected as garbage"):
+        before = (digest(machine), generation(machine), running(machine))
+        begin("activate: profile set")
+        machine.succeed("nix-collect-garbage --delete-old", f"test -e {before[2]}/init", f"! test -e {PROFILE}-{before[1].split('-')[1]}-link")
+        cut_off("kill")
+        assert (digest(machine), generation(machine), running(machine)) == before
+        works()
+
+    with subtest("the machine boots an older system after a power cut: nothing is deployed"):
+        old = running(machine)
+        begin("activate: persisted")
+        machine.succeed(f"ln -sfn {old} /boot/system; sync")
+        machine.crash()
+        machine.start()
+        machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json -a ! -e /var/lib/ekiben/queue/app")
+        wait_until_idle(machine, "app")
+        # it is not the candidate's fault: the run after the boot tries it again
+        made_up_for, ended = status(machine, "app")["runs"][:2]
+        assert ended["result"] == "rolledBack" and f"booted another system, {old}" in ended["error"], ended
+        assert made_up_for["result"] == "deployed", made_up_for
+        check_deployed(machine, "app")
+
+with subtest("somebody switches back at the last moment: nothing is deployed"):
+    before, old = state(), running(machine)
+    begin("activate: persisted")
+    machine.succeed(f"{old}/bin/switch-to-configuration test")
+    go_on(machine, "activate: persisted")
+    ended = end()
+    assert ended["result"] == "rolledBack" and f"switched to another system, {old}" in ended["error"], ended
+    assert state() == before
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
+with subtest("a run at work is not ended by another's hand"):
+    content = begin("build: begun")
+    machine.fail("ekiben conclude app")
+    assert "it is under way" in machine.execute("ekiben conclude app 2>&1")[1]
+    machine.succeed("test -e /var/lib/ekiben/runs/app.json", "systemctl start ekiben.service")
+    go_on(machine, "build: begun")
+    assert end()["result"] == "deployed", last_run(machine, "app")
+    assert settled(content, None) == "new"
 
 if STAND_IN:
     with subtest("killed at a random moment, again and again"):

@@ -96,7 +96,7 @@ with subtest("the build never ends"):
 
 with subtest("what was built is no NixOS"):
     publish(server, "app", next(COUNT), trouble="no-nixos")
-    fails("failed", "activate", "it is no NixOS system, it has no init")
+    fails("failed", "activate", "/init is missing")
     works()
 
 with subtest("the Nix daemon is down"):
@@ -219,8 +219,79 @@ with subtest("the same, where that is to be kept"):
     works()
 
 with subtest("a unit fails that had failed before: a warning"):
-    assert "failed again" in " ".join(works()["warnings"]), last_run(server, "app")
+    assert "failed again: scenario-flaky.service" in " ".join(works()["warnings"]), last_run(server, "app")
+
+with subtest("a unit fails that has always failed, though it did not show: not the candidate's doing"):
+    server.succeed("systemctl reset-failed")
+    publish(server, "app", next(COUNT))
+    ended = run(server, "app")
+    assert ended["result"] == "rolledBack", ended
+    assert "with the old system it is the same: Failed to start scenario-flaky.service" in ended["error"], ended
+    # so it is tried again unasked, now that it shows
+    ended = run(server, "app")
+    assert ended["result"] == "deployed" and "failed again" in " ".join(ended["warnings"]), ended
+    check_deployed(server, "app")
     server.succeed("touch /run/scenario-calm; systemctl reset-failed")
+
+DOWN = (
+    ("cannot be loaded any more", "unit-broken", "scenario-daemon.service (bad-setting)"),
+    ("requires one that is missing", "unit-requires", "scenario-daemon.service (inactive)"),
+    ("is a timer that never elapses", "timer", "scenario-clock.timer (bad-setting)"),
+)
+for what, trouble, unit in DOWN:
+    with subtest(f"a unit that has run {what}: it is not active, which is as bad as failed"):
+        publish(server, "app", next(COUNT), trouble=trouble)
+        fails("rolledBack", "activate", f"Failed to start {unit}")
+        server.require_unit_state("scenario-daemon.service", "active")
+        server.require_unit_state("scenario-clock.timer", "active")
+works()
+
+
+def while_it_waits(command, content, trouble="wait"):
+    """Does something in the middle of an activation; returns how the run ended."""
+    server.succeed("rm -f /run/scenario-go")
+    publish(server, "app", content, trouble=trouble)
+    follow(server, "app")
+    server.succeed("systemctl start --no-block ekiben-app.service")
+    wait_until_said(server, "app", "activating the configuration...")
+    server.succeed(command, "touch /run/scenario-go")
+    wait_until_idle(server, "app")
+    return last_run(server, "app")
+
+
+with subtest("a unit that is nobody's but a user's fails meanwhile: that is no one's fault"):
+    failing = "systemd-run --unit={} --property=Restart=always --property=RestartSec=50ms --property=StartLimitIntervalSec=0 sh -c 'exit 1'"
+    # so that the status of the switch tells of a unit that has failed
+    server.succeed("rm /run/scenario-calm; ! systemctl start scenario-flaky")
+    ended = while_it_waits(failing.format("mine"), str(next(COUNT)))
+    assert ended["result"] == "deployed", ended
+    check_deployed(server, "app")
+    server.succeed("systemctl stop mine; systemctl reset-failed mine || true")
+    before = everything()
+    ended = while_it_waits(failing.format("yours"), "sick")
+    assert ended["result"] == "rolledBack" and "health check app" in ended["error"], ended
+    server.succeed("systemctl stop yours; systemctl reset-failed yours || true")
+    check_unchanged(before)
+    server.succeed("touch /run/scenario-calm; systemctl reset-failed")
+    works()
+
+with subtest("a unit is just being started again when the old system comes back"):
+    old = running(server)
+    server.succeed(
+        "systemctl stop scenario-daemon; mkdir -p /run/systemd/system/scenario-daemon.service.d",
+        "printf '%s\n' [Service] Restart=always RestartSec=1s ExecStart= "
+        "\"ExecStart=/bin/sh -c 'test ! -e /run/scenario-nervous || exit 1; exec sleep infinity'\" > /run/systemd/system/scenario-daemon.service.d/nervous.conf",
+        "systemctl daemon-reload; systemctl start scenario-daemon",
+    )
+    # nervous for a while as soon as it goes back
+    server.succeed("systemd-run --unit=calm-down sh -c 'until journalctl -u ekiben-app -n 3 -o cat | grep \"Going back to\"; do sleep 0.2; done; "
+                   "touch /run/scenario-nervous; systemctl kill scenario-daemon; sleep 3; rm /run/scenario-nervous'")
+    publish(server, "app", "sick")
+    ended = run(server, "app")
+    assert ended["result"] == "rolledBack", ended
+    assert running(server) == old
+    server.succeed("rm -r /run/systemd/system/scenario-daemon.service.d; systemctl daemon-reload; systemctl restart scenario-daemon")
+    works()
 
 with subtest("a health check fails that had passed before"):
     works()
@@ -240,14 +311,40 @@ with subtest("what is known to be bad is not tried again by the timer, but when 
         wait_until_idle(server, "app")
         return last_run(server, "app")
 
+    def by_request():
+        server.succeed("ekiben trigger app")
+        server.wait_until_succeeds("ekiben status --json app | jq -e '.app.queued == false and .app.running == null'")
+        wait_until_idle(server, "app")
+        return last_run(server, "app")
+
+    def pass_time():
+        server.succeed("cd /var/lib/ekiben/status; jq '.bad.tried -= 4000' app.json > app.new; mv app.new app.json")
+
+    publish(server, "app", next(COUNT), trouble="activation")
+    fails("rolledBack", "activate", "Failed to activate the new system")
+    said = output()
+    assert "trouble" in said
     before = everything()
-    ended = by_timer()
-    assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "known to be bad" in ended["error"], ended
-    server.succeed("ekiben trigger app")
-    server.wait_until_succeeds("ekiben status --json app | jq -e '.app.queued == false and .app.running == null'")
-    wait_until_idle(server, "app")
-    ended = last_run(server, "app")
+    for _ in range(2):
+        ended = by_timer()
+        assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "known to be bad (tried 1 times" in ended["error"], ended
+        # and why it is stays
+        assert "Failed to activate the new system: exited with 2" in ended["error"] and output() == said, ended
+    # nor too often, whoever asks
+    activations = "journalctl -u ekiben-app -o cat | grep -c ' test ...$'"
+    count = server.succeed(activations)
+    for _ in range(3):
+        ended = by_request()
+        assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "not before" in ended["error"], ended
+        assert ended["commit"] and output() == said, ended
+    known = status(server, "app")
+    assert known["served"] > 0 and known["bad"]["tries"] == 1, known
+    assert server.succeed(activations) == count
+    pass_time()
+    ended = by_request()
     assert (ended["result"], ended["trigger"]) == ("rolledBack", "request"), ended
+    assert status(server, "app")["bad"]["tries"] == 2
+    assert "not before" in by_request()["error"]
     check_unchanged(before)
     works()
 
@@ -257,17 +354,51 @@ with subtest("the new system has no network"):
     server.succeed("ping -c 1 -W 5 client")
     works()
 
-with subtest("going back fails, too: said loudly, and not tried for ever"):
-    old = running(server)
+with subtest("going back fails, too: said loudly, tried again by the next runs, and nothing is deployed by that"):
+    old = (running(server), generation(server))
     publish(server, "app", "sick")
-    server.succeed(f"mount --bind $(readlink -f $(type -P false)) $(readlink -f {old}/bin/switch-to-configuration)")
+    program = f"$(readlink -f {old[0]}/bin/switch-to-configuration)"
+    server.succeed(f"mount --bind $(readlink -f $(type -P false)) {program}")
     ended = run(server, "app")
-    server.succeed(f"umount $(readlink -f {old}/bin/switch-to-configuration)")
     assert ended["result"] == "stuck" and "this machine needs a hand" in ended["error"], ended
     assert "health check app" in ended["error"], ended
     assert "STUCK, needs a hand" in server.succeed("ekiben status")
     server.require_unit_state("ekiben-app.service", "failed")
-    server.succeed("test ! -e /var/lib/ekiben/runs/app.json", f"{old}/bin/switch-to-configuration test")
+    sick = running(server)
+    assert sick != old[0] and shows(server, "app") == "sick"
+    ended = by_timer()
+    assert ended["result"] == "failed" and "known to be bad" in ended["error"], ended
+    assert "the roll back of an earlier run has failed again" in " ".join(ended["warnings"]), ended
+    if is_host(server):
+        pass_time()
+        ended = by_request()
+        assert ended["result"] == "stuck" and "health check app" in ended["error"], ended
+    assert (running(server), generation(server)) == (sick, old[1])
+    server.succeed("test ! -e /var/lib/ekiben/runs/app.json", f"umount {program}")
+    ended = by_timer()
+    assert "has been completed" in " ".join(ended["warnings"]), ended
+    assert (running(server), generation(server)) == old
+    server.succeed("test ! -e /var/lib/ekiben/runs/app.stuck")
+    works()
+
+with subtest("what goes back is killed"):
+    publish(server, "app", "sick")
+    program = running(server) + "/bin/switch-to-configuration"
+    server.succeed(
+        # the first two times
+        f"cp --dereference {program} /tmp/really; printf '%s\n' '#!/bin/sh' 'echo >> /tmp/times' '[ $(wc -l < /tmp/times) -gt 2 ] || kill -KILL $$' > /tmp/killed",
+        f"echo 'exec -a {program} /tmp/really \"$@\"' >> /tmp/killed; sed -i 1s/sh/bash/ /tmp/killed; chmod +x /tmp/killed; rm -f /tmp/times",
+    )
+    if is_host(server):
+        # what it is told by its own path
+        server.succeed(f"sed -i 's#os.path.realpath(sys.argv\\[0\\])#\"{program}\"#' /tmp/really")
+        server.succeed(f"mount --bind /tmp/killed $(readlink -f {program})")
+        before = everything()
+        ended = run(server, "app")
+        assert ended["result"] == "rolledBack" and "health check app" in ended["error"], ended
+        assert int(server.succeed("wc -l < /tmp/times")) > 2
+        check_unchanged(before)
+        server.succeed(f"umount $(readlink -f {program})")
     works()
 
 with subtest("going back is switched off"):

@@ -139,10 +139,36 @@ with subtest("a switch changes the lines of an instance whose run is under way: 
     by_hand()
     settle()
 
-for variant in ("removed", "renamed", "disabled"):
+with subtest("an administrator's switch removes an instance whose run is under way: it is not ended before its end"):
+    hold(machine, "build: begun")
+    publish(machine, "app", str(next(COUNT)))
+    follow(machine, "app")
+    number = post("app")
+    wait_until_said(machine, "app", "Held at build: begun.")
+    publish(machine, "app", str(next(COUNT)), variant="removed")
+    deploy(machine, "nix flake update app; git commit -qam 'without it'")
+    rebuild(machine)
+    current = "removed"
+    machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben.service | grep -x active")
+    machine.succeed("test -e /var/lib/ekiben/runs/app.json")
+    go_on(machine, "build: begun")
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json -a -e /var/lib/ekiben/queue/app")
+    settle()
+    assert known("app")["runs"][0]["result"] == "startedOver", known("app")["runs"][0]
+    by_hand()
+    settle()
+    assert known("app")["served"] >= number
+
+for variant, words in (
+    ("removed", "does not have the instance app"),
+    ("renamed", "does not have the instance app"),
+    ("disabled", "this machine will not update itself any more"),
+):
     with subtest(f"a switch leaves the instance {variant}"):
         asked = switch(variant)
         settle()
+        ended = next(ended for ended in known("app")["runs"] if ended["result"] == "deployed")
+        assert words in " ".join(ended["warnings"]), ended
         # what cannot be served any more stays, and is served when the instance is there again
         machine.succeed("test -e /var/lib/ekiben/queue/app")
         if variant == "disabled":

@@ -116,7 +116,7 @@ with subtest("a client can wait for the outcome, and fail if the deployment did"
 
 with subtest("the state is that of the token's instance, and tells how it is, not why"):
     state = json.loads(client.succeed(f"curl -fsS {token('app')} {URL}"))
-    assert sorted(state) == ["last", "queued", "running", "served"], state
+    assert sorted(state) == ["bad", "last", "queued", "running", "served"], state
     assert state["last"]["result"] == "deployed" and state["last"]["commit"] == head(server), state
     assert (state["queued"], state["running"]) == (False, None), state
     assert json.loads(client.succeed(f"curl -fsS {token('other')} {URL}"))["served"] < state["served"]

@@ -8,6 +8,7 @@
 //! which reads it. This stage ends its run by itself, since the switch may have changed or removed
 //! the unit that it is part of.
 
+use std::fs;
 use std::path::Path;
 
 use crate::candidate::Fate;
@@ -17,11 +18,13 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::health;
 use crate::layout::Layout;
-use crate::nix;
+use crate::nix::{self, Generation};
 use crate::notes::Notes;
+use crate::program::Ended;
 use crate::run::{Before, Decision, Failure, Phase, Run, Stage};
 use crate::status::Status;
-use crate::system;
+use crate::system::{self, Turn};
+use crate::units::Units;
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
@@ -30,23 +33,23 @@ pub fn activate(layout: &Layout, configured: bool) -> Result<()> {
         return Err(Error::new("Failed to activate: no run is under way"));
     };
     Status::announce(layout, &run, Stage::Activate)?;
-    let turn = system::turn()?;
     fault::point("activate: begun");
+    let mut turn = None;
     if !configured {
         run.decision = Some(Decision::StartOver);
-    } else if let Err(error) = attempt(layout, &mut run) {
+    } else if let Err(error) = attempt(layout, &mut run, &mut turn) {
         log::warn!("{error}.");
         run.failure = Some(Failure::new(Stage::Activate, &error));
         // the end is the same if this cannot be written, but for the reason in its report
         let _ = run.save(layout);
     }
-    conclude::end(layout, run, &turn)
+    conclude::end(layout, run, turn)
 }
 
 /// As far as the candidate running, booted from now on; the branch is the conclusion's.
-fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
-    let notes = Notes::read_of(layout, &run.id)?;
-    let Some(proposal) = notes.as_ref().and_then(|notes| notes.proposal.as_ref()) else {
+fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
+    run.notes = Notes::read_of(layout, &run.id)?;
+    let Some(proposal) = run.proposal() else {
         return Err(Error::new("Failed to activate: there is no proposal"));
     };
     if proposal.unchanged {
@@ -54,27 +57,31 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
         return run.save(layout);
     }
     let system = nix::trusted_system(&layout.candidate(), layout.name())?;
-    if !conclude::settle(layout, run, Fate::Check)? {
-        run.decision = Some(Decision::StartOver);
-        return run.save(layout);
+    run.candidate = Some(system.clone());
+    // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
+    while turn.is_none() {
+        let count = Turn::count();
+        if !conclude::settle(layout, run, Fate::Check)? {
+            run.decision = Some(Decision::StartOver);
+            return run.save(layout);
+        }
+        *turn = Turn::take_at(count)?;
     }
     fault::point("activate: candidate checked");
 
-    let before = Before { system: system::current()?, generation: nix::current_generation()?, failed_units: system::failed_units()? };
-    let is_booted = before.generation.as_ref().is_some_and(|generation| generation.system == system);
-    let runs = before.system == system;
-    run.candidate = Some(system.clone());
+    let generation = nix::current_generation()?;
+    let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
+    let before = before(layout, run, generation.clone())?;
     run.before = Some(before.clone());
 
-    if run.instance.operation == Operation::Switch && !runs {
-        run.passed = health::passing(&run.instance.health_checks);
+    if run.instance.operation == Operation::Switch && before.system != system {
         run.enter(Phase::Switching, layout)?;
         fault::point("activate: switching");
         switch(run, &system, &before)?;
         fault::point("activate: switched");
         verify(layout, run, &system, &before)?;
         fault::point("activate: healthy");
-        if !run.reboot_needed && system::current()? != system || nix::current_generation()? != before.generation {
+        if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
             // another hand: what it did is to stay
             run.before = None;
             run.enter(Phase::Begun, layout)?;
@@ -88,11 +95,33 @@ fn attempt(layout: &Layout, run: &mut Run) -> Result<()> {
         fault::point("activate: profile set");
         system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
         fault::point("activate: boot loader set");
-        run.reboot_needed |= run.instance.operation == Operation::Boot;
     }
+    run.reboot_needed |= run.instance.operation == Operation::Boot && system::current()? != system;
+    run.warnings.extend(missing_from(&system, layout.name()));
     run.enter(Phase::Persisted, layout)?;
     fault::point("activate: persisted");
     Ok(())
+}
+
+/// What there is to go back to, kept from being collected as garbage. Where a run could not be put back and
+/// its system still runs, that is what was before that one.
+fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
+    let system = system::current()?;
+    let stuck = Run::load_stuck(layout)?.filter(|stuck| stuck.candidate.as_ref() == Some(&system));
+    let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
+        run.passed = passed;
+        before
+    } else {
+        if run.instance.operation == Operation::Switch && run.candidate.as_ref() != Some(&system) {
+            run.passed = health::passing(&run.instance.health_checks);
+        }
+        Before { system, generation, last_generation: nix::last_generation()?, units: Units::now()? }
+    };
+    nix::keep(&before.system, &nix::before_root(layout, "system"))?;
+    if let Some(generation) = &before.generation {
+        nix::keep(&generation.system, &nix::before_root(layout, "generation"))?;
+    }
+    Ok(before)
 }
 
 /// Activates the candidate without making it what is booted.
@@ -100,29 +129,35 @@ fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
     match ended.status.code() {
         // the documented ones: all well, some unit failed, only a reboot can bring this
-        Some(0) => Ok(()),
         Some(4) if ended.seen => Err(Error::new("Failed to activate the new system: an activation script failed").with_tail(ended.tail)),
-        Some(4) => {
-            let new = system::check_units(&before.failed_units);
-            let keep = run.instance.on_unit_failure == OnUnitFailure::Keep;
-            match new {
-                Err(error) if !keep => Err(error.with_tail(ended.tail)),
-                Err(error) => {
-                    run.warnings.push(error.to_string());
-                    Ok(())
-                }
-                Ok(()) => {
-                    run.warnings.push("units that had failed before the switch have failed again".into());
-                    Ok(())
-                }
-            }
-        }
+        Some(0 | 4) => check_units(run, system, before, ended),
         Some(100) => {
             run.reboot_needed = true;
             Ok(())
         }
         _ => ended.success(),
     }
+}
+
+/// Fails if a unit is worse off than before, unless that is to be kept.
+fn check_units(run: &mut Run, system: &Path, before: &Before, ended: Ended) -> Result<()> {
+    let worse = before.units.worse_under(&before.system, system)?;
+    run.worse = worse.keys().cloned().collect();
+    if !worse.is_empty() {
+        let error = conclude::failed_to_start(&worse);
+        if run.instance.on_unit_failure == OnUnitFailure::Rollback {
+            return Err(error.with_tail(ended.tail));
+        }
+        run.warnings.push(error.to_string());
+    } else if ended.status.code() == Some(4) {
+        let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
+        run.warnings.push(if again.is_empty() {
+            "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
+        } else {
+            format!("units that had failed before the switch have failed again: {}", again.join(", "))
+        });
+    }
+    Ok(())
 }
 
 /// Has the health checks say whether the candidate does its work. Where nothing but another machine
@@ -135,16 +170,31 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     if !run.instance.rollback {
         return Err(error);
     }
-    log::warn!("{error}. Going back to {}, to see whether it is the same there ...", before.system.display());
+    log::warn!("{error}. Going back to {}, to check whether the old system fails, too ...", before.system.display());
     run.enter(Phase::Returning, layout)?;
     conclude::put_back(run, before, false)?;
     if health::verify(&checks, &remote).is_ok() {
         return Err(error);
     }
-    log::warn!("It is the same there: the new system is not to blame.");
+    log::warn!("The check fails with the old system, too; keeping the new one.");
     run.warnings.push(format!("{error}; it was the same with the old system, so the new one stays"));
     run.passed = local;
     run.enter(Phase::Switching, layout)?;
     switch(run, system, before)?;
     health::verify(&checks, &run.passed)
+}
+
+/// A warning, if the new system does not have what has just deployed it.
+fn missing_from(system: &Path, instance: &str) -> Option<String> {
+    let instances: Vec<String> = fs::read_dir(system.join("etc/systemd/system"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter_map(|name| Some(name.strip_prefix("ekiben-")?.strip_suffix(".path")?.to_owned()))
+        .collect();
+    if instances.is_empty() {
+        return Some("the new system does not have Ekiben, or no instance of it: this machine will not update itself any more".into());
+    }
+    let is_gone = !instances.iter().any(|name| name == instance);
+    is_gone.then(|| format!("the new system does not have the instance {instance}: it will not run any more"))
 }

@@ -20,7 +20,16 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if layout.journal().exists() {
         return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
     }
-    let mut run = Run::new(run_id(), instance.clone());
+    let again = conclude::go_back_again(layout);
+    let mut run = Run::new(run_id()?, instance.clone());
+    match again {
+        Ok(false) => {}
+        Ok(true) => run.warnings.push("the roll back of an earlier run, which had failed, has been completed".into()),
+        Err(error) => {
+            log::error!("{error}.");
+            run.warnings.push(format!("the roll back of an earlier run has failed again: {error}"));
+        }
+    }
     let opened = run.save(layout);
     fault::point("begin: journal opened");
     run.request = queue::take(layout)?;
@@ -30,5 +39,6 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     // even if it could not be noted: it would start run after run
     queue::forget(layout)?;
     noted?;
+    Status::reserve(layout);
     Status::announce(layout, &run, Stage::Prepare)
 }

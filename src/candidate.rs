@@ -7,7 +7,7 @@ use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::git::{self, Repository};
 use crate::layout::Layout;
-use crate::notes::{Notes, Proposal};
+use crate::notes::Proposal;
 
 /// What root may ask for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,12 +39,12 @@ impl Fate {
     }
 }
 
-/// Does it. `run` is the run that the notes must be of.
-pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Result<ExitCode> {
-    carry_out(fate, layout, instance, run).map_err(|error| git::explain(instance, error))
+/// Does it. Without a proposal there is nothing but to drop it.
+pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
+    carry_out(fate, layout, instance, proposal).map_err(|error| git::explain(instance, error))
 }
 
-fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Result<ExitCode> {
+fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
     let repository = Repository::open(instance);
     if let Ok(repository) = &repository {
         repository.recover(layout.name())?;
@@ -52,17 +52,16 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Res
     if fate == Fate::Drop {
         return git::drop_reference(instance, &layout.reference(), layout.name()).map(|()| ExitCode::SUCCESS);
     }
-    let notes = Notes::read_of(layout, run)?;
-    let Some(proposal) = notes.and_then(|notes| notes.proposal) else {
+    let Some(proposal) = proposal else {
         return Err(Error::new("Failed to find the run's proposal"));
     };
     let repository = repository?;
-    let is_in_branch = || repository.branch == proposal.branch && repository.contains(&repository.head, &proposal.commit);
+    let is_in_branch = || repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit);
     if fate == Fate::Accept && is_in_branch() {
         // done before this was cut off, or by the user
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
-    } else if repository.head != proposal.commit {
+    } else if repository.head != *proposal.commit {
         let scratch = layout.scratch()?;
         repository.check_lock_file_is_clean(&scratch)?;
         repository.check_forward(&proposal.commit, layout.name(), &scratch)?;
@@ -74,7 +73,7 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, run: &str) -> Res
         }
     }
     if fate == Fate::Accept {
-        publish(&repository, &proposal, layout, instance);
+        publish(&repository, proposal, layout, instance);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -6,11 +6,9 @@
 //! again. There are two ends: the new system, in the profile, with the branch on its commit; or the
 //! old one, with the repository as it was.
 
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
-
-use nix::fcntl::Flock;
+use std::time::{Duration, Instant};
 
 use crate::candidate::{Fate, MOVED};
 use crate::config::Config;
@@ -20,36 +18,59 @@ use crate::fleet::outbox;
 use crate::health;
 use crate::layout::Layout;
 use crate::nix as store;
-use crate::notes::Notes;
+use crate::notes::{Notes, run_id};
 use crate::program::Program;
 use crate::queue;
-use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
-use crate::status::{self, Ended, Outcome, Status};
-use crate::system;
+use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id, now};
+use crate::status::{Ended, Outcome, Status};
+use crate::system::{self, Turn};
 
 /// How long the way from a commit to the branch, a push included, may take.
 const SETTLE_LIMIT: Duration = Duration::from_secs(600);
+/// How often the user's git is asked if it is killed or takes too long.
+const TRIES: u32 = 3;
+/// Between two looks at something that takes its time.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long units may take to come back with the old system.
+const RECOVERY: Duration = Duration::from_secs(10);
+/// How often later runs try again to go back.
+const RETURNS: u32 = 3;
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
-    if Run::load(layout)?.is_none() {
+    conclude_as(layout, None)
+}
+
+/// The same; where nothing has failed and changed anything, it may be known what the run came to.
+fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
+    let began = now();
+    let Some(run) = Run::load(layout)? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
             _ => Status::report_unopened(layout, "it could not begin; see the journal of its unit"),
         };
+    };
+    if is_at_work(layout, &run)? {
+        let name = layout.name();
+        return Err(Error::new(format!(
+            "Failed to end the run of {name}: it is under way; wait for its end, or stop it: systemctl stop ekiben-{name}"
+        )));
     }
     if system::is_stopping()? {
         // units cannot be started any more: the next boot goes on from here
         return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
     }
-    let turn = system::turn()?;
+    let turn = Turn::take()?;
     // while waiting for the turn, the run may have been ended
     match Run::load(layout)? {
-        Some(run) => {
-            let ended = end(layout, run, &turn);
+        Some(mut run) => {
+            if run.phase == Phase::Begun && run.failure.is_none() {
+                run.decision = run.decision.or(decision);
+            }
+            let ended = end(layout, run, Some(turn));
             // after the unit's stages, not at the beginning of the next run
             if !service_result().is_empty() && !layout.request().exists() {
-                if let Err(error) = system::cancel_start(layout.name()) {
+                if let Err(error) = system::cancel_start(layout.name(), began) {
                     log::warn!("{error}.");
                 }
             }
@@ -59,24 +80,44 @@ pub fn conclude(layout: &Layout) -> Result<()> {
     }
 }
 
-/// Ends the runs that were cut off of instances that are not configured any more: the switch to a
-/// system without them was their last deed.
-pub fn conclude_orphans(config: &Config) {
-    for layout in Layout::new("").with_journal().into_iter().filter(|layout| config.instance(layout.name()).is_err()) {
-        if let Err(error) = conclude(&layout) {
-            log::warn!("{error}.");
-        }
-    }
+/// Whether the unit of a run is still at it; what systemd runs in the end of that unit is part of the run.
+fn is_at_work(layout: &Layout, run: &Run) -> Result<bool> {
+    let is_ours = run_id().is_ok_and(|id| id == run.id);
+    Ok(!is_ours && system::is_at_work(layout.name(), &run.id)?)
 }
 
-/// Ends a run, while it is its turn. Fails if the run did, after reporting it.
-pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
-    let notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
-        log::warn!("{error}.");
-        None
-    });
-    if run.phase == Phase::Persisted {
-        match settle(layout, &mut run, Fate::Accept) {
+/// Ends the runs that were cut off of instances that are not configured any more: the switch to a
+/// system without them was their last deed. Waits for those that are still at work.
+pub fn conclude_orphans(config: &Config) -> Result<()> {
+    let mut orphans = Layout::new("").with_journal();
+    orphans.retain(|layout| config.instance(layout.name()).is_err());
+    while !orphans.is_empty() {
+        let mut waiting = Vec::new();
+        for layout in orphans {
+            match Run::load(&layout)? {
+                Some(run) if is_at_work(&layout, &run)? => waiting.push(layout),
+                // it goes on where the instance is there again
+                _ => conclude_as(&layout, Some(Decision::StartOver)).unwrap_or_else(|error| log::warn!("{error}.")),
+            }
+        }
+        orphans = waiting;
+        if !orphans.is_empty() {
+            std::thread::sleep(PAUSE);
+        }
+    }
+    Ok(())
+}
+
+/// Ends a run; whoever changes what this machine runs has the turn. Fails if the run did, after reporting it.
+pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
+    if run.notes.is_none() {
+        run.notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
+            log::warn!("{error}.");
+            None
+        });
+    }
+    if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
+        match accept(layout, &mut run, &mut turn) {
             Ok(true) => {}
             Ok(false) => run.decision = Some(Decision::StartOver),
             Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
@@ -89,7 +130,7 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         run.decision = Some(Decision::StartOver);
     }
     if run.failure.is_none() && run.decision.is_none() && !accepted {
-        run.failure = notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(&run, notes.as_ref())));
+        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(&run)));
     }
     let mut result = match run.decision {
         _ if accepted => Outcome::Deployed,
@@ -98,23 +139,33 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
         None => Outcome::Failed,
     };
     if !accepted && run.phase != Phase::Begun {
+        take_back(&mut turn)?;
         result = back(layout, &mut run, result);
     }
 
     if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
+        // what the user's git does keeps nobody else waiting
+        turn = None;
         // a ref that is left over is overwritten by the next run
         if let Err(error) = settle(layout, &mut run, Fate::Drop) {
             log::warn!("{error}.");
         }
     }
-    report(layout, &run, result, notes.as_ref());
+    report(layout, &run, result);
+    drop(turn);
     fault::point("conclude: reported");
     if result == Outcome::StartedOver {
         if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
             log::error!("{error}.");
         }
     }
-    if let Err(error) = store::unroot(layout.name()) {
+    let kept = match result {
+        Outcome::Deployed => Run::forget_stuck(layout),
+        Outcome::Stuck => run.keep_stuck(layout),
+        _ => Ok(()),
+    };
+    // what is stuck is still to go back to what is kept for that
+    if let Err(error) = kept.and_then(|()| if layout.stuck().exists() { Ok(()) } else { store::unroot(layout) }) {
         log::warn!("{error}.");
     }
     Run::end(layout)?;
@@ -125,25 +176,68 @@ pub fn end(layout: &Layout, mut run: Run, _turn: &Flock<File>) -> Result<()> {
     Ok(())
 }
 
+/// Takes the turn again, if it has been lost.
+fn take_back(turn: &mut Option<Turn>) -> Result<()> {
+    if turn.is_none() {
+        *turn = Some(Turn::take()?);
+    }
+    Ok(())
+}
+
+/// Makes the candidate the branch, if it is what this machine runs, before and after; false if the branch has moved.
+fn accept(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<bool> {
+    take_back(turn)?;
+    check_is_in_place(run)?;
+    let Some(mine) = turn.take() else { return Ok(false) };
+    let (settled, kept) = mine.lend(|| settle(layout, run, Fate::Accept));
+    *turn = kept;
+    take_back(turn)?;
+    let is_branch = settled?;
+    if is_branch {
+        check_is_in_place(run)?;
+    }
+    Ok(is_branch)
+}
+
+/// Fails unless the candidate runs and will be booted: another hand may have switched, or have booted something else.
+fn check_is_in_place(run: &mut Run) -> Result<()> {
+    let (next, current) = (store::current_generation()?.map(|generation| generation.system), system::current()?);
+    let has_booted = run.boot != boot_id();
+    let waits_for_boot = run.reboot_needed && !has_booted;
+    let wrong = [
+        next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)),
+        Some(&current).filter(|_| !waits_for_boot && run.candidate.as_ref() != Some(&current)),
+    ];
+    let Some(other) = wrong.into_iter().flatten().next() else {
+        run.reboot_needed = waits_for_boot;
+        return Ok(());
+    };
+    let how = if has_booted { "booted" } else { "switched to" };
+    Err(Error::new(format!("Failed to complete the switch: this machine has been {how} another system, {}", other.display())).transient())
+}
+
 /// How the unit's stages have ended, as systemd says to what it runs after them; else empty.
 fn service_result() -> String {
     std::env::var("SERVICE_RESULT").unwrap_or_default()
 }
 
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
-fn cut_off(run: &Run, notes: Option<&Notes>) -> Failure {
+fn cut_off(run: &Run) -> Failure {
+    // whatever it was, it is not to happen again and again
+    let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Returning);
     let message = match service_result().as_str() {
+        _ if took_down => "the machine went down while the new system was being activated".into(),
         "timeout" => "it took too long".into(),
         "signal" | "core-dump" => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
         "oom-kill" => "the machine ran out of memory".into(),
         _ => "it was cut off".into(),
     };
-    Failure { stage: reached(run, notes), message, tail: Vec::new(), transient: true }
+    Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
 }
 
 /// The stage that a run which was cut off had come to.
-fn reached(run: &Run, notes: Option<&Notes>) -> Stage {
-    match notes {
+fn reached(run: &Run) -> Stage {
+    match &run.notes {
         _ if run.phase != Phase::Begun => Stage::Activate,
         Some(notes) if notes.built => Stage::Activate,
         Some(notes) => notes.stage,
@@ -155,10 +249,23 @@ fn reached(run: &Run, notes: Option<&Notes>) -> Stage {
 pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
     let options = serde_json::to_string(&run.instance).context(|| "write the run's options".into())?;
-    let ourselves = Program::ourselves_as(&run.instance.user)?;
-    let ended = ourselves
-        .args(["candidate", fate.word(), layout.name(), &run.id, &options])
-        .run(SETTLE_LIMIT, || format!("{} the candidate", fate.word()))?;
+    let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
+    let doing = || format!("{} the candidate", fate.word());
+    let ask = || {
+        let ourselves = Program::ourselves_as(&run.instance.user)?;
+        let ended = ourselves.args(["candidate", fate.word(), layout.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
+        let was_killed = ended.status.code().is_none();
+        if was_killed { Err(Error::new(format!("Failed to {}: killed", doing())).with_tail(ended.tail)) } else { Ok(ended) }
+    };
+    // whatever it had done when it was killed or took too long: it may be asked again
+    let mut answer = ask();
+    for _ in 1..TRIES {
+        let Err(error) = &answer else { break };
+        log::warn!("{error}; trying again.");
+        std::thread::sleep(PAUSE);
+        answer = ask();
+    }
+    let ended = answer.map_err(Error::transient)?;
     if ended.status.code() == Some(i32::from(MOVED)) {
         return Ok(false);
     }
@@ -167,7 +274,7 @@ pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
         run.warnings.extend(said("warning: "));
         return Ok(true);
     }
-    let error = said("error: ").pop().unwrap_or_else(|| format!("Failed to {} the candidate", fate.word()));
+    let error = said("error: ").pop().unwrap_or_else(|| format!("Failed to {}", doing()));
     // the candidate is not to blame
     Err(Error::new(error).with_tail(ended.tail).transient())
 }
@@ -187,16 +294,22 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
         log::error!("{error}.");
     }
     fault::point("back: begun");
-    match put_back(run, &before, touched_boot) {
-        Ok(()) if result == Outcome::Failed => {
-            if let (Err(error), Some(failure)) = (health::verify(&run.instance.health_checks, &run.passed), &mut run.failure) {
+    let back = put_back(run, &before, touched_boot).and_then(|worse| {
+        // what fails with either system is not the candidate's doing
+        let (mine, same): (Worse, Worse) = worse.into_iter().partition(|(name, _)| !run.worse.contains(name));
+        if mine.is_empty() { Ok(same) } else { Err(failed_to_start(&mine)) }
+    });
+    match back {
+        Ok(same) if result == Outcome::Failed => {
+            let same = if same.is_empty() { health::verify(&run.instance.health_checks, &run.passed) } else { Err(failed_to_start(&same)) };
+            if let (Err(error), Some(failure)) = (same, &mut run.failure) {
                 // so it was not the candidate's doing, and may be tried again
                 failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
                 failure.transient = true;
             }
             Outcome::RolledBack
         }
-        Ok(()) => result,
+        Ok(_) => result,
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
             let message = format!("{first}going back failed: {error}; this machine needs a hand");
@@ -206,43 +319,109 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     }
 }
 
-/// Puts back the system that was before, and what is booted if that was touched. May be done again.
-pub fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<()> {
-    let limit = run.instance.timeouts.activate;
+/// Units that are worse off than before, with their states.
+type Worse = BTreeMap<String, String>;
+
+/// The error that says so.
+pub fn failed_to_start(units: &Worse) -> Error {
+    let shown: Vec<_> =
+        units.iter().map(|(name, state)| if state == "failed" { name.clone() } else { format!("{name} ({state})") }).collect();
+    Error::new(format!("Failed to start {}", shown.join(", ")))
+}
+
+/// Puts back the system that was before, and what is booted if that was touched; returns the units that are
+/// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
+pub fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
     // what another hand has done in the meantime is to stay
     let ours = |system: &Path| run.candidate.as_deref() == Some(system) || before.system == system;
-    if touched_boot {
-        let now = store::current_generation()?;
-        if now.as_ref().is_some_and(|now| ours(&now.system)) {
-            store::restore_profile(before.generation.as_ref())?;
-        }
-        if let Some(generation) = store::current_generation()? {
-            system::switch_to(&generation.system, "boot", limit, "restore the boot loader")?.success()?;
-        }
-    }
+    let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
     fault::point("back: profile restored");
     let current = system::current()?;
     // after a reboot the old system has come up by itself
-    if ours(&current) && (run.boot == boot_id() || current != before.system) {
-        let ended = system::switch_to(&before.system, "test", limit, "activate the old system")?;
-        if ended.status.code() != Some(4) {
-            ended.success()?;
-        }
-        system::check_units(&before.failed_units)?;
-    }
+    let worse =
+        if ours(&current) && (run.boot == boot_id() || current != before.system) { put_back_system(run, before) } else { Ok(Worse::new()) };
     fault::point("back: system restored");
-    Ok(())
+    boot.and(worse)
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome, notes: Option<&Notes>) {
+fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path) -> bool) -> Result<()> {
+    let now = store::current_generation()?;
+    let is_other = now != before.generation;
+    if now.is_some_and(|now| ours(&now.system)) {
+        store::restore_profile(before.generation.as_ref())?;
+    }
+    if let Some(candidate) = &run.candidate {
+        store::remove_generations(candidate, before.last_generation)?;
+    }
+    match store::current_generation()? {
+        Some(generation) if touched || is_other => {
+            system::switch_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Activates the old system, and again if units that ran before do not come back within a while.
+fn put_back_system(run: &Run, before: &Before) -> Result<Worse> {
+    let candidate = run.candidate.as_deref().unwrap_or(&before.system);
+    let mut worse = Worse::new();
+    for _ in 0..2 {
+        system::again(|| {
+            let ended = system::switch_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system")?;
+            if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
+        })?;
+        let until = Instant::now() + RECOVERY;
+        loop {
+            worse = before.units.worse_under(candidate, &before.system)?;
+            if worse.is_empty() {
+                return Ok(worse);
+            }
+            if Instant::now() > until {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        if worse.keys().all(|name| run.worse.contains(name)) {
+            break;
+        }
+        log::warn!("{}; trying again.", failed_to_start(&worse));
+    }
+    Ok(worse)
+}
+
+/// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
+/// that has been done.
+pub fn go_back_again(layout: &Layout) -> Result<bool> {
+    let Some(mut run) = Run::load_stuck(layout)? else { return Ok(false) };
+    let Some(before) = run.before.clone() else { return Ok(false) };
+    let _turn = Turn::take()?;
+    let is_by_hand = run.candidate.as_ref() != Some(&system::current()?) && before.system != system::current()?;
+    if !is_by_hand {
+        if run.returns >= RETURNS {
+            let system = before.system.display();
+            return Err(Error::new(format!("Failed to go back to {system}, {RETURNS} times: this machine needs a hand")));
+        }
+        run.returns += 1;
+        run.keep_stuck(layout)?;
+        log::warn!("Going back to {}, which has failed before ...", before.system.display());
+        let worse = put_back(&run, &before, true)?;
+        if !worse.is_empty() {
+            return Err(failed_to_start(&worse));
+        }
+    }
+    Run::forget_stuck(layout)?;
+    store::unroot(layout)?;
+    Ok(!is_by_hand)
+}
+
+fn report(layout: &Layout, run: &Run, result: Outcome) {
     let failure = run.failure.as_ref();
-    let proposal = notes.and_then(|notes| notes.proposal.as_ref());
+    let proposal = run.proposal();
     let mut ended = Ended::new(run, result, failure);
-    ended.release = notes.and_then(|notes| notes.release.clone());
-    ended.commit = proposal.map(|proposal| proposal.commit.clone());
+    ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
+    ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
-    let tail = failure.map_or(&[][..], |failure| &failure.tail);
-    let reported = Status::report(layout, run, ended, proposal).and_then(|()| status::keep_output(layout, tail));
+    let reported = Status::report(layout, run, ended);
     let reported = reported.and_then(|()| run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub)));
     if let Err(error) = reported {
         // the machine is as it should be; only the report is missing, but for the journal's

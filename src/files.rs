@@ -53,6 +53,17 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     }
 }
 
+/// Keeps room on the disk, to be given up for something small when the disk is full.
+pub fn reserve(path: &Path, size: u64) -> io::Result<()> {
+    if path.try_exists()? {
+        return Ok(());
+    }
+    let mut contents = Vec::new();
+    // what a file system could compress would keep no room
+    File::open("/dev/urandom")?.take(size).read_to_end(&mut contents)?;
+    write(path, &contents, 0o600)
+}
+
 /// Removes the file `path`, if it is there.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {

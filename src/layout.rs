@@ -3,10 +3,12 @@
 //! ```text
 //! queue/<instance>              a request; root and group ekiben may write here
 //! runs/<instance>.json          the journal of the run under way; root only
+//! runs/<instance>.stuck         the journal of a run that could not be put back; root only
 //! runs/<instance>.request       the request that this run has taken
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
 //! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
+//! status/<instance>.reserve     room for the status on a full disk
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
 //! outbox/<instance>/            reports that the fleet's hub has not got yet; written by root, read by the user
 //! files/<instance>.json         which of the hub's files are in their places; root only
@@ -72,9 +74,19 @@ impl Layout {
         self.root.join("runs").join(format!("{}.json", self.name))
     }
 
+    /// The journal of a run that could not be put back.
+    pub fn stuck(&self) -> PathBuf {
+        self.root.join("runs").join(format!("{}.stuck", self.name))
+    }
+
     /// What everybody may know.
     pub fn status(&self) -> PathBuf {
         self.root.join("status").join(format!("{}.json", self.name))
+    }
+
+    /// Room on the disk for the status.
+    pub fn reserve(&self) -> PathBuf {
+        self.root.join("status").join(format!("{}.reserve", self.name))
     }
 
     /// The end of the output of the program that failed last.

@@ -34,6 +34,7 @@ mod testing;
 mod text;
 mod token;
 mod trigger;
+mod units;
 mod webhook;
 
 use std::io::Write;
@@ -45,6 +46,7 @@ use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fleet::client;
 use crate::layout::Layout;
+use crate::notes::Proposal;
 use crate::text::print;
 
 const HELP: &str = "\
@@ -121,14 +123,15 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         }
         ["reach", name] => client::reach(name, config()?.instance(name)?),
         ["reboot", options @ ..] => reboot::reboot(options),
-        ["conclude"] => config().map(|config| conclude::conclude_orphans(&config)),
+        ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, fleet::seen::forget_own),
-        ["candidate", fate, name, run, options] => {
+        ["candidate", fate, name, options, proposal] => {
             let options = serde_json::from_str(options).context(|| "read the run's options".into())?;
+            let proposal: Option<Proposal> = serde_json::from_str(proposal).context(|| "read the run's proposal".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
-            return candidate::candidate(fate, &layout(name)?, &options, run);
+            return candidate::candidate(fate, &layout(name)?, &options, proposal.as_ref());
         }
         #[cfg(feature = "fault-points")]
         ["fault-points"] => print(&fault::POINTS.map(|point| format!("{point}\n")).concat()),

@@ -73,6 +73,25 @@ name!(
 );
 
 name!(
+    /// A commit's or a tree's of git: its hash, by SHA-1 or SHA-256.
+    ObjectId,
+    |text| {
+        let is_one = digits(text, 40) || digits(text, 64);
+        is_one.then_some(()).ok_or_else(|| format!("expected the hash of an object of git, found {text:?}"))
+    }
+);
+
+name!(
+    /// A branch's of git, in full.
+    Branch,
+    |text| {
+        let plain = |letter: char| !(letter.is_control() || " ~^:?*[\\".contains(letter));
+        let is_one = text.strip_prefix("refs/heads/").is_some_and(|name| !name.is_empty() && name.chars().all(plain) && !name.contains(".."));
+        (is_one && text.len() <= 1024).then_some(()).ok_or_else(|| format!("expected a branch, refs/heads/<name>, found {text:?}"))
+    }
+);
+
+name!(
     /// A fleet host's; behind `fleet-` it is a user's name as well.
     HostName,
     crate::config::host_name
@@ -207,6 +226,14 @@ mod tests {
         ] {
             assert!(RunId::try_from(odd).is_err(), "{odd:?}");
             assert!(serde_json::from_value::<RunId>(odd.into()).is_err(), "{odd:?}");
+        }
+        assert!(ObjectId::try_from("0".repeat(40)).is_ok() && ObjectId::try_from("0".repeat(64)).is_ok());
+        for odd in ["", "HEAD", "--help", "0123456789abcdef", "0123456789abcdef0123456789abcdef0123456g"] {
+            assert!(ObjectId::try_from(odd).is_err(), "{odd:?}");
+        }
+        assert!(Branch::try_from("refs/heads/näher/dran").is_ok() && Branch::try_from("refs/heads/x".repeat(100)).is_err());
+        for odd in ["", "main", "refs/heads/", "refs/heads/a b", "refs/heads/a\nb", "refs/heads/a..b", "refs/tags/x", "--force"] {
+            assert!(Branch::try_from(odd).is_err(), "{odd:?}");
         }
         assert!(Sha256::try_from("0".repeat(64)).is_ok() && Sha256::try_from("0".repeat(65)).is_err());
         let store = |name: &str| StorePath::try_from(format!("/nix/store/{}-{name}", "a".repeat(32)));

@@ -1,11 +1,13 @@
 //! The only caller of nix. The user's stages fetch, evaluate and build; root asks its store
 //! about paths and moves the system profile, and evaluates nothing.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
 use crate::program::Program;
 
 /// Where NixOS keeps its generations.
@@ -82,26 +84,108 @@ pub fn trusted_system(link: &Path, root: &str) -> Result<PathBuf> {
     let target = fs::read_link(link).context(|| format!("read the candidate {}", link.display()))?;
     let refuse = |why: &str| Err(Error::new(format!("Failed to accept {target:?} as a system: {why}")));
     if !is_store_path(&target) {
-        return refuse("it is no path of the store");
+        return refuse("not a store path");
     }
     let valid = Program::as_root("nix-store").arg("--check-validity").arg(&target);
     if let Err(error) = valid.output(|| "ask the store".into(), None) {
         return refuse(&error.to_string());
     }
-    let keep = Program::as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
-    keep.arg(&target).output(|| format!("keep {}", target.display()), None)?;
-    for file in ["init", "nixos-version", "bin/switch-to-configuration"] {
-        if !target.join(file).exists() {
-            return refuse(&format!("it is no NixOS system, it has no {file}"));
-        }
+    keep(&target, root)?;
+    if let Err(why) = check_is_system(Path::new(STORE), &target) {
+        return refuse(&why);
     }
     Ok(target)
 }
 
-/// Lets a system that [`trusted_system`] kept be collected as garbage.
-pub fn unroot(root: &str) -> Result<()> {
-    let root = Path::new(GC_ROOTS).join(root);
-    crate::files::remove(&root).context(|| format!("remove {}", root.display()))
+/// Keeps a system from being collected as garbage until [`unroot`].
+pub fn keep(system: &Path, root: &str) -> Result<()> {
+    let keep = Program::as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
+    keep.arg(system).output(|| format!("keep {}", system.display()), None).map(drop)
+}
+
+/// What every NixOS system has.
+const HAS: [&str; 3] = ["init", "nixos-version", "bin/switch-to-configuration"];
+/// What else root, the boot loader or the kernel run or read of a system that has it.
+const MAY_HAVE: [&str; 14] = [
+    "activate",
+    "append-initrd-secrets",
+    "boot.json",
+    "dry-activate",
+    "etc",
+    "firmware",
+    "init-interface-version",
+    "initrd",
+    "kernel",
+    "kernel-modules",
+    "kernel-params",
+    "prepare-root",
+    "specialisation",
+    "sw",
+];
+
+/// Says why this is no system of which root may run what is in it: no link of it leads out of the store, where
+/// others could change what it leads to.
+fn check_is_system(store: &Path, system: &Path) -> Result<(), String> {
+    if !fs::symlink_metadata(system).is_ok_and(|metadata| metadata.is_dir()) {
+        return Err("not a directory".into());
+    }
+    let specialisations = fs::read_dir(system.join("specialisation")).into_iter().flatten().flatten();
+    let specialised = specialisations.map(|entry| entry.path().join("bin/switch-to-configuration"));
+    let may_have = MAY_HAVE.iter().map(|file| system.join(file)).chain(specialised).filter(|path| fs::symlink_metadata(path).is_ok());
+    for path in HAS.iter().map(|file| system.join(file)).chain(may_have) {
+        if !is_within(store, &path) {
+            let why = if fs::symlink_metadata(&path).is_ok() { "leads out of the store, or to nothing" } else { "is missing" };
+            return Err(format!("not a NixOS system: {} {why}", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a path below the store is one also when all links on the way are followed, and is there.
+fn is_within(store: &Path, path: &Path) -> bool {
+    let Ok(below) = path.strip_prefix(store) else { return false };
+    let mut at = store.to_owned();
+    let mut ahead: Vec<_> = below.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+    // as many links as the kernel follows
+    let mut links = 0;
+    while let Some(part) = ahead.pop() {
+        if part == ".." {
+            at.pop();
+        } else {
+            at.push(part);
+        }
+        if !at.starts_with(store) {
+            return false;
+        }
+        let Ok(metadata) = fs::symlink_metadata(&at) else { return false };
+        if !metadata.is_symlink() {
+            continue;
+        }
+        links += 1;
+        let Ok(target) = fs::read_link(&at) else { return false };
+        at = match target.strip_prefix(store) {
+            Ok(_) => store.to_owned(),
+            Err(_) if target.is_absolute() || links > 40 => return false,
+            Err(_) => at.with_file_name(""),
+        };
+        let parts = target.strip_prefix(store).unwrap_or(&target).components().rev();
+        ahead.extend(parts.filter(|part| *part != Component::CurDir).map(|part| part.as_os_str().to_owned()));
+    }
+    at != store
+}
+
+/// Lets all that was kept for a run be collected as garbage.
+pub fn unroot(layout: &Layout) -> Result<()> {
+    for root in [layout.name().to_owned(), before_root(layout, "system"), before_root(layout, "generation")] {
+        let root = Path::new(GC_ROOTS).join(root);
+        crate::files::remove(&root).context(|| format!("remove {}", root.display()))?;
+    }
+    Ok(())
+}
+
+/// The name of a root for what to go back to; no instance has a name like it.
+pub fn before_root(layout: &Layout, what: &str) -> String {
+    format!("{}.{what}", layout.name())
 }
 
 /// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.
@@ -121,35 +205,59 @@ pub fn current_generation() -> Result<Option<Generation>> {
     Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
 }
 
+/// The generations of the system profile, by number, with the links that stand for them.
+fn generations() -> Result<BTreeMap<u64, PathBuf>> {
+    let profile = Path::new(SYSTEM_PROFILE);
+    let doing = || format!("list the generations of {SYSTEM_PROFILE}");
+    let directory = profile.parent().unwrap_or(profile);
+    let mut generations = BTreeMap::new();
+    for entry in fs::read_dir(directory).context(doing)? {
+        let name = entry.context(doing)?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
+        generations.extend(number.map(|number| (number, directory.join(name))));
+    }
+    Ok(generations)
+}
+
+/// The highest number of a generation.
+pub fn last_generation() -> Result<Option<u64>> {
+    Ok(generations()?.keys().next_back().copied())
+}
+
 /// Makes a new generation of the system profile, unless it already points to this system.
 pub fn set_profile(system: &Path) -> Result<()> {
     let set = profile().arg("--set").arg(system);
     set.output(|| format!("set the system profile to {}", system.display()), None).map(drop)
 }
 
-/// Points the system profile back to where it was; the later generation that it points to now is
-/// removed.
+/// Points the system profile back to where it was, also if that generation has been deleted meanwhile.
 pub fn restore_profile(old: Option<&Generation>) -> Result<()> {
-    let now = current_generation()?;
-    if now.as_ref() == old {
+    if current_generation()?.as_ref() == old {
         return Ok(());
     }
     let doing = || format!("go back to {}", old.map_or("no generation".into(), |old| format!("generation {}", old.number)));
-    if let Some(old) = old {
-        profile().args(["--switch-generation", &old.number.to_string()]).output(doing, None)?;
-        if current_generation()?.as_ref() != Some(old) {
-            return Err(format!("it is no longer {}", old.system.display())).context(doing);
-        }
-    } else {
-        crate::files::remove(Path::new(SYSTEM_PROFILE)).context(doing)?;
+    let Some(old) = old else { return crate::files::remove(Path::new(SYSTEM_PROFILE)).context(doing) };
+    let link = PathBuf::from(format!("{SYSTEM_PROFILE}-{}-link", old.number));
+    if fs::symlink_metadata(&link).is_err() {
+        std::os::unix::fs::symlink(&old.system, &link).and_then(|()| crate::files::sync_parent(&link)).context(doing)?;
     }
-    match now {
-        Some(new) if old.is_none_or(|old| new.number > old.number) => {
-            let link = format!("{SYSTEM_PROFILE}-{}-link", new.number);
-            crate::files::remove(Path::new(&link)).context(|| format!("remove {link}"))
-        }
-        _ => Ok(()),
+    profile().args(["--switch-generation", &old.number.to_string()]).output(doing, None)?;
+    if current_generation()?.as_ref() != Some(old) {
+        return Err(format!("it is no longer {}", old.system.display())).context(doing);
     }
+    Ok(())
+}
+
+/// Removes the generations of a system that are later than the last one there was, but for one that is current.
+pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
+    let current = current_generation()?.map(|generation| generation.number);
+    for (number, link) in generations()? {
+        let is_later = last.is_none_or(|last| number > last) && current != Some(number);
+        if is_later && fs::read_link(&link).is_ok_and(|target| target == system) {
+            crate::files::remove(&link).context(|| format!("remove {}", link.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn profile() -> Program {
@@ -159,6 +267,62 @@ fn profile() -> Program {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_root_runs_of_a_system_is_in_the_store() {
+        use std::os::unix::fs::symlink;
+        let directory = crate::testing::Directory::new();
+        let (store, outside) = (directory.path().join("store"), directory.path().join("outside"));
+        let system = |name: &str| {
+            let system = store.join(name);
+            fs::create_dir_all(system.join("bin")).unwrap();
+            fs::create_dir_all(outside.join("bin")).unwrap();
+            for place in [&system, &outside] {
+                for file in HAS {
+                    fs::write(place.join(file), "").unwrap();
+                }
+            }
+            system
+        };
+        let check = |system: &Path| check_is_system(&store, system);
+        let good = system("good");
+        symlink("bin/switch-to-configuration", good.join("activate")).unwrap();
+        symlink(store.join("etc"), good.join("etc")).unwrap();
+        fs::create_dir(store.join("etc")).unwrap();
+        symlink("../good/./etc/../good/init", store.join("etc/around")).unwrap();
+        symlink("../etc/around", good.join("prepare-root")).unwrap();
+        assert_eq!(check(&good), Ok(()));
+
+        let link = store.join("link");
+        symlink(&outside, &link).unwrap();
+        assert_eq!(check(&link), Err("not a directory".into()));
+        let nested = store.join("nested");
+        symlink(&good, &nested).unwrap();
+        assert_eq!(check(&nested), Err("not a directory".into()));
+        // back into the store, but by a link that others can change
+        symlink(good.join("init"), outside.join("back")).unwrap();
+        let ways: [(&str, &str, PathBuf); 7] = [
+            ("a", "init", outside.join("init")),
+            ("b", "init", "../../outside/init".into()),
+            ("c", "init", outside.join("back")),
+            ("d", "init", "../link/init".into()),
+            ("e", "etc", outside.clone()),
+            ("f", "init", "init".into()),
+            ("g", "init", store.join("missing")),
+        ];
+        for (name, file, target) in ways {
+            let system = system(name);
+            let _ = fs::remove_file(system.join(file));
+            symlink(target, system.join(file)).unwrap();
+            let error = check(&system).unwrap_err();
+            assert!(error.contains(&format!("{name}/{file} leads out of the store")), "{error}");
+        }
+        let system = system("bin");
+        fs::remove_dir_all(system.join("bin")).unwrap();
+        symlink(outside.join("bin"), system.join("bin")).unwrap();
+        assert!(check(&system).unwrap_err().ends_with("bin/switch-to-configuration leads out of the store, or to nothing"));
+        assert!(check(&store.join("etc")).unwrap_err().ends_with("init is missing"));
+    }
 
     #[test]
     fn only_whole_store_paths_are_store_paths() {

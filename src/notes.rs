@@ -11,6 +11,8 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Release;
 use crate::layout::Layout;
+use crate::names::{Branch, ObjectId, RunId};
+use crate::program::TAIL_LINES;
 use crate::run::{Failure, Stage};
 use crate::text;
 
@@ -18,10 +20,10 @@ use crate::text;
 const LIMIT: u64 = 256 * 1024;
 
 /// The notes of one run.
-#[derive(Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Notes {
     /// The run's identifier; notes of another run say nothing about this one.
-    run: String,
+    run: RunId,
     /// The release of a fleet's hub that the run is about.
     pub release: Option<Release>,
     /// What the run proposes.
@@ -38,15 +40,15 @@ pub struct Notes {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Proposal {
     /// The commit to start from, which is the branch's or, after a pull, comes after it.
-    pub base: String,
+    pub base: ObjectId,
     /// The branch, by its full name.
-    pub branch: String,
+    pub branch: Branch,
     /// Where the branch was.
-    pub head: String,
+    pub head: ObjectId,
     /// The commit that is to run, and to become the branch.
-    pub commit: String,
+    pub commit: ObjectId,
     /// Its tree: unlike the commit, the same for the same proposal made again.
-    pub tree: String,
+    pub tree: ObjectId,
     /// What is new, in a line; empty if nothing is.
     pub summary: String,
     /// Whether this very commit has been deployed before.
@@ -54,8 +56,9 @@ pub struct Proposal {
 }
 
 /// The identifier of the run that this process belongs to: systemd's, the same in all stages.
-pub fn run_id() -> String {
-    std::env::var("INVOCATION_ID").unwrap_or_default()
+pub fn run_id() -> Result<RunId> {
+    let id = std::env::var("INVOCATION_ID").unwrap_or_default();
+    RunId::try_from(id).context(|| "find the run that this belongs to: start ekiben-<instance>.service instead".into())
 }
 
 impl Notes {
@@ -64,20 +67,19 @@ impl Notes {
     pub fn begin(layout: &Layout) -> Result<Self> {
         let candidate = layout.candidate();
         files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
-        let notes = Self { run: run_id(), ..Self::default() };
+        let notes = Self { run: run_id()?, release: None, proposal: None, built: false, failure: None, stage: Stage::Prepare };
         notes.write(layout)?;
         Ok(notes)
     }
 
     /// Reads the notes of this run.
     pub fn read(layout: &Layout) -> Result<Self> {
-        let doing = || format!("read {}", layout.notes().display());
-        let notes = Self::read_of(layout, &run_id()).context(doing)?;
-        notes.ok_or("they are of another run").context(doing)
+        let notes = Self::read_of(layout, &run_id()?)?;
+        notes.ok_or("they are of another run").context(|| format!("read {}", layout.notes().display()))
     }
 
     /// Reads the notes of a run as a stranger's; none if there are none of that run.
-    pub fn read_of(layout: &Layout, run: &str) -> Result<Option<Self>> {
+    pub fn read_of(layout: &Layout, run: &RunId) -> Result<Option<Self>> {
         let path = layout.notes();
         let doing = || format!("read {}", path.display());
         let bytes = match files::read_foreign(&path, LIMIT) {
@@ -87,7 +89,12 @@ impl Notes {
         let mut notes = serde_json::from_slice(&bytes).context(doing)?;
         text::make_fit(&mut notes);
         let notes: Self = serde_json::from_value(notes).context(doing)?;
-        Ok((notes.run == run).then_some(notes))
+        let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
+        if !of_user(notes.stage) || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
+        {
+            return Err(Error::new("what they say is not for these stages to say")).context(doing);
+        }
+        Ok((notes.run == *run).then_some(notes))
     }
 
     /// Notes what a stage failed with and fails with it.

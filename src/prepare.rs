@@ -8,12 +8,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::config::Instance;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::{Release, client};
 use crate::git::{self, Repository};
 use crate::layout::Layout;
 use crate::lockfile::LockFile;
+use crate::names::{Branch, ObjectId};
 use crate::nix;
 use crate::notes::{Notes, Proposal};
 use crate::status::{self, Status};
@@ -28,7 +29,11 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
     match propose_from_head(layout, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
+            let known = Status::read(layout).check_not_bad(layout.name(), &proposal, instance);
             notes.proposal = Some(proposal);
+            if let Err(error) = known {
+                return notes.fail(layout, error);
+            }
             notes.write(layout)?;
             fault::point("prepare: noted");
             Ok(())
@@ -92,7 +97,6 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
     fault::point("prepare: committed");
     let unchanged = status::is_deployed(layout, &commit, instance);
     let tree = repository.tree(&commit)?;
-    Status::read(layout).check_not_bad(&base, &tree, instance)?;
     if commit != repository.head {
         repository.check_forward(&commit, layout.name(), scratch)?;
         repository.rehearse_forward(&commit, scratch)?;
@@ -102,13 +106,15 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
             log::warn!("{error}.");
         }
     }
+    let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
+    let id = |hash: &str| ObjectId::try_from(hash).context(|| "describe the candidate".into());
     Ok(Proposal {
-        tree,
-        branch: repository.branch.clone(),
-        head: repository.head.clone(),
-        summary: summary(&repository.head, &base, &changes, notes.release.as_ref()),
-        base,
-        commit,
+        base: id(&base)?,
+        branch: Branch::try_from(&*repository.branch).context(|| "describe the candidate".into())?,
+        head: id(&repository.head)?,
+        commit: id(&commit)?,
+        tree: id(&tree)?,
+        summary,
         unchanged,
     })
 }

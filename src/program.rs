@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::text;
 
 /// How many lines of a program's output a report holds.
-const TAIL_LINES: usize = 50;
+pub const TAIL_LINES: usize = 50;
 /// What is kept of one line: more than is shown of it.
 const LINE_BYTES: usize = 4 * text::LINE;
 /// What is kept of a program's errors.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,10 @@ use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::layout::Layout;
+use crate::names::RunId;
 use crate::nix::Generation;
+use crate::notes::{Notes, Proposal};
+use crate::units::Units;
 
 /// The format of journal and status; a file with another number is set aside.
 pub const FORMAT: u32 = 1;
@@ -107,8 +110,12 @@ pub struct Before {
     pub system: PathBuf,
     /// The system profile.
     pub generation: Option<Generation>,
-    /// The units that had failed.
-    pub failed_units: BTreeSet<String>,
+    /// The highest number of a generation that there was.
+    #[serde(default)]
+    pub last_generation: Option<u64>,
+    /// How the units were.
+    #[serde(flatten)]
+    pub units: Units,
 }
 
 /// A run under way.
@@ -116,7 +123,7 @@ pub struct Before {
 pub struct Run {
     format: u32,
     /// The identifier that systemd gave it.
-    pub id: String,
+    pub id: RunId,
     /// The instance as it was configured when the run began.
     pub instance: Instance,
     /// Why it began.
@@ -138,6 +145,15 @@ pub struct Run {
     /// The health checks that passed before the switch.
     #[serde(default)]
     pub passed: Vec<String>,
+    /// The user's notes, as root has read them, once.
+    #[serde(default)]
+    pub notes: Option<Notes>,
+    /// The units that the new system made worse.
+    #[serde(default)]
+    pub worse: BTreeSet<String>,
+    /// How often it has been tried to go back, after that had failed.
+    #[serde(default)]
+    pub returns: u32,
     /// What went wrong so far.
     pub failure: Option<Failure>,
     /// What should be said about a run that went well.
@@ -155,7 +171,7 @@ impl Failure {
 
 impl Run {
     /// A run that begins now.
-    pub fn new(id: String, instance: Instance) -> Self {
+    pub fn new(id: RunId, instance: Instance) -> Self {
         Self {
             format: FORMAT,
             id,
@@ -169,6 +185,9 @@ impl Run {
             candidate: None,
             before: None,
             passed: Vec::new(),
+            notes: None,
+            worse: BTreeSet::new(),
+            returns: 0,
             failure: None,
             warnings: Vec::new(),
             reboot_needed: false,
@@ -177,8 +196,16 @@ impl Run {
 
     /// Reads the journal; none if no run is under way. A journal that makes no sense is set aside.
     pub fn load(layout: &Layout) -> Result<Option<Self>> {
-        let path = layout.journal();
-        let bytes = match fs::read(&path) {
+        Self::load_from(&layout.journal())
+    }
+
+    /// Reads the journal of the run that could not be put back, if the last one could not.
+    pub fn load_stuck(layout: &Layout) -> Result<Option<Self>> {
+        Self::load_from(&layout.stuck())
+    }
+
+    fn load_from(path: &Path) -> Result<Option<Self>> {
+        let bytes = match fs::read(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             other => other.context(|| format!("read {}", path.display()))?,
         };
@@ -188,7 +215,7 @@ impl Run {
                 let why = other.err().map_or("its format is another".into(), |error| error.to_string());
                 let aside = path.with_extension("json.unreadable");
                 log::error!("Set the journal {} aside as {}: {why}.", path.display(), aside.display());
-                fs::rename(&path, &aside).context(|| format!("set {} aside", path.display()))?;
+                fs::rename(path, &aside).context(|| format!("set {} aside", path.display()))?;
                 Ok(None)
             }
         }
@@ -199,16 +226,32 @@ impl Run {
         files::write_json(&layout.journal(), self, 0o600)
     }
 
-    /// Enters a phase, durably.
+    /// Enters a phase, durably, or not at all.
     pub fn enter(&mut self, phase: Phase, layout: &Layout) -> Result<()> {
-        self.phase = phase;
-        self.save(layout)
+        let before = std::mem::replace(&mut self.phase, phase);
+        self.save(layout).inspect_err(|_| self.phase = before)
     }
 
     /// Removes the journal: the run has ended.
     pub fn end(layout: &Layout) -> Result<()> {
         let path = layout.journal();
         files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// Keeps the journal as that of a run that could not be put back: the next one tries again.
+    pub fn keep_stuck(&self, layout: &Layout) -> Result<()> {
+        files::write_json(&layout.stuck(), self, 0o600)
+    }
+
+    /// What could not be put back has been, or something else has taken its place.
+    pub fn forget_stuck(layout: &Layout) -> Result<()> {
+        let path = layout.stuck();
+        files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// What the run proposes, by the user's notes.
+    pub fn proposal(&self) -> Option<&Proposal> {
+        self.notes.as_ref()?.proposal.as_ref()
     }
 }
 

@@ -23,6 +23,12 @@ use crate::{table, text};
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 20;
+/// More than a status and a program's output take, in bytes.
+const RESERVE: u64 = 128 * 1024;
+/// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
+const FIRST_PAUSE: u64 = 60;
+/// No pause is longer.
+const LONGEST_PAUSE: u64 = 3600;
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -91,6 +97,35 @@ pub struct Bad {
     base: String,
     tree: String,
     options: Instance,
+    /// The commit that was tried last.
+    #[serde(default)]
+    commit: String,
+    /// What came of it.
+    #[serde(default)]
+    error: String,
+    /// How often it has been tried.
+    #[serde(default)]
+    tries: u32,
+    /// When it was tried last, in seconds since 1970.
+    #[serde(default)]
+    tried: u64,
+}
+
+impl Bad {
+    fn is(&self, proposal: &Proposal, options: &Instance) -> bool {
+        (&*self.base, &*self.tree, &self.options) == (&*proposal.base, &*proposal.tree, options)
+    }
+
+    /// How long it is not tried again after it was tried last, in seconds, whoever asks: each try disturbs what
+    /// runs, and whoever may ask may not mean well. The first pause is no longer than it takes to mend something.
+    fn pause(&self) -> u64 {
+        (FIRST_PAUSE << self.tries.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
+    }
+
+    /// Whether it may not be tried yet; a clock that has been set back does not make that longer.
+    fn is_too_early(&self, now: u64) -> bool {
+        now.abs_diff(self.tried) < self.pause()
+    }
 }
 
 /// How a run can end.
@@ -161,16 +196,21 @@ impl Status {
         }
     }
 
-    /// Fails if what is known to be bad is proposed again without having been asked for.
-    pub fn check_not_bad(&self, base: &str, tree: &str, options: &Instance) -> Result<()> {
-        let known = self.bad.as_ref().is_some_and(|bad| (bad.base.as_str(), bad.tree.as_str(), &bad.options) == (base, tree, options));
-        let unasked = self.running.as_ref().is_some_and(|running| running.trigger == Trigger::Timer);
-        if known && unasked {
-            return Err(Error::new(
-                "Failed to find anything new since a candidate that is known to be bad; ask for a run to try that again all the same",
-            ));
+    /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.
+    pub fn check_not_bad(&self, instance: &str, proposal: &Proposal, options: &Instance) -> Result<()> {
+        let Some(bad) = self.bad.as_ref().filter(|bad| bad.is(proposal, options)) else { return Ok(()) };
+        let is_asked = self.running.as_ref().is_none_or(|running| running.trigger == Trigger::Request);
+        let (now, retry) = (now(), bad.tried + bad.pause());
+        if is_asked && !bad.is_too_early(now) {
+            return Ok(());
         }
-        Ok(())
+        let ask = format!("run `ekiben trigger {instance}` to try it again");
+        let wait = if bad.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
+        let (commit, tries, when) = (&proposal.commit, bad.tries, ago(bad.tried, now));
+        Err(Error::new(format!(
+            "Failed to deploy {commit}: it is known to be bad (tried {tries} times, last {when}; {ask}{wait}): {}",
+            bad.error
+        )))
     }
 
     /// Says that a run is in one of root's stages.
@@ -182,7 +222,7 @@ impl Status {
     /// Says that this process' run failed before it had a journal, unless it has been reported.
     pub fn report_unopened(layout: &Layout, why: &str) -> Result<()> {
         let mut status = Self { running: None, ..Self::read(layout) };
-        let id = run_id();
+        let id = run_id()?.to_string();
         if status.runs.first().is_some_and(|run| run.id == id) {
             return Ok(());
         }
@@ -203,8 +243,15 @@ impl Status {
         status.write(layout)
     }
 
+    /// Keeps room for a report on a disk that is full then.
+    pub fn reserve(layout: &Layout) {
+        if let Err(error) = files::reserve(&layout.reserve(), RESERVE) {
+            log::warn!("Failed to write {}: {error}.", layout.reserve().display());
+        }
+    }
+
     /// Says how a run ended, and draws the conclusions for the next.
-    pub fn report(layout: &Layout, run: &Run, ended: Ended, proposal: Option<&Proposal>) -> Result<()> {
+    pub fn report(layout: &Layout, run: &Run, ended: Ended) -> Result<()> {
         let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self { running: None, ..Self::read(layout) };
         // a run that has to be started over has served nobody
@@ -212,19 +259,27 @@ impl Status {
             status.served = status.served.max(run.request.unwrap_or(0));
         }
         let options = run.instance.clone();
-        match (ended.result, proposal) {
+        let failure = run.failure.as_ref();
+        // not tried at all, because of what came of it before: that is what there is to know
+        let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
+            && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
+        match (ended.result, run.proposal()) {
             (Outcome::Deployed, Some(Proposal { commit, .. })) => {
                 let Instance { flake_ref, flags, .. } = options;
-                let (commit, system) = (commit.clone(), run.candidate.clone().unwrap_or_default());
+                let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
                 let (release, summary) = (ended.release.clone(), ended.summary.clone());
                 status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary });
                 status.bad = None;
             }
             (Outcome::Unchanged, _) => status.bad = None,
-            (Outcome::Failed | Outcome::RolledBack, Some(Proposal { base, tree, .. }))
-                if run.failure.as_ref().is_some_and(|failure| !failure.transient) =>
+            (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
+                if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
+                    && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
             {
-                status.bad = Some(Bad { base: base.clone(), tree: tree.clone(), options });
+                let tries = 1 + status.bad.as_ref().filter(|bad| bad.is(proposal, &options)).map_or(0, |bad| bad.tries);
+                let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());
+                let error = ended.error.clone().unwrap_or_default();
+                status.bad = Some(Bad { base, tree, options, commit, error, tries, tried: now() });
             }
             _ => {}
         }
@@ -233,17 +288,24 @@ impl Status {
             status.tried = Some(Tried { count: 1 + earlier.map_or(0, |tried| tried.count), run: ended.clone() });
         }
         status.remember(ended);
-        status.write(layout)
+        status.write(layout)?;
+        if is_refusal { Ok(()) } else { keep_output(layout, failure.map_or(&[][..], |failure| &failure.tail)) }
     }
 
     fn remember(&mut self, ended: Ended) {
+        // a report that was cut off is made again
+        self.runs.retain(|run| run.id != ended.id);
         self.runs.insert(0, ended);
         self.runs.truncate(HISTORY);
     }
 
     fn write(mut self, layout: &Layout) -> Result<()> {
         self.format = FORMAT;
-        files::write_json(&layout.status(), &self, 0o644)
+        let write = || files::write_json(&layout.status(), &self, 0o644);
+        write().or_else(|error| {
+            files::remove(&layout.reserve()).map_err(|_| error)?;
+            write()
+        })
     }
 }
 
@@ -251,7 +313,7 @@ impl Ended {
     /// The end of `run`, now.
     pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
         Self {
-            id: run.id.clone(),
+            id: run.id.to_string(),
             result,
             trigger: run.trigger,
             started: run.started,
@@ -280,7 +342,7 @@ fn all_deployed(layout: &Layout) -> Vec<Deployed> {
 }
 
 /// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
-pub fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
+fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
     let path = layout.output();
     let doing = || format!("write {}", path.display());
     if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
@@ -298,6 +360,19 @@ struct State {
     served: u64,
     /// The run that ended last.
     last: Option<Last>,
+    /// What is known to be bad.
+    bad: Option<KnownBad>,
+}
+
+/// A candidate that will not be tried again for now.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct KnownBad {
+    commit: String,
+    /// How often it has been tried.
+    tries: u32,
+    /// From when on a request has it tried again, in seconds since 1970.
+    retry_after: u64,
 }
 
 /// How that run ended.
@@ -317,12 +392,13 @@ pub fn for_clients(layout: &Layout) -> Result<String> {
     let path = layout.request();
     // before the status: a run that takes the request meanwhile shows there
     let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
-    let Status { running, served, runs, .. } = Status::read(layout);
+    let Status { running, served, runs, bad, .. } = Status::read(layout);
+    let bad = bad.map(|bad| KnownBad { retry_after: bad.tried + bad.pause(), commit: bad.commit, tries: bad.tries });
     let last = runs.into_iter().next().map(|run| {
         let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
         Last { result, stage, commit, started, finished, reboot_needed }
     });
-    serde_json::to_string(&State { queued, running, served, last }).map(|text| text + "\n").context(|| "write the state".into())
+    serde_json::to_string(&State { queued, running, served, last, bad }).map(|text| text + "\n").context(|| "write the state".into())
 }
 
 /// An instance as `ekiben status --json` shows it.
@@ -398,6 +474,9 @@ fn details(name: &str, shown: &Shown, now: u64) -> String {
         for warning in &run.warnings {
             add("warning", warning);
         }
+        if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {
+            add("bad", &format!("{}, tried {} times, last {}: {}", bad.commit, bad.tries, ago(bad.tried, now), bad.error));
+        }
         if run.reboot_needed {
             add("reboot", "needed: the new system runs after it");
         }
@@ -439,4 +518,60 @@ fn ago(then: u64, now: u64) -> String {
         _ => (seconds / 86400, "d"),
     };
     format!("{count} {unit} ago")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    fn bad(tries: u32, tried: u64) -> Bad {
+        let options = serde_json::json!({
+            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
+            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
+            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
+        });
+        let (hash, error) = ("0".repeat(40), "Failed to pass health check app".into());
+        let options = serde_json::from_value(options).unwrap();
+        Bad { base: hash.clone(), tree: hash.clone(), options, commit: hash, error, tries, tried }
+    }
+
+    fn check(bad: &Bad, trigger: Trigger) -> Result<()> {
+        let running = Some(Running { stage: Stage::Prepare, trigger, started: 0 });
+        let proposal = serde_json::json!({
+            "base": bad.base, "branch": "refs/heads/main", "head": bad.base, "commit": bad.commit, "tree": bad.tree,
+            "summary": "", "unchanged": false,
+        });
+        let proposal = serde_json::from_value(proposal).unwrap();
+        let status = Status { bad: Some(bad.clone()), running, ..Status::default() };
+        status.check_not_bad("app", &proposal, &bad.options)
+    }
+
+    #[test]
+    fn what_is_bad_is_tried_again_when_asked_for_and_less_and_less_often() {
+        let now = now();
+        assert!(check(&bad(1, now - 61), Trigger::Request).is_ok());
+        let error = check(&bad(1, now - 61), Trigger::Timer).unwrap_err().to_string();
+        assert!(error.contains("known to be bad (tried 1 times, last 1 min ago; run `ekiben trigger app`"), "{error}");
+        assert!(error.ends_with("Failed to pass health check app"), "{error}");
+        let error = check(&bad(3, now - 61), Trigger::Request).unwrap_err().to_string();
+        assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
+        assert!(check(&bad(3, now - 241), Trigger::Request).is_ok());
+        assert!(check(&bad(100, now - 3590), Trigger::Request).is_err());
+        assert!(check(&bad(100, now - 3601), Trigger::Request).is_ok());
+        // the clock has been set back by a day
+        assert!(check(&bad(1, now + 86400), Trigger::Request).is_ok());
+    }
+
+    #[test]
+    fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
+        let directory = Directory::new();
+        for below in ["queue", "status"] {
+            fs::create_dir(directory.path().join(below)).unwrap();
+        }
+        let layout = Layout::below(directory.path(), "app");
+        Status { bad: Some(bad(2, 1_000_000)), ..Status::default() }.write(&layout).unwrap();
+        let state: serde_json::Value = serde_json::from_str(&for_clients(&layout).unwrap()).unwrap();
+        assert_eq!(state["bad"], serde_json::json!({ "commit": "0".repeat(40), "tries": 2, "retryAfter": 1_000_120 }));
+    }
 }

@@ -1,36 +1,82 @@
 //! The running NixOS: what it is, switching it, and taking turns at that. Root only.
 
-use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
+use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
-use serde::Deserialize;
 
 use crate::error::{Context, Error, Result};
+use crate::names::RunId;
 use crate::program::{Ended, Program};
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
 /// Between two attempts to switch while somebody else does.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How long what ought to work is tried again.
+const PERSISTENCE: Duration = Duration::from_secs(20);
+/// How long others wait for what a user may hold up.
+const LOAN: Duration = Duration::from_secs(10);
 /// What an activation script that fails has NixOS say. It leads to exit status 2, but not if a unit
 /// fails, too.
 const SNIPPET_FAILED: &str = "Activation script snippet '";
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
-/// Waits until no other run changes what this machine runs, and keeps others waiting until it is
-/// dropped.
-pub fn turn() -> Result<Flock<File>> {
-    let doing = || format!("lock {TURN}");
-    if let Some(directory) = Path::new(TURN).parent() {
-        DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
+/// The right to change what this machine runs; others wait for it until this is dropped.
+pub struct Turn {
+    lock: Flock<File>,
+    is_used: bool,
+}
+
+impl Turn {
+    /// Waits until no other run has it.
+    pub fn take() -> Result<Self> {
+        let doing = || format!("lock {TURN}");
+        if let Some(directory) = Path::new(TURN).parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
+        }
+        let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)?;
+        Ok(Self { lock, is_used: true })
     }
-    let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)
+
+    /// The same, if no turn has ended since [`Self::count`] was this.
+    pub fn take_at(count: u64) -> Result<Option<Self>> {
+        let mut turn = Self::take()?;
+        turn.is_used = Self::count() == count;
+        Ok(Some(turn).filter(|turn| turn.is_used))
+    }
+
+    /// How many turns have ended: the same before and after taking one if nothing has happened in between.
+    pub fn count() -> u64 {
+        fs::metadata(TURN).map_or(0, |metadata| metadata.len())
+    }
+
+    /// Does what a user may hold up, and lets others have the turn if that takes longer than a moment.
+    pub fn lend<T>(self, work: impl FnOnce() -> T) -> (T, Option<Self>) {
+        let (done, is_done) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let turn = scope.spawn(move || (is_done.recv_timeout(LOAN) != Err(RecvTimeoutError::Timeout)).then_some(self));
+            let result = work();
+            drop(done);
+            (result, turn.join().ok().flatten())
+        })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // a byte for each: in memory, and so of this boot
+        if self.is_used {
+            let _ = (&*self.lock).write_all(b".");
+        }
+    }
 }
 
 /// The system that runs now.
@@ -40,23 +86,73 @@ pub fn current() -> Result<PathBuf> {
 
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
-    let state = Program::as_root("systemctl").args(["show", "--property=SystemState", "--value"]);
-    Ok(state.output(|| "ask systemd".into(), None)?.trim_ascii() == b"stopping")
+    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
 }
 
-/// Cancels a start of the instance's service that waits for the end of the present run.
+/// Whether the instance's service is at work on this run.
+pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
+    let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &service(instance)])?;
+    let shown = String::from_utf8_lossy(&shown);
+    let says = |line: &str| shown.lines().any(|other| other == line);
+    Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
+}
+
+/// Cancels a start of the instance's service that waits for the end of the present run, unless a timer has
+/// asked for it since `began`.
 ///
 /// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
 /// still finds the journal, and asks for a start that nobody needs.
-pub fn cancel_start(instance: &str) -> Result<()> {
-    let list = Program::as_root("systemctl").args(["list-jobs", "--no-legend", "--full", "--no-pager"]);
-    let list = list.arg(format!("ekiben-{instance}.service")).output(|| "list systemd's jobs".into(), None)?;
+pub fn cancel_start(instance: &str, began: u64) -> Result<()> {
+    let service = service(instance);
+    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service])?;
     for line in String::from_utf8_lossy(&list).lines() {
         if let [job, _, "start", "waiting"] = line.split_whitespace().collect::<Vec<_>>()[..] {
+            if timer_has_elapsed(&service, began)? {
+                continue;
+            }
             Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
         }
     }
     Ok(())
+}
+
+/// Whether a timer of a service has elapsed since a moment in seconds since 1970.
+fn timer_has_elapsed(service: &str, began: u64) -> Result<bool> {
+    let triggers = systemctl(&["show", "--property=TriggeredBy", "--value", "--", service])?;
+    for timer in String::from_utf8_lossy(&triggers).split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()) {
+        let last = systemctl(&["show", "--timestamp=unix", "--property=LastTriggerUSec", "--value", "--", timer])?;
+        let last = String::from_utf8_lossy(&last).trim().trim_start_matches('@').parse::<u64>();
+        if last.is_ok_and(|last| last >= began) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
+/// executes itself anew.
+pub fn systemctl(question: &[&str]) -> Result<Vec<u8>> {
+    again(|| Program::as_root("systemctl").args(question).output(|| "ask systemd".into(), None)).map_err(Error::transient)
+}
+
+/// Tries something until it succeeds, a few times within a while, with growing pauses.
+pub fn again<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + PERSISTENCE;
+    let mut pause = PAUSE;
+    loop {
+        match attempt() {
+            Err(error) if Instant::now() + pause < until => {
+                log::warn!("{error}; trying again in {} s.", pause.as_secs());
+                thread::sleep(pause);
+                pause *= 2;
+            }
+            result => return result,
+        }
+    }
+}
+
+fn service(instance: &str) -> String {
+    format!("ekiben-{instance}.service")
 }
 
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
@@ -72,29 +168,6 @@ pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result
             return Ok(ended);
         }
         log::info!("Something else is switching this machine; waiting ...");
-        std::thread::sleep(PAUSE);
+        thread::sleep(PAUSE);
     }
-}
-
-/// The units that have failed, or that systemd starts again and again.
-pub fn failed_units() -> Result<BTreeSet<String>> {
-    #[derive(Deserialize)]
-    struct Unit {
-        #[serde(rename = "unit")]
-        name: String,
-        active: String,
-        sub: String,
-    }
-    let list = Program::as_root("systemctl").args(["list-units", "--all", "--full", "--no-pager", "--output=json"]);
-    let list = list.output(|| "list the units".into(), None)?;
-    let units: Vec<Unit> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
-    let failed = units.into_iter().filter(|unit| unit.active == "failed" || unit.sub == "auto-restart");
-    Ok(failed.map(|unit| unit.name).collect())
-}
-
-/// Fails if units have failed that had not before.
-pub fn check_units(before: &BTreeSet<String>) -> Result<()> {
-    let failed = failed_units()?;
-    let new: Vec<_> = failed.difference(before).map(String::as_str).collect();
-    if new.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to start {}", new.join(", ")))) }
 }

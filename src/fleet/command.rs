@@ -222,7 +222,7 @@ impl Fleet<'_> {
             if let Some(target) = target {
                 return push::push(toplevel.path(), what, target).map(|()| exit(found));
             }
-            let _turn = system::turn()?;
+            let _turn = system::Turn::take()?;
             if what == "switch" {
                 set_profile(toplevel.path())?;
             }

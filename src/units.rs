@@ -1,0 +1,232 @@
+//! systemd's units, as far as a switch may have harmed them: which ran before and do not now.
+//!
+//! What counts is what a system's own configuration brings. What users start, transiently or in their own
+//! sessions, may fail for reasons of its own.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+use crate::system;
+
+/// Where a system has its units.
+const UNITS: &str = "etc/systemd/system";
+/// Where systemd has those that it makes from a system's other configuration.
+const GENERATED: &str = "/run/systemd/generator";
+/// Of these kinds a unit comes and goes by itself.
+const FLEETING: [&str; 3] = [".device", ".scope", ".slice"];
+/// Of a user, who may do with them what he likes.
+const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
+/// What the state of a unit is told from.
+const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
+                          RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
+
+/// How the units were at some moment.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Units {
+    /// Those that had failed, or that systemd started again and again.
+    #[serde(rename = "failed_units")]
+    pub failed: BTreeSet<String>,
+    /// Those that were active.
+    #[serde(default, rename = "active_units")]
+    active: BTreeSet<String>,
+    /// Those that systemd could not make sense of.
+    #[serde(default, rename = "broken_units")]
+    broken: BTreeSet<String>,
+}
+
+/// A unit as `systemctl list-units` shows it.
+#[derive(Deserialize)]
+struct Listed {
+    #[serde(rename = "unit")]
+    name: String,
+    load: String,
+    active: String,
+    sub: String,
+}
+
+impl Units {
+    /// How they are now.
+    pub fn now() -> Result<Self> {
+        let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
+        let list: Vec<Listed> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
+        let mut units = Self::default();
+        for Listed { name, load, active, sub } in list {
+            if is_broken(&load) {
+                units.broken.insert(name.clone());
+            }
+            if active == "failed" || sub.starts_with("auto-restart") {
+                units.failed.insert(name);
+            } else if is_up(&active) && active != "activating" {
+                units.active.insert(name);
+            }
+        }
+        Ok(units)
+    }
+
+    /// Those that are worse off under the system `new` than they were under `old`, with their states: they have
+    /// failed; or were active and should be, and are not; or make no sense any more.
+    pub fn worse_under(&self, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+        let now = Self::now()?;
+        let mut worse = BTreeMap::new();
+        for name in now.failed.difference(&self.failed).filter(|name| brings(old, name) || brings(new, name)) {
+            worse.insert(name.clone(), "failed".to_owned());
+        }
+        let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
+        let suspects: Vec<&str> = down.map(String::as_str).filter(|name| !worse.contains_key(*name) && brings(new, name)).collect();
+        if suspects.is_empty() {
+            return Ok(worse);
+        }
+        let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
+        let shown = String::from_utf8_lossy(&shown);
+        for (name, properties) in suspects.iter().zip(shown.split("\n\n")) {
+            let unit = Properties::parse(properties);
+            if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
+                let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
+                worse.insert((*name).to_owned(), state.to_owned());
+            }
+        }
+        Ok(worse)
+    }
+}
+
+/// What `systemctl show` says of one unit.
+struct Properties<'a>(HashMap<&'a str, &'a str>);
+
+impl<'a> Properties<'a> {
+    fn parse(text: &'a str) -> Self {
+        Self(text.lines().filter_map(|line| line.split_once('=')).collect())
+    }
+
+    fn of(&self, key: &str) -> &str {
+        self.0.get(key).copied().unwrap_or_default()
+    }
+
+    fn names(&self, key: &str) -> impl Iterator<Item = &str> {
+        self.of(key).split_whitespace()
+    }
+
+    /// Whether it should be up and is not. `active` are the units that are.
+    fn is_down(&self, active: &BTreeSet<String>, was_active: bool, changed: bool) -> bool {
+        let is_active = |name: &str| active.contains(name);
+        let wanted = ["WantedBy", "RequiredBy", "UpheldBy"].iter().any(|key| self.names(key).any(is_active));
+        if is_broken(self.of("LoadState")) {
+            // what nothing wants may be left of a unit that was taken away but for some setting
+            return wanted;
+        }
+        if !was_active || is_up(self.of("ActiveState")) || self.of("LoadState") == "masked" || !(wanted || changed) {
+            return false;
+        }
+        // its configuration says not to start it now
+        let skipped = self.of("ConditionResult") == "no" && self.time("ConditionTimestampMonotonic") > 0;
+        // it is started when somebody connects
+        let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
+        let fine = self.of("Result") == "success";
+        !(fine && (skipped || waits || self.has_ended_by_itself()))
+    }
+
+    /// A process that ends makes its unit inactive; one that is ended for that ends after it.
+    fn has_ended_by_itself(&self) -> bool {
+        let ended = self.time("ExecMainExitTimestampMonotonic");
+        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.time("ActiveExitTimestampMonotonic")
+    }
+
+    fn time(&self, key: &str) -> u64 {
+        self.of(key).parse().unwrap_or(0)
+    }
+}
+
+fn is_broken(load: &str) -> bool {
+    ["bad-setting", "error"].contains(&load)
+}
+
+fn is_up(active: &str) -> bool {
+    ["active", "activating", "reloading", "refreshing"].contains(&active)
+}
+
+/// Whether a unit is one of a system's own.
+fn brings(system: &Path, name: &str) -> bool {
+    if FLEETING.iter().any(|kind| name.ends_with(kind)) || OF_USERS.iter().any(|prefix| name.starts_with(prefix)) {
+        return false;
+    }
+    files(name).iter().any(|file| fs::symlink_metadata(system.join(UNITS).join(file)).is_ok())
+        || fs::symlink_metadata(Path::new(GENERATED).join(name)).is_ok()
+}
+
+/// The files that can be a unit's: its own, and that of what it is an instance of.
+fn files(name: &str) -> Vec<String> {
+    let template = name.split_once('@').zip(name.rsplit_once('.')).map(|((stem, _), (_, kind))| format!("{stem}@.{kind}"));
+    std::iter::once(name.to_owned()).chain(template).collect()
+}
+
+/// Whether a unit's files are others in the new system.
+fn is_changed(old: &Path, new: &Path, name: &str) -> bool {
+    let text = |system: &Path| {
+        let mut texts = Vec::new();
+        for file in files(name) {
+            let path = system.join(UNITS).join(&file);
+            let more = fs::read_dir(path.with_file_name(file + ".d")).into_iter().flatten().flatten();
+            let more: BTreeSet<_> = more.map(|entry| entry.path()).collect();
+            texts.extend(std::iter::once(path).chain(more).filter_map(|path| fs::read(path).ok()));
+        }
+        texts
+    };
+    text(old) != text(new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_down(text: &str, changed: bool) -> bool {
+        let active = ["multi-user.target", "app.socket", "app.timer"].map(String::from).into();
+        Properties::parse(text).is_down(&active, true, changed)
+    }
+
+    #[test]
+    fn what_was_active_and_should_be_and_is_not_is_down() {
+        const STOPPED: &str = "LoadState=loaded\nActiveState=inactive\nResult=success\nRemainAfterExit=no\nConditionResult=yes\nConditionTimestampMonotonic=50\n\
+                               ExecMainExitTimestampMonotonic=200\nActiveExitTimestampMonotonic=100\n";
+        let with = |more: &str| format!("{STOPPED}{more}");
+        let wanted = with("WantedBy=multi-user.target\n");
+        assert!(is_down(&wanted, false) && is_down(STOPPED, true));
+        assert!(is_down(&wanted.replace("=inactive", "=failed"), false));
+        assert!(is_down(&with("RequiredBy=x.service multi-user.target\nTriggeredBy=app.timer\n"), false));
+        assert!(is_down(&wanted.replace("=loaded", "=bad-setting"), false));
+        assert!(!is_down(&STOPPED.replace("=loaded", "=bad-setting"), true));
+        // up again, not wanted, not to be started now, waiting for connections, or done
+        assert!(!is_down(&wanted.replace("=inactive", "=activating"), false));
+        assert!(!is_down(STOPPED, false) && !is_down(&with("WantedBy=other.target\n"), false));
+        assert!(!is_down(&wanted.replace("=loaded", "=masked"), false));
+        assert!(!is_down(&wanted.replace("ConditionResult=yes", "ConditionResult=no"), false));
+        assert!(!is_down(&with("TriggeredBy=app.socket\nWantedBy=multi-user.target\n"), true));
+        let done = wanted.replace("=200", "=100");
+        assert!(!is_down(&done, true));
+        assert!(is_down(&done.replace("Result=success", "Result=exit-code"), true));
+        assert!(is_down(&done.replace("RemainAfterExit=no", "RemainAfterExit=yes"), true));
+        assert!(is_down(&wanted.replace("=200", "=0"), true));
+    }
+
+    #[test]
+    fn a_units_files_are_its_own_and_its_templates() {
+        let directory = crate::testing::Directory::new();
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+        for system in [&old, &new] {
+            fs::create_dir_all(system.join(UNITS).join("app.service.d")).unwrap();
+            for file in ["app.service", "app.service.d/more.conf", "many@.service", "user@.service"] {
+                fs::write(system.join(UNITS).join(file), "").unwrap();
+            }
+        }
+        assert!(brings(&old, "app.service") && brings(&old, "many@one.service"));
+        for foreign in ["mine.service", "user@1000.service", "session-1.scope", "many@one.timer"] {
+            assert!(!brings(&old, foreign), "{foreign}");
+        }
+        assert!(!is_changed(&old, &new, "app.service") && !is_changed(&old, &new, "many@one.service"));
+        fs::write(new.join(UNITS).join("app.service.d/more.conf"), "[Service]\n").unwrap();
+        fs::write(new.join(UNITS).join("many@.service"), "[Service]\n").unwrap();
+        assert!(is_changed(&old, &new, "app.service") && is_changed(&old, &new, "many@one.service"));
+    }
+}
