@@ -26,6 +26,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RETRY_SECONDS = 0.1
 # what a fault does to the program whose operation it is; else it is the name of the error that the operation ends with
 SIGNALS = {"kill": signal.SIGKILL, "hold": signal.SIGSTOP}
+# what makes a file system of a file, without a question
+MKFS = {"btrfs": ["-qf"], "ext4": ["-qF"], "xfs": ["-qf"]}
 # the page of faults.c
 PAGE = struct.Struct("=IIii32s128s128s1024s")
 
@@ -57,6 +59,8 @@ class Machine:
         self.stderr = subprocess.DEVNULL if quiet else None
         self.init = None
         self.process = None
+        self.image = None
+        self.kind = None
 
     # life
 
@@ -112,6 +116,44 @@ class Machine:
         os.kill(self.init, signal.SIGKILL)
         self.process.wait()
         self._gone()
+
+    def put_on_image(self, kind):
+        """Gives the host, which must not run, a new disk, which is a file system of its own: see `cut_power`."""
+        installed = self.disk.with_suffix(".installed")
+        if self.image:
+            subprocess.run(["umount", self.disk], check=True)
+            self.image.unlink()
+        else:
+            self.disk.rename(installed)
+        self.image, self.kind = self.disk.with_suffix(".image"), kind
+        subprocess.run(["truncate", "-s", "1500M", self.image], check=True)
+        subprocess.run([f"mkfs.{kind}", *MKFS[kind], self.image], check=True, stdout=subprocess.DEVNULL)
+        self._mount_image()
+        subprocess.run(["cp", "-a", f"{installed}/.", self.disk], check=True)
+
+    def cut_power(self):
+        """Ends the host at once, and gives its disk the contents that the file system's device has at that moment: what is
+        only in memory is lost."""
+        self.log("loses its power")
+        frozen = self.cgroup / "cgroup.freeze"
+        frozen.write_text("1")
+        retry("all processes to be frozen", lambda: "frozen 1" in (self.cgroup / "cgroup.events").read_text(), 10)
+        copy = self.image.with_suffix(".copy")
+        subprocess.run(["cp", "--sparse=always", self.image, copy], check=True)
+        os.kill(self.init, signal.SIGKILL)
+        frozen.write_text("0")
+        self.process.wait()
+        self._gone()
+        # processes that were killed take a moment to be gone
+        retry("the disk to be free", lambda: subprocess.run(["umount", self.disk], stderr=subprocess.DEVNULL).returncode == 0, 30)
+        copy.rename(self.image)
+        self._mount_image()
+
+    def _mount_image(self):
+        self.disk.mkdir(exist_ok=True)
+        # nothing gets there by the mere passing of time
+        options = "loop" if self.kind == "xfs" else "loop,commit=300"
+        subprocess.run(["mount", "-t", self.kind, "-o", options, self.image, self.disk], check=True)
 
     def release(self):
         """Ends the host, if it runs, and keeps its journal beside the log."""

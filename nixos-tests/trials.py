@@ -1,0 +1,194 @@
+# Trials: a trial is a run in which one file operation of one program goes wrong. What the scenarios share that make some.
+# ruff: noqa
+import os
+import random
+import re
+import subprocess
+import time
+
+# kind of run -> the programs whose operations go wrong in it; the first succeeds, the second goes back when
+# all but the boot loader is changed
+KINDS = {"update": ("ekiben", "git", "nix", "nix-env", "nix-daemon"), "back": ("ekiben", "git", "nix-env")}
+# all but the first three befall the machine while the program is held
+ACTS = ("kill", "ENOSPC", "EIO", "stop", "kill-all", "crash")
+COUNT = iter(range(2, 100000))
+
+def prepare_trial(content, kind="update"):
+    """Something new in the input and in the upstream; returns how things are now."""
+    publish(machine, "app", content, trouble="boot-loader" if kind == "back" else "none")
+    machine.succeed(as_deploy(f"""
+        cd /srv/clone; git fetch -q {REPOSITORY} main; git reset -q --hard FETCH_HEAD
+        # a file becomes a directory with directories in it, another one comes, and a directory goes
+        git rm -rq --ignore-unmatch directory-*
+        for old in file-*/; do test ! -d $old || git rm -rq $old; done
+        for file in file-*; do
+            test ! -f $file || {{ git rm -q $file; mkdir -p directory-$file $file/a/b; touch directory-$file/x $file/a/b/x; }}
+        done
+        echo {content} | tee top > file-{content}
+        git add .; git commit -qm 'upstream {content}'; git push -qf origin HEAD:main
+    """))
+    return state(machine)
+
+
+def ask():
+    """Asks for a run as the webhook does, without Ekiben's program; returns the request's number."""
+    return int(machine.succeed("cd /var/lib/ekiben/queue; n=$(date +%s%3N); printf $n > .new; ln .new app; rm .new; echo $n"))
+
+
+def run_asked():
+    """A run by a request; returns how it ended."""
+    ask()
+    wait_until_at_rest(machine, "app")
+    return last_run(machine, "app")
+
+
+def befall(act):
+    """What befalls the machine while a program is held."""
+    if act in ("crash", "power-cut"):
+        machine.crash() if act == "crash" else machine.cut_power()
+        machine.start()
+        return
+    command = "stop --no-block" if act == "stop" else "kill --kill-whom=all --signal=KILL"
+    machine.succeed(f"systemctl {command} ekiben-app.service")
+    # if it is none of the unit's
+    machine.let_go()
+
+
+def faulty_run(program, number, act):
+    """Has a run with the fault; returns the request's number, and what went wrong."""
+    held = act not in ("kill", "ENOSPC", "EIO")
+    if act == "power-cut":
+        # what others had written before
+        machine.succeed("sync --file-system /")
+    machine.fault(program, number, "hold" if held else act)
+    asked = ask()
+    met = ""
+    if held:
+        retry("a fault, or the end", lambda: machine.fault_met() or machine.execute(at_rest("app"))[0] == 0, 60)
+        met = machine.fault_met()
+        if met:
+            befall(act)
+    wait_until_at_rest(machine, "app", timeout=60)
+    met = met or machine.fault_met()
+    machine.no_fault()
+    return asked, met
+
+
+def judge(kind, content, before, asked):
+    """Which end it is; fails if it is neither, or is reported wrongly."""
+    after = state(machine)
+    known = status(machine, "app")
+    ended = known["runs"][0]
+    # systemd holds against a unit that a process of it was killed, however it went on
+    machine.succeed("systemctl reset-failed ekiben-app.service")
+    assert known["served"] >= asked, f"lost: the request {asked}, {known['served']} is served"
+    assert known["running"] is None, f"misreported: {known['running']} is running"
+    left = machine.execute("cd /var/lib/ekiben; ls -A runs queue | grep -v ':$' | grep . ; ls /nix/var/nix/gcroots/ekiben/* 2>/dev/null; "
+                           "find . -name '*.lock' ! -name flake.lock -o -name '*.new'")[1].split()
+    assert not left, f"left behind: {left}"
+    if after == before:
+        assert ended["started"] >= asked // 1000 and ended["result"] in ("failed", "rolledBack") and ended["error"], f"misreported: {ended}"
+        assert known["deployed"] is None or known["deployed"]["commit"] == head(machine), f"misreported: {known['deployed']}"
+        return "old"
+    assert after["shows"].split()[0] == content and kind == "update", "neither end: {}\n{}".format(ended, "\n".join(differences(before, after)))
+    check_deployed(machine, "app")
+    assert ended["result"] == "deployed" and ended["commit"] == head(machine), f"misreported: {ended}"
+    changed = [line for line in differences(before, after) if re.search(r"(lock|ekiben)", line) and line.startswith("repository: +") and "flake.lock" not in line]
+    assert not changed, f"left behind: {changed}"
+    pushed = machine.succeed(as_deploy("git -C /srv/upstream.git rev-parse main")).strip() == head(machine)
+    assert pushed or ended["warnings"], "misreported: not pushed, and not said"
+    return "new"
+
+
+def succeed_after(why):
+    """The next run has to deploy."""
+    content = str(next(COUNT))
+    prepare_trial(content)
+    ended = run_asked()
+    assert ended["result"] == "deployed" and shows(machine, "app") == content, f"wedged{why}: {ended}"
+    check_deployed(machine, "app")
+
+
+def repair():
+    """What an administrator would do, so that the next trial has a chance."""
+    deploy(machine, "find .git -name '*.lock' -delete; rm -rf .git/ekiben-*; git reset -q --hard; git clean -fdqx")
+    machine.succeed("find /var/lib/ekiben/instances /var/cache/ekiben -name '*.lock' ! -name flake.lock -delete", "rm -f /var/lib/ekiben/runs/*; systemctl reset-failed; systemctl restart ekiben-app.path")
+    prepare_trial(str(next(COUNT)))
+    if run_asked()["result"] != "deployed":
+        # from what there is now
+        deploy(machine, "nix flake update app; git commit -qam repaired")
+        rebuild(machine)
+        succeed_after(", repaired by hand")
+
+
+def trial(kind, program, number, act):
+    """Makes one trial; returns how it ended, and what was wrong with that."""
+    content = str(next(COUNT))
+    before = prepare_trial(content, kind)
+    met, end = "", "failed"
+    try:
+        asked, met = faulty_run(program, number, act)
+        if not met:
+            return "unmet", ""
+        end = judge(kind, content, before, asked)
+        if end == "old":
+            succeed_after(" afterwards")
+        return end, ""
+    except (AssertionError, Exception) as failure:
+        machine.no_fault()
+        said = machine.execute("journalctl -q -u ekiben-app -o cat -n 12")[1]
+        problem = f"{failure}\n  at: {met}\n  journal: {said}".replace("\n", "\n    ")
+        machine.execute("systemctl kill --kill-whom=all --signal=KILL ekiben-app.service")
+        wait_until_at_rest(machine, "app", timeout=60)
+        repair()
+        return "FAILED", problem
+
+
+def operations():
+    """How many operations each program makes in a run of each kind: (kind, program) -> number."""
+    counts = {}
+    for kind, programs in KINDS.items():
+        for program in programs:
+            prepare_trial(str(next(COUNT)), kind)
+            machine.fault(program, 0, "kill")
+            ended = run_asked()
+            counts[kind, program] = machine.no_fault()
+            assert ended["result"] == ("rolledBack" if kind == "back" else "deployed"), ended
+            print(f"operations: {kind} {program} {counts[kind, program]}", flush=True)
+    return counts
+
+
+def set_up(host):
+    """Makes a host the one that trials are made on."""
+    global machine
+    machine = host
+    machine.start()
+    install(machine)
+    machine.succeed("install -d -o deploy /srv/upstream.git /srv/clone")
+    machine.succeed(as_deploy("git init -q --bare -b main /srv/upstream.git"))
+    deploy(machine, "git remote add origin /srv/upstream.git; git push -qu origin main")
+    machine.succeed(as_deploy("git clone -q /srv/upstream.git /srv/clone"))
+    succeed_after(" at first")
+
+
+def sample(counts, acts, seconds):
+    """Some trials, for so many seconds: other ones for each commit."""
+    seed = os.environ.get("SEED") or subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"these are the trials of SEED={seed}", flush=True)
+    chosen = random.Random(f"{seed} {machine.kind}")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        kind, program = chosen.choice(list(counts))
+        yield kind, program, chosen.randint(1, counts[kind, program]), chosen.choice(acts)
+
+
+def make(trials):
+    """Makes trials, and says how each ended; returns those that did not end well."""
+    failed = []
+    for each in trials:
+        began = time.monotonic()
+        end, problem = trial(*each)
+        print("trial:", *each, "->", end, f"in {time.monotonic() - began:.1f} s", problem and f"\n    {problem}", flush=True)
+        if problem:
+            failed.append(each)
+    return failed
