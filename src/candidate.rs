@@ -84,7 +84,7 @@ fn publish(repository: &Repository, proposal: &Proposal, layout: &Layout, instan
         log::warn!("{error}.");
     }
     if instance.push {
-        if let Err(error) = repository.push(&proposal.commit, &layout.upstream()) {
+        if let Err(error) = repository.push(&proposal.commit, &layout.upstream(), layout.name()) {
             log::warn!("{error}.");
         }
     }

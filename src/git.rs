@@ -268,7 +268,7 @@ impl Repository {
             self.git().args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet", "--no-tags", "--no-prune", "--no-prune-tags"]);
         let fetch =
             fetch.args(["--recurse-submodules=no", "--no-write-fetch-head", "--refmap=", remote, &format!("+{branch}:{reference}")]);
-        self.guarded(instance, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
+        self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
         if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head) {
@@ -288,7 +288,7 @@ impl Repository {
 
     /// Sends a commit to the branch's upstream, unless that has withdrawn some of it. Never overwrites
     /// what others have sent.
-    pub fn push(&self, commit: &str, memory: &Path) -> Result<()> {
+    pub fn push(&self, commit: &str, memory: &Path, instance: &str) -> Result<()> {
         let upstream = self.upstream(memory)?;
         let Upstream { remote, branch, .. } = &upstream;
         let doing = || format!("push {commit} to {branch} of {remote}");
@@ -306,7 +306,10 @@ impl Repository {
                 push = push.arg(format!("--force-with-lease={branch}:{theirs}"));
             }
         }
-        push.args([remote, &format!("{commit}:{branch}")]).run(NETWORK_LIMIT, doing)?.success()?;
+        let push = push.args([remote, &format!("{commit}:{branch}")]);
+        // git remembers what it has sent
+        let sent = self.ask(["rev-parse", "--symbolic-full-name", "@{upstream}"]).unwrap_or_else(|_| self.branch.clone());
+        self.guarded(instance, &sent, || push.run(NETWORK_LIMIT, doing)?.success())?;
         upstream.remember(memory, commit)
     }
 
@@ -508,10 +511,10 @@ impl Repository {
         Savepoint::of(&self.top, &self.git_directory, instance)
     }
 
-    /// Does something by which git, if it is killed, may leave locks behind, and removes those.
-    fn guarded<T>(&self, instance: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Does something to a ref by which git, if it is killed, may leave locks behind, and removes those.
+    fn guarded<T>(&self, instance: &str, reference: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let savepoint = self.savepoint(instance);
-        savepoint.note_locks(&self.branch)?;
+        savepoint.note_locks(reference)?;
         let done = work();
         if done.is_err() {
             savepoint.remove_locks()?;

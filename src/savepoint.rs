@@ -503,9 +503,9 @@ pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
 
 /// What a file has in common with no other, and with no later one of its name.
 fn identity(path: &Path) -> String {
-    path.symlink_metadata().map_or("none".into(), |metadata| {
-        format!("{} {} {} {} {}", metadata.dev(), metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec())
-    })
+    // without the device, which some file systems number anew at each boot
+    path.symlink_metadata()
+        .map_or("none".into(), |metadata| format!("{} {} {} {}", metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
 fn mode_of(path: &Path) -> u32 {
