@@ -162,7 +162,7 @@ def shows(machine, name):
 
 # what must not change of a repository: every file and directory, with its time and permissions, and every ref; in git's
 # directory, too, but for loose objects, which change nothing if nothing refers to them
-MOST = "find . \\( -path './.git/objects/??' -o -path ./.git/refs/ekiben -empty \\) -prune -o"
+MOST = "find . -path './.git/objects/??' -prune -o"
 DIGEST = f"""
     {MOST} -type f -printf '%p %T@ %m\\n' | sort
     {MOST} -type f -print0 | sort -z | xargs -0 sha256sum
