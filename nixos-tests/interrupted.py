@@ -97,7 +97,6 @@ for way in WAYS:
             assert end == ("new" if way == "crash" else "old") or way == "kill-all", end
 
 
-
 def begin(*points, content=None):
     """Starts a run that is held at the first of some points."""
     content = content or str(next(COUNT))
@@ -130,7 +129,7 @@ with subtest("only what moves the branch is killed, when it has moved it"):
 
 if STAND_IN:
     with subtest("the disk fails when the journal is to say that the new system is the one to boot"):
-        before = state()
+        before = state(machine)
         begin("activate: boot loader set", "back: begun")
         machine.succeed("mount --bind -o ro /var/lib/ekiben/runs /var/lib/ekiben/runs")
         go_on(machine, "activate: boot loader set")
@@ -139,7 +138,7 @@ if STAND_IN:
         go_on(machine, "back: begun")
         ended = end()
         assert ended["result"] == "rolledBack" and "Read-only file system" in ended["error"], ended
-        assert {**state(), "shows": ""} == {**before, "shows": ""}
+        assert {**state(machine), "shows": ""} == {**before, "shows": ""}
         works()
 
     with subtest("the disk is full when the report is to be written"):
@@ -178,13 +177,13 @@ if STAND_IN:
         check_deployed(machine, "app")
 
 with subtest("somebody switches back at the last moment: nothing is deployed"):
-    before, old = state(), running(machine)
+    before, old = state(machine), running(machine)
     begin("activate: persisted")
     machine.succeed(f"{old}/bin/switch-to-configuration test")
     go_on(machine, "activate: persisted")
     ended = end()
     assert ended["result"] == "rolledBack" and f"switched to another system, {old}" in ended["error"], ended
-    assert state() == before
+    assert state(machine) == before
     assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
     check_deployed(machine, "app")
 
