@@ -206,6 +206,9 @@ with subtest("a system that cannot be built: told, not tried again"):
     assert "trouble in build" in told(ended["id"])[1]
     assert "known to be bad" in run(web, "fleet")["error"]
     deploys(next(COUNT))
+    # it is gone for good, with all that came with it
+    assert web.succeed(f"runuser -u ekiben-fleet -- git -C {OWN}/repository fsck --no-progress --unreachable --no-reflogs") == ""
+    assert web.succeed(f"ls {OWN}/*.tar.gz | wc -l").strip() == "1"
 
 with subtest("a system that cuts the host off from the hub: rolled back, and told afterwards"):
     before = (running(web), generation(web))

@@ -559,6 +559,11 @@ impl Repository {
         asked.and_then(|()| git.end()).map_err(said).context(doing)
     }
 
+    /// Removes what no ref leads to: commits that have come to nothing.
+    pub fn prune(&self) -> Result<()> {
+        self.ask(["prune", "--expire=now"]).map(drop)
+    }
+
     fn git(&self) -> Program {
         git(&self.top)
     }

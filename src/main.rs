@@ -105,10 +105,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status"] => status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
         ["forget-releases", name] => fleet::seen::forget(name, config()?.instance(name)?),
-        ["forget-releases"] => config().and_then(|config| {
-            let mut of_hubs = config.instances.iter().filter(|(_, instance)| instance.hub.is_some());
-            of_hubs.try_for_each(|(name, instance)| fleet::seen::forget(name, instance))
-        }),
+        // the module's one instance that has a hub
+        ["forget-releases"] => config().and_then(|config| fleet::seen::forget("fleet", config.instance("fleet")?)),
         ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
         ["fleet", rest @ ..] => return fleet::command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),

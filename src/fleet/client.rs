@@ -74,6 +74,10 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     archive::unpack(&tarball, &source)?;
     let message = release::message(&manifest)?;
     let index = scratch.path().join("index");
+    // releases that were never deployed would stay for ever
+    if let Err(error) = repository.prune() {
+        log::warn!("{error}.");
+    }
     // git knows no later times
     let published = manifest.published.min(u64::from(u32::MAX));
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;

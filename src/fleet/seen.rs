@@ -72,6 +72,9 @@ fn reported(layout: &Layout) -> Vec<Release> {
 pub fn forget(name: &str, instance: &Instance) -> Result<()> {
     let layout = Layout::new(name);
     let doing = || format!("forget the releases of {name}");
+    if instance.hub.is_none() {
+        return Err("it has no hub").context(doing);
+    }
     if !geteuid().is_root() {
         return Err("it must be run as root").context(doing);
     }
