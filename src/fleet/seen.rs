@@ -18,6 +18,8 @@ use crate::text::{print, print_json};
 
 /// The release that the hub has offered last.
 const SEEN: &str = "seen.json";
+/// How many the user's part of forgetting knows: that one, and the one in the repository.
+const OWN: usize = 2;
 /// How far the clocks of those who publish and of hosts may be apart, in seconds.
 const DAY: u64 = 24 * 60 * 60;
 /// A clock that says less, in seconds since 1970, has not been set since the machine was started.
@@ -81,7 +83,8 @@ pub fn forget(name: &str, instance: &Instance) -> Result<()> {
     // what lies in the user's files is for the user to read, and to remove
     let own = Program::ourselves_as(&instance.user)?.args(["forget-own-releases", name]).output(doing, None)?;
     let own: Vec<Release> = serde_json::from_slice(&own).context(doing)?;
-    files::write_json(&layout.forgotten(), &[own, reported(&layout)].concat(), 0o644)?;
+    let releases: Vec<_> = own.into_iter().take(OWN).chain(reported(&layout)).collect();
+    files::write_json(&layout.forgotten(), &releases, 0o644)?;
     print(&format!("{name} takes the next release of its hub, whatever number that has.\n"))
 }
 
