@@ -427,18 +427,5 @@ with subtest("what lies in the way in directories of Ekiben's own does not stay 
     assert web.succeed(f"cd {OWN}; ls | grep tar.gz || true; ls fetched/fleet") == ""
     assert web.succeed(f"ls {outbox} | grep -E '^(c{{32}}|d{{32}}|junk)' || true") == ""
 
-if is_host(hub):
-    with subtest("what a hub says into the host's errors cannot make its terminal do anything"):
-        config = (
-            "PidFile /run/scenario-sshd.pid", "HostKey /etc/ssh/ssh_host_ed25519_key", "AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u", "StrictModes no",
-            r'ForceCommand printf "\033[31mred\033]0;title\007\302\233\342\200\256\n" >&2; exit 1',
-        )
-        hub.succeed(f"printf '%s\\n' {shlex.join(config)} > /srv/sshd", "usermod --shell /bin/sh fleet-web", "systemctl stop sshd; mkdir -p /run/sshd; /usr/sbin/sshd -f /srv/sshd")
-        refuses("\ufffd[31mred\ufffd]0;title\ufffd\ufffd\ufffd")
-        for shown in ("journalctl -u ekiben-fleet -o cat", "ekiben status", "ekiben status fleet", "ekiben trigger --wait fleet 2>&1 || true"):
-            web.succeed(f"({shown}) > /tmp/shown; grep 31mred /tmp/shown")
-            web.fail(r"LC_ALL=C grep -aE $'\x1b|\x07|\xc2\x9b|\xe2\x80\xae' /tmp/shown")
-        hub.succeed("kill $(cat /run/scenario-sshd.pid); systemctl start sshd")
-
 with subtest("after all that, a good release is deployed"):
     deploys(next(COUNT))
