@@ -82,6 +82,90 @@ with subtest("a branch that has gone another way than its upstream is left to it
     assert digest(server) == before
     deploy(server, "git reset -q --keep HEAD^")
 
+def push_upstream(change):
+    """Has somebody push a commit to the repository's upstream; returns it."""
+    return forge.succeed(as_deploy(f"{clone}; {change}; git add -A -f .; git commit -qm change; git push -q; git rev-parse HEAD")).strip()
+
+
+def upstream_is():
+    """Where the repository's upstream stands."""
+    return forge.succeed(as_deploy("git -C /srv/other/config.git rev-parse main")).strip()
+
+
+if is_host(server):
+    with subtest("whatever changes upstream is followed, as git merge would"):
+        push_upstream("mkdir -p d/e; echo x > d/x; echo y > d/e/y; ln -s greeting link; echo plain > plain; printf x > \"$(printf 'odd\\377\\nname')\"")
+        assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        push_upstream("git rm -qr d link plain; echo d > d; mkdir -p link plain/a/b; echo z > link/z; echo x > plain/a/b/x; printf y > \"$(printf 'odd\\377\\nname')\"")
+        assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        check_deployed(server, "follower")
+        assert deploy(server, "cat d link/z plain/a/b/x; ls -A") == f"d\nz\nx\n{deploy(server, 'ls -A')}"
+
+    with subtest("a filter that is missing is found before the switch"):
+        deploy(server, "git config filter.large.smudge 'no-such-program smudge'; git config filter.large.required true")
+        push_upstream("echo '*.bin filter=large' > .gitattributes; echo pointer > x.bin")
+        before = (digest(server), running(server), generation(server))
+        ended = run(server, "follower")
+        assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "smudge filter large failed" in ended["error"], ended
+        assert (digest(server), running(server), generation(server)) == before
+        deploy(server, "git config filter.large.smudge 'sed s/pointer/contents/'; git config filter.large.clean 'sed s/contents/pointer/'")
+        assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        assert deploy(server, "cat x.bin; git status --porcelain") == "contents"
+
+    with subtest("what upstream has withdrawn is an error, and is not pushed again"):
+        push_upstream("echo secret > withdrawn")
+        assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        withdrawn = upstream_is()
+        assert withdrawn == head(server)
+        forge.succeed(as_deploy(f"{clone}; git reset -q --hard HEAD^; git push -qf"))
+        for _ in range(2):
+            before = (digest(server), running(server), generation(server), upstream_is())
+            ended = run(server, "follower")
+            assert (ended["result"], ended["stage"]) == ("failed", "prepare") and f"it has withdrawn {withdrawn}" in ended["error"], ended
+            assert (digest(server), running(server), generation(server), upstream_is()) == before
+        # where nothing is remembered, what the user's git knows counts
+        server.succeed("rm /var/lib/ekiben/instances/follower/upstream")
+        deploy(server, "git update-ref refs/remotes/origin/main HEAD")
+        assert "it has withdrawn" in run(server, "follower")["error"]
+        deploy(server, "git fetch -q; git reset -q --keep origin/main")
+        ended = run(server, "follower")
+        assert ended["result"] in ("deployed", "unchanged"), ended
+        assert not deploy(server, "ls withdrawn 2> /dev/null || true") and upstream_is() == head(server)
+
+    with subtest("a clone that fetches objects as git needs them is completed"):
+        forge.succeed(as_deploy("git -C /srv/other/config.git config uploadpack.allowFilter true; git -C /srv/other/config.git config uploadpack.allowAnySHA1InWant true"))
+        server.succeed(f"mv {REPOSITORY} {REPOSITORY}.away; install -d -o deploy {REPOSITORY}")
+        for options in ("--filter=blob:none", "--filter=tree:0", "--filter=blob:none --depth=1"):
+            server.succeed(f"rm -r {REPOSITORY}; install -d -o deploy {REPOSITORY}")
+            deploy(server, f"git clone -q {options} ssh://deploy@forge/srv/other/config.git .")
+            push_upstream(f"echo {shlex.quote(options)} > new; mkdir -p deep/er; echo {shlex.quote(options)} >> deep/er/file")
+            ended = run(server, "follower")
+            assert ended["result"] == "deployed", (options, ended)
+            assert deploy(server, "cat new; git status --porcelain") == options
+        server.succeed(f"rm -r {REPOSITORY}; mv {REPOSITORY}.away {REPOSITORY}")
+
+    with subtest("an sshd that hangs up for a while is the network's fault, and is asked again"):
+        push_upstream("echo patience > patience")
+        listen = "import socket; s = socket.create_server(('', 22), reuse_port=True); [s.accept()[0].close() for _ in range(3)]"
+        forge.succeed("systemctl stop ssh.socket sshd.socket ssh sshd 2> /dev/null || true", f"systemd-run --unit=busy {python} -c {shlex.quote(listen)}")
+        forge.wait_for_open_port(22)
+        follow(server, "follower")
+        server.succeed("systemctl start --no-block ekiben-follower.service")
+        wait_until_said(server, "follower", "trying again in 2 s")
+        forge.wait_until_succeeds("! systemctl is-active busy")
+        forge.succeed("systemctl start ssh 2> /dev/null || systemctl start sshd")
+        wait_until_idle(server, "follower")
+        assert last_run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        assert deploy(server, "cat patience") == "patience"
+
+    with subtest("a host key that is not the known one is said, and not tried again"):
+        known = server.succeed(as_deploy("cat ~/.ssh/known_hosts; rm -f /tmp/other*; ssh-keygen -q -t ed25519 -N '' -f /tmp/other; echo forge $(cut -d' ' -f1,2 /tmp/other.pub) > ~/.ssh/known_hosts"))
+        follow(server, "follower")
+        ended = run(server, "follower")
+        assert ended["result"] == "failed" and "Host key verification failed" in ended["error"], ended
+        assert server.execute(f"journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | grep -F 'trying again'")[0] != 0
+        server.succeed(as_deploy(f"printf %s {shlex.quote(known)} > ~/.ssh/known_hosts"))
+
 with subtest("an upstream that cannot be pushed to is a warning"):
     forge.succeed("chmod -R a-w /srv/other/config.git/objects")
     deploy(server, "git rev-parse HEAD")

@@ -19,7 +19,7 @@ use crate::config::{Author, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::files;
-use crate::program::Program;
+use crate::program::{KILLED, Program};
 use crate::savepoint::{self, Changed, Savepoint};
 
 /// How long the other side of a fetch or push may take.
@@ -413,7 +413,7 @@ impl Repository {
         fault::point("accept: saved");
         let mut begun = false;
         let forwarded = made.and_then(|()| {
-            self.update_branch(commit, &savepoint.errors(), || {
+            self.update_branch(commit, &savepoint, || {
                 fault::point("accept: branch locked");
                 savepoint.lock_index()?;
                 savepoint.copy_index()?;
@@ -437,7 +437,7 @@ impl Repository {
                 // nobody knows: that is for the next run to find out
                 Err(_) => return Err(error),
             },
-            Err(error) => return savepoint.remove_locks().and(self.end(&savepoint, &files)).and(Err(error)),
+            Err(error) => return self.end(&savepoint, &files).and(Err(error)),
             Ok(()) => fault::point("accept: branch moved"),
         }
         if let Err(error) = savepoint.install_index().and_then(|()| savepoint.discard()) {
@@ -469,7 +469,6 @@ impl Repository {
 
     fn go_back(&self, savepoint: &Savepoint) -> Result<()> {
         let cut_off = savepoint.cut_off()?;
-        savepoint.remove_locks()?;
         let contents = |path: &Path| {
             let object = [cut_off.to.as_bytes(), b":", path.as_os_str().as_bytes()].concat();
             self.git().args(["cat-file", "--filters"]).arg(OsStr::from_bytes(&object)).output(String::new, None).ok()
@@ -516,7 +515,7 @@ impl Repository {
         let savepoint = self.savepoint(instance);
         savepoint.note_locks(reference)?;
         let done = work();
-        if done.is_err() {
+        if done.as_ref().is_err_and(was_killed) {
             savepoint.remove_locks()?;
         }
         savepoint.discard().and(done)
@@ -539,24 +538,35 @@ impl Repository {
     }
 
     /// Moves the branch from HEAD to `commit`, if it is still at HEAD; `meanwhile` is done while it is
-    /// locked, and if that fails, the branch stays. `errors` is a file for what git says.
-    fn update_branch(&self, commit: &str, errors: &Path, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// locked, and if that fails, the branch stays.
+    fn update_branch(&self, commit: &str, savepoint: &Savepoint, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
         let doing = || format!("move {} to {commit}", self.branch);
         let git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]);
-        let mut git = git.talk(Some(File::create(errors).context(doing)?))?;
-        let said = |error: std::io::Error| {
-            let said = fs::read_to_string(errors).unwrap_or_default();
-            reason(&said.lines().map(String::from).collect::<Vec<_>>()).unwrap_or_else(|| error.to_string())
-        };
+        let errors = savepoint.errors();
+        let mut git = git.talk(Some(File::create(&errors).context(doing)?))?;
         let locked = git
             .ask("start", "start: ok")
             .and_then(|()| git.say(&format!("update {} {commit} {}", self.branch, self.head)))
             .and_then(|()| git.ask("prepare", "prepare: ok"));
-        locked.map_err(said).context(doing)?;
-        let done = meanwhile();
-        let asked = if done.is_ok() { git.ask("commit", "commit: ok") } else { git.ask("abort", "abort: ok") };
+        let (done, asked) = match locked {
+            Ok(()) => {
+                let done = meanwhile();
+                let asked = if done.is_ok() { git.ask("commit", "commit: ok") } else { git.ask("abort", "abort: ok") };
+                (done, asked)
+            }
+            Err(error) => (Ok(()), Err(error)),
+        };
+        let ended = git.end();
+        if ended.as_ref().is_err_and(|error| error.to_string().starts_with(KILLED)) {
+            savepoint.remove_locks()?;
+        }
         done?;
-        asked.and_then(|()| git.end()).map_err(said).context(doing)
+        let explain = |error: std::io::Error| {
+            let said = fs::read_to_string(&errors).unwrap_or_default();
+            let said = reason(&said.lines().map(String::from).collect::<Vec<_>>());
+            format!("git {error}{}", said.map(|said| format!(": {said}")).unwrap_or_default())
+        };
+        ended.and(asked).map_err(explain).context(doing)
     }
 
     /// Removes what no ref leads to: commits that have come to nothing.
@@ -663,7 +673,7 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     }
     savepoint.note_locks(reference)?;
     let dropped = drop_it();
-    if dropped.is_err() {
+    if dropped.as_ref().is_err_and(was_killed) {
         savepoint.remove_locks()?;
     }
     savepoint.discard().and(dropped)
@@ -709,6 +719,11 @@ fn reason(tail: &[String]) -> Option<String> {
     let said = tail[..=end].iter().map(|line| line.trim()).filter(|line| !line.is_empty() && !line.starts_with("hint: "));
     let said: Vec<_> = said.map(|line| line.trim_end_matches(['.', '\r'])).collect();
     Some(said[said.len().saturating_sub(3)..].join("; "))
+}
+
+/// Whether git has had no chance to remove its locks.
+fn was_killed(error: &Error) -> bool {
+    error.to_string().contains(KILLED)
 }
 
 /// Whether git has found something in its way, and so has changed nothing.

@@ -38,6 +38,9 @@ const ENDING_TICK: Duration = Duration::from_millis(2);
 /// How long what a program has left behind is listened to.
 const ECHO: Duration = Duration::from_secs(1);
 
+/// What is said of a program that had no chance to tidy up.
+pub const KILLED: &str = "was ended by signal";
+
 /// A program about to be run.
 pub struct Program {
     command: Command,
@@ -374,7 +377,7 @@ fn reason(tail: &[String]) -> Option<String> {
 fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exited with {code}"),
-        (None, Some(signal)) => format!("was ended by signal {signal}"),
+        (None, Some(signal)) => format!("{KILLED} {signal}"),
         (None, None) => "ended".into(),
     }
 }
