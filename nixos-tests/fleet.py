@@ -14,6 +14,9 @@ with subtest("what is published for nobody is said, the others are published"):
     assert states(hub) == {"db": "new machine", "plain": "new machine", "web": "new machine"}, states(hub)
 
 with subtest("a new host fetches what the hub has built"):
+    # what a git that was killed in a first poll may leave
+    own = "/var/lib/ekiben/instances/fleet"
+    web.succeed(f"mkdir -p {own}/repository/.git/refs {own}/repository.new; cd {own}; touch repository/.git/HEAD repository/.git/{{index,config,HEAD}}.lock fetched")
     for name, machine in HOSTS.items():
         ended = poll(machine)
         assert ended["result"] == "deployed", ended
@@ -33,6 +36,8 @@ with subtest("nothing new: nothing is published, nothing is done"):
 with subtest("one host of three is changed: it alone has something to do"):
     content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web db plain"))
+    # nobody else's git is at work in a host's own repository
+    web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock")
     assert states(hub) == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
     assert "db: runs just that" in said and "plain: runs just that" in said and f"web: {running(web)} -> /nix/store/" in said, said

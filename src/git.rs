@@ -343,7 +343,7 @@ impl Repository {
         let doing = || format!("fetch the files of {commit} from {remote}");
         // what is below a tree is known when the tree is there
         loop {
-            let all = self.git().args(["rev-list", "--objects", "--no-object-names", "--missing=print", &format!("{commit}^{{tree}}")]);
+            let all = self.git().args(["rev-list", "--objects", "--no-walk", "--no-object-names", "--missing=print", commit]);
             let all = all.output(doing, None)?;
             let missing: Vec<_> = all.split(|byte| *byte == b'\n').filter_map(|line| line.strip_prefix(b"?")).map(line).collect();
             if missing.is_empty() {
