@@ -607,16 +607,18 @@ impl Upstream {
 pub fn create(instance: &Instance) -> Result<()> {
     let place = &instance.flake_path;
     let doing = || format!("make the repository {}", place.display());
+    let (new, git_directory) = (place.join(".new"), place.join(".git"));
+    files::clear(&new).context(doing)?;
     if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
         // nobody else's git is at work there
-        return remove_locks(&place.join(".git")).context(doing);
+        return remove_locks(&git_directory).context(doing);
     }
-    let new = place.with_extension("new");
-    files::make_directory(&new).context(doing)?;
+    fs::create_dir_all(&new).context(doing)?;
     ask(&new, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
     let commit = git(&new).args(["commit", "--quiet", "--no-gpg-sign", "--allow-empty", "--message=nothing yet"]);
     by(&instance.author, commit).output(doing, None)?;
-    files::clear(place).and_then(|()| fs::rename(&new, place)).and_then(|()| files::sync_parent(place)).context(doing)
+    let moved = files::clear(&git_directory).and_then(|()| fs::rename(new.join(".git"), &git_directory));
+    moved.and_then(|()| files::sync(place)).and_then(|()| files::clear(&new)).context(doing)
 }
 
 fn remove_locks(directory: &Path) -> std::io::Result<()> {
