@@ -608,6 +608,9 @@ pub fn create(instance: &Instance) -> Result<()> {
     let place = &instance.flake_path;
     let doing = || format!("make the repository {}", place.display());
     let (new, git_directory) = (place.join(".new"), place.join(".git"));
+    if !place.is_dir() {
+        files::clear(place).context(doing)?;
+    }
     files::clear(&new).context(doing)?;
     if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
         // nobody else's git is at work there
