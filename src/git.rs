@@ -664,14 +664,17 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     // nobody else writes it; git would lock all refs for this
     let file = git_directory.join(reference);
     files::clear(&file).context(doing)?;
-    if let Some(directory) = file.parent() {
-        let _ = fs::remove_dir(directory);
-    }
+    let remove_directory = || file.parent().map_or((), |directory| drop(fs::remove_dir(directory)));
+    remove_directory();
     if ask(place, ["rev-parse", "--verify", "--quiet", reference], doing).is_err() {
         return Ok(());
     }
     // it is among the packed ones
-    let drop_it = || ask(place, ["update-ref", "-d", reference], doing).map(drop);
+    let drop_it = || {
+        let dropped = ask(place, ["update-ref", "-d", reference], doing);
+        remove_directory();
+        dropped.map(drop)
+    };
     let savepoint = Savepoint::of(place, &git_directory, name);
     if savepoint.exists() {
         return drop_it();
@@ -845,6 +848,40 @@ mod tests {
     fn read_tree(repository: &Repository, savepoint: &Savepoint, to: &str) {
         let read = repository.by(&savepoint.index()).args(["read-tree", "-m", "-u", &repository.head, to]);
         read.output(|| "read".into(), None).unwrap();
+    }
+
+    #[test]
+    fn a_repository_of_our_own_is_made_whatever_is_there() {
+        let directory = Directory::new();
+        let place = directory.path().join("repository");
+        let instance = format!(
+            r#"{{"author": "a <a>", "flags": [], "flakePath": "{0}", "flakeRef": "{0}#x", "healthChecks": {{}}, "inputs": [],
+            "networkRetries": 0, "onUnitFailure": "rollback", "operation": "switch", "pull": false, "push": false, "rollback": true,
+            "timeouts": {{"activate": 1, "build": 1, "prepare": 1}}, "user": "a"}}"#,
+            place.display()
+        );
+        let instance = serde_json::from_str(&instance).unwrap();
+        for left in [
+            "true",
+            "mkdir -p repository/.git; touch repository/.git/config.lock repository/.git/HEAD",
+            "git init -q repository; touch repository/.git/index.lock",
+            "mkdir -p repository/.new/.git/x",
+            "echo > repository",
+            "git init -q x; mv x/.git x/y; mkdir repository; mv x/y repository/.git; mkdir -p repository/.git/HEAD.lock/x",
+        ] {
+            shell(directory.path(), &format!("rm -rf repository; {left}"));
+            create(&instance).unwrap();
+            assert_eq!(shell(&place, "git status --porcelain; git log --format=%s; ls -A"), "nothing yet\n.git");
+            shell(&place, "touch .git/index.lock .git/config.lock .git/refs/heads/main.lock");
+            create(&instance).unwrap();
+            shell(&place, "git commit -q --allow-empty -m x; git config a.b c");
+        }
+        drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+        shell(&place, "git update-ref refs/ekiben/app HEAD; touch .git/refs/ekiben/app.lock");
+        drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+        shell(&place, "git update-ref refs/ekiben/app HEAD; git pack-refs --all");
+        drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+        assert_eq!(shell(&place, "git for-each-ref refs/ekiben; ls -d .git/ekiben* .git/refs/ekiben 2> /dev/null || true"), "");
     }
 
     #[test]
