@@ -37,7 +37,7 @@ with subtest("one host of three is changed: it alone has something to do"):
     content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web db plain"))
     # nobody else's git is at work in a host's own repository
-    web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock")
+    web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; chown -R --reference={own} {own}/fetched {own}/repository")
     assert states(hub) == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
     assert "db: runs just that" in said and "plain: runs just that" in said and f"web: {running(web)} -> /nix/store/" in said, said
