@@ -41,6 +41,11 @@ let
     // {
       description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
     };
+  # without needless slashes
+  tidy =
+    path:
+    "/"
+    + concatStringsSep "/" (lib.filter (part: part != "" && part != ".") (lib.splitString "/" path));
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
   isFree = name: isName name && !lib.elem name reserved;
@@ -60,11 +65,19 @@ let
       options = {
         flakePath = mkOption {
           type = externalPath;
+          apply = tidy;
           example = "/var/nixos-config";
           description = "The git repository that holds this machine's flake. It belongs to {option}`user`.";
         };
         flakeRef = mkOption {
           type = types.str;
+          apply =
+            reference:
+            let
+              parts = builtins.match "(git\\+file://|path:)?(/[^?#]*)(.*)" reference;
+              part = builtins.elemAt parts;
+            in
+            if parts == null then reference else "${toString (part 0)}${tidy (part 1)}${part 2}";
           default = "${config.flakePath}#${hostName}";
           defaultText = literalExpression ''"''${flakePath}#''${config.networking.hostName}"'';
           example = "/var/nixos-config?dir=hosts#web";
@@ -394,6 +407,25 @@ let
   };
   withConfiguration = ref: if lib.hasInfix "#" ref then ref else "${ref}#${hostName}";
 
+  # what systemd would not understand, and then never start
+  timesOf =
+    name: instance:
+    let
+      expect =
+        option: kind: value:
+        lib.escapeShellArgs [
+          "expect"
+          (if instance.hub == null then "instances.${name}.${option}" else "fleet.${option}")
+          (lib.getExe' config.systemd.package "systemd-analyze")
+          kind
+          value
+        ];
+    in
+    lib.optionals (instance.dates != null) [
+      (expect "dates" "calendar" instance.dates)
+      (expect "randomizedDelaySec" "timespan" instance.randomizedDelaySec)
+    ];
+
   # a configuration that the program would refuse fails here, not on the machine
   checked =
     pkgs.runCommand "ekiben-config.json"
@@ -403,7 +435,13 @@ let
       }
       ''
         cp "$jsonPath" config.json
-        ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) "${ekiben} check config.json"}
+        ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) ''
+          ${ekiben} check config.json
+          expect() {
+              "$2" "$3" "$4" > /dev/null || { echo "\`services.ekiben.$1\` must be as in systemd.time(7), not \`$4\`."; exit 1; }
+          }
+          ${concatStringsSep "\n" (lib.concatLists (mapAttrsToList timesOf cfg.instances))}
+        ''}
         cp config.json $out
       '';
 
@@ -417,6 +455,8 @@ let
     MemoryDenyWriteExecute = true;
     NoNewPrivileges = true;
     PrivateDevices = true;
+    # instead of RemoveIPC=, which would remove what the user has outside, too
+    PrivateIPC = true;
     PrivateTmp = true;
     ProtectClock = true;
     ProtectControlGroups = true;
@@ -426,7 +466,6 @@ let
     ProtectKernelTunables = true;
     ProtectProc = "invisible";
     ProtectSystem = "strict";
-    RemoveIPC = true;
     RestrictNamespaces = true;
     RestrictRealtime = true;
     RestrictSUIDSGID = true;
@@ -438,6 +477,29 @@ let
   networkSandbox = sandbox // {
     # SSH keys, .netrc and git configuration are there
     ProtectHome = "read-only";
+    # The user's systemd, D-Bus, containers and whatever else starts a program for who asks by a socket would do so
+    # outside: of /run, there is only what resolves names, and what secrets managers and nix.conf put there.
+    TemporaryFileSystem = [
+      "/dev/mqueue"
+      "/dev/shm"
+      "/run:ro"
+    ];
+    BindReadOnlyPaths = map (path: "-/run/${path}") [
+      "NetworkManager/resolv.conf"
+      "agenix"
+      "agenix.d"
+      "booted-system"
+      "current-system"
+      "keys"
+      "nscd"
+      "resolvconf"
+      "secrets"
+      "secrets.d"
+      "systemd/resolve"
+    ];
+    InaccessiblePaths = "/dev/pts";
+    # the user's processes outside cannot be traced, nor their memory, files and root directories be opened
+    PrivateUsers = true;
     # netlink: the resolver sorts addresses by it
     RestrictAddressFamilies = [
       "AF_UNIX"
@@ -634,6 +696,9 @@ let
     };
   };
 
+  # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
+  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --ipc ${ekiben}";
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -658,15 +723,15 @@ let
       };
     serviceConfig = networkSandbox // {
       Type = "oneshot";
-      # + is root without the sandbox
       ExecStart = [
-        "+${ekiben} begin ${name}"
+        "${asRoot} begin ${name}"
         "${ekiben} prepare ${name}"
         "${ekiben} build ${name}"
-        "+${ekiben} activate ${name}"
+        "${asRoot} activate ${name}"
       ];
       # whatever happened; does nothing if activate has done it
-      ExecStopPost = "+${ekiben} conclude ${name}";
+      ExecStopPost = "${asRoot} conclude ${name}";
+      SyslogIdentifier = "ekiben";
       LoadCredential = lib.optional (instance.hub != null) identity;
       # the stages have limits of their own, which add up to less; a run may have to wait for another's
       TimeoutStartSec = "${toString (2 * longest instance)}s";
@@ -771,7 +836,49 @@ let
         }
         {
           assertion = instance.user != "root";
-          message = "`services.ekiben.instances.${name}.user`: root must not evaluate a repository. Write the name of an unprivileged user, and give it ${instance.flakePath}.";
+          message = "`services.ekiben.instances.${name}.user` must not be `root`.";
+        }
+        {
+          assertion = !lib.elem ".." (lib.splitString "/" instance.flakePath);
+          message = "`services.ekiben.instances.${name}.flakePath` must not have `..` in it.";
+        }
+        {
+          assertion =
+            lib.all (directory: !hasPrefix "${directory}/" "${instance.flakePath}/") unfit
+            && !lib.elem instance.flakePath [
+              "/"
+              "/etc"
+              "/home"
+              "/root"
+              "/var"
+            ];
+          message = "`services.ekiben.instances.${name}.flakePath` must not be `${instance.flakePath}`: write a directory for the repository alone that outlives a boot, such as `/var/nixos-config`.";
+        }
+        {
+          assertion =
+            let
+              home = config.users.users.${instance.user}.home or "/var/empty";
+            in
+            instance.user == "root" || !hasPrefix "${instance.flakePath}/" "${home}/";
+          message = "`services.ekiben.instances.${name}.flakePath` must not be the home of `${instance.user}`: runs may write there. Write a directory in it.";
+        }
+        {
+          assertion = isAllowed "allowed-users" instance.user || isAllowed "trusted-users" instance.user;
+          message = "`nix.settings.allowed-users` must have `${instance.user}` in it, the user of `services.ekiben.instances.${name}`.";
+        }
+        {
+          assertion =
+            let
+              same = filterAttrs (_: other: other.flakePath == instance.flakePath) instances;
+            in
+            lib.all (other: other.user == instance.user) (builtins.attrValues same);
+          message = "`services.ekiben.instances.${name}.user` must be that of all instances with the flakePath `${instance.flakePath}`.";
+        }
+        {
+          assertion = lib.all (unit: lib.hasInfix "." unit) (
+            lib.concatMap (check: check.units) (builtins.attrValues instance.healthChecks)
+          );
+          message = "`services.ekiben.instances.${name}.healthChecks` must have units' full names, such as `postgresql.service`.";
         }
         {
           assertion =
@@ -804,7 +911,121 @@ let
         )
       ];
     in
-    lib.concatLists (mapAttrsToList perInstance instances ++ mapAttrsToList perProject projects);
+    lib.concatLists (mapAttrsToList perInstance instances ++ mapAttrsToList perProject projects)
+    ++ [
+      {
+        assertion = config.system.switch.enable or true;
+        message = "`system.switch.enable` must be `true`: Ekiben switches this system.";
+      }
+    ]
+    ++ lib.optionals cfg.webhook.enable [
+      {
+        assertion = lib.hasInfix ":" cfg.webhook.host || builtins.match "[0-9.]+" cfg.webhook.host != null;
+        message = "`services.ekiben.webhook.host` must be an address such as `127.0.0.1`, not `${cfg.webhook.host}`.";
+      }
+      {
+        assertion = cfg.webhook.nginx == null || config.services.nginx.enable;
+        message = "`services.nginx.enable` must be `true` where `services.ekiben.webhook.nginx` is set.";
+      }
+      {
+        assertion = cfg.webhook.caddy == null || config.services.caddy.enable;
+        message = "`services.caddy.enable` must be `true` where `services.ekiben.webhook.caddy` is set.";
+      }
+    ];
+
+  # where a repository is gone after a boot, or is another in the sandbox
+  unfit = [
+    "/dev"
+    "/proc"
+    "/run"
+    "/sys"
+    "/tmp"
+    "/var/tmp"
+  ];
+
+  groupsOf =
+    user:
+    let
+      account = config.users.users.${user} or { };
+      with' = filterAttrs (_: group: lib.elem user group.members) config.users.groups;
+    in
+    [ (account.group or "") ] ++ (account.extraGroups or [ ]) ++ builtins.attrNames with';
+
+  # whether a setting of Nix names the user
+  isAllowed =
+    setting: user:
+    lib.any (name: lib.elem name (config.nix.settings.${setting} or [ "*" ])) (
+      [
+        "*"
+        user
+      ]
+      ++ map (group: "@${group}") (groupsOf user)
+    );
+
+  # what works, but hardly as it is meant
+  warnings =
+    let
+      inherit (cfg) instances webhook;
+      projects = if webhook.enable then builtins.attrValues webhook.projects else [ ];
+      perInstance =
+        name: instance:
+        let
+          mighty = lib.intersectLists (groupsOf instance.user) [
+            "docker"
+            "incus-admin"
+            "libvirtd"
+            "lxd"
+            "podman"
+            "wheel"
+          ];
+        in
+        lib.optional (instance.dates == null && !lib.any (project: project.instance == name) projects)
+          "`services.ekiben.instances.${name}` has no trigger but `ekiben trigger ${name}`: set `dates`, or a project of `services.ekiben.webhook`."
+        ++
+          lib.optional (mighty != [ ])
+            "`users.users.${instance.user}` should not be in group `${builtins.head mighty}`: who is can become root, and evaluates `services.ekiben.instances.${name}`."
+        ++ lib.optional (isAllowed "trusted-users" instance.user) "`nix.settings.trusted-users` should not have `${instance.user}` in it: Nix lets those become root.";
+      isLocal = webhook.host == "::1" || hasPrefix "127." webhook.host;
+      inherit (config.networking) firewall;
+      opens =
+        rules:
+        lib.elem webhook.port rules.allowedTCPPorts
+        || lib.any (
+          range: range.from <= webhook.port && webhook.port <= range.to
+        ) rules.allowedTCPPortRanges;
+      isOpen =
+        !firewall.enable || lib.any opens ([ firewall ] ++ builtins.attrValues firewall.interfaces);
+      address = "`services.ekiben.webhook.host` is `${webhook.host}`";
+      port = "`networking.firewall.allowedTCPPorts`";
+      inherit (config.services) nginx;
+      virtualHost = nginx.virtualHosts.${webhook.nginx};
+    in
+    lib.concatLists (mapAttrsToList perInstance instances)
+    ++ lib.optional (instances == { }) "`services.ekiben.instances` is empty: nothing is ever deployed."
+    ++ lib.optional config.system.autoUpgrade.enable "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`: each undoes what the other has deployed."
+    ++ lib.optionals webhook.enable (
+      lib.optional (
+        projects == [ ]
+      ) "`services.ekiben.webhook.projects` is empty: the webhook refuses everybody."
+      ++ lib.optional (
+        webhook.socket == null && !isLocal && !isOpen
+      ) "${address}, but the port ${toString webhook.port} is not in ${port}: nobody else can reach it."
+      ++ lib.optional (
+        webhook.socket == null && isLocal && firewall.enable && isOpen
+      ) "${address}, but the port ${toString webhook.port} is in ${port}: nobody else can reach it."
+      ++
+        lib.optional
+          (
+            webhook.nginx != null
+            && !(
+              virtualHost.addSSL || virtualHost.enableSSL or false || virtualHost.forceSSL || virtualHost.onlySSL
+            )
+          )
+          "`services.nginx.virtualHosts.\"${webhook.nginx}\"` has no TLS: everybody on the way can read the tokens. Set `forceSSL` and `enableACME`."
+      ++
+        lib.optional (webhook.caddy != null && hasPrefix "http://" webhook.caddy)
+          "`services.ekiben.webhook.caddy` has no TLS: everybody on the way can read the tokens. Leave `http://` out."
+    );
 
   # the hub: what a host of the fleet is here is a user that can do nothing but SFTP, in a directory
   # that holds nothing but what is its own
@@ -1536,7 +1757,7 @@ in
       };
     })
     (mkIf cfg.enable {
-      inherit assertions;
+      inherit assertions warnings;
       services = mkIf cfg.webhook.enable {
         ekiben.webhook.socket = mkIf (cfg.webhook.nginx != null || cfg.webhook.caddy != null) (
           lib.mkDefault "/run/ekiben.sock"

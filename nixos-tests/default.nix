@@ -32,6 +32,7 @@ let
             ;
         })
         (lib.mkIf (scenarios.${name}.faultPoints or false) {
+          scenario.faultPoints = true;
           services.ekiben.package = self.packages.${pkgs.stdenv.hostPlatform.system}.ekiben-fault-points;
         })
       ];

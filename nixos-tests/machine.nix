@@ -10,6 +10,10 @@
       default = lib.optional config.services.ekiben.enable config.networking.hostName;
       description = "The machines whose systems it builds.";
     };
+    faultPoints = lib.mkOption {
+      default = false;
+      description = "Whether runs can be held, see src/fault.rs.";
+    };
     otherBinary = lib.mkOption {
       default = false;
       description = "Whether Ekiben's program is the same at another place.";
@@ -17,6 +21,14 @@
   };
 
   config = {
+    systemd.services = lib.mkIf config.scenario.faultPoints (
+      lib.mapAttrs' (
+        name: _:
+        lib.nameValuePair "ekiben-${name}" {
+          serviceConfig.BindReadOnlyPaths = [ "/run:/var/lib/ekiben/root" ];
+        }
+      ) config.services.ekiben.instances
+    );
     users.users.deploy = {
       isNormalUser = true;
       uid = 1000;

@@ -84,18 +84,24 @@ let
     tokenFile = "/run/token";
     instance = "app";
   };
+  working = {
+    enable = true;
+    instances.app = instance;
+    webhook = {
+      enable = true;
+      projects.web = project;
+    };
+  };
   # a working configuration with these changes
-  variant =
-    change:
+  variant = change: evaluate { services.ekiben = lib.recursiveUpdate working change; };
+  # with a module more
+  beside =
+    module:
     evaluate {
-      services.ekiben = lib.recursiveUpdate {
-        enable = true;
-        instances.app = instance;
-        webhook = {
-          enable = true;
-          projects.web = project;
-        };
-      } change;
+      imports = [
+        { services.ekiben = working; }
+        module
+      ];
     };
 
   key = letter: "ssh-ed25519 AAAA${letter}";
@@ -126,10 +132,44 @@ let
       {
         instances.app.user = "nobody-here";
       };
-    "`services.ekiben.instances.app.user`: root must not evaluate a repository. Write the name of an unprivileged user" =
+    "`services.ekiben.instances.app.user` must not be `root`." = {
+      instances.app.user = "root";
+    };
+    "`services.ekiben.instances.app.flakePath` must not have `..` in it." = {
+      instances.app.flakePath = "/var/../etc/nixos";
+    };
+    "`services.ekiben.instances.app.flakePath` must not be `/tmp/config`: write a directory" = {
+      instances.app.flakePath = "/tmp/config";
+    };
+    "`services.ekiben.instances.app.flakePath` must not be `/run/config`:" = {
+      instances.app.flakePath = "/run/config";
+    };
+    "`services.ekiben.instances.app.flakePath` must not be `/`:" = {
+      instances.app.flakePath = "//";
+    };
+    "`services.ekiben.instances.app.flakePath` must not be the home of `deploy`: runs may write there." =
       {
-        instances.app.user = "root";
+        instances.app.flakePath = "/home/deploy/";
       };
+    "`services.ekiben.instances.second.user` must be that of all instances with the flakePath `/var/nixos-config`." =
+      {
+        instances.second = instance // {
+          user = "other";
+        };
+      };
+    "`services.ekiben.instances.app.healthChecks` must have units' full names, such as `postgresql.service`." =
+      {
+        instances.app.healthChecks.database.units = [ "postgresql" ];
+      };
+    "`services.ekiben.webhook.host` must be an address such as `127.0.0.1`, not `localhost`." = {
+      webhook.host = "localhost";
+    };
+    "`services.nginx.enable` must be `true` where `services.ekiben.webhook.nginx` is set." = {
+      webhook.nginx = "deploy.example.org";
+    };
+    "`services.caddy.enable` must be `true` where `services.ekiben.webhook.caddy` is set." = {
+      webhook.caddy = "deploy.example.org";
+    };
     "`services.ekiben.instances.web/2`: this name cannot be part of a unit's name. Write one of letters, digits" =
       {
         instances."web/2" = instance;
@@ -207,6 +247,85 @@ let
       };
   };
 
+  # mistakes that other options make
+  mistakesElsewhere = {
+    "`system.switch.enable` must be `true`: Ekiben switches this system." = {
+      system.switch.enable = false;
+    };
+    "`nix.settings.allowed-users` must have `deploy` in it, the user of `services.ekiben.instances.app`." =
+      {
+        nix.settings.allowed-users = [ "@wheel" ];
+      };
+  };
+
+  # what works, but hardly as it is meant
+  doubts = {
+    "`services.ekiben.instances` is empty: nothing is ever deployed." = {
+      services.ekiben.instances = lib.mkForce { };
+    };
+    "`services.ekiben.instances.second` has no trigger but `ekiben trigger second`: set `dates`" = {
+      services.ekiben.instances.second = instance // {
+        dates = null;
+      };
+    };
+    "`services.ekiben.webhook.projects` is empty: the webhook refuses everybody." = {
+      services.ekiben.webhook.projects = lib.mkForce { };
+    };
+    "`services.ekiben.webhook.host` is `0.0.0.0`, but the port 8787 is not in `networking.firewall.allowedTCPPorts`" =
+      {
+        services.ekiben.webhook.host = "0.0.0.0";
+      };
+    "`services.ekiben.webhook.host` is `127.0.0.1`, but the port 8787 is in `networking.firewall.allowedTCPPorts`" =
+      {
+        networking.firewall.allowedTCPPorts = [ 8787 ];
+      };
+    "`services.nginx.virtualHosts.\"deploy.example.org\"` has no TLS: everybody on the way can read the tokens." =
+      {
+        services.ekiben.webhook.nginx = "deploy.example.org";
+        services.nginx.enable = true;
+      };
+    "`services.ekiben.webhook.caddy` has no TLS: everybody on the way can read the tokens." = {
+      services.ekiben.webhook.caddy = "http://deploy.example.org";
+      services.caddy.enable = true;
+    };
+    "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`" = {
+      system.autoUpgrade.enable = true;
+    };
+    "`users.users.deploy` should not be in group `wheel`: who is can become root" = {
+      users.users.deploy.extraGroups = [ "wheel" ];
+    };
+    "`users.users.deploy` should not be in group `docker`: who is can become root" = {
+      users.groups.docker.members = [ "deploy" ];
+    };
+    "`nix.settings.trusted-users` should not have `deploy` in it: Nix lets those become root." = {
+      nix.settings.trusted-users = [ "@users" ];
+    };
+  };
+  # and what is as it is meant, though it looks like that
+  noDoubts = {
+    "a firewall that lets the webhook's port through" = {
+      services.ekiben.webhook.host = "::";
+      networking.firewall.interfaces.eth0.allowedTCPPortRanges = [
+        {
+          from = 8000;
+          to = 9000;
+        }
+      ];
+    };
+    "a proxy with TLS" = {
+      services.ekiben.webhook.nginx = "deploy.example.org";
+      services.nginx.enable = true;
+      services.nginx.virtualHosts."deploy.example.org" = {
+        onlySSL = true;
+        sslCertificate = "/var/certificate";
+        sslCertificateKey = "/var/key";
+      };
+    };
+    "a user that Nix allows by its group" = {
+      nix.settings.allowed-users = [ "@users" ];
+    };
+  };
+
   # what is wrong by type has Nix' own message
   wrongTypes = {
     tokenFile = {
@@ -250,6 +369,20 @@ let
     config.services.ekiben.hub
   ];
   expect = what: condition: lib.optional (!condition) what;
+  # the messages that changes have to lead to
+  saying =
+    found: configuration: changes:
+    lib.concatLists (
+      lib.mapAttrsToList (
+        message: change:
+        let
+          said = found (configuration change);
+        in
+        expect "expected: ${message}\nfound: ${lib.concatStringsSep "\n" said}" (
+          lib.any (lib.hasPrefix message) said
+        )
+      ) changes
+    );
   nothing = evaluate { };
   plain = variant { };
   elsewhere = variant {
@@ -389,16 +522,32 @@ let
         != null
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
+    (expect "a working configuration has no warning" (plain.warnings == [ ]))
+    (expect "needless slashes are of no account" (
+      (variant {
+        instances.app = {
+          flakePath = "/var//nixos-config/";
+          flakeRef = "git+file:///var/nixos-config//hosts/./?submodules=1#host";
+        };
+      }).services.ekiben.settings.instances.app.flakeRef
+      == "git+file:///var/nixos-config/hosts?submodules=1#host"
+      &&
+        (variant { instances.app.flakePath = "/var//nixos-config/"; })
+        .services.ekiben.settings.instances.app.flakeRef == "/var/nixos-config#host"
+    ))
+    (saying failures variant mistakes)
+    (saying failures beside mistakesElsewhere)
+    (saying (config: config.warnings) beside doubts)
     (lib.concatLists (
       lib.mapAttrsToList (
-        message: change:
+        what: module:
         let
-          said = failures (variant change);
+          config = beside module;
         in
-        expect "expected: ${message}\nfound: ${lib.concatStringsSep "\n" said}" (
-          lib.any (lib.hasPrefix message) said
+        expect "${what}: ${lib.concatStringsSep "\n" (config.warnings ++ failures config)}" (
+          config.warnings ++ failures config == [ ]
         )
-      ) mistakes
+      ) noDoubts
     ))
     (lib.concatLists (
       lib.mapAttrsToList (

@@ -9,7 +9,6 @@
         webhook = {
           enable = true;
           nginx = "server";
-          caddy = "caddy.example.org";
           projects.app = (import ./deployment.nix).project;
         };
         instances.app = (import ./deployment.nix).instance;

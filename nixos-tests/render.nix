@@ -69,6 +69,7 @@ let
           _module.args.pkgs = lib.mkForce (pkgs // standIns);
           nixpkgs.hostPlatform = pkgs.stdenv.hostPlatform.system;
           networking.hostName = lib.mkDefault name;
+          scenario.faultPoints = scenario.faultPoints or false;
           nix.package = usr;
           # as far as it matters, Debian's
           programs.ssh.package = usr // {

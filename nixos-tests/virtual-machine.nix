@@ -80,10 +80,17 @@ in
         )
       );
       # a machine that is a container in a chroot, as a test driver may have it, has none
-      systemd.services.ekiben-webhook =
-        lib.mkIf (config.boot.isContainer && config.services.ekiben.webhook.enable)
-          {
-            serviceConfig = {
+      systemd.services = lib.mkIf config.boot.isContainer (
+        lib.mkMerge [
+          (lib.mapAttrs' (name: _: {
+            name = "ekiben-${name}";
+            value.serviceConfig.PrivateUsers = lib.mkForce false;
+          }) config.services.ekiben.instances)
+          (lib.mkIf config.services.ekiben.fleet.enable {
+            ekiben-deliver.serviceConfig.PrivateUsers = lib.mkForce false;
+          })
+          (lib.mkIf config.services.ekiben.webhook.enable {
+            ekiben-webhook.serviceConfig = {
               PrivateUsers = lib.mkForce false;
               # its programs may need another system's loader
               BindReadOnlyPaths = map (path: "-${path}") [
@@ -92,7 +99,9 @@ in
                 "/usr/lib"
               ];
             };
-          };
+          })
+        ]
+      );
       virtualisation = {
         memorySize = 3072;
         writableStore = true;

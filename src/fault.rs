@@ -37,7 +37,10 @@ pub const POINTS: [&str; 27] = [
 #[cfg(feature = "fault-points")]
 pub fn point(name: &str) {
     assert!(POINTS.contains(&name), "{name} is no fault point");
-    let says = |what: &str| std::fs::read_to_string("/run/ekiben-fault").is_ok_and(|said| said.lines().any(|line| line == what));
+    // the second is where the tests' machines show it to the sandbox of the user's stages
+    let files = ["/run/ekiben-fault", "/var/lib/ekiben/root/ekiben-fault"];
+    let said = || files.iter().find_map(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
+    let says = |what: &str| said().lines().any(|line| line == what);
     let go_on = format!("go on: {name}");
     if says(name) && !says(&go_on) {
         log::warn!("Held at {name}.");

@@ -6,13 +6,16 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
+use crate::system;
 
 /// Whether what is booted next differs from what runs, or was booted, in what only a reboot changes.
 pub fn is_needed() -> bool {
     let at = |path: &str| fs::canonicalize(path).ok();
     let next = |what: &str| at(&format!("{SYSTEM_PROFILE}/{what}"));
-    let differ = |what: &&str| at(&format!("/run/booted-system/{what}")).is_some_and(|booted| next(what) != Some(booted));
-    at("/run/current-system") != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
+    let booted = system::named_by("/run/booted-system").ok();
+    let booted = |what: &str| booted.as_ref().and_then(|booted| fs::canonicalize(booted.join(what)).ok());
+    let differ = |what: &&str| booted(what).is_some_and(|booted| next(what) != Some(booted));
+    system::current().ok() != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
 }
 
 /// Reboots, if that is needed, no run is under way and it is the time for it. Options: `--kexec`, to

@@ -1,4 +1,4 @@
-//! The running NixOS: what it is, switching it, and taking turns at that. Root only.
+//! The running NixOS: what it is; and, for root only, switching it, and taking turns at that.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::Write;
@@ -81,7 +81,26 @@ impl Drop for Turn {
 
 /// The system that runs now.
 pub fn current() -> Result<PathBuf> {
-    fs::canonicalize(CURRENT).context(|| format!("read {CURRENT}"))
+    named_by(CURRENT)
+}
+
+/// The system that a link in `/run` names; in the sandbox of the user's stages, what it named when they began.
+pub fn named_by(link: &str) -> Result<PathBuf> {
+    let doing = || format!("read {link}");
+    let path = fs::canonicalize(link).context(doing)?;
+    if path != Path::new(link) {
+        return Ok(path);
+    }
+    // there, what the link names is mounted in its place
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context(doing)?;
+    mounted(&mounts, link).ok_or_else(|| Error::new(format!("Failed to {}: expected a link or a mount", doing())))
+}
+
+/// What is mounted at `place`, by its name in the store.
+fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
+    let fields = |line: &str| line.split(' ').skip(3).take(2).map(String::from).collect::<Vec<_>>();
+    let source = mounts.lines().map(fields).rfind(|fields| fields.get(1).is_some_and(|at| at == place))?;
+    Some(Path::new("/nix/store").join(Path::new(source.first()?).file_name()?))
 }
 
 /// Whether this machine is on its way down.
@@ -169,5 +188,20 @@ pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result
         }
         log::info!("Something else is switching this machine; waiting ...");
         thread::sleep(PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_running_system_is_found_in_a_sandbox() {
+        let mounts = "\
+            30 1 0:26 / / rw - ext4 /dev/sda rw\n\
+            31 30 0:27 /@nix/store/abc-nixos /run/current-system ro,nosuid shared:1 - btrfs /dev/sda rw\n\
+            32 30 0:28 / /run/current-system/sub rw - tmpfs tmpfs rw\n";
+        assert_eq!(mounted(mounts, CURRENT), Some("/nix/store/abc-nixos".into()));
+        assert_eq!(mounted("30 1 0:26 / / rw - ext4 /dev/sda rw\n", CURRENT), None);
     }
 }

@@ -209,7 +209,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
     let last = tried.map(|tried| &tried.run).or(refused);
     let deployed = status.deployed.as_ref();
-    let system = fs::canonicalize("/run/current-system").context(|| "read /run/current-system".into())?;
+    let system = crate::system::current()?;
     Ok(Heartbeat {
         format: FORMAT,
         host: hub.name.clone(),
