@@ -867,14 +867,6 @@ let
           message = "`nix.settings.allowed-users` must have `${instance.user}` in it, the user of `services.ekiben.instances.${name}`.";
         }
         {
-          assertion =
-            let
-              same = filterAttrs (_: other: other.flakePath == instance.flakePath) instances;
-            in
-            lib.all (other: other.user == instance.user) (builtins.attrValues same);
-          message = "`services.ekiben.instances.${name}.user` must be that of all instances with the flakePath `${instance.flakePath}`.";
-        }
-        {
           assertion = lib.all (unit: lib.hasInfix "." unit) (
             lib.concatMap (check: check.units) (builtins.attrValues instance.healthChecks)
           );
@@ -979,8 +971,14 @@ let
             "wheel"
           ];
         in
-        lib.optional (instance.dates == null && !lib.any (project: project.instance == name) projects)
-          "`services.ekiben.instances.${name}` has no trigger but `ekiben trigger ${name}`: set `dates`, or a project of `services.ekiben.webhook`."
+        lib.optional
+          (lib.any (other: other.flakePath == instance.flakePath && other.user != instance.user) (
+            builtins.attrValues instances
+          ))
+          "`services.ekiben.instances.${name}.user` should be that of all instances with the flakePath `${instance.flakePath}`: git works for its owner only."
+        ++
+          lib.optional (instance.dates == null && !lib.any (project: project.instance == name) projects)
+            "`services.ekiben.instances.${name}` has no trigger but `ekiben trigger ${name}`: set `dates`, or a project of `services.ekiben.webhook`."
         ++
           lib.optional (mighty != [ ])
             "`users.users.${instance.user}` should not be in group `${builtins.head mighty}`: who is can become root, and evaluates `services.ekiben.instances.${name}`."

@@ -151,12 +151,6 @@ let
       {
         instances.app.flakePath = "/home/deploy/";
       };
-    "`services.ekiben.instances.second.user` must be that of all instances with the flakePath `/var/nixos-config`." =
-      {
-        instances.second = instance // {
-          user = "other";
-        };
-      };
     "`services.ekiben.instances.app.healthChecks` must have units' full names, such as `postgresql.service`." =
       {
         instances.app.healthChecks.database.units = [ "postgresql" ];
@@ -268,6 +262,13 @@ let
         dates = null;
       };
     };
+    "`services.ekiben.instances.second.user` should be that of all instances with the flakePath `/var/nixos-config`" =
+      {
+        users.users.other.isNormalUser = true;
+        services.ekiben.instances.second = instance // {
+          user = "other";
+        };
+      };
     "`services.ekiben.webhook.projects` is empty: the webhook refuses everybody." = {
       services.ekiben.webhook.projects = lib.mkForce { };
     };
