@@ -20,7 +20,10 @@ let
           users.users.deploy.isNormalUser = true;
           # as far as the assertions of others are concerned
           boot.loader.grub.enable = false;
-          fileSystems."/".device = "none";
+          fileSystems."/" = {
+            device = "none";
+            fsType = "tmpfs";
+          };
           system.stateVersion = lib.trivial.release;
         }
         module

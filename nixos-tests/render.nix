@@ -79,6 +79,12 @@ let
           # Debian's own
           systemd.globalEnvironment = lib.mkForce { };
           system.stateVersion = lib.trivial.release;
+          # what every NixOS has to have; never built
+          boot.loader.grub.enable = false;
+          fileSystems."/" = {
+            device = "none";
+            fsType = "tmpfs";
+          };
         }
       ];
     };
