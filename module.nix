@@ -811,6 +811,12 @@ let
     };
   };
 
+  # NixOS refuses settings that its Nix does not know
+  knowsFsync =
+    config.nix.enable
+    && lib.getName config.nix.package == "nix"
+    && lib.versionAtLeast (lib.getVersion config.nix.package) "2.25";
+
   forInstances =
     function: instances:
     mapAttrs' (name: instance: nameValuePair "ekiben-${name}" (function name instance)) instances;
@@ -1770,6 +1776,8 @@ in
       };
       environment.etc."ekiben/config.json".source = checked;
       environment.systemPackages = [ cfg.package ];
+      # a path that a power cut has left empty would be taken for whole
+      nix.settings = mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
       users.groups.ekiben = { };
       systemd = {
         paths = forInstances path cfg.instances;

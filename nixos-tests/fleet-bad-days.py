@@ -127,7 +127,7 @@ with subtest("the hub is down before: nothing is done, nothing is lost"):
     archive(next(COUNT))
     release = offer()
     hub.succeed("systemctl stop sshd")
-    refuses("this looks like the network")
+    refuses("this looks like a problem of the network")
     hub.succeed("systemctl start sshd")
     assert run(web, "fleet")["release"]["id"] == release
 

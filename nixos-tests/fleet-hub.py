@@ -239,6 +239,10 @@ with subtest("flake-update takes inputs and hosts"):
     assert (lock("web") == new) and lock("pair") != new, said
     hub.succeed(fleet("flake-update app"))
     assert lock("pair") == new
+    assert "no flake has an input of this name" in hub.fail(fleet("flake-update ap"))
+    hub.succeed("mv /srv/app /srv/away")
+    assert "Failed to update app" in hub.fail(fleet("flake-update app"))
+    hub.succeed("mv /srv/away /srv/app")
     hub.succeed(fleet("deploy"))
 
 with subtest("Of two deploys at once, one waits, and both are seen"):

@@ -217,6 +217,21 @@ if STAND_IN:
         print(f"killed 20 times: {ends['new']} times the new system, {ends['old']} times the old one")
         assert run(machine, "app")["result"] in ("deployed", "unchanged")
 
+if STAND_IN:
+    with subtest("what a power cut has left empty in the store is made anew"):
+        content = str(next(COUNT))
+        publish(machine, "app", content)
+        hold(machine, "build: noted")
+        until_said("Held at build: noted.")
+        system = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
+        recipe = machine.succeed(f"nix-store --query --deriver {system}").strip()
+        source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || test $(cat +/content) != {content} || echo +'").strip()
+        machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {system}/etc/app {source}/content; do truncate -s 0 $file; done")
+        cut_off("crash")
+        assert shows(machine, "app") == content, last_run(machine, "app")
+        check_deployed(machine, "app")
+        machine.succeed("nix-store --verify --check-contents 2>&1 | tee /dev/stderr | { ! grep modified; }")
+
 with subtest("a journal or status that makes no sense is set aside"):
     for text in ("", "{", '{"format": 99}', '{"format": 1, "id": 5}', "\\0\\0\\0"):
         machine.succeed(

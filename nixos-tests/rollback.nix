@@ -6,7 +6,8 @@ let
       # of no account: it did not pass before
       never.command = "false";
       app = {
-        command = "! grep sick /etc/app";
+        # as a program that is not served any more says it, and as the network would
+        command = "! grep sick /etc/app || { echo Connection refused; false; }";
         retries = 1;
       };
       network = {

@@ -69,7 +69,7 @@ with subtest("an input vanished"):
 
 with subtest("the network is down: tried again, and reported as that"):
     commit("sed -i '/app = {/,/url/s#url = .*#url = \"http://client:9/app.tar.gz\";#' flake.nix")
-    fails("failed", "prepare", "3 times: this looks like the network")
+    fails("failed", "prepare", "(3 attempts); this looks like a problem of the network")
     server.succeed("journalctl -u ekiben-app -o cat | grep -F 'trying again in 2 s'")
     uncommit()
     works()
@@ -93,6 +93,22 @@ with subtest("the configuration cannot be built"):
 with subtest("the build never ends"):
     publish(server, "app", next(COUNT), trouble="build-hangs")
     fails("failed", "build", "Failed to build server: timed out after", instance="hasty-build")
+
+with subtest("nix is killed, or a builder: nobody's fault"):
+    for victim in ("-u deploy -x nix", "-f '[s]leep 3600'"):
+        publish(server, "app", next(COUNT), trouble="build-hangs")
+        before = everything()
+        follow(server, "app")
+        server.succeed("systemctl start --no-block ekiben-app.service")
+        wait_until_said(server, "app", "building '/nix")
+        server.wait_until_succeeds(f"pkill -9 {victim}")
+        wait_until_idle(server, "app")
+        ended = last_run(server, "app")
+        said = ended["error"] + output()
+        assert ended["result"] == "failed" and ("signal 9" in said or "exit code 137" in said), (ended, said)
+        check_unchanged(before)
+        server.succeed("jq -e '.bad == null' /var/lib/ekiben/status/app.json")
+    works()
 
 with subtest("what was built is no NixOS"):
     publish(server, "app", next(COUNT), trouble="no-nixos")

@@ -17,6 +17,7 @@ use crate::config::{OnUnitFailure, Operation};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::health;
+use crate::integrity;
 use crate::layout::Layout;
 use crate::nix::{self, Generation};
 use crate::notes::Notes;
@@ -73,6 +74,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
     let before = before(layout, run, generation.clone())?;
     run.before = Some(before.clone());
+    integrity::sync()?;
 
     if run.instance.operation == Operation::Switch && before.system != system {
         run.enter(Phase::Switching, layout)?;
@@ -98,6 +100,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     }
     run.reboot_needed |= run.instance.operation == Operation::Boot && system::current()? != system;
     run.warnings.extend(missing_from(&system, layout.name()));
+    integrity::sync()?;
     run.enter(Phase::Persisted, layout)?;
     fault::point("activate: persisted");
     Ok(())
@@ -129,7 +132,9 @@ fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
     match ended.status.code() {
         // the documented ones: all well, some unit failed, only a reboot can bring this
-        Some(4) if ended.seen => Err(Error::new("Failed to activate the new system: an activation script failed").with_tail(ended.tail)),
+        Some(4) if ended.seen.is_some() => {
+            Err(Error::new("Failed to activate the new system: an activation script failed").with_tail(ended.tail))
+        }
         Some(0 | 4) => check_units(run, system, before, ended),
         Some(100) => {
             run.reboot_needed = true;

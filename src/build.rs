@@ -41,6 +41,7 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
             fault::point("build: noted");
             Ok(())
         }
-        Err(error) => notes.fail(layout, error),
+        // sources are fetched, too
+        Err(error) => notes.fail(layout, error.of_network()),
     }
 }

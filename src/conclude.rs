@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::outbox;
 use crate::health;
+use crate::integrity;
 use crate::layout::Layout;
 use crate::nix as store;
 use crate::notes::{Notes, run_id};
@@ -110,6 +111,11 @@ pub fn conclude_orphans(config: &Config) -> Result<()> {
 
 /// Ends a run; whoever changes what this machine runs has the turn. Fails if the run did, after reporting it.
 pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
+    if run.boot != boot_id() {
+        if let Err(error) = integrity::mend(run.started) {
+            log::warn!("{error}.");
+        }
+    }
     if run.notes.is_none() {
         run.notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
             log::warn!("{error}.");

@@ -29,10 +29,26 @@ impl Error {
         Self { transient: true, ..self }
     }
 
-    /// Whether the same may well succeed another time: said so, or by what the failing program said.
+    /// Whether the same may well succeed another time: said so, or by what the failing program said of this
+    /// machine.
     pub fn is_transient(&self) -> bool {
+        self.transient || self.says(&MACHINE)
+    }
+
+    /// Whether the network or the other side is to blame, by what the failing program said.
+    pub fn is_of_network(&self) -> bool {
+        self.says(&NETWORK)
+    }
+
+    /// The same error of a program that was to reach others: transient if the network is to blame. Of what
+    /// the candidate runs the same words say nothing.
+    pub fn of_network(self) -> Self {
+        if self.is_of_network() { self.transient() } else { self }
+    }
+
+    fn says(&self, words: &[&str]) -> bool {
         let said = self.tail.iter().chain([&self.message]).map(|line| line.to_ascii_lowercase());
-        self.transient || said.into_iter().any(|line| TRANSIENT.iter().any(|words| line.contains(words)))
+        said.into_iter().any(|line| words.iter().any(|words| line.contains(words)))
     }
 
     /// The same error with the end of a program's output.
@@ -41,25 +57,68 @@ impl Error {
     }
 }
 
-/// What programs say when the network, a disk or a daemon is at fault, in lower case.
-const TRANSIENT: [&str; 18] = [
+/// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
+const MACHINE: [&str; 19] = [
+    "cannot allocate memory",
     "cannot connect to socket",
+    "cannot open connection to remote store",
+    "disk quota exceeded",
+    "due to signal 15",
+    "due to signal 9",
+    "exit code 137",
+    "input/output error",
+    "interrupted by the user",
+    "nix daemon disconnected",
+    "no space left on device",
+    "out of memory",
+    "read-only file system",
+    "resource temporarily unavailable",
+    "stale file handle",
+    "structure needs cleaning",
+    "too many open files",
+    "transport endpoint is not connected",
+    "unexpected end-of-file",
+];
+
+/// What programs say when the network or the other side is at fault, in lower case.
+const NETWORK: [&str; 38] = [
+    "broken pipe",
+    "connection aborted",
+    "connection closed by",
     "connection refused",
     "connection reset",
     "connection timed out",
-    "could not resolve host",
+    "could not connect to server",
+    "could not resolve",
     "couldn't connect to server",
-    "couldn't resolve host",
-    "disk quota exceeded",
+    "couldn't resolve",
+    "early eof",
+    "error in the http2",
     "failed to connect to",
+    "failure when receiving data",
+    "gnutls_handshake",
+    "host is down",
+    "http error 429",
     "http error 5",
     "name or service not known",
+    "network is down",
     "network is unreachable",
+    "no address associated with hostname",
     "no route to host",
-    "no space left on device",
     "operation timed out",
+    "partial file",
+    "rate limit exceeded",
+    "recv failure",
+    "remote end hung up unexpectedly",
+    "returned error: 429",
+    "returned error: 5",
+    "rpc failed",
+    "send failure",
+    "ssl connect error",
+    "ssl_error_syscall",
     "temporary failure in name resolution",
     "timeout was reached",
+    "transfer closed with",
     "unable to connect",
 ];
 
@@ -78,5 +137,39 @@ pub trait Context<T> {
 impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     fn context(self, doing: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|cause| Error::new(format!("Failed to {}: {cause}", doing())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_to_blame_is_told_by_what_was_said() {
+        for (line, transient, network) in [
+            ("error: writing to file: No space left on device", true, false),
+            ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, true),
+            ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
+            ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),
+            ("kex_exchange_identification: Connection closed by remote host", false, true),
+            ("fatal: unable to access 'http://h/': The requested URL returned error: 500", false, true),
+            ("fatal: unable to access 'http://h/': The requested URL returned error: 404", false, false),
+            ("error: unable to download 'http://h/': HTTP error 429", false, true),
+            ("Host key verification failed.", false, false),
+            ("fatal: couldn't find remote ref refs/heads/main", false, false),
+            ("error: syntax error, unexpected end of file", false, false),
+        ] {
+            let error = Error::new("Failed to update app").with_tail(vec![line.into()]);
+            assert_eq!((error.is_transient(), error.is_of_network()), (transient, network), "{line}");
+            assert_eq!(error.of_network().is_transient(), transient || network, "{line}");
+        }
+    }
+
+    #[test]
+    fn no_secret_of_a_url_is_kept() {
+        let error = Error::new("Failed to update app: fatal: unable to access 'https://me:geheim@host/app'");
+        assert_eq!(error.to_string(), "Failed to update app: fatal: unable to access 'https://***@host/app'");
+        let error = Err::<(), _>("https://host/x?access_token=geheim").context(|| "reach https://me:geheim@host".into()).unwrap_err();
+        assert!(!error.to_string().contains("geheim"), "{error}");
     }
 }

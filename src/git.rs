@@ -740,7 +740,8 @@ fn is_refusal(error: &Error) -> bool {
     error.tail.iter().any(|line| words.iter().any(|words| line.contains(words)))
 }
 
-fn git(directory: &Path) -> Program {
+/// git in a directory, with settings of ours.
+pub fn git(directory: &Path) -> Program {
     let settings = [
         "core.hooksPath=/dev/null",
         "core.fsmonitor=false",

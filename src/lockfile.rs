@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Result};
 
+/// What is wrong if other inputs than those that are updated change.
+pub const NO_FIT: &str = "flake.lock does not fit flake.nix, run nix flake lock and commit it";
+
 /// A parsed lock file.
 pub struct LockFile {
     nodes: Map<String, Value>,
@@ -26,6 +29,37 @@ impl LockFile {
             (Some(Value::Object(nodes)), Some(Value::String(root))) => Ok(Self { nodes: nodes.clone(), root: root.clone() }),
             _ => Err("expected nodes and root").context(doing),
         }
+    }
+
+    /// The input that another is: of one that follows another, that one. Fails, and says which there are, if
+    /// there is none of this name; an input's input is named `a/b`.
+    pub fn resolve(&self, input: &str) -> Result<String> {
+        let doing = || format!("update {input}");
+        let mut path: Vec<&str> = input.split('/').collect();
+        for _ in 0..=self.nodes.len() {
+            let (mut node, mut followed) = (self.root.as_str(), None);
+            for (depth, name) in path.iter().enumerate() {
+                match self.inputs(node).get(*name) {
+                    Some(Value::String(next)) => node = next,
+                    Some(Value::Array(other)) => {
+                        followed = Some(other.iter().filter_map(Value::as_str).chain(path[depth + 1..].iter().copied()).collect());
+                        break;
+                    }
+                    _ => {
+                        let whose = if depth == 0 { "the flake".into() } else { format!("input {}", path[..depth].join("/")) };
+                        let names = self.inputs(node).keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+                        let there = if names.is_empty() { "it has none".into() } else { format!("expected one of {names}") };
+                        return Err(format!("{whose} has no input {name:?}; {there}")).context(doing);
+                    }
+                }
+            }
+            match followed {
+                None if path.is_empty() => return Err("it follows nothing, so there is nothing to update").context(doing),
+                None => return Ok(path.join("/")),
+                Some(other) => path = other,
+            }
+        }
+        Err("it follows itself").context(doing)
     }
 
     /// The top-level inputs that differ in any way, with their old and new revisions.
@@ -48,10 +82,7 @@ impl LockFile {
         let is_allowed = |path: &str| allowed.iter().any(|input| input == path);
         let names: BTreeSet<_> = self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned().collect();
         match names.iter().find_map(|name| self.difference(new, name, &is_allowed)) {
-            Some(path) => Err(Error::new(format!(
-                "Failed to update {}: input {path} would change, too; flake.lock does not fit flake.nix, run nix flake lock and commit it",
-                allowed.join(", ")
-            ))),
+            Some(path) => Err(Error::new(format!("Failed to update {}: input {path} would change, too; {NO_FIT}", allowed.join(", ")))),
             None => Ok(()),
         }
     }
@@ -136,6 +167,38 @@ mod tests {
         }
         let error = old.check_only_changed(&lock("2", "1", "2"), &app).unwrap_err();
         assert!(error.to_string().contains("input other would change"));
+    }
+
+    #[test]
+    fn an_input_that_follows_another_is_the_other() {
+        let lock = json!({"version": 7, "root": "root", "nodes": {
+            "root": {"inputs": {"app": "app", "lib": ["app", "lib"], "alias": ["lib"], "gone": [], "loop": ["loop"]}},
+            "app": {"inputs": {"lib": "lib", "other": ["app"], "far": ["alias"]}},
+            "lib": {},
+        }});
+        let lock = LockFile::parse(Some(lock.to_string().as_bytes())).unwrap();
+        for (input, found) in [
+            ("app", "app"),
+            ("lib", "app/lib"),
+            ("alias", "app/lib"),
+            ("app/lib", "app/lib"),
+            ("app/far", "app/lib"),
+            ("app/other/lib", "app/lib"),
+        ] {
+            assert_eq!(lock.resolve(input).unwrap(), found);
+        }
+        for (input, why) in [
+            ("ap", "the flake has no input \"ap\"; expected one of alias, app, gone, lib, loop"),
+            ("app/x", "input app has no input \"x\"; expected one of far, lib, other"),
+            ("lib/x", "input app/lib has no input \"x\"; it has none"),
+            ("", "the flake has no input \"\""),
+            ("gone", "it follows nothing"),
+            ("loop", "it follows itself"),
+        ] {
+            let error = lock.resolve(input).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("Failed to update {input}: {why}")), "{error}");
+        }
+        assert!(LockFile::parse(None).unwrap().resolve("app").is_err());
     }
 
     #[test]

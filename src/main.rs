@@ -4,6 +4,7 @@
 mod activate;
 mod begin;
 mod build;
+mod cache;
 mod candidate;
 mod conclude;
 mod config;
@@ -14,6 +15,7 @@ mod fleet;
 mod gate;
 mod git;
 mod health;
+mod integrity;
 mod json;
 mod layout;
 mod lockfile;

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use crate::cache::Cache;
 use crate::error::{Context, Error, Result};
 use crate::layout::Layout;
 use crate::program::Program;
@@ -25,18 +26,56 @@ pub struct Generation {
     pub system: PathBuf,
 }
 
+/// What Nix says when it goes on with what it has fetched earlier, though it was to fetch it now; or with
+/// another branch than was meant.
+const STALE: &[&str] = &[
+    "; using cached version",
+    "; using expired cached ref",
+    "; continuing with the most recent version",
+    "could not read HEAD ref from repo",
+];
+
 /// Updates the inputs of a flake, all if none are named, and returns its new lock file; the flake
-/// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to.
-pub fn updated_lock_file(flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
+/// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to. Fails if
+/// one of the inputs was not really asked of its source.
+pub fn updated_lock_file(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
     let doing = || format!("read {}", scratch.display());
     crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
-    let update = nix().args(["flake", "update"]).args(inputs).args(["--flake", flake]);
-    let update = update.arg("--output-lock-file").arg(scratch);
-    let what = if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") };
-    update.run(limit, || format!("update {what}"))?.success()?;
+    cache.used(|| update(cache, flake, inputs, scratch, limit))?;
     let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
     crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
     Ok(lock)
+}
+
+fn update(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<()> {
+    let doing = || format!("update {}", if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") });
+    let update = cache.give(nix()).reason(reason).args(["flake", "update"]).args(inputs).args(["--flake", flake]);
+    let update = update.arg("--output-lock-file").arg(scratch).watch_for(STALE);
+    // whoever does not answer may answer another time
+    let ended = update.run(limit, doing).map_err(Error::transient)?;
+    match ended.seen.clone() {
+        Some(stale) if ended.status.success() => {
+            // it shows all of the answer, too
+            let download = ended.tail.iter().find(|line| line.contains("unable to download")).cloned();
+            let why = download.or_else(|| ended.reason()).unwrap_or(stale);
+            Err(Error::new(format!("Failed to {}: {}", doing(), why.trim_start_matches("warning: "))).with_tail(ended.tail))
+        }
+        _ => ended.success().map_err(|error| locked_out(&error).unwrap_or(error)),
+    }
+}
+
+/// What says best why nothing was fetched: what git died of first, with what ssh said before that or git after
+/// it where it makes no sense alone; else the last error, which is the innermost.
+fn reason(tail: &[String]) -> Option<String> {
+    let of_git = tail.iter().position(|line| line.contains("fatal: "));
+    let at = of_git.or_else(|| tail.iter().rposition(|line| line.contains("error: ")))?;
+    let line = tail[at].trim().trim_end_matches('.');
+    let more = |at: Option<usize>| at.and_then(|at| tail.get(at)).map(|line| line.trim()).filter(|line| !line.is_empty());
+    Some(match (more(at.checked_sub(1)), more(Some(at + 1))) {
+        (Some(before), _) if line.contains("Could not read from remote repository") => before.trim_end_matches('.').to_owned(),
+        (_, Some(after)) if line.ends_with(':') => format!("{line} {after}"),
+        _ => line.to_owned(),
+    })
 }
 
 /// What a system can be built from.
@@ -51,21 +90,44 @@ pub enum Source<'a> {
 
 /// Builds a NixOS system, and makes `link` a link to it that keeps it from being collected as garbage.
 pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
-    let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
-    let (build, name) = match source {
-        Source::Flake(flake, configuration) => {
-            let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
-            (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
-        }
-        Source::Directory(directory) => {
-            // as nixos-rebuild does it
-            let configuration = directory.join("configuration.nix").display().to_string();
-            let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
-            (build.arg("config.system.build.toplevel"), configuration)
-        }
-        Source::Store(system) => (build.arg(system), system.display().to_string()),
+    let attempt = || {
+        let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
+        let (build, name) = match source {
+            Source::Flake(flake, configuration) => {
+                let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
+                (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
+            }
+            Source::Directory(directory) => {
+                // as nixos-rebuild does it
+                let configuration = directory.join("configuration.nix").display().to_string();
+                let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
+                (build.arg("config.system.build.toplevel"), configuration)
+            }
+            Source::Store(system) => (build.arg(system), system.display().to_string()),
+        };
+        // the candidate is not to blame
+        let of_daemon = |error: Error| locked_out(&error).map_or(error, Error::transient);
+        build.run(limit, || format!("build {name}"))?.success().map_err(of_daemon)
     };
-    build.run(limit, || format!("build {name}"))?.success()
+    Cache::own()?.used(attempt)
+}
+
+/// What is wrong if a program could not speak with the Nix daemon because that does not let this user in.
+fn locked_out(error: &Error) -> Option<Error> {
+    if !error.tail.iter().any(|line| line.contains("cannot open connection to remote store")) {
+        return None;
+    }
+    let words = |program: Program| -> Option<Vec<String>> {
+        let said = program.output(String::new, None).ok()?;
+        Some(String::from_utf8_lossy(&said).split_whitespace().map(String::from).collect())
+    };
+    let setting = |name: &str| words(nix().args(["config", "show", name]));
+    let allowed = [setting("allowed-users")?, setting("trusted-users")?].concat();
+    let user = words(Program::new("id").arg("-un"))?.concat();
+    let groups = words(Program::new("id").arg("-Gn"))?;
+    let is_in = groups.iter().map(|group| format!("@{group}")).chain([user.clone(), "*".into()]).any(|name| allowed.contains(&name));
+    let message = || format!("Failed to connect to the Nix daemon: it does not let {user} in; add that to nix.settings.allowed-users");
+    (!is_in).then(|| Error::new(message()))
 }
 
 /// nix with the features that all of this needs.
@@ -322,6 +384,22 @@ mod tests {
         symlink(outside.join("bin"), system.join("bin")).unwrap();
         assert!(check(&system).unwrap_err().ends_with("bin/switch-to-configuration leads out of the store, or to nothing"));
         assert!(check(&store.join("etc")).unwrap_err().ends_with("init is missing"));
+    }
+
+    #[test]
+    fn the_reason_is_what_git_and_ssh_say() {
+        for (said, shown) in [
+            ("error: 1\nerror: 2\nmore", Some("error: 2")),
+            ("fatal: couldn't find remote ref x\n\nerror: resolving Git reference 'x'", Some("fatal: couldn't find remote ref x")),
+            ("Host key verification failed.\nfatal: Could not read from remote repository.\n", Some("Host key verification failed")),
+            (
+                "fatal: unable to connect to h:\nh[0: ::1]: errno=Connection refused\n",
+                Some("fatal: unable to connect to h: h[0: ::1]: errno=Connection refused"),
+            ),
+            ("nothing", None),
+        ] {
+            assert_eq!(reason(&said.lines().map(String::from).collect::<Vec<_>>()).as_deref(), shown);
+        }
     }
 
     #[test]

@@ -7,13 +7,14 @@
 use std::path::Path;
 use std::time::Duration;
 
+use crate::cache::Cache;
 use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::{Release, client};
 use crate::git::{self, Repository};
 use crate::layout::Layout;
-use crate::lockfile::LockFile;
+use crate::lockfile::{LockFile, NO_FIT};
 use crate::names::{Branch, ObjectId};
 use crate::nix;
 use crate::notes::{Notes, Proposal};
@@ -77,17 +78,29 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
 
     persist(retries, || repository.complete(&base))?;
     let old = repository.read_file(&base, &repository.lock_file())?;
+    let old_lock = LockFile::parse(old.as_deref())?;
+    // one that follows another is updated by updating that
+    let inputs: Vec<_> = instance.inputs.iter().map(|input| old_lock.resolve(input).unwrap_or_else(|_| input.clone())).collect();
     // of a release, inputs are the hub's business
-    let new = if instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none()) {
+    let is_hubs = instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none());
+    let new = if is_hubs {
         old.clone()
     } else {
         let flake = repository.flake_at(&base, instance)?;
         let limit = Duration::from_secs(instance.timeouts.prepare);
-        persist(retries, || nix::updated_lock_file(&flake, &instance.inputs, &scratch.join("flake.lock"), limit))?
+        let cache = Cache::own()?;
+        persist(retries, || nix::updated_lock_file(&cache, &flake, &inputs, &scratch.join("flake.lock"), limit))?
     };
     fault::point("prepare: inputs updated");
-    let (old_lock, new_lock) = (LockFile::parse(old.as_deref())?, LockFile::parse(new.as_deref())?);
-    old_lock.check_only_changed(&new_lock, &instance.inputs)?;
+    let new_lock = LockFile::parse(new.as_deref())?;
+    // nix only warns of an input that is none
+    for input in instance.inputs.iter().filter(|_| !is_hubs) {
+        let now = new_lock.resolve(input)?;
+        if !inputs.contains(&now) {
+            return Err(Error::new(format!("Failed to update {input}: it follows {now} now; {NO_FIT}")));
+        }
+    }
+    old_lock.check_only_changed(&new_lock, &inputs)?;
     let changes = old_lock.changes(&new_lock);
 
     let commit = match &new {
@@ -120,7 +133,8 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
 }
 
 /// Tries again what the network failed, with growing pauses.
-fn persist<T>(retries: u32, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+fn persist<T>(retries: u32, attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let attempt = || attempt().map_err(Error::of_network);
     let mut pause = PAUSE;
     for _ in 0..retries {
         match attempt() {
@@ -136,9 +150,10 @@ fn persist<T>(retries: u32, mut attempt: impl FnMut() -> Result<T>) -> Result<T>
         if !error.is_transient() {
             return error;
         }
-        let message =
-            format!("{error}, {} times: this looks like the network, the other side or this machine, not the configuration", retries + 1);
-        Error::new(message).with_tail(error.tail)
+        let whose = if error.is_of_network() { "the network or the other side" } else { "this machine" };
+        let attempts = if retries > 0 { format!(" ({} attempts)", retries + 1) } else { String::new() };
+        let message = format!("{error}{attempts}; this looks like a problem of {whose}, not of the configuration");
+        Error::new(message).with_tail(error.tail).transient()
     })
 }
 

@@ -45,7 +45,7 @@ pub const KILLED: &str = "was ended by signal";
 pub struct Program {
     command: Command,
     name: String,
-    watched: &'static str,
+    watched: &'static [&'static str],
     reason: Reason,
 }
 
@@ -58,8 +58,8 @@ pub struct Ended {
     pub status: ExitStatus,
     /// The last lines of its output and errors.
     pub tail: Vec<String>,
-    /// Whether it has said what was watched for.
-    pub seen: bool,
+    /// The first line in which it has said what was watched for.
+    pub seen: Option<String>,
     doing: String,
     reason: Reason,
 }
@@ -69,14 +69,14 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
-        Self { command, name: name.to_owned(), watched: "", reason }
+        Self { command, name: name.to_owned(), watched: &[], reason }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: "", reason };
+        let mut program = Self { command: Command::new(path), name, watched: &[], reason };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -122,8 +122,8 @@ impl Program {
         self
     }
 
-    /// Notes whether the program says this anywhere in its output.
-    pub fn watch_for(mut self, words: &'static str) -> Self {
+    /// Notes whether the program says one of these anywhere in its output.
+    pub fn watch_for(mut self, words: &'static [&'static str]) -> Self {
         self.watched = words;
         self
     }
@@ -305,12 +305,17 @@ impl Conversation {
 }
 
 impl Ended {
+    /// What it said of why it failed, if it did.
+    pub fn reason(&self) -> Option<String> {
+        (self.reason)(&self.tail)
+    }
+
     /// Fails unless the program succeeded.
     pub fn success(self) -> Result<()> {
         if self.status.success() {
             return Ok(());
         }
-        let said = (self.reason)(&self.tail).map(|line| format!(": {line}")).unwrap_or_default();
+        let said = self.reason().map(|line| format!(": {line}")).unwrap_or_default();
         Err(failed(format!("Failed to {}: {}{said}", self.doing, describe(self.status)), self.status, self.tail))
     }
 }
@@ -394,8 +399,8 @@ enum Heard {
 struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
-    watched: &'static str,
-    seen: bool,
+    watched: &'static [&'static str],
+    seen: Option<String>,
 }
 
 impl Tail {
@@ -424,9 +429,12 @@ impl Tail {
         if self.lines.len() == TAIL_LINES {
             self.lines.pop_front();
         }
-        let line = text::line(&String::from_utf8_lossy(&self.partial));
+        // ssh ends its lines as for a terminal
+        let line = text::line(String::from_utf8_lossy(&self.partial).trim_end_matches('\r'));
         log::info!("{line}");
-        self.seen |= !self.watched.is_empty() && line.contains(self.watched);
+        if self.seen.is_none() && self.watched.iter().any(|words| line.contains(words)) {
+            self.seen = Some(line.clone());
+        }
         self.lines.push_back(line);
         self.partial.clear();
     }

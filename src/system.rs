@@ -24,7 +24,7 @@ const PERSISTENCE: Duration = Duration::from_secs(20);
 const LOAN: Duration = Duration::from_secs(10);
 /// What an activation script that fails has NixOS say. It leads to exit status 2, but not if a unit
 /// fails, too.
-const SNIPPET_FAILED: &str = "Activation script snippet '";
+const SNIPPET_FAILED: &[&str] = &["Activation script snippet '"];
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 

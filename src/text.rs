@@ -17,6 +17,8 @@ pub const LINE: usize = 1000;
 const REPLACEMENT: char = '\u{fffd}';
 /// Takes the place of a secret.
 const MASK: &str = "***";
+/// What stands before the secrets of a setting of Nix.
+const SETTING: &str = "access-tokens ";
 /// What the name of a parameter of a URL has in it if its value is a secret, in lower case.
 const SECRET: [&str; 7] = ["token", "secret", "passw", "key", "auth", "sig", "credential"];
 
@@ -92,7 +94,7 @@ fn replaced(letter: char) -> char {
 }
 
 /// Masks the passwords of URLs, whoever is named where a name is one (`https://token@host`), values of
-/// parameters that sound like secrets, and what follows `Bearer` and `Basic`.
+/// parameters that sound like secrets, what follows `Bearer` and `Basic`, and access tokens of Nix.
 fn masked(text: &str) -> String {
     let mut rest = text;
     let mut shown = String::with_capacity(text.len());
@@ -131,7 +133,12 @@ fn next_secret(text: &str) -> Option<(usize, usize)> {
         let from = text.find(&format!("uthorization: {scheme}")).map(|at| at + "uthorization: ".len() + scheme.len())?;
         Some((from, until(from, &ends_word))).filter(|(from, end)| text[*from..*end] != *MASK)
     });
-    [of_url, of_parameter, of_header].into_iter().flatten().filter(|(from, end)| from < end).min()
+    // of Nix, which shows the line of its configuration that it does not understand
+    let of_setting = text.find(SETTING).and_then(|at| {
+        let from = at + SETTING.len();
+        Some((from, until(from, &|letter| letter == '\''))).filter(|(from, end)| text[*from..*end] != *MASK)
+    });
+    [of_url, of_parameter, of_header, of_setting].into_iter().flatten().filter(|(from, end)| from < end).min()
 }
 
 #[cfg(test)]
@@ -179,6 +186,11 @@ mod tests {
             ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
             ("https://***@host", "https://***@host"),
             ("a=b token=c", "a=b token=c"),
+            (
+                "syntax error in line 'access-tokens github.com=ghp_a' in 'nix.conf'",
+                "syntax error in line 'access-tokens ***' in 'nix.conf'",
+            ),
+            ("access-tokens = github.com=ghp_a", "access-tokens ***"),
         ] {
             assert_eq!(line(text), shown);
         }

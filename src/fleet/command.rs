@@ -10,11 +10,13 @@ use std::time::Duration;
 use ::nix::sys::stat::{Mode, umask};
 use ::nix::unistd::geteuid;
 
+use crate::cache::Cache;
 use crate::error::{Context, Error, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
 use crate::fleet::{collect, guide, hub_status, publish, push};
+use crate::lockfile::LockFile;
 use crate::names::RunId;
 use crate::nix::{nix, set_profile, updated_lock_file};
 use crate::program::Program;
@@ -309,6 +311,8 @@ impl Fleet<'_> {
             return Err(Error::new(format!("Failed to find host or input {odd:?}")));
         }
         let inputs: Vec<String> = inputs.into_iter().map(String::from).collect();
+        let cache = Cache::open(&repository.cache())?;
+        let mut unknown: Vec<&String> = inputs.iter().collect();
         let mut well = true;
         for source in flakes {
             let meant = |host: &Host| host.source.place == source.place && named.contains(&&*host.name);
@@ -317,8 +321,14 @@ impl Fleet<'_> {
             }
             let updated = repository.with_unpacked(&source, "update", |directory| {
                 let flake = format!("path:{}", directory.display());
-                updated_lock_file(&flake, &inputs, &directory.with_extension("lock"), UPDATE)
+                updated_lock_file(&cache, &flake, &inputs, &directory.with_extension("lock"), UPDATE)
             });
+            if let Ok(new) = &updated {
+                let lock = LockFile::parse(new.as_deref())?;
+                unknown.retain(|input| lock.resolve(input).is_err());
+            } else {
+                unknown.clear();
+            }
             let path = source.directory.join("flake.lock");
             // a lock file that several share is a link
             let path = path.canonicalize().unwrap_or(path);
@@ -333,7 +343,10 @@ impl Fleet<'_> {
                 Err(error) => log::error!("{}: {error}.", source.place),
             }
         }
-        Ok(exit(well))
+        for input in &unknown {
+            log::error!("Failed to update {input}: no flake has an input of this name.");
+        }
+        Ok(exit(well && unknown.is_empty()))
     }
 }
 

@@ -217,6 +217,11 @@ impl Repository {
         self.state.join("logs").join(format!("{name}.log"))
     }
 
+    /// Where what nix fetches for updates is kept.
+    pub fn cache(&self) -> PathBuf {
+        self.state.join("fetched")
+    }
+
     /// The path of a file that is gone when this command ends.
     pub fn scratch(&self, name: &str) -> PathBuf {
         self.scratch.path().join(format!("of-{name}"))
