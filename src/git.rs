@@ -38,7 +38,8 @@ const UNDER_WAY: [(&str, &str); 7] = [
 ];
 
 /// Settings under which no content is changed, and no program run for it, whatever its attributes say.
-const AS_IT_IS: [&str; 3] = ["-c", "core.autocrlf=false", "--attr-source=4b825dc642cb6eb9a060e54bf8d69288fbee4904"];
+const AS_IT_IS: [&str; 5] =
+    ["-c", "core.autocrlf=false", "-c", "core.attributesFile=/dev/null", "--attr-source=4b825dc642cb6eb9a060e54bf8d69288fbee4904"];
 
 /// A repository with a working tree, on a branch.
 pub struct Repository {
@@ -236,12 +237,20 @@ impl Repository {
     /// Writes the files of a commit into a directory that is there, and empty; all have the time 0.
     pub fn export(&self, commit: &str, directory: &Path) -> Result<()> {
         let doing = || format!("write {commit} into {}", directory.display());
-        let tar = directory.with_extension("tar");
-        files::clear(&tar).context(doing)?;
-        let export = self.git().args(AS_IT_IS).args(["archive", "--format=tar", "--mtime=1970-01-01T00:00:00Z", "--output"]);
-        export.arg(&tar).arg(commit).output(doing, None)?;
-        Program::new("tar").arg("--extract").arg("--file").arg(&tar).directory(directory).output(doing, None)?;
-        fs::remove_file(&tar).context(doing)
+        let index = directory.with_extension("index");
+        for left in [&index, &index.with_extension("index.lock")] {
+            files::clear(left).context(doing)?;
+        }
+        // not by git archive, which obeys the attributes of what it packs
+        let private = || {
+            let git = self.git().env("GIT_INDEX_FILE", &index).arg("--git-dir").arg(&self.git_directory);
+            git.arg("--work-tree").arg(directory).args(AS_IT_IS).directory(directory)
+        };
+        private().args(["read-tree", commit]).output(doing, None)?;
+        private().args(["checkout-index", "--all"]).output(doing, None)?;
+        fs::remove_file(&index).context(doing)?;
+        let touch = Program::new("find").args([".", "-exec", "touch", "--no-dereference", "--date=@0", "{}", "+"]);
+        touch.directory(directory).output(doing, None).map(drop)
     }
 
     /// The message of the newest commit in the history of `commit` with a line that `pattern`, an
@@ -1077,5 +1086,28 @@ mod tests {
         );
         assert_eq!(said("error: insufficient permission for x\nhint: y\nerror: z"), "error: insufficient permission for x; error: z");
         assert_eq!(said("no"), "");
+    }
+
+    #[test]
+    fn what_is_committed_comes_out_as_it_went_in_whatever_it_says_of_itself() {
+        let place = Directory::new();
+        let (top, source, out) = (place.path().join("repository"), place.path().join("source"), place.path().join("out"));
+        let script = "git init -qb main repository; cd repository; git commit -qm nothing --allow-empty; git rev-parse HEAD";
+        let head = shell(place.path(), script);
+        shell(
+            place.path(),
+            r"mkdir -p source/sub/deep out; cd source
+            printf '* text eol=crlf ident export-subst\nsub export-ignore\nwide working-tree-encoding=UTF-16\n* filter=no\n' > .gitattributes
+            printf 'export-ignore' > sub/.gitattributes; echo '*' > .gitignore; printf 'a\r\nb\n' > sub/deep/mixed
+            echo '$Id: x$ $Format:%H$' > says; echo wide > wide; touch run; chmod +x run; echo x > 'a b'",
+        );
+        let (git_directory, branch) = (top.join(".git"), "refs/heads/main".into());
+        let repository = Repository { git_directory, prefix: String::new(), branch, head: head.clone(), top };
+        let author = Author { name: "a".into(), mail: "a".into() };
+        let commit = repository.commit_directory(&head, &source, "release", &author, 0, &place.path().join("index")).unwrap();
+        fs::write(place.path().join("out.index.lock"), "").unwrap();
+        repository.export(&commit, &out).unwrap();
+        let found = shell(place.path(), "diff -r source out; find out -newermt @1; find out -executable -type f; ls");
+        assert_eq!(found, "out/run\nindex\nout\nrepository\nsource");
     }
 }
