@@ -1,27 +1,30 @@
 //! Files that survive a crash, and files that somebody else can write.
 //!
 //! A file written here is, after a power cut at any moment, either the old or the new one. A file
-//! read here as somebody else's is never a link, a pipe or larger than asked for.
+//! read here as somebody else's is never a link, a pipe, sparse or larger than asked for.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
+use nix::unistd::{Uid, User, Whence, geteuid, lseek};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Context, Result};
 use crate::program::Program;
 
-/// Replaces the file `path` by one with these contents and permissions.
+/// Replaces the file `path` by one with these contents and permissions. Whatever lies in the way of the
+/// new file on its way there, put by whomever, is removed.
 pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
-    name.push(".new");
+    // of two processes that write the same file, each writes its own
+    name.push(format!(".{}.new", std::process::id()));
     let new = path.with_file_name(name);
     clear(&new)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
@@ -112,17 +115,81 @@ pub fn read_foreign_below(directory: &Path, path: impl AsRef<Path>, limit: u64) 
     let is_directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
     let mut at: OwnedFd = OpenOptions::new().read(true).custom_flags(is_directory.bits()).open(directory)?.into();
     let mut parts = path.as_ref().components().peekable();
-    let file = loop {
+    loop {
         let Some(Component::Normal(name)) = parts.next() else { return Err(ErrorKind::InvalidInput.into()) };
         if parts.peek().is_none() {
-            break File::from(open(&at, name, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?);
+            return read_regular(open(&at, name, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
         }
         at = open(&at, name, is_directory)?;
-    };
-    if !file.metadata()?.is_file() {
+    }
+}
+
+/// Reads a file for others, who may not be able to. Follows links, but goes through none and through no
+/// directory that somebody could change but root and this user: or they would choose what is read.
+pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let open = |above: &OwnedFd, part: &OsStr, flags| openat(above, part, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty());
+    let parts = |path: &Path| path.iter().rev().filter(|part| *part != "/").map(OsStr::to_owned).collect::<Vec<_>>();
+    // the directories that lead to where this is, and what is left to do from there
+    let mut way: Vec<(PathBuf, OwnedFd)> = vec![("/".into(), File::open("/")?.into())];
+    let (mut left, mut links) = (parts(path), 0);
+    while let (Some(part), Some((above, directory))) = (left.pop(), way.last()) {
+        if part == ".." {
+            way.truncate(usize::max(way.len() - 1, 1));
+            continue;
+        }
+        let place = above.join(&part);
+        let refuse = |why: String| Err(io::Error::new(ErrorKind::PermissionDenied, format!("{} {why}", place.display())));
+        let entry = open(directory, &part, OFlag::O_PATH)?;
+        let (above, metadata) = (File::from(directory.try_clone()?).metadata()?, File::from(entry.try_clone()?).metadata()?);
+        let is_file = !metadata.is_dir() && !metadata.is_symlink();
+        if !is_file && ![0, geteuid().as_raw()].contains(&metadata.uid()) {
+            return refuse(format!("belongs to {}, who could have it lead anywhere", user_name(metadata.uid())));
+        }
+        if metadata.is_dir() && metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0 {
+            return refuse("can be changed by others, who could have it lead anywhere".into());
+        }
+        if metadata.is_symlink() {
+            let target = PathBuf::from(readlinkat(&entry, "")?);
+            links += 1;
+            if links > 40 {
+                return refuse("is one link too many".into());
+            }
+            if target.is_absolute() {
+                way.truncate(1);
+            }
+            left.extend(parts(&target));
+        } else if metadata.is_dir() {
+            way.push((place, entry));
+        } else if above.mode() & 0o002 != 0 {
+            return refuse("is where everybody can put files".into());
+        } else if left.is_empty() {
+            return read_regular(open(directory, &part, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
+        } else {
+            return Err(ErrorKind::NotADirectory.into());
+        }
+    }
+    Err(ErrorKind::IsADirectory.into())
+}
+
+/// A user's name, or number where there is none.
+pub fn user_name(user: u32) -> String {
+    User::from_uid(Uid::from_raw(user)).ok().flatten().map_or_else(|| user.to_string(), |user| user.name)
+}
+
+fn read_regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidData, "not a regular file"));
     }
+    // what is no byte on the other's disk must not become one on ours
+    let data = if metadata.len() == 0 { 0 } else { lseek(&file, 0, Whence::SeekHole)? };
+    let has_holes = u64::try_from(data).is_ok_and(|data| data < metadata.len());
+    if has_holes || metadata.len() > limit {
+        let why = if has_holes { "it is sparse".into() } else { format!("more than {limit} bytes") };
+        return Err(io::Error::new(ErrorKind::FileTooLarge, why));
+    }
     let mut contents = Vec::new();
+    (&file).seek(SeekFrom::Start(0))?;
     file.take(limit + 1).read_to_end(&mut contents)?;
     if contents.len() as u64 > limit {
         return Err(io::Error::new(ErrorKind::FileTooLarge, format!("more than {limit} bytes")));
@@ -134,14 +201,14 @@ pub fn read_foreign_below(directory: &Path, path: impl AsRef<Path>, limit: u64) 
 mod tests {
     use super::*;
     use crate::testing::Directory;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
     fn whatever_is_in_the_way_of_a_file_is_removed() {
         let place = Directory::new();
         let (there, outside) = (place.path().join("there"), place.path().join("outside"));
         fs::write(&outside, "").unwrap();
-        for place in [&there, &place.path().join("there.new")] {
+        for place in [&there, &place.path().join(format!("there.{}.new", std::process::id()))] {
             let make: [&dyn Fn(); 3] = [&|| fs::write(place, "old").unwrap(), &|| symlink(&outside, place).unwrap(), &|| {
                 fs::create_dir_all(place.join("a/b")).unwrap();
             }];
@@ -201,5 +268,58 @@ mod tests {
         symlink("/etc", &top).unwrap();
         clear(&top).unwrap();
         assert!(!top.is_symlink() && Path::new("/etc").exists());
+    }
+
+    #[test]
+    fn what_is_read_for_others_is_nobody_elses_to_choose() {
+        let place = Directory::new();
+        let at = |name: &str| place.path().join(name);
+        fs::create_dir_all(at("generation/1")).unwrap();
+        fs::write(at("generation/1/secret"), "secret").unwrap();
+        // as agenix and sops-nix do it
+        symlink(at("generation/1"), at("current")).unwrap();
+        symlink("../current/../1/./secret", at("generation/link")).unwrap();
+        symlink("loop", at("loop")).unwrap();
+        let read = |name: &str| read_for_others(&at(name), 10);
+        for name in ["generation/1/secret", "current/secret", "generation/link", "current/../link"] {
+            assert_eq!(read(name).unwrap(), b"secret", "{name}");
+        }
+        for name in ["loop", "current", "current/none", "generation/1/secret/x"] {
+            read(name).unwrap_err();
+        }
+        assert!(read_for_others(&at("current/secret"), 5).is_err());
+        let mode = |name: &str, mode| fs::set_permissions(at(name), PermissionsExt::from_mode(mode)).unwrap();
+        for (bits, is_read) in [(0o777, false), (0o775, false), (0o1775, true), (0o1777, false), (0o700, true)] {
+            mode("generation/1", bits);
+            assert_eq!(read("current/secret").is_ok(), is_read, "{bits:o}");
+        }
+        if geteuid().is_root() {
+            // its contents may be somebody's, where it leads may not
+            std::os::unix::fs::chown(at("generation/1/secret"), Some(1), None).unwrap();
+            read("current/secret").unwrap();
+            for name in ["current", "generation"] {
+                std::os::unix::fs::lchown(at(name), Some(1), None).unwrap();
+                let error = read("current/secret").unwrap_err().to_string();
+                assert!(error.contains(&format!("{} belongs to", at(name).display())), "{error}");
+                std::os::unix::fs::lchown(at(name), Some(0), None).unwrap();
+            }
+            read("current/secret").unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_foreign_is_read_within_limits() {
+        let place = Directory::new();
+        let path = place.path().join("file");
+        for (contents, is_read) in [("", true), ("12345", true), ("123456", false)] {
+            fs::write(&path, contents).unwrap();
+            assert_eq!(read_foreign(&path, 5).is_ok_and(|read| read == contents.as_bytes()), is_read);
+        }
+        // a byte, and a terabyte of nothing
+        File::options().append(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(read_foreign(&path, u64::MAX - 1).unwrap_err().to_string().contains("sparse"));
+        let link = place.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert!(read_foreign(&link, 5).is_err());
     }
 }
