@@ -1085,8 +1085,8 @@ let
         type = externalPath;
         example = "/run/secrets/web-database";
         description = ''
-          The file on the hub. Root reads it, so it can be root's alone; what it holds anew counts
-          within a minute.
+          The file on the hub. Root reads it, so it can be root's alone; the directories and links that
+          lead to it have to be. What it holds anew counts within a minute.
         '';
       };
       mode = mkOption {
@@ -1326,7 +1326,10 @@ let
         hosts = mapAttrs (_: host: host.files) hub.hosts;
       };
       systemPackages = [ cfg.package ];
-      variables = mkIf (hub.repository != null) { EKIBEN_FLEET = hub.repository; };
+      # not for root, who would do what another user's files say
+      extraInit = lib.optionalString (hub.repository != null) ''
+        [ "$(id -u)" = 0 ] || export EKIBEN_FLEET=${lib.escapeShellArg hub.repository}
+      '';
     };
     services.openssh = {
       enable = lib.mkDefault true;

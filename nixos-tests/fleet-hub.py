@@ -39,8 +39,20 @@ def manifest(host):
     return found
 
 
-def sequences():
-    return [manifest(host)["sequence"] for host in HOSTS]
+def numbers():
+    return {host: manifest(host)["sequence"] for host in HOSTS}
+
+
+def newer(before):
+    """Which hosts have got a release since their numbers were these; no number may have become lower."""
+    now = numbers()
+    assert all(now[host] >= before[host] for host in HOSTS), (before, now)
+    return [host for host in HOSTS if now[host] > before[host]]
+
+
+def published(said):
+    """Which hosts have got a release, by what was said of it."""
+    return re.findall("^([a-z0-9]+): release [0-9]{10} published$", said, re.M)
 
 
 def beat(host, **changes):
@@ -106,8 +118,10 @@ with subtest("A name is matched whole"):
     hub.succeed("rm -r /srv/fleet/hosts/twice")
 
 with subtest("deploy publishes all once, and then what has changed"):
-    hub.succeed(fleet("deploy", prefix="umask 077;"))
-    assert sequences() == [1] * 5
+    began = int(hub.succeed("date +%s"))
+    assert sorted(published(hub.succeed(fleet("deploy", prefix="umask 077;")))) == HOSTS
+    # seconds since 1970
+    assert all(began <= number <= int(hub.succeed("date +%s")) for number in numbers().values()), numbers()
     # readable to the host's own user
     hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
     key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()
@@ -115,7 +129,8 @@ with subtest("deploy publishes all once, and then what has changed"):
         f"cd /tmp; echo 'fleet {key}' > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
         f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
     )
-    # a key that comes later signs what is published, which is no other release
+    # a key that comes later does not sign what is published, but what is in the repository
+    identifier, before = manifest("web")["id"], numbers()
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
     hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
     write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
@@ -124,13 +139,13 @@ with subtest("deploy publishes all once, and then what has changed"):
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -C 'one more key' -f /home/deploy/other"))
     for name in ("other", "key"):
         write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": f"/home/deploy/{name}"}))
-        assert "release 1 published" in hub.succeed(fleet("deploy web"))
+        assert published(hub.succeed(fleet("deploy web"))) == ["web"]
         assert "web: unchanged" in hub.succeed(fleet("deploy web"))
         hub.succeed(
             f"cd /tmp; echo \"fleet $(cut -d' ' -f1,2 /home/deploy/{name}.pub)\" > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
             f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
         )
-    assert sequences() == [1] * 5
+    assert newer(before) == ["web"] and manifest("web")["id"] == identifier
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
     began = time.monotonic()
     said = hub.succeed(fleet("deploy"))
@@ -138,36 +153,37 @@ with subtest("deploy publishes all once, and then what has changed"):
     assert said.count("unchanged") == 5, said
     assert hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort") == before
     write(hub, "/srv/fleet/hosts/web/says", "2")
+    before = numbers()
     said = hub.succeed(fleet("deploy"))
-    assert "web: release 2 published" in said and said.count("unchanged") == 4, said
-    assert sequences() == [1, 1, 1, 2, 1]
+    assert published(said) == ["web"] and said.count("unchanged") == 4, said
+    assert newer(before) == ["web"]
     # through the link
     write(hub, "/srv/fleet/shared/says.nix", '"2"')
-    assert "plain: release 2 published" in hub.succeed(fleet("deploy plain"))
+    assert published(hub.succeed(fleet("deploy plain"))) == ["plain"]
     # a plain configuration is also what NIX_PATH says
     write(hub, "/srv/nixpkgs/nixos/default.nix", "{ }: " + stand_in("plain", '"nixpkgs"'))
-    assert "plain: release 3 published" in hub.succeed(fleet("deploy plain"))
+    assert published(hub.succeed(fleet("deploy plain"))) == ["plain"]
     write(hub, "/srv/nixpkgs/nixos/default.nix", "{ }: import <nixos-config>")
     # what its siblings in the flake are is part of a host's archive
     write(hub, "/srv/fleet/hosts/pair/says", "2")
-    assert "web2: release 2 published" in hub.succeed(fleet("deploy web2"))
-    assert sequences() == [1, 1, 3, 2, 2]
+    assert published(hub.succeed(fleet("deploy web2"))) == ["web2"]
+    assert newer(before) == ["plain", "web", "web2"]
     hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
 
 with subtest("What does not build is not published, and keeps nobody else waiting"):
     write(hub, "/srv/fleet/hosts/web/says", "broken")
     write(hub, "/srv/fleet/hosts/hub/configuration.nix", stand_in("hub", '"2"'))
+    before = numbers()
     said = hub.fail(fleet("deploy"))
     assert "web: Failed to build web" in said and "| trouble in build" in said.replace("nixos-system-web> ", ""), said
-    assert "hub: release 2 published" in said
-    assert manifest("web")["sequence"] == 2
+    assert "hub" in published(said) and "web" not in newer(before), said
     hub.succeed("grep 'trouble in build' /home/deploy/.local/state/ekiben/logs/web.log")
     write(hub, "/srv/fleet/hosts/plain/configuration.nix", "{")
     said = hub.fail(fleet("deploy plain"))
     assert "plain: Failed to evaluate" in said and "syntax error" in said, said
     # evaluated only, if so asked for
-    assert "web: release 3 published" in hub.succeed(fleet("deploy --no-build web"))
+    assert published(hub.succeed(fleet("deploy --no-build web"))) == ["web"]
     write(hub, "/srv/fleet/hosts/plain/configuration.nix", stand_in("plain", "import ./says.nix"))
     write(hub, "/srv/fleet/hosts/web/says", "3")
     hub.succeed(fleet("deploy"))
@@ -175,7 +191,7 @@ with subtest("What does not build is not published, and keeps nobody else waitin
     write(hub, "/srv/fleet/hosts/odd/flake.nix", "{")
     write(hub, "/srv/fleet/hosts/web/says", "4")
     said = hub.fail(fleet("deploy"))
-    assert "Failed to evaluate hosts/odd" in said and "web: release 5 published" in said, said
+    assert "Failed to evaluate hosts/odd" in said and published(said) == ["web"], said
     hub.succeed("rm -r /srv/fleet/hosts/odd")
 
 with subtest("A repository can be a flake itself: what git tracks is what a host gets"):
@@ -190,6 +206,37 @@ with subtest("A repository can be a flake itself: what git tracks is what a host
     toplevel = json.loads(json.loads(hub.succeed("cat /srv/own-hub/hosts/own/release/manifest.json"))["manifest"])["toplevel"]
     assert hub.succeed(f"cat {toplevel}").strip() == "edited"
 
+with subtest("A link that leads out of the repository is named and publishes nothing, and so is what nobody could unpack"):
+    hub.succeed(as_deploy("echo signer-private > /home/deploy/secret; cd /srv/own; git rm -q --cached gone; git add -A; git commit -qm own"))
+    made = "find /srv/own-hub /var/lib/ekiben-hub -name '*.tar.gz' | sort | xargs sha256sum"
+    before = hub.succeed(made)
+    for make, why in (
+        ("ln -s /home/deploy/secret odd", "it leads to /home/deploy/secret, which is not in the repository"),
+        ("ln -s $(realpath --relative-to=. /home/deploy/secret) odd", "which is not in the repository"),
+        ("ln -s $(realpath --relative-to=. /home/deploy) odd", "which is not in the repository"),
+        ("ln -s /nix/store odd", "which is not in the repository"),
+        ("ln -s $(git rev-parse --show-toplevel)/.git/config odd", "which is not in the repository"),
+        ("ln -s nowhere odd", "it is a link to nowhere, which is not there"),
+        ("touch $'odd\\nname'", "there may be no line break"),
+        ("touch odd; chmod 0 odd", "Permission denied"),
+        ("cp /home/deploy/key odd", "it is the key that releases are signed with"),
+    ):
+        hub.succeed(as_deploy(f"cd /srv/fleet/hosts/web; {make}"))
+        said = hub.fail(fleet("deploy web"))
+        assert "hosts/web/odd" in said and why in said, said
+        hub.succeed("rm /srv/fleet/hosts/web/odd*")
+        # and of what git tracks in a repository that is a flake itself
+        if "nowhere" not in make and "realpath --relative-to=. /home/deploy)" not in make and "/nix/store" not in make and "chmod" not in make:
+            hub.succeed(as_deploy(f"jq '.signingKey = \"/home/deploy/key\"' /srv/own/fleet.json > /tmp/own.json; cat /tmp/own.json > /srv/own/fleet.json; cd /srv/own; {make}; git add -A"))
+            said = hub.fail(fleet("deploy --repository /srv/own --directory /srv/own-hub own"))
+            assert "/srv/own/odd" in said and why in said, said
+            hub.succeed(as_deploy("cd /srv/own; rm odd*; git add -A"))
+    assert hub.succeed(made) == before
+    # an editor's lock, and links within
+    hub.succeed(as_deploy("cd /srv/fleet/hosts/web; ln -s deploy@hub.1:2 '.#flake.nix'; ln -s $PWD/says inside; ln -s ../../shared dir"))
+    hub.succeed(fleet("build web"))
+    hub.succeed(as_deploy("cd /srv/fleet/hosts/web; rm '.#flake.nix' inside dir"))
+
 with subtest("A host that the hub does not serve is named"):
     flake("new", "new")
     hub.succeed(fleet("flake-update"))
@@ -197,10 +244,26 @@ with subtest("A host that the hub does not serve is named"):
     assert "add it to services.ekiben.hub.hosts" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/new")
 
-with subtest("A number is higher than any that the host has seen"):
-    beat("db", seen={"id": "0" * 64, "sequence": 40})
+with subtest("A number is higher than any that the host has seen, and never jumps, whatever the hub or a host says"):
+    now = int(hub.succeed("date +%s"))
+    beat("db", seen={"id": "0" * 64, "sequence": now + 1000})
     write(hub, "/srv/fleet/hosts/pair/says", "3")
-    assert "db: release 41 published" in hub.succeed(fleet("deploy"))
+    assert "db" in published(hub.succeed(fleet("deploy"))) and manifest("db")["sequence"] == now + 1001
+    # beyond all reason, from a host; and a release of the hub's own, which the next one would have been
+    beat("web", seen={"id": "0" * 64, "sequence": now + 200_000})
+    release = f"{SERVED}/hosts/web/release"
+    for changes in ({"sequence": 2**64 - 1}, {"sequence": now + 300_000}, {"sequence": now + 3000}, {"id": "/../../other"}, {"id": "1" * 64}, {"host": "db"}, {}):
+        forged = json.dumps({"manifest": json.dumps({**manifest("web"), **changes}), "signature": "none"})
+        # what is published is changed, or not; what is signed is the publisher's own
+        for says in ("4", "5"):
+            write(hub, f"{release}/manifest.json", forged)
+            write(hub, "/srv/fleet/hosts/web/says", says)
+            assert published(hub.succeed(fleet("deploy web"))) == ["web"], changes
+            assert manifest("web")["sequence"] <= int(hub.succeed("date +%s")) + 1, (changes, manifest("web"))
+    # nor does one that is too large to be one, or of another kind, keep anybody from publishing
+    for command in (f"truncate -s 4G {release}/manifest.json", f"mkfifo {release}/manifest.json"):
+        hub.succeed(as_deploy(f"rm {release}/manifest.json; {command}"))
+        assert published(hub.succeed(fleet("deploy web"))) == ["web"]
 
 with subtest("status tells how the hosts are"):
     released = {key: manifest("web")[key] for key in ("id", "sequence")}
@@ -209,14 +272,14 @@ with subtest("status tells how the hosts are"):
         beat(host)
     beat("web", last={"release": released, "result": "failed", "stage": "build", "error": "no\\u001b[31m luck", "finished": 0})
     beat("db", deployed=None)
-    beat("web2", deployed=None, system="/nix/store/x")
+    beat("web2", deployed=None, system=f"/nix/store/{'x' * 32}-x")
     assert states(hub) == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, states(hub)
     said = hub.fail(fleet("status"))
     assert re.search("^web +.*failing", said, re.M) and "luck" in said and "\x1b" not in said, said
     hub.succeed(fleet("status web2"))
     identifier = "0123456789abcdef" * 2
     report = {
-        "format": 1, "host": "db", "system": "/nix/store/x", "id": identifier, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,
+        "format": 1, "host": "db", "system": f"/nix/store/{'x' * 32}-x", "id": identifier, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,
         "commit": None, "summary": None, "release": None, "stage": "build", "error": "no", "warnings": [], "rebootNeeded": False,
     }
     write(hub, f"{SERVED}/hosts/db/reports/{identifier}.json", json.dumps(report))
@@ -225,10 +288,47 @@ with subtest("status tells how the hosts are"):
     assert json.loads(hub.succeed(f"cat {SERVED}/hosts/db/release/received.json")) == {"reports": [identifier]}
     assert hub.succeed(f"ls {SERVED}/hosts/db/reports") == ""
     assert "it said \ufffd[31mno" in hub.succeed(fleet("log db"))
+    # a small file that is a long log
+    hub.succeed(as_deploy(f"(head -c 200M /dev/zero | tr '\\0' x) | gzip > {SERVED}/received/db/{identifier}.log.gz"))
+    assert "the rest is left out" in hub.succeed(fleet("log db"))
+
+with subtest("Nobody obeys a file of somebody else's, and nobody but the hub's user collects"):
+    hub.succeed(
+        "mkdir -p /tmp/planted/hosts/x /tmp/evil/received /tmp/evil/hosts/x/release; chmod -R 777 /tmp/evil; chown -R deploy /tmp/planted",
+        "install -d -o deploy /tmp/planted/mine /home/deploy/docs/deep; touch /home/deploy/docs/thesis.txt /home/deploy/docs/a.log /home/deploy/docs/deep/x; chown -R deploy /home/deploy/docs",
+        "ln -s /home/deploy/docs /tmp/evil/hosts/x/reports; install -d /root/precious/sub",
+    )
+    shell = json.dumps("id -un > /tmp/ran-as; echo 1")
+    write(hub, "/tmp/planted/hosts/x/flake.nix", f'{{ outputs = _: {{ nixosConfigurations.x.config.system.build.toplevel = builtins.exec [ "/bin/sh" "-c" {shell} ]; }}; }}')
+    write(hub, "/tmp/planted/fleet.json", json.dumps({"directory": "/tmp/evil", "flags": ["--option", "allow-unsafe-native-code-during-evaluation", "true", "--impure"]}))
+    precious = "find /home/deploy/docs /root/precious | sort"
+    before = hub.succeed(precious)
+    # the file or the directory that it is in
+    for owners in ("nobody /tmp/planted/fleet.json", "nobody /tmp/planted", "nobody -R /tmp/planted/hosts /tmp/planted/fleet.json /tmp/evil"):
+        hub.succeed("chmod 755 /tmp/planted; chown deploy /tmp/planted /tmp/planted/fleet.json", f"chown {owners}")
+        for command in ("status --once", "build dry-build", "deploy", "collect", "log x", "diff", "bootstrap x"):
+            for place in ("cd /tmp/planted/mine", "export EKIBEN_FLEET=/tmp/planted", "cd /tmp/planted"):
+                said = hub.fail(as_deploy(f"{place}; ekiben fleet {command} 2>&1"))
+                assert "/tmp/planted" in said and "belongs to nobody, and this is deploy" in said and "--repository" in said, said
+    hub.succeed("chown -R deploy /tmp/planted", "rm /tmp/evil/hosts/x/reports; ln -s /root/precious /tmp/evil/hosts/x/reports")
+    for place in ("cd /tmp/planted/mine", "export EKIBEN_FLEET=/srv/fleet; cd /", "cd /srv/fleet"):
+        assert "belongs to deploy, and this is root" in hub.fail(f"{place}; ekiben fleet status --once 2>&1")
+    # nor is anything taken or removed where a hub of somebody else's leads to
+    for who in ("deploy", "root"):
+        hub.execute(f"runuser -u {who} -- sh -c 'cd /; ekiben fleet status --once --directory /tmp/evil'")
+    assert hub.succeed(precious) == before
+    hub.fail("test -e /tmp/ran-as")
+    # root looks, and leaves nothing behind
+    hub.succeed(as_deploy(f"rm -r {SERVED}/received/db"))
+    beat("db")
+    hub.succeed(f"cd /; ekiben fleet status --once --directory {SERVED} db")
+    assert "belongs to deploy, who alone can" in hub.fail(f"cd /; ekiben fleet collect --directory {SERVED} 2>&1")
+    hub.succeed(f"test ! -e {SERVED}/received/db")
+    assert states(hub)["db"] == "up to date"
 
 with subtest("diff compares what runs with what would be deployed"):
     said = hub.succeed(fleet("diff"))
-    assert "hub: runs just that" in said and "web2: \"/nix/store/x\" is not in this machine's store" in said, said
+    assert "hub: runs just that" in said and f"web2: /nix/store/{'x' * 32}-x is not in this machine's store" in said, said
     beat("web", system=manifest("hub")["toplevel"])
     assert f"{manifest('hub')['toplevel']} -> {manifest('web')['toplevel']}" in hub.succeed(fleet("diff web"))
 
@@ -254,11 +354,12 @@ with subtest("Of two deploys at once, one waits, and both are seen"):
         " echo second > hosts/web/says; ekiben fleet deploy web; wait $first"
     ))
     last = manifest("web")
-    assert last["sequence"] in (number + 1, number + 2) and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
+    assert last["sequence"] > number and hub.succeed(f"cat {last['toplevel']}").strip() == "second", last
     for number in (1, 2):
+        before = numbers()
         write(hub, "/srv/fleet/hosts/web/says", f"fast {number}")
         hub.succeed(fleet("deploy web"))
-    assert manifest("web")["sequence"] == last["sequence"] + 2
+        assert newer(before) == ["web"]
 
 def check_killed(number, command, **arguments):
     """Changes a host, has the deploy killed; returns whether it has published that."""
@@ -267,7 +368,7 @@ def check_killed(number, command, **arguments):
     hub.succeed(fleet("build web"))
     code, said = hub.execute(fleet(command, **arguments))
     after = manifest("web")
-    assert after == before or after["sequence"] == before["sequence"] + 1, (before, after)
+    assert after == before or after["sequence"] > before["sequence"], (before, after)
     return code, after != before, said
 
 
@@ -297,7 +398,8 @@ with subtest("This machine's own configuration can be activated"):
     assert "expected one host" in hub.fail(fleet("build test"))
     assert "it takes root" in hub.fail(fleet("build test hub"))
     if is_host(hub):
-        hub.succeed("cd /srv/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
+        assert "belongs to deploy, and this is root" in hub.fail("cd /srv/fleet; ekiben fleet build switch hub 2>&1")
+        hub.succeed("cp -r /srv/fleet /root/fleet; chown -R root /root/fleet; cd /root/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
         assert hub.succeed("cat /tmp/switched").strip() == "switch"
         assert generation(hub).endswith(manifest("hub")["toplevel"])
 

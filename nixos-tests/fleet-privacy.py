@@ -515,7 +515,7 @@ with subtest("the units of the hub can do what they are for, and nothing else"):
 
 with subtest("what a host has left is collected, whatever another has left"):
     heartbeat = {
-        "format": 1, "host": "a", "version": "1", "seen": None, "deployed": None, "system": "/nix/store/x", "running": None, "last": None,
+        "format": 1, "host": "a", "version": "1", "seen": None, "deployed": None, "system": f"/nix/store/{'x' * 32}-x", "running": None, "last": None,
         "runs": 0, "selfUpdated": False, "rebootNeeded": False,
     }
     put = "attempt('put', lambda: s.write('reports/heartbeat.json', {!r}))"
@@ -523,8 +523,25 @@ with subtest("what a host has left is collected, whatever another has left"):
     hub.succeed(as_publisher(f"rm -f {HUB}/hosts/b/reports/*"))
     assert sftp(b, "attempt('odd', lambda: s.close(s.open('reports/heartbeat.json', WRITE | CREATE, MODE(0))))", "fleet-b") == {"odd": "ok"}
     assert sftp(a, put.format(json.dumps(heartbeat).encode())) == {"put": "ok"}
+    # logs of next to nothing that would be 2 GiB on the hub's disk
+    report = {
+        "format": 1, "host": "a", "system": f"/nix/store/{'x' * 32}-x", "result": "failed", "trigger": "timer", "started": 0, "finished": 0,
+        "commit": None, "summary": None, "stage": "build", "error": "no", "warnings": [], "rebootNeeded": False,
+    }
+    left = sftp(a, f"""
+def leave(run):
+    s.write("reports/%s.json" % run, json.dumps({{**{report!r}, "id": run}}).encode())
+    log = s.open("reports/%s.log.gz" % run, WRITE | CREATE)
+    s.request(6, text(log), long(2**26 - 1), text(b"x"))
+    s.close(log)
+for number in range(30):
+    attempt("report %d" % number, lambda: leave("%032x" % number))
+""")
+    assert set(left.values()) == {"ok"}, left
     hub.succeed("systemctl start ekiben-hub-collect.timer")
     hub.wait_until_succeeds(f"test $(stat -c %U {HUB}/received/a/heartbeat.json) = ekiben-hub -a ! -e {HUB}/hosts/a/reports/heartbeat.json", timeout=90)
     hub.fail(f"test -e {HUB}/received/b/heartbeat.json")
+    hub.wait_until_succeeds(f"test $(ls {HUB}/received/a/*.json | wc -l) = 32 -a -z \"$(ls {HUB}/hosts/a/reports)\"", timeout=90)
+    assert int(hub.succeed(f"du -sk {HUB}/received/a").split()[0]) < 1000, hub.succeed(f"ls -ls {HUB}/received/a")
 
 print(f"{tried} attempts were refused")

@@ -491,7 +491,7 @@ let
           "ekiben-hub-files.timer"
         ]
       && hub.systemd.units ? "srv-hub-hosts-web-reports.mount"
-      && hub.environment.variables.EKIBEN_FLEET == "/var/fleet"
+      && lib.hasInfix "= 0 ] || export EKIBEN_FLEET=" hub.environment.extraInit
       && hub.services.openssh.enable
     ))
     (expect "who publishes is an administrator, and in no host's group" (

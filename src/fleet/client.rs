@@ -147,7 +147,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
 pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
     let told = fs::read(layout.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub, None)?).context(|| "write the heartbeat".into())?;
+    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub, None)).context(|| "write the heartbeat".into())?;
     if outbox::waiting(layout)?.is_empty() && told == now {
         return Ok(());
     }
@@ -193,14 +193,14 @@ fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, scratch: &Path,
     let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(layout, run).iter().try_for_each(|file| send(file))).collect();
     // the directory is the user's alone; on the hub, others have to read what is sent
     let beat = scratch.join(TOLD);
-    files::write_json(&beat, &heartbeat(layout, hub, running)?, 0o644)?;
+    files::write_json(&beat, &heartbeat(layout, hub, running), 0o644)?;
     send(&beat)?;
     fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
     reports.into_iter().collect()
 }
 
 /// How the instance is.
-fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<Heartbeat> {
+fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat {
     let status = Status::read(layout);
     // a host that cannot read what it has seen is to be heard all the same
     let seen = seen::newest(layout, None).unwrap_or_default();
@@ -209,13 +209,13 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
     let last = tried.map(|tried| &tried.run).or(refused);
     let deployed = status.deployed.as_ref();
-    let system = crate::system::current()?;
-    Ok(Heartbeat {
+    let system = crate::system::current().ok();
+    Heartbeat {
         format: FORMAT,
         host: hub.name.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
         deployed: deployed.and_then(|deployed| deployed.release.clone()),
-        system: system.as_path().try_into().context(|| "read /run/current-system".into())?,
+        system: system.and_then(|system| system.as_path().try_into().ok()),
         running: running.cloned(),
         last: last.map(|run| Last {
             release: run.release.clone(),
@@ -229,7 +229,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Result<He
         reboot_needed: reboot::is_needed(),
         files: fs::read_to_string(layout.trouble_with_files()).ok(),
         seen,
-    })
+    }
 }
 
 /// The private key: systemd's copy of it, which only the instance's user can read.

@@ -5,9 +5,11 @@
 //! anything is written. What is not taken is removed.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use ::nix::fcntl::FlockArg;
@@ -15,7 +17,7 @@ use ::nix::fcntl::FlockArg;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::{self, Hub};
-use crate::fleet::{FORMAT, Heartbeat, LARGE, Report, SMALL};
+use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::names::{HostName, RunId};
 
 /// How many reports of one host are kept, and how many bytes of logs.
@@ -28,11 +30,16 @@ const AT_ONCE: usize = 10_000;
 /// A heartbeat's name, and what it is called when it is taken.
 const HEARTBEAT: &str = "heartbeat.json";
 const TAKEN: &str = "heartbeat.json.taken";
+/// What comes after a run's identifier in the names of its report and its log.
+const REPORT: &str = ".json";
+const LOG: &str = ".log.gz";
 /// How long a file may be on its way.
 const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 
-/// Collects from all hosts; trouble with one does not keep the others waiting.
+/// Collects from all hosts; trouble with one does not keep the others waiting. Nobody does so but the
+/// hub's user, whose all has to be that is collected.
 pub fn collect(hub: &Hub) -> Result<()> {
+    hub.check_ours()?;
     let failed: Vec<_> = hub.hosts()?.into_iter().filter_map(|host| collect_host(hub, &host).err()).collect();
     for error in &failed {
         log::error!("{error}.");
@@ -45,40 +52,35 @@ fn collect_host(hub: &Hub, host: &HostName) -> Result<()> {
     let doing = || format!("collect from {}", reports.display());
     fs::create_dir_all(&received).context(|| format!("make {}", received.display()))?;
     let _turn = hub::lock(&received, FlockArg::LockExclusive)?;
+    // what is taken and removed below is in this very directory, whatever becomes of the path
+    let opened = hub.open_reports(host).context(doing)?;
+    let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
     let now = SystemTime::now();
     let mut found = Vec::new();
-    for entry in fs::read_dir(&reports).context(doing)?.take(AT_ONCE) {
+    for entry in fs::read_dir(&directory).context(doing)?.take(AT_ONCE) {
         let entry = entry.context(doing)?;
         let time = entry.metadata().and_then(|metadata| metadata.modified()).unwrap_or(now);
         // a log is nothing without its report
-        found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.path()));
+        found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.file_name()));
     }
     found.sort();
-    for (_, time, mut path) in found {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let aside = path.with_file_name(TAKEN);
-        // or one that arrives just now would be removed in the place of the one that was read
-        if name == HEARTBEAT && fs::rename(&path, &aside).is_ok() {
-            path = aside;
+    let logs = found.iter().position(|(is_log, ..)| *is_log).unwrap_or(found.len());
+    let take_all = |found: Vec<(bool, SystemTime, OsString)>, index: &Received| -> Result<()> {
+        for (_, time, name) in found {
+            take_one(&received, host, &directory, &name, time, index)?;
         }
-        let young = now.duration_since(time).unwrap_or_else(|error| error.duration()) < ON_ITS_WAY;
-        match take(hub, host, &name, &path, time.min(now)) {
-            Ok(Taken::Yes) => {}
-            Ok(Taken::NotYet) if young => continue,
-            Ok(Taken::NotYet) => log::warn!("Dropped {path:?}: what belongs to it did not arrive."),
-            Ok(Taken::No(why)) => log::warn!("Dropped {path:?}: {why}."),
-            Ok(Taken::Never(why)) => {
-                log::warn!("Passed over {path:?}: {why}.");
-                continue;
-            }
-            Err(error) => return Err(error),
-        }
-        let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
-        if let Err(error) = removed.or_else(|error| if path.is_symlink() || path.exists() { Err(error) } else { Ok(()) }) {
-            log::warn!("Failed to remove {}: {error}.", path.display());
-        }
+        Ok(())
+    };
+    let found_logs = found.split_off(logs);
+    let mut index = hub.index(host)?;
+    take_all(found, &index)?;
+    let new = update(&received, &mut index)?;
+    take_all(found_logs, &index)?;
+    prune(&received, &index, 0)?;
+    if new {
+        files::write_json(&hub.index_file(host), &index, 0o644)?;
     }
-    acknowledge(hub, host)
+    acknowledge(hub, host, &index)
 }
 
 /// What became of a file.
@@ -91,16 +93,43 @@ enum Taken {
     Never(String),
 }
 
+/// Takes the file of this name, or removes it, or leaves it for another time.
+fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, time: SystemTime, index: &Received) -> Result<()> {
+    let mut path = directory.join(name);
+    let name = name.to_str().unwrap_or_default();
+    let aside = directory.join(TAKEN);
+    // or one that arrives just now would be removed in the place of the one that was read
+    if name == HEARTBEAT && fs::rename(&path, &aside).is_ok() {
+        path = aside;
+    }
+    let is_young = time.elapsed().unwrap_or_else(|error| error.duration()) < ON_ITS_WAY;
+    match take(received, host, name, &path, time.min(SystemTime::now()), index)? {
+        Taken::Yes => {}
+        Taken::NotYet if is_young => return Ok(()),
+        Taken::NotYet => log::warn!("Dropped {name:?} of {host}: what belongs to it did not arrive."),
+        Taken::No(why) => log::warn!("Dropped {name:?} of {host}: {why}."),
+        Taken::Never(why) => {
+            log::warn!("Passed over {name:?} of {host}: {why}.");
+            return Ok(());
+        }
+    }
+    let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+    if let Err(error) = removed.or_else(|error| if path.symlink_metadata().is_ok() { Err(error) } else { Ok(()) }) {
+        log::warn!("Failed to remove {name:?} of {host}: {error}.");
+    }
+    Ok(())
+}
+
 /// Takes the file `path`, which was sent by this name.
-fn take(hub: &Hub, host: &HostName, name: &str, path: &Path, time: SystemTime) -> Result<Taken> {
-    let target = hub.received(host).join(name);
+fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemTime, index: &Received) -> Result<Taken> {
+    let target = received.join(name);
     let doing = || format!("write {}", target.display());
-    let is_log = name.strip_suffix(".log.gz").is_some_and(is_run);
-    let run = name.strip_suffix(".json").and_then(|run| RunId::try_from(run).ok());
-    if name != HEARTBEAT && run.is_none() && !is_log {
+    let run = |end| name.strip_suffix(end).and_then(|run| RunId::try_from(run).ok());
+    let (log, report) = (run(LOG), run(REPORT));
+    if name != HEARTBEAT && report.is_none() && log.is_none() {
         return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("nobody asked for it".into()) });
     }
-    let bytes = match files::read_foreign(path, if is_log { LARGE } else { SMALL }) {
+    let bytes = match files::read_foreign(path, if log.is_some() { LARGE } else { SMALL }) {
         Ok(bytes) => bytes,
         Err(error) => match error.kind() {
             ErrorKind::NotFound => return Ok(Taken::NotYet),
@@ -109,18 +138,20 @@ fn take(hub: &Hub, host: &HostName, name: &str, path: &Path, time: SystemTime) -
             _ => return Ok(Taken::No(error.to_string())),
         },
     };
-    let contents = if is_log {
-        let report = name.replace(".log.gz", ".json");
-        if !hub.received(host).join(report).exists() {
+    let judged = if let Some(run) = log {
+        if !received.join(format!("{run}{REPORT}")).exists() {
             return Ok(Taken::NotYet);
         }
-        bytes
+        prune(received, index, bytes.len() as u64)?;
+        Ok(bytes)
+    } else if let Some(run) = report {
+        judge_report(&bytes, host, &run)
     } else {
-        let judged = if let Some(run) = run { judge_report(&bytes, host, &run) } else { judge_heartbeat(&bytes, host) };
-        match judged {
-            Ok(contents) => contents,
-            Err(why) => return Ok(Taken::No(why)),
-        }
+        judge_heartbeat(&bytes, host)
+    };
+    let contents = match judged {
+        Ok(contents) => contents,
+        Err(why) => return Ok(Taken::No(why)),
     };
     files::write(&target, &contents, 0o644).context(doing)?;
     // when it arrived
@@ -144,34 +175,31 @@ fn judge_heartbeat(bytes: &[u8], host: &HostName) -> Result<Vec<u8>, String> {
     serde_json::to_vec_pretty(&heartbeat).map_err(|error| error.to_string())
 }
 
-fn is_run(name: &str) -> bool {
-    RunId::try_from(name).is_ok()
-}
-
-/// Tells the host which reports have arrived, and keeps the newest.
-fn acknowledge(hub: &Hub, host: &HostName) -> Result<()> {
-    let received = hub.received(host);
+/// Adds the reports that are new to the index. Returns whether there are any.
+fn update(received: &Path, index: &mut Received) -> Result<bool> {
     let doing = || format!("read {}", received.display());
-    let mut index = hub.index(host)?;
     let known: BTreeSet<RunId> = index.reports.iter().cloned().collect();
     let mut new = Vec::new();
-    for entry in fs::read_dir(&received).context(doing)? {
+    for entry in fs::read_dir(received).context(doing)? {
         let entry = entry.context(doing)?;
         let name = entry.file_name().into_string().unwrap_or_default();
-        let run = name.strip_suffix(".json").and_then(|run| RunId::try_from(run).ok());
+        let run = name.strip_suffix(REPORT).and_then(|run| RunId::try_from(run).ok());
         if let Some(run) = run.filter(|run| !known.contains(run)) {
             new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run));
         }
     }
-    if !new.is_empty() {
-        new.sort();
-        index.reports.extend(new.into_iter().map(|(_, run)| run));
-        index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
-        files::write_json(&hub.acknowledged(host), &index, 0o644)?;
-    }
-    let (mut kept, mut bytes) = (0, 0);
+    new.sort();
+    let is_new = !new.is_empty();
+    index.reports.extend(new.into_iter().map(|(_, run)| run));
+    index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
+    Ok(is_new)
+}
+
+/// Removes all reports but the newest, so that there is room for another `bytes` of logs.
+fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
+    let mut kept = 0;
     for run in index.reports.iter().rev() {
-        let (report, log) = (received.join(format!("{run}.json")), received.join(format!("{run}.log.gz")));
+        let (report, log) = (received.join(format!("{run}{REPORT}")), received.join(format!("{run}{LOG}")));
         kept += usize::from(report.exists());
         bytes += fs::metadata(&log).map_or(0, |metadata| metadata.len());
         if kept > KEPT || bytes > KEPT_BYTES {
@@ -179,6 +207,16 @@ fn acknowledge(hub: &Hub, host: &HostName) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Tells the host which reports have arrived. Others may write there, too: it is put right each time.
+fn acknowledge(hub: &Hub, host: &HostName, index: &Received) -> Result<()> {
+    let path = hub.acknowledged(host);
+    let contents = serde_json::to_vec_pretty(index).context(|| format!("write {}", path.display()))?;
+    if index.reports.is_empty() || files::read_foreign(&path, SMALL).is_ok_and(|there| there == contents) {
+        return Ok(());
+    }
+    files::write(&path, &contents, 0o644).context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]
@@ -200,7 +238,7 @@ mod tests {
             let place = Directory::new();
             let hub = Hub::new(place.path()).unwrap();
             let host = HostName::try_from("web").unwrap();
-            for directory in [hub.release(&host), hub.reports(&host)] {
+            for directory in [hub.release(&host), hub.reports(&host), place.path().join("received")] {
                 fs::create_dir_all(directory).unwrap();
             }
             Self { hub, place, host }
@@ -224,6 +262,11 @@ mod tests {
 
         fn index(&self) -> Vec<String> {
             self.hub.index(&self.host).unwrap().reports.into_iter().map(String::from).collect()
+        }
+
+        fn kept(&self) -> usize {
+            let names = fs::read_dir(self.hub.received(&self.host)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            names.filter(|name| name.strip_suffix(REPORT).is_some_and(|run| RunId::try_from(run).is_ok())).count()
         }
 
         fn left(&self) -> usize {
@@ -317,6 +360,78 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_taken_or_removed_through_a_link() {
+        for link in ["hosts/web/reports", "hosts/web"] {
+            let fixture = Fixture::new();
+            let (link, elsewhere) = (fixture.place.path().join(link), fixture.place.path().join("elsewhere"));
+            fs::create_dir_all(elsewhere.join("reports")).unwrap();
+            fs::write(elsewhere.join("thesis"), "").unwrap();
+            fs::write(elsewhere.join("reports/thesis"), "").unwrap();
+            fs::remove_dir_all(&link).unwrap();
+            symlink(&elsewhere, &link).unwrap();
+            assert!(collect(&fixture.hub).is_err());
+            assert!(elsewhere.join("thesis").exists() && elsewhere.join("reports/thesis").exists());
+        }
+    }
+
+    #[test]
+    fn nobody_collects_for_somebody_else() {
+        let fixture = Fixture::new();
+        fixture.send("heartbeat.json", &heartbeat("web"));
+        let received = fixture.place.path().join("received");
+        fs::remove_dir(&received).unwrap();
+        assert!(collect(&fixture.hub).is_err() && !received.exists());
+        symlink("/proc/1", &received).unwrap();
+        fixture.hub.take_in(&[]).unwrap();
+        assert_eq!(fixture.left(), 1);
+    }
+
+    #[test]
+    fn nothing_becomes_more_on_this_disk_than_it_was_on_its_way() {
+        let fixture = Fixture::new();
+        for number in 1..4 {
+            fixture.send(&format!("{}.json", run(number)), &report("web", &run(number)));
+            fs::write(fixture.sent(&format!("{}.log.gz", run(number))), "x").unwrap();
+        }
+        File::options().append(true).open(fixture.sent(&format!("{}.log.gz", run(2)))).unwrap().set_len(LARGE).unwrap();
+        fixture.collect();
+        assert_eq!(fixture.left(), 0);
+        assert!(fixture.got(&format!("{}.log.gz", run(1))).exists() && !fixture.got(&format!("{}.log.gz", run(2))).exists());
+        // the oldest make room before the next is written
+        File::create(fixture.got(&format!("{}.log.gz", run(1)))).unwrap().set_len(KEPT_BYTES).unwrap();
+        prune(&fixture.hub.received(&fixture.host), &fixture.hub.index(&fixture.host).unwrap(), 1).unwrap();
+        assert!(!fixture.got(&format!("{}.log.gz", run(1))).exists() && fixture.got(&format!("{}.log.gz", run(3))).exists());
+    }
+
+    #[test]
+    fn what_others_write_beside_a_release_counts_for_nothing() {
+        let fixture = Fixture::new();
+        fixture.send(&format!("{}.json", run(1)), &report("web", &run(1)));
+        fixture.collect();
+        let told = fixture.hub.acknowledged(&fixture.host);
+        let right = fs::read(&told).unwrap();
+        fs::write(fixture.place.path().join("precious.json"), "").unwrap();
+        let names: Vec<_> =
+            (0..REMEMBERED).map(|number| format!("../../precious{number}")).chain(["../../precious".into(), "x\n!id".into()]).collect();
+        let sparse = || File::create(&told).unwrap().set_len(1 << 32).unwrap();
+        let ways: [&dyn Fn(); 5] = [
+            &|| fs::write(&told, json!({ "reports": names }).to_string()).unwrap(),
+            &|| fs::write(&told, json!({ "reports": [run(1), run(2)] }).to_string()).unwrap(),
+            &|| fs::write(&told, "{").unwrap(),
+            &sparse,
+            &|| fs::remove_file(&told).unwrap(),
+        ];
+        for way in ways {
+            way();
+            fs::create_dir_all(told.with_extension("json.new")).unwrap();
+            fixture.collect();
+            assert_eq!(fs::read(&told).unwrap(), right);
+            assert_eq!(fixture.index(), [run(1)]);
+        }
+        assert!(fixture.place.path().join("precious.json").exists() && fixture.got(&format!("{}.json", run(1))).exists());
+    }
+
+    #[test]
     fn what_is_on_its_way_has_an_hour() {
         let fixture = Fixture::new();
         let names = ["heartbeat.json.new".to_owned(), format!("{}.log.gz", run(1))];
@@ -356,13 +471,13 @@ mod tests {
         }
         let index = fixture.index();
         assert_eq!((index.len(), index.last()), (KEPT + 20, Some(&run(0))));
-        assert_eq!(fs::read_dir(fixture.hub.received(&fixture.host)).unwrap().count(), KEPT);
+        assert_eq!(fixture.kept(), KEPT);
         assert!(fixture.got(&format!("{}.json", run(0))).exists() && !fixture.got(&format!("{}.json", run(KEPT + 19))).exists());
         // an old one that is sent again is not a new one
         fixture.send(&format!("{}.json", run(KEPT + 19)), &report("web", &run(KEPT + 19)));
         fixture.collect();
         assert_eq!(fixture.index(), index);
-        assert_eq!(fs::read_dir(fixture.hub.received(&fixture.host)).unwrap().count(), KEPT);
+        assert_eq!(fixture.kept(), KEPT);
     }
 
     #[test]

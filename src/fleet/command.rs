@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::jobs::{Board, parallel};
 use crate::fleet::repository::{Host, Repository, Settings, find, select};
-use crate::fleet::{collect, guide, hub_status, publish, push};
+use crate::fleet::{LARGE, collect, guide, hub_status, publish, push};
 use crate::lockfile::LockFile;
 use crate::names::RunId;
 use crate::nix::{nix, set_profile, updated_lock_file};
@@ -163,7 +163,7 @@ fn print(text: &str) -> Result<ExitCode> {
 impl Fleet<'_> {
     fn repository(&self) -> Result<Repository> {
         let place = self.place.as_deref().ok_or("there is no fleet.json here or above; see --repository and ekiben fleet init");
-        Repository::open(place.context(|| "find the fleet's repository".into())?, &self.settings.flags)
+        Repository::open(place.context(|| "find the fleet's repository".into())?, &self.settings)
     }
 
     /// The hosts of these names, all if there are none, and whether all could be looked at that may
@@ -254,7 +254,7 @@ impl Fleet<'_> {
         let run = if let Some(run) = run {
             RunId::try_from(run).context(doing)?
         } else {
-            self.hub.take_in_file(&self.hub.acknowledged(&host))?;
+            self.hub.take_in_file(&self.hub.index_file(&host))?;
             self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
@@ -263,12 +263,17 @@ impl Fleet<'_> {
             return Err(format!("there is none of run {run}")).context(doing);
         }
         let mut gzip = Command::new("gzip").arg("-dc").arg(path).stdout(Stdio::piped()).spawn().context(doing)?;
-        // piece by piece: a small file can be a long log
+        // piece by piece, and not for ever: a small file can be a long log
         let mut lines = BufReader::new(gzip.stdout.take().ok_or("gzip has no output").context(doing)?);
-        let (mut piece, mut output) = (Vec::new(), std::io::stdout().lock());
+        let (mut piece, mut left, mut output) = (Vec::new(), LARGE, std::io::stdout().lock());
         while (&mut lines).take(LINE_BYTES).read_until(b'\n', &mut piece).context(doing)? > 0 {
             let (line, end) = piece.strip_suffix(b"\n").map_or((&piece[..], ""), |line| (line, "\n"));
             if write!(output, "{}{end}", text::line(&String::from_utf8_lossy(line))).is_err() {
+                break;
+            }
+            left = left.saturating_sub(piece.len() as u64);
+            if left == 0 {
+                log::warn!("The log has more than {LARGE} bytes; the rest is left out.");
                 break;
             }
             piece.clear();
@@ -286,7 +291,8 @@ impl Fleet<'_> {
         let well = self.each(&repository, &hosts, |host, say| {
             say("comparing");
             let Some((heartbeat, _)) = self.hub.heartbeat(&host.name)? else { return Ok("nothing has been heard of it".into()) };
-            let (old, new) = (heartbeat.system, repository.evaluate(host)?.toplevel);
+            let Some(old) = heartbeat.system else { return Ok("it does not know what it runs".into()) };
+            let new = repository.evaluate(host)?.toplevel;
             if old == new {
                 return Ok("runs just that".into());
             }

@@ -12,10 +12,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::LARGE;
 use crate::fleet::hub::MEANWHILE;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::names::HostName;
+use crate::names::{HostName, Sha256};
 
 /// What the hub is called by whoever publishes.
 pub const SCHEME: &str = "sftp://";
@@ -198,10 +200,10 @@ impl Release {
     fn replace(&mut self, archive: &str, kept: &[String]) -> Result<()> {
         let (there, id) = (self.session.list(&self.path)?, self.id.clone());
         // whoever is behind this one, however late, finds nothing to put into place
-        for name in there.iter().filter(|name| name.ends_with(SENT) && !name.starts_with(&id)) {
+        for name in there.iter().filter(|name| is_sent(name) && !name.starts_with(&id)) {
             self.clear(name)?;
         }
-        let fetched = match fs::read(self.local.join(MANIFEST)) {
+        let fetched = match files::read_foreign(&self.local.join(MANIFEST), LARGE) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             other => Some(other.context(|| format!("read the manifest of {}", self.host))?),
         };
@@ -209,7 +211,7 @@ impl Release {
             return Err(self.meanwhile());
         }
         self.rename_sent(MANIFEST)?;
-        for name in there.iter().filter(|name| name.ends_with(".tar.gz") && !kept.contains(name)) {
+        for name in there.iter().filter(|name| is_archive(name) && !kept.contains(name)) {
             self.clear(name)?;
         }
         Ok(())
@@ -221,8 +223,19 @@ impl Release {
         if !self.session.fetch(&self.remote(name), &local)? {
             return Ok(None);
         }
-        fs::read(&local).map(Some).context(|| format!("read {}", local.display()))
+        files::read_foreign(&local, LARGE).map(Some).context(|| format!("read {}", local.display()))
     }
+}
+
+/// Whether a name is one that [`Release::sent`] makes; other names there are nobody's here.
+fn is_sent(name: &str) -> bool {
+    let name = name.strip_suffix(SENT).and_then(|name| name.split_once('.'));
+    let is_id = |id: &str| id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST].contains(&name) || is_archive(name)))
+}
+
+fn is_archive(name: &str) -> bool {
+    name.strip_suffix(".tar.gz").is_some_and(|id| Sha256::try_from(id).is_ok())
 }
 
 /// The server, and the path of the directory there; none for the one that the server begins in.
@@ -241,6 +254,18 @@ fn parse(url: &str) -> Result<(String, String), &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_ours_is_removed() {
+        let (id, sha) = ("0b6f5d0c-7b9a-4c8e-9a51-000000000000", "0".repeat(64));
+        for name in ["manifest.json".into(), "publishing".into(), format!("{sha}.tar.gz")] {
+            assert!(is_sent(&format!("{id}.{name}.sent")));
+        }
+        for name in ["x.sent", "../x.sent", "x\".tar.gz.sent", &format!("{id}./../x.sent"), &format!("{id}.manifest.json")] {
+            assert!(!is_sent(name), "{name}");
+        }
+        assert!(is_archive(&format!("{sha}.tar.gz")) && !is_archive("x\".tar.gz") && !is_archive(&format!("../{sha}.tar.gz")));
+    }
 
     #[test]
     fn a_url_is_a_server_and_a_path() {

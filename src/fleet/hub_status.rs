@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::error::{Context, Result};
 use crate::fleet::hub::Hub;
 use crate::fleet::repository::select;
-use crate::fleet::{Heartbeat, Last, Manifest};
+use crate::fleet::{Heartbeat, Last, Manifest, Release};
 use crate::names::{HostName, StorePath};
 use crate::run::now;
 use crate::status::Outcome;
@@ -55,7 +55,9 @@ impl State {
         let Some(published) = published else { return Self::NotDeployed };
         let Some((heartbeat, age)) = heard else { return Self::NewMachine };
         let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
-        let deployed = is_published(&heartbeat.deployed);
+        // what it has under another number it need not deploy again
+        let is_same = |deployed: &Release| is_published(&heartbeat.seen) && deployed.id == published.release.id;
+        let deployed = is_published(&heartbeat.deployed) || heartbeat.deployed.as_ref().is_some_and(is_same);
         // a run that failed before it knew of any release is about what comes next
         let about = |last: &&Last| is_published(&last.release) || (last.release.is_none() && !deployed);
         let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
@@ -68,7 +70,7 @@ impl State {
             _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
             _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
             _ if deployed => Self::UpToDate,
-            _ if published.toplevel.as_ref() == Some(&heartbeat.system) => Self::SyncPending,
+            _ if published.toplevel.is_some() && published.toplevel == heartbeat.system => Self::SyncPending,
             _ => Self::RebuildPending,
         }
     }
@@ -127,7 +129,7 @@ fn look(hub: &Hub, host: &HostName, silent_after: Duration) -> Result<Shown> {
         state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
         well: state.is_well() && !files,
         local_version: local.unwrap_or_default(),
-        remote_version: heard.as_ref().map(|(heartbeat, _)| hash(&heartbeat.system)).unwrap_or_default(),
+        remote_version: heard.as_ref().and_then(|(heartbeat, _)| heartbeat.system.as_ref().map(hash)).unwrap_or_default(),
         heard: heard.as_ref().and_then(|(_, arrived)| Some(arrived.duration_since(UNIX_EPOCH).ok()?.as_secs())),
         heartbeat: heard.map(|(heartbeat, _)| heartbeat),
         published,
@@ -173,7 +175,7 @@ fn table(shown: &BTreeMap<HostName, Shown>, now: u64) -> String {
     for (name, shown) in shown {
         let mark = match shown {
             Shown { heartbeat: Some(heartbeat), published: Some(published), .. } => match &published.toplevel {
-                Some(toplevel) if *toplevel == heartbeat.system => " =",
+                Some(toplevel) if Some(toplevel) == heartbeat.system.as_ref() => " =",
                 _ if shown.state.starts_with("auto updated") => " +",
                 Some(_) => " ≠",
                 None => "",
@@ -217,7 +219,7 @@ fn elapsed(then: u64, now: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::{FORMAT, Release};
+    use crate::fleet::FORMAT;
 
     fn release(sequence: u64) -> Release {
         Release { id: format!("{sequence:064x}").try_into().unwrap(), sequence: sequence.try_into().unwrap() }
@@ -244,7 +246,7 @@ mod tests {
             version: String::new(),
             seen: None,
             deployed: Some(release(deployed)),
-            system: "/nix/store/abcdfghijklmnpqrsvwxyz0123456789-old".try_into().unwrap(),
+            system: Some("/nix/store/abcdfghijklmnpqrsvwxyz0123456789-old".try_into().unwrap()),
             running: None,
             last: None,
             runs: 1,
@@ -271,13 +273,17 @@ mod tests {
         assert_eq!(State::of(Some(&manifest()), None, Duration::ZERO), NewMachine);
         let old = || heartbeat(1);
         let new = || heartbeat(2);
-        let same = || manifest().toplevel.unwrap();
+        let same = || manifest().toplevel;
         for (expected, heartbeat) in [
             (RebuildPending, old()),
             (SyncPending, Heartbeat { system: same(), ..old() }),
             (UpToDate, new()),
             // another release with the same contents
             (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), ..old() }),
+            (
+                UpToDate,
+                Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), seen: Some(release(2)), ..old() },
+            ),
             (ExtraRuns, Heartbeat { runs: 2, ..new() }),
             (RebuildPending, Heartbeat { runs: 2, ..old() }),
             (AutoUpdated, Heartbeat { runs: 2, self_updated: true, ..new() }),
@@ -304,13 +310,13 @@ mod tests {
             state: state.to_string(),
             well: state.is_well(),
             local_version: hash(manifest().toplevel.as_ref().unwrap()),
-            remote_version: hash(&heartbeat.system),
+            remote_version: hash(heartbeat.system.as_ref().unwrap()),
             heard: None,
             published: Some(manifest()),
             heartbeat: Some(heartbeat),
         };
         let failing = Heartbeat { last: Some(last(None, Outcome::Failed)), ..heartbeat(1) };
-        let same = Heartbeat { system: manifest().toplevel.unwrap(), ..heartbeat(2) };
+        let same = Heartbeat { system: manifest().toplevel, ..heartbeat(2) };
         let hosts =
             [("a", shown(failing, State::Failing)), ("b", shown(same, State::UpToDate)), ("c", shown(heartbeat(2), State::AutoUpdated))];
         let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();

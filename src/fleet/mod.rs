@@ -13,7 +13,8 @@
 //! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
 //! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
 //! <directory>/hosts/<host>/files/<sha256>           one of these files
-//! <directory>/received/<host>/...                   the same, collected; nobody but the hub can write there
+//! <directory>/received/<host>/...                   the same, collected, and the hub's own received.json; nobody
+//!                                                   but the hub can write there, where publishers can in release
 //! ```
 //!
 //! A release is its content and a sequence number, never a time or a file name. What one side reads
@@ -129,8 +130,8 @@ pub struct Heartbeat {
     pub seen: Option<Release>,
     /// The release it deployed last.
     pub deployed: Option<Release>,
-    /// The system it runs.
-    pub system: StorePath,
+    /// The system it runs, if it knows.
+    pub system: Option<StorePath>,
     /// The release of a run that is under way.
     pub running: Option<Release>,
     /// The last run that was about this release, or that failed.

@@ -1,9 +1,11 @@
 //! Archives: from a directory to the same bytes each time.
 //!
 //! An archive holds files, each with its contents and whether it can be executed, and nothing else:
-//! no links, owners, times or empty directories. Where a link leads to is what is packed.
+//! no links, owners, times or empty directories. Where a link leads to is what is packed, if that is in
+//! the repository: what is published is no secret any more.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,16 +15,73 @@ use crate::fleet::{LARGE, sha256};
 use crate::names::Sha256;
 use crate::program::Program;
 
-/// All files below a directory, but those of git and the links that `nix build` leaves.
-pub fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+/// What a private key begins with, somewhere in its first line.
+const PRIVATE: &[u8] = b"PRIVATE KEY-----";
+/// How much of a file that is.
+const FIRST_LINE: u64 = 64;
+
+/// Where files are packed from.
+pub struct Origin {
+    /// The repository, without links in its path: nothing beyond is packed.
+    repository: PathBuf,
+    /// The key that releases are signed with, if it is a file: that is not packed either.
+    key: Option<Vec<u8>>,
+}
+
+impl Origin {
+    /// The repository in this directory, whose releases are signed with this key.
+    pub fn new(repository: &Path, key: Option<&Path>) -> Result<Self> {
+        let doing = || format!("read {}", repository.display());
+        Ok(Self { repository: repository.canonicalize().context(doing)?, key: key.and_then(|key| fs::read(key).ok()) })
+    }
+
+    /// Fails unless what a path leads to is in the repository, and not what git keeps there.
+    fn check_inside(&self, path: &Path) -> Result<()> {
+        let doing = || format!("pack {}", path.display());
+        let target = match path.canonicalize() {
+            Err(error) if error.kind() == ErrorKind::NotFound && path.is_symlink() => {
+                return Err(format!("it is a link to {}, which is not there", fs::read_link(path).unwrap_or_default().display()))
+                    .context(doing);
+            }
+            other => other.context(doing)?,
+        };
+        let inside = target.strip_prefix(&self.repository).is_ok_and(|below| below.iter().all(|part| !part.eq_ignore_ascii_case(".git")));
+        let why = || format!("it leads to {}, which is not in the repository {}", target.display(), self.repository.display());
+        if inside { Ok(()) } else { Err(why()).context(doing) }
+    }
+
+    /// Fails unless a file may be published, and can be read by whoever unpacks it.
+    fn check(&self, path: &Path) -> Result<()> {
+        let doing = || format!("pack {path:?}");
+        if path.as_os_str().as_bytes().iter().any(|byte| byte.is_ascii_control() || *byte == b'\\') {
+            return Err("there may be no line break, control character or backslash in its name").context(doing);
+        }
+        self.check_inside(path)?;
+        let mut file = File::open(path).context(doing)?;
+        let mut beginning = Vec::new();
+        file.by_ref().take(FIRST_LINE).read_to_end(&mut beginning).context(doing)?;
+        if beginning.windows(PRIVATE.len()).any(|part| part == PRIVATE) {
+            if self.key.as_ref().is_some_and(|key| fs::read(path).is_ok_and(|contents| contents == *key)) {
+                return Err("it is the key that releases are signed with, and what is published others can read").context(doing);
+            }
+            log::warn!("{} is a private key: what is published can be read by others, at the hub and on the host.", path.display());
+        }
+        Ok(())
+    }
+}
+
+/// All files below a directory, but those of git, the links that `nix build` leaves and those that say
+/// that somebody is editing a file.
+pub fn files(directory: &Path, origin: &Origin) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    walk(directory, Path::new(""), &mut Vec::new(), &mut files)?;
+    walk(directory, Path::new(""), origin, &mut Vec::new(), &mut files)?;
     Ok(files)
 }
 
-fn walk(top: &Path, below: &Path, above: &mut Vec<(u64, u64)>, files: &mut Vec<PathBuf>) -> Result<()> {
+fn walk(top: &Path, below: &Path, origin: &Origin, above: &mut Vec<(u64, u64)>, files: &mut Vec<PathBuf>) -> Result<()> {
     let place = top.join(below);
     let doing = || format!("read {}", place.display());
+    origin.check_inside(&place)?;
     let metadata = fs::metadata(&place).context(doing)?;
     let identity = (metadata.dev(), metadata.ino());
     if above.contains(&identity) {
@@ -31,15 +90,18 @@ fn walk(top: &Path, below: &Path, above: &mut Vec<(u64, u64)>, files: &mut Vec<P
     above.push(identity);
     for entry in fs::read_dir(&place).context(doing)? {
         let entry = entry.context(doing)?;
-        let (name, path) = (below.join(entry.file_name()), entry.path());
-        let built =
-            entry.file_name().as_bytes().starts_with(b"result") && fs::read_link(&path).is_ok_and(|to| to.starts_with("/nix/store"));
-        if entry.file_name().eq_ignore_ascii_case(".git") || built {
+        let (file_name, path) = (entry.file_name(), entry.path());
+        let link = fs::read_link(&path).ok();
+        let is_built = file_name.as_bytes().starts_with(b"result") && link.as_ref().is_some_and(|to| to.starts_with("/nix/store"));
+        let is_lock = file_name.as_bytes().starts_with(b".#") && link.is_some() && !path.exists();
+        if file_name.eq_ignore_ascii_case(".git") || is_built || is_lock {
             continue;
         }
+        origin.check_inside(&path)?;
         let metadata = fs::metadata(&path).context(|| format!("read {}", path.display()))?;
+        let name = below.join(file_name);
         if metadata.is_dir() {
-            walk(top, &name, above, files)?;
+            walk(top, &name, origin, above, files)?;
         } else if metadata.is_file() {
             files.push(name);
         } else {
@@ -61,8 +123,9 @@ pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Packs files of a directory into a new archive; returns its hash and its size.
-pub fn pack(directory: &Path, mut files: Vec<PathBuf>, file: &Path) -> Result<(Sha256, u64)> {
+pub fn pack(directory: &Path, mut files: Vec<PathBuf>, origin: &Origin, file: &Path) -> Result<(Sha256, u64)> {
     let doing = || format!("pack {}", directory.display());
+    files.iter().try_for_each(|file| origin.check(&directory.join(file)))?;
     files.sort();
     let list: Vec<u8> = files.iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
     let tar = Program::new("tar").args(["--create", "--format=gnu", "--use-compress-program=gzip -n", "--file"]).arg(file);
@@ -83,8 +146,9 @@ mod tests {
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
 
-    fn packed(directory: &Path, archive: &Path) -> (Sha256, u64) {
-        pack(directory, files(directory).unwrap(), archive).unwrap()
+    fn packed(directory: &Path, archive: &Path) -> Result<(Sha256, u64)> {
+        let origin = Origin::new(directory, None)?;
+        pack(directory, files(directory, &origin)?, &origin, archive)
     }
 
     #[test]
@@ -98,19 +162,21 @@ mod tests {
             }
         }
         fs::hard_link(one.join("-a"), one.join("sub/file")).unwrap();
-        symlink("../../one/-a", two.join("sub/file")).unwrap();
+        symlink("../-a", two.join("sub/file")).unwrap();
         symlink("/nix/store/x", two.join("result-1")).unwrap();
+        symlink("user@host.1:2", two.join("sub/.#file")).unwrap();
         fs::create_dir(two.join(".git")).unwrap();
         fs::write(two.join(".git/config"), "").unwrap();
         let archive = place.path().join("a.tar.gz");
         fs::File::open(one.join("b c")).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        let mut otherwise = files(&two).unwrap();
+        let origin = Origin::new(&two, None).unwrap();
+        let mut otherwise = files(&two, &origin).unwrap();
         otherwise.sort();
         otherwise.reverse();
-        assert_eq!(packed(&one, &archive), pack(&two, otherwise, &place.path().join("b.tar.gz")).unwrap());
+        assert_eq!(packed(&one, &archive).unwrap(), pack(&two, otherwise, &origin, &place.path().join("b.tar.gz")).unwrap());
         let unpacked = place.path().join("unpacked");
         archive::unpack(&archive, &unpacked).unwrap();
-        let mut found = files(&unpacked).unwrap();
+        let mut found = files(&unpacked, &Origin::new(&unpacked, None).unwrap()).unwrap();
         found.sort();
         assert_eq!(found, ["-a", "b c", "sub/file"].map(PathBuf::from));
         assert!(!unpacked.join("sub/file").is_symlink());
@@ -118,12 +184,53 @@ mod tests {
 
     #[test]
     fn what_cannot_be_packed_is_named() {
-        for (target, why) in [("..", "leads back"), ("nowhere", "No such file"), ("/dev/null", "neither a file nor a directory")] {
-            let place = Directory::new();
-            fs::create_dir(place.path().join("sub")).unwrap();
+        let (place, secret) = (Directory::new(), Directory::new());
+        let (outside, secret) = (secret.path().to_owned(), secret.path().join("secret"));
+        fs::write(&secret, "").unwrap();
+        for (target, why) in [
+            ("..", "leads back"),
+            ("nowhere", "it is a link to nowhere, which is not there"),
+            ("/dev/null", "not in the repository"),
+            (secret.to_str().unwrap(), "not in the repository"),
+            (outside.to_str().unwrap(), "not in the repository"),
+            ("../.git/config", "not in the repository"),
+            ("../.git", "not in the repository"),
+        ] {
+            let _ = fs::remove_dir_all(place.path());
+            fs::create_dir_all(place.path().join("sub")).unwrap();
+            fs::create_dir(place.path().join(".git")).unwrap();
+            fs::write(place.path().join(".git/config"), "").unwrap();
             symlink(target, place.path().join("sub/link")).unwrap();
-            let error = files(place.path()).unwrap_err().to_string();
+            let error = packed(place.path(), &outside.join("a")).unwrap_err().to_string();
             assert!(error.contains("sub/link") && error.contains(why), "{error}");
+            // what git tracks, the same way
+            let origin = Origin::new(place.path(), None).unwrap();
+            if place.path().join("sub/link").is_file() {
+                assert!(pack(place.path(), vec!["sub/link".into()], &origin, &outside.join("a")).is_err());
+            }
         }
+        fs::remove_file(place.path().join("sub/link")).unwrap();
+        for (name, why) in [("a\nb", "line break"), ("a\\b", "backslash"), ("a\u{1b}", "control character")] {
+            fs::write(place.path().join(name), "").unwrap();
+            let error = packed(place.path(), &outside.join("a")).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+            fs::remove_file(place.path().join(name)).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_signing_key_is_not_published() {
+        let place = Directory::new();
+        let key = place.path().join("key");
+        fs::write(&key, "-----BEGIN OPENSSH PRIVATE KEY-----\nx\n").unwrap();
+        fs::create_dir(place.path().join("host")).unwrap();
+        symlink("../key", place.path().join("host/note")).unwrap();
+        let origin = Origin::new(place.path(), Some(&key)).unwrap();
+        let archive = place.path().join("a.tar.gz");
+        let error = pack(place.path(), vec!["host/note".into()], &origin, &archive).unwrap_err().to_string();
+        assert!(error.contains("host/note") && error.contains("releases are signed"), "{error}");
+        // somebody else's is a matter of theirs
+        fs::write(place.path().join("other"), "-----BEGIN PRIVATE KEY-----\ny\n").unwrap();
+        pack(place.path(), vec!["other".into()], &origin, &archive).unwrap();
     }
 }

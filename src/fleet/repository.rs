@@ -4,17 +4,21 @@
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ::nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::pack::Origin;
 use crate::fleet::temporary::{Temporary, home};
-use crate::fleet::{archive, hub, jobs, pack};
+use crate::fleet::{SMALL, archive, hub, jobs, pack};
 use crate::json;
 use crate::names::{HostName, Sha256, StorePath};
 use crate::nix::nix;
@@ -44,17 +48,37 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Reads the settings of the repository in this directory.
+    /// Reads the settings of the repository in this directory, which say what is run and what is signed:
+    /// they have to be this user's own, as the directory that they are in.
     pub fn read(repository: &Path) -> Result<Self> {
         let path = repository.join("fleet.json");
         let doing = || format!("read {}", path.display());
-        let mut settings: Self = json::parse(&fs::read_to_string(&path).context(doing)?).context(doing)?;
+        let mut file = File::open(&path).context(doing)?;
+        check_owner(&path, &file.metadata().context(doing)?)?;
+        check_owner(repository, &fs::metadata(repository).context(doing)?)?;
+        let mut text = String::new();
+        file.by_ref().take(SMALL).read_to_string(&mut text).context(doing)?;
+        let mut settings: Self = json::parse(&text).context(doing)?;
         if !settings.directory.is_absolute() && !hub::leads_elsewhere(&settings.directory) {
             return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
         }
         settings.signing_key = settings.signing_key.map(|key| repository.join(key));
         Ok(settings)
     }
+}
+
+/// Fails unless a file or a directory is this user's, or root's, and not everybody's to change.
+fn check_owner(path: &Path, metadata: &Metadata) -> Result<()> {
+    let (owner, user) = (metadata.uid(), geteuid().as_raw());
+    let why = if ![user, 0].contains(&owner) {
+        let (owner, user) = (files::user_name(owner), files::user_name(user));
+        format!("it belongs to {owner}, and this is {user}; run this as {owner}, give it to {user}, or name another with --repository")
+    } else if metadata.mode() & 0o002 != 0 {
+        "everybody may write there; use a directory that is this user's alone to change".into()
+    } else {
+        return Ok(());
+    };
+    Err(why).context(|| format!("trust {}", path.display()))
 }
 
 /// The repository that `directory` is in.
@@ -105,6 +129,7 @@ struct Answer {
 /// The repository, with a place for what is remembered and one for what is not.
 pub struct Repository {
     directory: PathBuf,
+    origin: Origin,
     flags: Vec<String>,
     state: PathBuf,
     scratch: Temporary,
@@ -112,12 +137,13 @@ pub struct Repository {
 
 impl Repository {
     /// Opens the one in this directory.
-    pub fn open(directory: &Path, flags: &[String]) -> Result<Self> {
+    pub fn open(directory: &Path, settings: &Settings) -> Result<Self> {
         let state = home("XDG_STATE_HOME", ".local/state")?;
         for name in ["logs", "evaluated", "systems"] {
             fs::create_dir_all(state.join(name)).context(|| format!("make {}", state.join(name).display()))?;
         }
-        Ok(Self { directory: directory.to_owned(), flags: flags.to_owned(), state, scratch: Temporary::new()? })
+        let origin = Origin::new(directory, settings.signing_key.as_deref())?;
+        Ok(Self { directory: directory.to_owned(), origin, flags: settings.flags.clone(), state, scratch: Temporary::new()? })
     }
 
     /// Where a configuration may be: the repository itself, and the directories of `hosts`. True is a
@@ -147,9 +173,9 @@ impl Repository {
 
     fn pack(&self, place: &str, is_flake: bool) -> Result<Source> {
         let directory = if place == "." { self.directory.clone() } else { self.directory.join(place) };
-        let files = if place == "." { pack::tracked_files(&directory)? } else { pack::files(&directory)? };
+        let files = if place == "." { pack::tracked_files(&directory)? } else { pack::files(&directory, &self.origin)? };
         let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
-        let (sha256, size) = pack::pack(&directory, files, &archive)?;
+        let (sha256, size) = pack::pack(&directory, files, &self.origin, &archive)?;
         Ok(Source { place: place.to_owned(), directory, archive, sha256, size, is_flake })
     }
 
@@ -307,6 +333,7 @@ pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Res
 mod tests {
     use super::*;
     use crate::testing::Directory;
+    use std::os::unix::fs::PermissionsExt;
 
     fn host(name: &str, place: &str, attr: Option<&str>) -> Host {
         let source = Source {
@@ -343,6 +370,13 @@ mod tests {
             let said = read(text).unwrap_err().to_string();
             assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
         }
+        // everybody's is nobody's
+        for path in [place.path().to_owned(), place.path().join("fleet.json")] {
+            let before = fs::metadata(&path).unwrap().permissions();
+            fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
+            assert!(Settings::read(place.path()).unwrap_err().to_string().contains("everybody may write there"));
+            fs::set_permissions(&path, before).unwrap();
+        }
         fs::create_dir_all(place.path().join("hosts/web")).unwrap();
         assert_eq!(find(&place.path().join("hosts/web")), Some(place.path()));
     }
@@ -356,7 +390,13 @@ mod tests {
             fs::write(path, "").unwrap();
         }
         let scratch = Temporary::below(&place.path().join("cache")).unwrap();
-        let repository = Repository { directory: place.path().into(), flags: Vec::new(), state: PathBuf::new(), scratch };
+        let repository = Repository {
+            directory: place.path().into(),
+            origin: Origin::new(place.path(), None).unwrap(),
+            flags: Vec::new(),
+            state: PathBuf::new(),
+            scratch,
+        };
         let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
         assert_eq!(repository.places().unwrap(), of_hosts);
         fs::write(place.path().join("configuration.nix"), "").unwrap();

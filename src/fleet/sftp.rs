@@ -95,7 +95,9 @@ impl Session {
         let errors = directory.join("sftp.log");
         let file = File::create(&errors).context(|| format!("reach the hub at {server}"))?;
         let sftp = Program::new("timeout")
-            .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--", "sftp", "-b", "-"])
+            .args(["--kill-after=5", &limit.as_secs().to_string(), "prlimit", &format!("--fsize={LARGE}"), "--"])
+            // what is larger is cut off, and the session goes on
+            .args(["env", "--ignore-signal=XFSZ", "--", "sftp", "-b", "-"])
             .args(arguments)
             .env("LC_ALL", "C");
         let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
@@ -123,10 +125,11 @@ impl Session {
 
     fn receive(&mut self, command: &str, remote: &str, local: &Path) -> Result<bool> {
         let complaint = self.ask(command, &[remote, &path(local)])?.complaint;
-        if complaint.is_empty() {
+        let ends = |complaint: &str, words: &str| complaint.trim_end().trim_end_matches('.').ends_with(words);
+        // as much as there may be of it is no use to anybody, as whoever reads it will find
+        if complaint.is_empty() || ends(&complaint, "File too large") {
             return Ok(local.exists());
         }
-        let ends = |complaint: &str, words: &str| complaint.trim_end().trim_end_matches('.').ends_with(words);
         if ends(&complaint, "not found") {
             // sftp says so, too, if it may not look for it; of what is to be a directory it says why it is none
             let why = self.ask("-cd", &[remote])?.complaint;
