@@ -623,10 +623,11 @@ pub fn create(instance: &Instance) -> Result<()> {
     files::clear(&new).context(doing)?;
     if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
         // nobody else's git is at work there
-        return remove_locks(&git_directory).context(doing);
+        return remove_locks(&git_directory).and_then(|()| take_as_it_is(&git_directory)).context(doing);
     }
     fs::create_dir_all(&new).context(doing)?;
     ask(&new, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
+    take_as_it_is(&new.join(".git")).context(doing)?;
     let commit = git(&new).args(["commit", "--quiet", "--no-gpg-sign", "--allow-empty", "--message=nothing yet"]);
     by(&instance.author, commit).output(doing, None)?;
     let moved = files::clear(&git_directory).and_then(|()| fs::rename(new.join(".git"), &git_directory));
@@ -656,6 +657,17 @@ fn share(setting: &str) {
     };
     // where files can be read, directories can be entered
     umask(Mode::from_bits_truncate(0o777 & !(files | (files & 0o444) >> 2)));
+}
+
+/// Has a repository take all files as they are, whatever attributes are committed beside them: what is
+/// checked out is what was published, and never looks edited.
+fn take_as_it_is(git_directory: &Path) -> std::io::Result<()> {
+    const ATTRIBUTES: &[u8] = b"* -text !eol !ident !filter !working-tree-encoding\n";
+    let path = git_directory.join("info/attributes");
+    if fs::read(&path).is_ok_and(|there| there == ATTRIBUTES) {
+        return Ok(());
+    }
+    fs::create_dir_all(git_directory.join("info")).and_then(|()| files::write(&path, ATTRIBUTES, 0o644))
 }
 
 /// Has a program of git's write in this name.
@@ -1109,5 +1121,9 @@ mod tests {
         repository.export(&commit, &out).unwrap();
         let found = shell(place.path(), "diff -r source out; find out -newermt @1; find out -executable -type f; ls");
         assert_eq!(found, "out/run\nindex\nout\nrepository\nsource");
+        // nor does it look edited when it is checked out
+        take_as_it_is(&repository.git_directory).unwrap();
+        repository.forward(&commit, "app").unwrap();
+        assert_eq!(shell(place.path(), "diff -r -x .git source repository; git -C repository status --porcelain"), "");
     }
 }
