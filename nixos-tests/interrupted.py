@@ -154,6 +154,15 @@ if STAND_IN:
         machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
         works()
 
+    with subtest("what makes a generation is killed when it has made it: that goes, too"):
+        before = state(machine)
+        begin("activate: persisting")
+        system, number = running(machine), int(before["generation"].split("-")[1])
+        machine.succeed(f"ln -s {system} {PROFILE}-{number + 1}-link")
+        cut_off("kill")
+        assert state(machine) == before
+        works()
+
     with subtest("what it would go back to is collected as garbage"):
         before = (digest(machine), generation(machine), running(machine))
         begin("activate: profile set")

@@ -22,7 +22,7 @@ use crate::nix as store;
 use crate::notes::{Notes, run_id};
 use crate::program::Program;
 use crate::queue;
-use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id, now};
+use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
 use crate::status::{Ended, Outcome, Status};
 use crate::system::{self, Turn};
 
@@ -44,7 +44,6 @@ pub fn conclude(layout: &Layout) -> Result<()> {
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
 fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
-    let began = now();
     let Some(run) = Run::load(layout)? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
@@ -71,7 +70,7 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
             let ended = end(layout, run, Some(turn));
             // after the unit's stages, not at the beginning of the next run
             if !service_result().is_empty() && !layout.request().exists() {
-                if let Err(error) = system::cancel_start(layout.name(), began) {
+                if let Err(error) = system::cancel_start(layout.name()) {
                     log::warn!("{error}.");
                 }
             }

@@ -116,36 +116,18 @@ pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
 }
 
-/// Cancels a start of the instance's service that waits for the end of the present run, unless a timer has
-/// asked for it since `began`.
+/// Cancels a start of the instance's service that waits for the end of the present run.
 ///
 /// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
 /// still finds the journal, and asks for a start that nobody needs.
-pub fn cancel_start(instance: &str, began: u64) -> Result<()> {
-    let service = service(instance);
-    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service])?;
+pub fn cancel_start(instance: &str) -> Result<()> {
+    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service(instance)])?;
     for line in String::from_utf8_lossy(&list).lines() {
         if let [job, _, "start", "waiting"] = line.split_whitespace().collect::<Vec<_>>()[..] {
-            if timer_has_elapsed(&service, began)? {
-                continue;
-            }
             Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
         }
     }
     Ok(())
-}
-
-/// Whether a timer of a service has elapsed since a moment in seconds since 1970.
-fn timer_has_elapsed(service: &str, began: u64) -> Result<bool> {
-    let triggers = systemctl(&["show", "--property=TriggeredBy", "--value", "--", service])?;
-    for timer in String::from_utf8_lossy(&triggers).split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()) {
-        let last = systemctl(&["show", "--timestamp=unix", "--property=LastTriggerUSec", "--value", "--", timer])?;
-        let last = String::from_utf8_lossy(&last).trim().trim_start_matches('@').parse::<u64>();
-        if last.is_ok_and(|last| last >= began) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
