@@ -380,7 +380,7 @@ let
       else
         {
           inherit (cfg.webhook) path;
-          projects = mapAttrs (_: project: { inherit (project) instance; }) cfg.webhook.projects;
+          inherit (cfg.webhook) projects;
         };
     instances = mapAttrs (
       _: instance:
@@ -562,7 +562,53 @@ let
       # a service that fails again and again must not take the socket with it
       TriggerLimitIntervalSec = 0;
     };
+    unitConfig = insistent;
   };
+
+  # a token that is put into its place, or changed, counts at once
+  webhookTokens = {
+    description = "Tokens of Ekiben's webhook";
+    wantedBy = [ "paths.target" ];
+    unitConfig = insistent;
+    pathConfig = {
+      PathChanged = lib.unique (lib.concatMap tokenFiles (builtins.attrValues cfg.webhook.projects));
+      Unit = "ekiben-restart@ekiben-webhook.service.service";
+    };
+  };
+  tokenFiles = project: [ project.tokenFile ] ++ project.extraTokenFiles;
+
+  # systemd itself restarts services only
+  insistent.OnFailure = "ekiben-restart@%n.service";
+  restart = {
+    description = "Restart of %i";
+    # until it has succeeded
+    startLimitIntervalSec = 0;
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "${lib.getExe' config.systemd.package "systemctl"} restart %i";
+      Restart = "on-failure";
+      # what the other unit says is enough
+      LogLevelMax = "crit";
+    }
+    // growingPauses "1s" "10s";
+  };
+
+  growingPauses = first: last: {
+    RestartSec = first;
+    RestartSteps = 4;
+    RestartMaxDelaySec = last;
+  };
+
+  # as in src/token.rs
+  webhookCredentials = lib.concatMapAttrs (
+    name: project:
+    {
+      "token-${name}" = project.tokenFile;
+    }
+    // lib.listToAttrs (
+      lib.imap1 (number: nameValuePair "token-${name}.${toString number}") project.extraTokenFiles
+    )
+  ) cfg.webhook.projects;
 
   webhookService = {
     description = "Ekiben's webhook";
@@ -574,64 +620,62 @@ let
     stopIfChanged = false;
     restartTriggers = [ checked ];
     startLimitIntervalSec = 0;
-    serviceConfig = sandbox // {
-      Type = "notify";
-      ExecStart = "${ekiben} webhook";
-      Restart = "always";
-      RestartSec = "200ms";
-      WatchdogSec = "30s";
-      DynamicUser = true;
-      # may write the queue, and nothing else
-      SupplementaryGroups = [ "ekiben" ];
-      LoadCredential = lib.concatLists (
-        mapAttrsToList (
-          name: project:
-          [ "token-${name}:${project.tokenFile}" ]
-          ++ lib.imap1 (number: file: "token-${name}.${toString number}:${file}") project.extraTokenFiles
-        ) cfg.webhook.projects
-      );
-      RuntimeDirectory = "ekiben-webhook";
-      RuntimeDirectoryMode = "0700";
-      UMask = "0007";
-      # of the file system, only this. (TemporaryFileSystem=/ would do nothing: DynamicUser= implies
-      # ProtectSystem=strict, which takes the place of it.)
-      RootDirectory = "/var/lib/ekiben/root";
-      BindReadOnlyPaths = [
-        builtins.storeDir
-        "/etc/ekiben"
-        # where the link in it leads
-        "-/etc/static/ekiben"
-        "/run/systemd/notify"
-        "/var/lib/ekiben/status"
-      ];
-      BindPaths = [ "/var/lib/ekiben/queue" ];
-      BindLogSockets = false;
-      # writable ones of its own are made for it, which it does not need
-      TemporaryFileSystem = [
-        "/dev/mqueue:ro"
-        "/dev/shm:ro"
-        "/tmp:ro"
-        "/var/tmp:ro"
-      ];
-      # the inherited socket goes on to be the world's; no other can be opened
-      PrivateNetwork = true;
-      RestrictAddressFamilies = "AF_UNIX";
-      IPAddressDeny = "any";
-      PrivateIPC = true;
-      PrivateUsers = true;
-      ProcSubset = "pid";
-      ProtectHome = true;
-      DevicePolicy = "closed";
-      SystemCallFilter = [
-        "@system-service"
-        "~@privileged"
-        "~@resources"
-      ];
-      LimitCORE = 0;
-      LimitNOFILE = 256;
-      MemoryMax = "32M";
-      TasksMax = 100;
-    };
+    serviceConfig =
+      sandbox
+      // growingPauses "200ms" "1s"
+      // {
+        Type = "notify";
+        ExecStart = "${ekiben} webhook";
+        Restart = "always";
+        WatchdogSec = "30s";
+        DynamicUser = true;
+        # may write the queue, and nothing else
+        SupplementaryGroups = [ "ekiben" ];
+        LoadCredential = mapAttrsToList (name: file: "${name}:${file}") webhookCredentials;
+        # one that is missing is one project's trouble, not all others'
+        SetCredential = map (name: "${name}:\\n") (builtins.attrNames webhookCredentials);
+        UMask = "0007";
+        # of the file system, only this. (TemporaryFileSystem=/ would do nothing: DynamicUser= implies
+        # ProtectSystem=strict, which takes the place of it.)
+        RootDirectory = "/var/lib/ekiben/root";
+        BindReadOnlyPaths = [
+          builtins.storeDir
+          "/etc/ekiben"
+          # where the link in it leads
+          "-/etc/static/ekiben"
+          "/run/systemd/notify"
+          "/var/lib/ekiben/status"
+        ];
+        BindPaths = [ "/var/lib/ekiben/queue" ];
+        BindLogSockets = false;
+        # writable ones of its own are made for it, which it does not need
+        TemporaryFileSystem = [
+          "/dev/mqueue:ro"
+          "/dev/shm:ro"
+          "/tmp:ro"
+          "/var/tmp:ro"
+        ];
+        # the inherited socket goes on to be the world's; no other can be opened
+        PrivateNetwork = true;
+        RestrictAddressFamilies = "AF_UNIX";
+        IPAddressDeny = "any";
+        PrivateIPC = true;
+        PrivateUsers = true;
+        ProcSubset = "pid";
+        ProtectHome = true;
+        DevicePolicy = "closed";
+        SystemCallFilter = [
+          "@system-service"
+          "~@privileged"
+          "~@resources"
+        ];
+        LimitCORE = 0;
+        # of the queue's disk, a file of its own must take no more
+        LimitFSIZE = "4K";
+        LimitNOFILE = 256;
+        MemoryMax = "32M";
+        TasksMax = 4;
+      };
   };
 
   path = name: _: {
@@ -899,8 +943,7 @@ let
         }
         (
           let
-            files = project: [ project.tokenFile ] ++ project.extraTokenFiles;
-            others = filterAttrs (_: other: lib.elem project.tokenFile (files other)) projects;
+            others = filterAttrs (_: other: lib.elem project.tokenFile (tokenFiles other)) projects;
           in
           {
             assertion = builtins.attrNames others == [ name ];
@@ -1770,8 +1813,11 @@ in
           lib.mkDefault "/run/ekiben.sock"
         );
         nginx.virtualHosts = mkIf (cfg.webhook.nginx != null) {
-          ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}".proxyPass =
-            "http://unix:${cfg.webhook.socket}";
+          ${cfg.webhook.nginx}.locations."= ${cfg.webhook.path}" = {
+            proxyPass = "http://unix:${cfg.webhook.socket}";
+            # as in src/gate.rs
+            extraConfig = "client_max_body_size 32m;";
+          };
         };
         caddy.virtualHosts = mkIf (cfg.webhook.caddy != null) {
           ${cfg.webhook.caddy}.extraConfig = "reverse_proxy ${cfg.webhook.path} unix/${cfg.webhook.socket}";
@@ -1783,12 +1829,15 @@ in
       nix.settings = mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
       users.groups.ekiben = { };
       systemd = {
-        paths = forInstances path cfg.instances;
+        paths =
+          forInstances path cfg.instances
+          // optionalAttrs cfg.webhook.enable { ekiben-webhook = webhookTokens; };
         timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) cfg.instances);
         services =
           forInstances service cfg.instances
           // {
             ekiben = orphans;
+            "ekiben-restart@" = restart;
           }
           // optionalAttrs cfg.webhook.enable {
             ekiben-webhook = webhookService;

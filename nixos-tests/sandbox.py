@@ -210,8 +210,6 @@ with subtest("a webhook that was taken over can do nothing but ask for runs"):
     assert could == {
         # what it is for
         "write in /var/lib/ekiben/queue",
-        # its own socket lies there
-        "write in /run/ekiben-webhook",
         "connect to /run/systemd/notify",
     }, could
 

@@ -43,6 +43,10 @@ pub struct Webhook {
 pub struct Project {
     /// The instance that its token starts.
     pub instance: String,
+    /// Where systemd reads the token.
+    pub token_file: PathBuf,
+    /// Where it reads more of them.
+    pub extra_token_files: Vec<PathBuf>,
 }
 
 /// One thing this machine deploys.

@@ -2,8 +2,9 @@
 //!
 //! Everything that comes from outside is bounded here and understood here, in one thread and one
 //! loop: 64 connections at most, of which the oldest makes room for the newest; 5 seconds for one,
-//! however its bytes drip; 8 KiB and 64 lines of head; one request, whose body is thrown away.
-//! What passes is only ever a method, a target and an authorization of visible ASCII. So whatever
+//! however its bytes drip; 8 KiB and 64 lines of head; one request. It is answered as soon as its head
+//! is there; 32 MiB and 20 seconds of body are thrown away after that.
+//! What passes is only ever a method, a target and two headers' values, of visible ASCII. So whatever
 //! answers the request never meets a byte that was not expected.
 
 use std::collections::VecDeque;
@@ -18,22 +19,25 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{Shutdown, shutdown};
 
+use crate::answer::Answer;
 use crate::error::{Context, Result};
 
 /// Connections at a time. With two descriptors more for an answer, far below `LimitNOFILE=`.
 const CONNECTIONS: usize = 64;
-/// From the first byte to the last, in both directions.
+/// From the first byte to the last of the answer.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// For what else the client sends.
+const BODY_DEADLINE: Duration = Duration::from_secs(20);
 /// How long what is under way may still take when this program is asked to end.
 const FAREWELL: Duration = Duration::from_millis(500);
 /// Request line and headers.
 const HEAD_BYTES: usize = 8 * 1024;
 /// The same in lines.
 const HEAD_LINES: usize = 64;
-/// The body, which nobody reads.
-const BODY_BYTES: u64 = 64 * 1024;
-/// What is thrown away of whatever a client sends after its answer.
-const LEFTOVER_BYTES: usize = 256 * 1024;
+/// The body, which nobody reads: no forge has larger ones than GitHub, of 25 MiB.
+const BODY_BYTES: usize = 32 * 1024 * 1024;
+/// Of one client's body, at a time: then it is the others' turn.
+const CHUNK_BYTES: usize = 16 * 1024;
 /// A pause after the kernel could not give us a connection.
 const BREATH: Duration = Duration::from_millis(50);
 /// Refusals that are logged in a [`LOG_PERIOD`]; of the others, the number.
@@ -55,13 +59,11 @@ pub struct Request {
     pub method: String,
     /// Path and query; begins with `/`.
     pub target: String,
-    /// The value of the header, if there is one.
+    /// The value of the header `Authorization`, if there is one.
     pub authorization: Option<String>,
+    /// The value of the header `X-Gitlab-Token`, if there is one.
+    pub gitlab_token: Option<String>,
 }
-
-/// A refusal: the status and why.
-#[derive(Debug, PartialEq)]
-pub struct Refusal(u16, &'static str);
 
 /// Serves requests until a signal can be read from `end`. `answer` makes the whole answer to one;
 /// `beat` is called at least every `pulse`.
@@ -69,7 +71,7 @@ pub fn serve(
     listener: &Listener,
     end: &SignalFd,
     pulse: Duration,
-    mut answer: impl FnMut(&Request) -> Vec<u8>,
+    mut answer: impl FnMut(&Request) -> Answer,
     mut beat: impl FnMut(),
 ) -> Result<()> {
     match listener {
@@ -175,8 +177,8 @@ enum State {
     Head(Vec<u8>),
     /// Its answer is written; the number says how much of it.
     Answer(Vec<u8>, usize),
-    /// What else it sends is thrown away, so that the kernel does not throw the answer away; the
-    /// number says how much still.
+    /// What else it sends is thrown away, lest the kernel throw the answer away; the number says how
+    /// much still.
     Leftover(usize),
 }
 
@@ -189,7 +191,7 @@ impl Connection {
     }
 
     /// Does what can be done without waiting.
-    fn go_on(&mut self, answer: &mut impl FnMut(&Request) -> Vec<u8>, refusals: &mut Refusals) {
+    fn go_on(&mut self, answer: &mut impl FnMut(&Request) -> Answer, refusals: &mut Refusals) {
         match self.step(answer, refusals) {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(_) => self.open = false,
@@ -197,7 +199,7 @@ impl Connection {
         }
     }
 
-    fn step(&mut self, answer: &mut impl FnMut(&Request) -> Vec<u8>, refusals: &mut Refusals) -> io::Result<()> {
+    fn step(&mut self, answer: &mut impl FnMut(&Request) -> Answer, refusals: &mut Refusals) -> io::Result<()> {
         if let State::Head(head) = &mut self.state {
             let mut buffer = [0; HEAD_BYTES];
             let count = self.socket.read(&mut buffer[..HEAD_BYTES - head.len()])?;
@@ -209,37 +211,34 @@ impl Connection {
             let answered = match parse(head) {
                 Ok(None) => return Ok(()),
                 Ok(Some(request)) => answer(&request),
-                Err(refusal) => refusal.answer(),
+                Err(refusal) => refusal,
             };
-            refusals.note(&self.peer, &answered);
-            self.state = State::Answer(answered, 0);
+            refusals.note(&self.peer, answered.status);
+            self.state = State::Answer(answered.bytes(), 0);
         }
         if let State::Answer(answer, written) = &mut self.state {
             while *written < answer.len() {
                 *written += self.socket.write(&answer[*written..])?;
             }
             let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
-            self.state = State::Leftover(LEFTOVER_BYTES);
+            self.deadline = Instant::now() + BODY_DEADLINE;
+            self.state = State::Leftover(BODY_BYTES);
         }
         if let State::Leftover(left) = &mut self.state {
-            let mut buffer = [0; 16 * 1024];
-            while *left > 0 {
-                match self.socket.read(&mut buffer)? {
-                    0 => break,
-                    count => *left = left.saturating_sub(count),
-                }
-            }
-            self.open = false;
+            let count = self.socket.read(&mut [0; CHUNK_BYTES])?;
+            *left = left.saturating_sub(count);
+            self.open = count > 0 && *left > 0;
         }
         Ok(())
     }
 }
 
 /// Understands the head of a request, once it is complete; none until then.
-pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
-    let bad = |why| Err(Refusal(400, why));
+pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Answer> {
+    let bad = |why| Err(Answer::refusal(400, why));
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n");
     let head = &bytes[..end.unwrap_or(bytes.len())];
+    let first_line = head.iter().position(|&byte| byte == b'\n').unwrap_or(head.len());
     // what can only be wrong is refused at once, without waiting for the rest
     for (at, &byte) in head.iter().enumerate() {
         match byte {
@@ -247,75 +246,77 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Refusal> {
             b'\r' if head.get(at + 1).map_or(end.is_none(), |&next| next == b'\n') => {}
             b'\n' if at > 0 && head[at - 1] == b'\r' => {}
             b' '..=b'~' => {}
-            _ => return bad("only visible ASCII and CRLF are accepted"),
+            // in a header's value, where proxies put what they like (RFC 9110, section 5.5)
+            b'\t' | 0x80.. if at > first_line => {}
+            _ => return bad("unexpected control character, line end or non-ASCII byte"),
         }
     }
     // the last one that has arrived may be the beginning of the empty line
     if head.split(|&byte| byte == b'\n').filter(|line| !matches!(line, [] | [b'\r'])).count() > HEAD_LINES {
-        return Err(Refusal(431, "too many header lines"));
+        return Err(Answer::refusal(431, "too many header lines"));
     }
     if end.is_none() {
-        return if bytes.len() < HEAD_BYTES { Ok(None) } else { Err(Refusal(431, "the head is too long")) };
+        return if bytes.len() < HEAD_BYTES { Ok(None) } else { Err(Answer::refusal(431, "the head is too long")) };
     }
-    let head = std::str::from_utf8(head).map_err(|_| Refusal(400, "only ASCII is accepted"))?;
-    let mut lines = head.split("\r\n");
-    let request: Vec<_> = lines.next().unwrap_or_default().split(' ').collect();
-    let [method, target, version] = request[..] else { return bad("the request line has not three parts") };
+    let mut lines = head.split(|&byte| byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let request: Vec<_> = std::str::from_utf8(lines.next().unwrap_or_default()).unwrap_or_default().split(' ').collect();
+    let [method, target, version] = request[..] else { return bad("invalid request line") };
     if method.is_empty() || method.len() > 16 || !method.bytes().all(|byte| byte.is_ascii_uppercase()) {
-        return bad("the method is none");
+        return bad("invalid method");
     }
     if !target.starts_with('/') {
-        return bad("the target is no path");
+        return bad("the target is not a path");
     }
     match version {
         "HTTP/1.0" | "HTTP/1.1" => {}
-        _ if version.starts_with("HTTP/") => return Err(Refusal(505, "HTTP/1.0 and HTTP/1.1 are spoken here")),
-        _ => return bad("the version is none"),
+        _ if version.starts_with("HTTP/") => return Err(Answer::refusal(505, "unsupported HTTP version")),
+        _ => return bad("invalid HTTP version"),
     }
-    let (mut authorization, mut length) = (None, None);
+    // of all headers, only these are looked at
+    let (mut authorization, mut gitlab_token, mut length, mut encoding) = (None, None, None, None);
     for line in lines {
-        let Some((name, value)) = line.split_once(':') else { return bad("a header has no colon") };
-        if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)) {
-            return bad("the name of a header is none");
+        let mut parts = line.splitn(2, |&byte| byte == b':');
+        let (Some(name), Some(value)) = (parts.next(), parts.next()) else { return bad("a header without a colon") };
+        if name.is_empty() || !name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte)) {
+            return bad("invalid header name");
         }
-        let value = value.trim_matches(' ');
-        if name.eq_ignore_ascii_case("transfer-encoding") {
-            return Err(Refusal(411, "the length of a body has to be given"));
-        } else if name.eq_ignore_ascii_case("content-length") {
-            if length.replace(value).is_some() {
-                return bad("the length is given twice");
-            }
-        } else if name.eq_ignore_ascii_case("authorization") && authorization.replace(value.to_owned()).is_some() {
-            return bad("the authorization is given twice");
+        let used = [
+            (&b"authorization"[..], &mut authorization),
+            (b"x-gitlab-token", &mut gitlab_token),
+            (b"content-length", &mut length),
+            (b"transfer-encoding", &mut encoding),
+        ];
+        let Some((_, used)) = used.into_iter().find(|(used, _)| name.eq_ignore_ascii_case(used)) else { continue };
+        let Some(value) = visible(value) else { return bad("a header that matters is not visible ASCII") };
+        if used.replace(value).is_some() {
+            return bad("a header that matters is given twice");
         }
+    }
+    if encoding.is_some() {
+        return Err(Answer::refusal(411, "the length of a body has to be given"));
     }
     if let Some(length) = length {
         if length.is_empty() || !length.bytes().all(|byte| byte.is_ascii_digit()) {
-            return bad("the length is no number");
+            return bad("the length is not a number");
         }
         // a number that is too large to be one is too large
-        if length.parse::<u64>().map_or(true, |length| length > BODY_BYTES) {
-            return Err(Refusal(413, "the body is too long"));
+        if length.parse::<usize>().map_or(true, |length| length > BODY_BYTES) {
+            return Err(Answer::refusal(413, "the body is too long"));
         }
     }
-    Ok(Some(Request { method: method.into(), target: target.into(), authorization }))
+    let owned = |value: Option<&str>| value.map(String::from);
+    Ok(Some(Request {
+        method: method.into(),
+        target: target.into(),
+        authorization: owned(authorization),
+        gitlab_token: owned(gitlab_token),
+    }))
 }
 
-impl Refusal {
-    fn answer(&self) -> Vec<u8> {
-        let Self(status, why) = self;
-        let phrase = match status {
-            400 => "Bad Request",
-            411 => "Length Required",
-            413 => "Content Too Large",
-            431 => "Request Header Fields Too Large",
-            _ => "HTTP Version Not Supported",
-        };
-        let body = format!("{{\"error\":\"{why}\"}}\n");
-        let head =
-            format!("HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close", body.len());
-        format!("{head}\r\n\r\n{body}").into_bytes()
-    }
+/// A header's value without the white space around it, if the rest is visible ASCII.
+fn visible(value: &[u8]) -> Option<&str> {
+    let value = std::str::from_utf8(value).ok()?.trim_matches([' ', '\t']);
+    value.bytes().all(|byte| (b' '..=b'~').contains(&byte)).then_some(value)
 }
 
 /// Refusals in the journal: a few, and how many more there were.
@@ -330,9 +331,8 @@ impl Refusals {
     }
 
     /// Notes an answer, if it is a refusal.
-    fn note(&mut self, peer: &str, answer: &[u8]) {
-        let status = answer.get(9..12).map(String::from_utf8_lossy).unwrap_or_default();
-        if status.starts_with('2') {
+    fn note(&mut self, peer: &str, status: u16) {
+        if (200..300).contains(&status) {
             return;
         }
         self.count += 1;
@@ -367,15 +367,28 @@ mod tests {
     use super::*;
 
     fn status(head: &str) -> u16 {
-        parse(head.as_bytes()).map_or_else(|Refusal(status, _)| status, |request| if request.is_some() { 200 } else { 0 })
+        parse(head.as_bytes()).map_or_else(|answer| answer.status, |request| if request.is_some() { 200 } else { 0 })
     }
 
     #[test]
-    fn a_request_comes_through_as_three_words() {
-        let head = "POST /ekiben?a=b HTTP/1.1\r\nHost: x\r\naUTHORIZATION:  Bearer abc \r\nContent-Length: 65536\r\n\r\nbody";
-        let request = Request { method: "POST".into(), target: "/ekiben?a=b".into(), authorization: Some("Bearer abc".into()) };
+    fn a_request_comes_through_as_four_words() {
+        let head = "POST /ekiben?a=b HTTP/1.1\r\nHost: x\r\naUTHORIZATION: \t Bearer abc \r\nX-Gitlab-Token:abc\r\nContent-Length: 33554432\r\n\r\nbody";
+        let request = Request {
+            method: "POST".into(),
+            target: "/ekiben?a=b".into(),
+            authorization: Some("Bearer abc".into()),
+            gitlab_token: Some("abc".into()),
+        };
         assert_eq!(parse(head.as_bytes()), Ok(Some(request)));
         assert_eq!(status("GET / HTTP/1.0\r\n\r\n"), 200);
+    }
+
+    #[test]
+    fn what_proxies_put_into_other_headers_is_no_matter() {
+        for value in ["K\u{f6}ln", "a\tb", "\ta", "\u{1f600}", ""] {
+            assert_eq!(status(&format!("POST / HTTP/1.1\r\nCf-City: {value}\r\n\r\n")), 200, "{value:?}");
+        }
+        assert!(matches!(parse(b"POST / HTTP/1.1\r\nA: \xe4\xff\r\n\r\n"), Ok(Some(_))));
     }
 
     #[test]
@@ -421,10 +434,19 @@ mod tests {
             (400, "POST / HTTP/1.1\r\nContent-Length: +5\r\n\r\n"),
             (400, "POST / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n"),
             (400, "POST / HTTP/1.1\r\nContent-Length:\r\n\r\n"),
-            (413, "POST / HTTP/1.1\r\nContent-Length: 65537\r\n\r\n"),
+            (413, "POST / HTTP/1.1\r\nContent-Length: 33554433\r\n\r\n"),
             (413, "POST / HTTP/1.1\r\nContent-Length: 1000000000000000\r\n\r\n"),
             (413, "POST / HTTP/1.1\r\nContent-Length: 18446744073709551616\r\n\r\n"),
             (400, "POST / HTTP/1.1\r\nAuthorization: a\r\nAuthorization: a\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nX-Gitlab-Token: a\r\nX-Gitlab-Token: a\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nAuthorization: \u{e4}\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nAuthorization: Bearer\ta\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nContent-Length: 1\t1\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\u{a0}\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nA: \x7f\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nA: \x1b[31m\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\n\u{e4}: b\r\n\r\n"),
+            (400, "POST / HTTP/1.1\r\nA: b\r\n\tfolded\r\n\r\n"),
         ] {
             assert_eq!(status(head), expected, "{head:?}");
         }

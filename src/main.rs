@@ -2,6 +2,7 @@
 //! words lead to which function.
 
 mod activate;
+mod answer;
 mod begin;
 mod build;
 mod cache;

@@ -19,7 +19,10 @@ const SHORTEST: usize = 16;
 struct Token([u8; LONGEST + 2]);
 
 /// The tokens of all projects.
-pub struct Tokens(Vec<(Token, String)>);
+pub struct Tokens {
+    fit: Vec<(Token, String)>,
+    unfit: Vec<Error>,
+}
 
 impl Token {
     /// Pads a token to the fixed width; none if it is too long.
@@ -35,32 +38,42 @@ impl Token {
 
 impl Tokens {
     /// Reads each project's tokens from the credentials `token-<project>`, `token-<project>.1` and so
-    /// on. Fails, naming the project, if the first is missing or one is not fit for use, or if two
-    /// projects have the same.
-    pub fn read(directory: &Path, projects: &BTreeMap<String, Project>) -> Result<Self> {
-        let mut tokens: Vec<(Token, String)> = Vec::new();
-        let mut owners: Vec<&String> = Vec::new();
+    /// on. What is missing, not fit for use, or the same for two projects is left out.
+    pub fn read(directory: &Path, projects: &BTreeMap<String, Project>) -> Self {
+        let mut tokens: Vec<(Token, &String, &Project)> = Vec::new();
+        let mut unfit = Vec::new();
         let files = projects.iter().flat_map(|(name, project)| {
-            let first = directory.join(format!("token-{name}"));
-            let more = (1..).map(move |number| directory.join(format!("token-{name}.{number}"))).take_while(|path| path.exists());
-            iter::once(first).chain(more).map(move |path| (name, project, path))
+            let first = (format!("token-{name}"), &project.token_file);
+            let more = (1..).map(move |number| format!("token-{name}.{number}")).zip(&project.extra_token_files);
+            iter::once(first).chain(more).map(move |(credential, file)| (name, project, credential, file))
         });
-        for (name, project, path) in files {
-            let doing = || format!("read the token of project {name}");
-            let text = fs::read(path).context(doing)?;
+        for (name, project, credential, file) in files {
+            let doing = || format!("read the token of project {name} from {}", file.display());
+            // systemd hands over an empty one if there is none
+            let text = fs::read(directory.join(credential)).unwrap_or_default();
             let text = text.strip_suffix(b"\n").map_or(&text[..], |text| text.strip_suffix(b"\r").unwrap_or(text));
-            let token = check(text).and_then(|()| Token::new(text).ok_or("it is too long")).context(doing)?;
-            if let Some(other) = tokens.iter().position(|(other, _)| constant_time_eq_n(&other.0, &token.0)) {
-                if owners[other] == name {
-                    continue;
-                }
-                let message = format!("Failed to tell projects {} and {name} apart: they have the same token", owners[other]);
-                return Err(Error::new(message));
+            match check(text).and_then(|()| Token::new(text).ok_or("longer than 256 characters")).context(doing) {
+                Ok(token) => tokens.push((token, name, project)),
+                Err(error) => unfit.push(error),
             }
-            tokens.push((token, project.instance.clone()));
-            owners.push(name);
         }
-        Ok(Self(tokens))
+        let same = |a: &Token, b: &Token| constant_time_eq_n(&a.0, &b.0);
+        let mut fit = Vec::new();
+        for (token, name, project) in &tokens {
+            if let Some((_, other, _)) = tokens.iter().find(|(other, owner, _)| owner != name && same(other, token)) {
+                if name < other {
+                    unfit.push(Error::new(format!("Failed to tell projects {name} and {other} apart: they have the same token")));
+                }
+            } else {
+                fit.push((Token(token.0), project.instance.clone()));
+            }
+        }
+        Self { fit, unfit }
+    }
+
+    /// What is wrong with those that were left out.
+    pub fn unfit(&self) -> &[Error] {
+        &self.unfit
     }
 
     /// The instance that the bearer of this token may start. Takes the same time whichever token it
@@ -68,7 +81,7 @@ impl Tokens {
     pub fn instance(&self, candidate: &[u8]) -> Option<&str> {
         let candidate = Token::new(candidate)?;
         let mut found = None;
-        for (token, instance) in &self.0 {
+        for (token, instance) in &self.fit {
             if constant_time_eq_n(&token.0, &candidate.0) {
                 found = Some(instance.as_str());
             }
@@ -82,11 +95,11 @@ fn check(token: &[u8]) -> Result<(), &'static str> {
     let end = token.iter().rposition(|&byte| byte != b'=').map_or(0, |last| last + 1);
     let body = &token[..end];
     if token.len() < SHORTEST {
-        return Err("it has less than 16 characters");
+        return Err(if token.is_empty() { "missing or empty" } else { "shorter than 16 characters" });
     }
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(byte);
     if body.is_empty() || !body.iter().all(plain) {
-        return Err("it has other characters than letters, digits and - . _ ~ + / with = at the end (RFC 6750)");
+        return Err("contains characters other than letters, digits and - . _ ~ + / with = at the end (RFC 6750)");
     }
     Ok(())
 }
@@ -98,20 +111,32 @@ mod tests {
 
     const GOOD: &str = "abcdefghijklmnop";
 
-    fn read(tokens: &[(&str, &str)]) -> Result<Tokens> {
+    fn project(name: &str, extra: &[&str]) -> Project {
+        Project {
+            instance: format!("{name}-instance"),
+            token_file: format!("/etc/{name}").into(),
+            extra_token_files: extra.iter().map(Into::into).collect(),
+        }
+    }
+
+    fn read(tokens: &[(&str, &str)]) -> Tokens {
         let directory = Directory::new();
         let mut projects = BTreeMap::new();
         for (name, token) in tokens {
             fs::write(directory.path().join(format!("token-{name}")), token).unwrap();
-            projects.insert((*name).to_owned(), Project { instance: format!("{name}-instance") });
+            projects.insert((*name).to_owned(), project(name, &[]));
         }
         Tokens::read(directory.path(), &projects)
+    }
+
+    fn said(tokens: &Tokens) -> Vec<String> {
+        tokens.unfit().iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn a_token_finds_its_own_instance_only() {
         let long = "x".repeat(LONGEST);
-        let tokens = read(&[("a", GOOD), ("b", "ABCDEFGHIJKLMNOP=="), ("c", &long)]).unwrap();
+        let tokens = read(&[("a", GOOD), ("b", "ABCDEFGHIJKLMNOP=="), ("c", &long)]);
         assert_eq!(tokens.instance(GOOD.as_bytes()), Some("a-instance"));
         assert_eq!(tokens.instance(b"ABCDEFGHIJKLMNOP=="), Some("b-instance"));
         assert_eq!(tokens.instance(long.as_bytes()), Some("c-instance"));
@@ -124,43 +149,45 @@ mod tests {
     #[test]
     fn a_project_may_have_more_than_one() {
         let directory = Directory::new();
-        for (name, token) in [("token-a", GOOD), ("token-a.1", "another-token-0123"), ("token-a.2", GOOD), ("token-a.4", "unread")] {
+        for (name, token) in
+            [("token-a", GOOD), ("token-a.1", "another-token-0123"), ("token-a.2", GOOD), ("token-a.4", "unread-token-0123")]
+        {
             fs::write(directory.path().join(name), token).unwrap();
         }
-        let projects = BTreeMap::from([("a".to_owned(), Project { instance: "app".into() })]);
-        let tokens = Tokens::read(directory.path(), &projects).unwrap();
-        assert_eq!(tokens.instance(GOOD.as_bytes()), Some("app"));
-        assert_eq!(tokens.instance(b"another-token-0123"), Some("app"));
+        let projects = BTreeMap::from([("a".to_owned(), project("a", &["/etc/1", "/etc/2", "/etc/3"]))]);
+        let tokens = Tokens::read(directory.path(), &projects);
+        assert_eq!(tokens.instance(GOOD.as_bytes()), Some("a-instance"));
+        assert_eq!(tokens.instance(b"another-token-0123"), Some("a-instance"));
+        assert_eq!(tokens.instance(b"unread-token-0123"), None);
+        assert_eq!(said(&tokens), ["Failed to read the token of project a from /etc/3: missing or empty"]);
     }
 
     #[test]
     fn one_line_end_is_not_part_of_the_token() {
         for text in [format!("{GOOD}\n"), format!("{GOOD}\r\n")] {
-            assert!(read(&[("a", &text)]).unwrap().instance(GOOD.as_bytes()).is_some());
+            assert!(read(&[("a", &text)]).instance(GOOD.as_bytes()).is_some());
         }
-        assert!(read(&[("a", &format!("{GOOD}\n\n"))]).is_err());
+        assert_eq!(said(&read(&[("a", &format!("{GOOD}\n\n"))])).len(), 1);
     }
 
     #[test]
-    fn unfit_tokens_are_refused_by_project_and_never_shown() {
+    fn what_is_unfit_is_named_by_project_and_file_never_shown_and_harms_no_other() {
         let long = "x".repeat(LONGEST + 1);
         for bad in ["", "\n", "short", "abcdefgh ijklmnop", "abcdefgh=ijklmnop", "================", "äbcdefghijklmnop", &long] {
-            let error = read(&[("web", bad)]).err().unwrap().to_string();
-            assert!(error.starts_with("Failed to read the token of project web: it "), "{error}");
-            assert!(bad.len() < 3 || !error.contains(bad), "{error}");
+            let tokens = read(&[("app", GOOD), ("web", bad)]);
+            let said = said(&tokens);
+            assert!(said.len() == 1 && said[0].starts_with("Failed to read the token of project web from /etc/web: "), "{said:?}");
+            assert!(bad.len() < 6 || !said[0].contains(bad), "{said:?}");
+            assert_eq!(tokens.instance(bad.as_bytes()), None);
+            assert_eq!(tokens.instance(GOOD.as_bytes()), Some("app-instance"));
         }
     }
 
     #[test]
-    fn the_same_token_for_two_projects_is_refused() {
-        let error = read(&[("a", GOOD), ("b", "0123456789abcdef"), ("c", GOOD)]).err().unwrap().to_string();
-        assert_eq!(error, "Failed to tell projects a and c apart: they have the same token");
-    }
-
-    #[test]
-    fn a_missing_token_is_an_error() {
-        let directory = Directory::new();
-        let projects = [("web".to_owned(), Project { instance: "i".into() })].into();
-        assert!(Tokens::read(directory.path(), &projects).err().unwrap().to_string().contains("project web"));
+    fn the_same_token_for_two_projects_is_nobodys() {
+        let tokens = read(&[("a", GOOD), ("b", "0123456789abcdef"), ("c", GOOD)]);
+        assert_eq!(said(&tokens), ["Failed to tell projects a and c apart: they have the same token"]);
+        assert_eq!(tokens.instance(GOOD.as_bytes()), None);
+        assert_eq!(tokens.instance(b"0123456789abcdef"), Some("b-instance"));
     }
 }

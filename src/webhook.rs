@@ -3,13 +3,12 @@
 //!
 //! Nothing of the request is looked at but method, path and token, so a request is a doorbell.
 //! It is answered with 202 once it is on disk, and with 503 if it could not be written. The gate
-//! stands in front: [`tiny_http`] only meets requests that it has rewritten.
+//! stands in front.
 
-use std::io::{self, Cursor, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::sys::prctl::set_dumpable;
@@ -17,8 +16,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
 use sd_notify::NotifyState;
-use tiny_http::{Header, Method, Response, Server};
 
+use crate::answer::Answer;
 use crate::config::Webhook;
 use crate::error::{Context, Error, Result};
 use crate::gate::{self, Listener, Request};
@@ -27,9 +26,6 @@ use crate::queue;
 use crate::status;
 use crate::token::Tokens;
 
-/// How long the exchange with `tiny_http`, in this very process, may take; only a full queue
-/// directory on a very slow disk comes near it.
-const EXCHANGE_LIMIT: Duration = Duration::from_secs(5);
 /// How often the watchdog is told that all is well, where systemd does not say.
 const PULSE: Duration = Duration::from_secs(10);
 
@@ -43,15 +39,20 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
     signals.thread_block().context(|| "block signals".into())?;
     let end = SignalFd::new(&signals).context(|| "wait for signals".into())?;
 
-    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects)?;
+    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects);
     let listener = inherited_listener()?;
-    let mut engine = Engine::new(&directory("RUNTIME_DIRECTORY")?.join("http"), webhook, tokens)?;
     let pulse = sd_notify::watchdog_enabled().map_or(PULSE, |period| period / 3);
-    notify(&[NotifyState::Ready]);
-    log::info!("Listening for {} projects on {}.", webhook.projects.len(), webhook.path);
+    let mut state = format!("Listening for {} projects on {}.", webhook.projects.len(), webhook.path);
+    log::info!("{state}");
+    for error in tokens.unfit() {
+        log::error!("{error}; its clients are answered 503.");
+        state = format!("{state} {error}.");
+    }
+    notify(&[NotifyState::Ready, NotifyState::Status(&state)]);
 
     let mut beaten = Instant::now();
-    let answer = |request: &Request| engine.exchange(request);
+    let mut last_number = 0;
+    let answer = |request: &Request| answer(request, &webhook.path, &tokens, &mut last_number);
     gate::serve(&listener, &end, pulse, answer, || {
         if beaten.elapsed() >= pulse / 2 {
             beaten = Instant::now();
@@ -59,8 +60,7 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
         }
     })?;
     notify(&[NotifyState::Stopping]);
-    // tiny_http's threads end with the process; dropping it would only make it talk to itself
-    std::process::exit(0)
+    Ok(())
 }
 
 fn directory(variable: &str) -> Result<PathBuf> {
@@ -95,112 +95,43 @@ fn own(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// `tiny_http`, on a socket that only this process can open, one request at a time.
-struct Engine {
-    server: Server,
-    socket: PathBuf,
-    path: String,
-    tokens: Tokens,
-    /// The highest number that a request was given.
-    last_number: u64,
-}
-
-type Answer = Response<Cursor<Vec<u8>>>;
-
-impl Engine {
-    fn new(socket: &Path, webhook: &Webhook, tokens: Tokens) -> Result<Self> {
-        let doing = || format!("listen on {}", socket.display());
-        crate::files::remove(socket).context(doing)?;
-        let listener = UnixListener::bind(socket).context(doing)?;
-        let server = Server::from_listener(listener, None).context(doing)?;
-        Ok(Self { server, socket: socket.to_owned(), path: webhook.path.clone(), tokens, last_number: 0 })
+/// What the program is for.
+fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64) -> Answer {
+    if request.target.split('?').next() != Some(path) {
+        return Answer::refusal(404, "not found");
     }
-
-    /// Has `tiny_http` take the request, and returns the bytes of the answer.
-    fn exchange(&mut self, request: &Request) -> Vec<u8> {
-        let answer = self.try_exchange(request).unwrap_or_else(|error| {
-            // half a server is worse than none: systemd starts a new one behind the same socket
-            log::error!("Failed to answer: {error}.");
-            std::process::exit(1)
-        });
-        // tiny_http keeps the word to itself
-        match answer.windows(2).position(|window| window == b"\r\n") {
-            Some(at) => [&answer[..at], b"\r\nConnection: close", &answer[at..]].concat(),
-            None => answer,
-        }
+    if !matches!(request.method.as_str(), "GET" | "POST") {
+        return Answer::refusal(405, "only GET and POST are answered").with_header("Allow", "GET, POST");
     }
-
-    fn try_exchange(&mut self, request: &Request) -> io::Result<Vec<u8>> {
-        let mut client = UnixStream::connect(&self.socket)?;
-        client.set_read_timeout(Some(EXCHANGE_LIMIT))?;
-        let authorization = request.authorization.as_ref().map(|value| format!("Authorization: {value}\r\n")).unwrap_or_default();
-        let head = format!("{} {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{authorization}\r\n", request.method, request.target);
-        client.write_all(head.as_bytes())?;
-        let received = self.server.recv_timeout(EXCHANGE_LIMIT)?.ok_or(io::ErrorKind::TimedOut)?;
-        let answer = self.answer(&received);
-        received.respond(answer)?;
-        let mut bytes = Vec::new();
-        client.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// What the program is for.
-    fn answer(&mut self, request: &tiny_http::Request) -> Answer {
-        let path = request.url().split('?').next().unwrap_or_default();
-        if path != self.path {
-            return refusal(404, "not found");
-        }
-        if !matches!(request.method(), Method::Get | Method::Post) {
-            return with_header(refusal(405, "only GET and POST are answered"), "Allow", "GET, POST");
-        }
-        let authorization = request.headers().iter().find(|header| header.field.equiv("Authorization"));
-        let Some(instance) = authorization.and_then(|header| bearer(header.value.as_str())).and_then(|token| self.tokens.instance(token))
-        else {
-            return with_header(refusal(401, "unauthorized"), "WWW-Authenticate", "Bearer");
+    let token = request.authorization.as_deref().and_then(bearer).or(request.gitlab_token.as_deref());
+    let Some(instance) = token.and_then(|token| tokens.instance(token.as_bytes())) else {
+        // it may well be the one that could not be read
+        return if token.is_some() && !tokens.unfit().is_empty() {
+            Answer::refusal(503, "a project's token could not be read, perhaps this one's; see the state of ekiben-webhook.service")
+        } else {
+            Answer::refusal(401, "unauthorized").with_header("WWW-Authenticate", "Bearer")
         };
-        let layout = Layout::new(instance);
-        if *request.method() == Method::Get {
-            return status::for_clients(&layout).map_or_else(
-                |error| {
-                    log::error!("{error}.");
-                    refusal(503, "the state could not be read")
-                },
-                |state| answer(200, &state),
-            );
-        }
-        match queue::request(&layout, self.last_number) {
-            Ok(number) => {
-                self.last_number = self.last_number.max(number);
-                log::info!("Request {number} for {instance}.");
-                answer(202, &format!("{{\"request\":{number}}}\n"))
-            }
-            Err(error) => {
-                log::error!("{error}.");
-                refusal(503, "the request could not be written")
-            }
-        }
-    }
+    };
+    let layout = Layout::new(instance);
+    let answered = if request.method == "GET" {
+        status::for_clients(&layout).map(|state| Answer::new(200, state))
+    } else {
+        queue::request(&layout, *last_number).map(|number| {
+            *last_number = number.max(*last_number);
+            log::info!("Request {number} for {instance}.");
+            Answer::new(202, format!("{{\"request\":{number}}}\n"))
+        })
+    };
+    answered.unwrap_or_else(|error| {
+        log::error!("{error}.");
+        Answer::refusal(503, if request.method == "GET" { "the state could not be read" } else { "the request could not be written" })
+    })
 }
 
 /// The token of a bearer: the scheme in any case, one space or more, the token.
-fn bearer(authorization: &str) -> Option<&[u8]> {
+fn bearer(authorization: &str) -> Option<&str> {
     let (scheme, token) = authorization.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_start_matches(' ').as_bytes())
-}
-
-fn refusal(status: u16, why: &str) -> Answer {
-    answer(status, &format!("{{\"error\":\"{why}\"}}\n"))
-}
-
-fn answer(status: u16, body: &str) -> Answer {
-    with_header(Response::from_string(body).with_status_code(status), "Content-Type", "application/json")
-}
-
-fn with_header(answer: Answer, name: &str, value: &str) -> Answer {
-    match Header::from_bytes(name, value) {
-        Ok(header) => answer.with_header(header),
-        Err(()) => answer,
-    }
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_start_matches(' '))
 }
 
 #[cfg(test)]
@@ -210,7 +141,7 @@ mod tests {
     #[test]
     fn only_bearers_have_tokens() {
         for authorization in ["Bearer abc", "bearer abc", "BEARER   abc"] {
-            assert_eq!(bearer(authorization), Some(&b"abc"[..]));
+            assert_eq!(bearer(authorization), Some("abc"));
         }
         for authorization in ["Basic abc", "Bearer", "abc", "", "Bearerabc"] {
             assert_eq!(bearer(authorization), None);

@@ -10,6 +10,8 @@
 
 #[path = "../../../src/error.rs"]
 mod error;
+#[path = "../../../src/text.rs"]
+mod text;
 #[path = "../../../src/token.rs"]
 mod token;
 
@@ -17,13 +19,15 @@ mod config {
     /// As much of it as a token needs.
     pub struct Project {
         pub instance: String,
+        pub token_file: std::path::PathBuf,
+        pub extra_token_files: Vec<std::path::PathBuf>,
     }
 }
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::hint::black_box;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::{env, fs};
 
@@ -103,8 +107,9 @@ fn count(directory: &Path) -> Result<Vec<u64>, Box<dyn Error>> {
 
 /// What runs under valgrind.
 fn look_all_up(directory: &Path) -> Result<(), Box<dyn Error>> {
-    let projects = (0..CHARACTERS.len()).map(|project| (project.to_string(), Project { instance: project.to_string() })).collect();
-    let tokens = Tokens::read(directory, &projects).map_err(|error| error.to_string())?;
+    let project = |name: String| Project { instance: name, token_file: PathBuf::new(), extra_token_files: Vec::new() };
+    let projects = (0..CHARACTERS.len()).map(|name| (name.to_string(), project(name.to_string()))).collect();
+    let tokens = Tokens::read(directory, &projects);
     for candidate in candidates() {
         black_box(look_up(&tokens, black_box(candidate.text.as_bytes())));
     }

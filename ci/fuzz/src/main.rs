@@ -8,6 +8,8 @@
 
 #![allow(dead_code)]
 
+#[path = "../../../src/answer.rs"]
+mod answer;
 #[path = "../../../src/config.rs"]
 mod config;
 #[path = "../../../src/error.rs"]
@@ -16,9 +18,19 @@ mod error;
 mod gate;
 #[path = "../../../src/json.rs"]
 mod json;
+#[path = "../../../src/names.rs"]
+mod names;
+mod nix {
+    /// Of no matter to what is tried here.
+    pub fn is_store_path(path: &std::path::Path) -> bool {
+        path.starts_with("/nix/store")
+    }
+}
 #[cfg(test)]
 #[path = "../../../src/testing.rs"]
 mod testing;
+#[path = "../../../src/text.rs"]
+mod text;
 
 use std::time::{Duration, Instant};
 
@@ -58,7 +70,7 @@ fn head() -> impl Strategy<Value = Vec<u8>> {
         4 => prop::sample::select(vec![
             "POST", "GET", "get", " ", "  ", "/", "/ekiben", "?a=b", "http://x/", "*", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/", "\r\n", "\r\n",
             "\r\n\r\n", "\n", "\r", "\t", ":", ": ", "Host: x", "Authorization: Bearer abc", "authorization:", "Content-Length: 5",
-            "Content-Length: 65537", "content-length: 18446744073709551616", "Content-Length: -1", "Transfer-Encoding: chunked", "A : b", " folded",
+            "Content-Length: 33554433", "content-length: 18446744073709551616", "X-Gitlab-Token: abc", "x-gitlab-token:\t", "Cf-City: K\u{f6}ln", "Content-Length: -1", "Transfer-Encoding: chunked", "A : b", " folded",
             "POST /ekiben HTTP/1.1\r\n", "Content-Length: 0\r\n", "Authorization: Basic x\r\n",
         ]).prop_map(|text| text.as_bytes().to_vec()),
         1 => vec(any::<u8>(), 0..8),
@@ -66,7 +78,8 @@ fn head() -> impl Strategy<Value = Vec<u8>> {
         1 => (0_usize..80).prop_map(|count| b"A: b\r\n".repeat(count)),
     ];
     let pieces = vec(piece, 0..24).prop_map(|pieces| pieces.concat());
-    let good = ("[A-Z]{1,16}", "/[!-~]{0,40}", vec(("[A-Za-z-]{1,12}", "[ -~]{0,30}"), 0..6)).prop_map(|(method, target, headers)| {
+    let name = prop_oneof!["[A-Za-z-]{1,12}", "(Authorization|X-Gitlab-Token|Content-Length)"];
+    let good = ("[A-Z]{1,16}", "/[!-~]{0,40}", vec((name, "[ -~\t\u{a0}-\u{ff}]{0,30}"), 0..6)).prop_map(|(method, target, headers)| {
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         format!("{method} {target} HTTP/1.1\r\n{headers}\r\n").into_bytes()
     });
@@ -85,7 +98,7 @@ fn check_head(bytes: &[u8]) -> Result<(), TestCaseError> {
     if let Ok(Some(request)) = &result {
         prop_assert!(request.method.bytes().all(|byte| byte.is_ascii_uppercase()) && !request.method.is_empty());
         prop_assert!(request.target.starts_with('/') && visible(&request.target) && !request.target.contains(' '));
-        prop_assert!(request.authorization.as_deref().is_none_or(visible));
+        prop_assert!(request.authorization.as_deref().is_none_or(visible) && request.gitlab_token.as_deref().is_none_or(visible));
         // another parser understands the same
         let mut headers = [httparse::EMPTY_HEADER; 64];
         let mut other = httparse::Request::new(&mut headers);
@@ -95,10 +108,12 @@ fn check_head(bytes: &[u8]) -> Result<(), TestCaseError> {
         prop_assert_eq!(other.path, Some(request.target.as_str()));
         let named = |name: &str| other.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(name)).collect::<Vec<_>>();
         prop_assert!(named("transfer-encoding").is_empty() && named("content-length").len() <= 1);
-        let authorization = named("authorization");
-        prop_assert!(authorization.len() <= 1);
-        let value = authorization.first().map(|header| String::from_utf8_lossy(header.value).trim_matches(' ').to_owned());
-        prop_assert_eq!(value, request.authorization.clone());
+        for (name, understood) in [("authorization", &request.authorization), ("x-gitlab-token", &request.gitlab_token)] {
+            let headers = named(name);
+            prop_assert!(headers.len() <= 1);
+            let value = headers.first().map(|header| String::from_utf8_lossy(header.value).trim_matches([' ', '\t']).to_owned());
+            prop_assert_eq!(&value, understood);
+        }
     }
     // however it arrives, the outcome is the same: as soon as one is known, nothing more is waited for
     let mut known = None;
