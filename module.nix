@@ -49,15 +49,7 @@ let
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
   isFree = name: isName name && !lib.elem name reserved;
-  reserved = [
-    "deliver"
-    "files"
-    "hub-collect"
-    "hub-files"
-    "reboot"
-    "webhook"
-    "webhook-address"
-  ];
+  reserved = lib.splitString "\n" (lib.fileContents ./src/reserved-names);
 
   instance = types.submodule (
     { config, ... }:

@@ -171,12 +171,6 @@ let
       {
         instances."web/2" = instance;
       };
-    "`services.ekiben.instances.webhook`: this name cannot be part of a unit's name." = {
-      instances.webhook = instance;
-    };
-    "`services.ekiben.instances.hub-files`: this name cannot be part of a unit's name." = {
-      instances.hub-files = instance;
-    };
     "`services.ekiben.hub.hosts.Web`: this name cannot be part of a user's name. Write one of at most 25 small letters" =
       hubOf { Web.publicKey = key "a"; };
     "`services.ekiben.hub.hosts.a-name-of-twenty-six-chars`: this name cannot be part of a user's name." =
@@ -387,6 +381,7 @@ let
         )
       ) changes
     );
+  file = config: config.environment.etc."ekiben/config.json".source;
   nothing = evaluate { };
   plain = variant { };
   elsewhere = variant {
@@ -431,6 +426,27 @@ let
         X11Forwarding yes
     '';
   };
+  reserved = lib.splitString "\n" (lib.fileContents ../src/reserved-names);
+  # with all that there is, the units but those of the instance `fleet`
+  ownUnits =
+    let
+      all = evaluate {
+        services.ekiben = lib.recursiveUpdate (hubOf { web.publicKey = key "a"; }) {
+          webhook.enable = true;
+          fleet = {
+            enable = true;
+            hub = {
+              host = "hub";
+              hostKey = key "b";
+            };
+            reboot.when = "needed";
+          };
+        };
+      };
+      stem = unit: builtins.head (builtins.match "ekiben-(.*)[.][a-z]+" unit);
+      names = lib.filter (lib.hasPrefix "ekiben-") (builtins.attrNames all.systemd.units);
+    in
+    lib.remove "fleet" (lib.unique (map stem names));
   wrong = lib.concatLists [
     (expect "nothing is enabled, nothing is there" (
       failures nothing == [ ]
@@ -540,6 +556,17 @@ let
         .services.ekiben.settings.instances.app.flakeRef == "/var/nixos-config#host"
     ))
     (saying failures variant mistakes)
+    (saying failures variant (
+      lib.listToAttrs (
+        map (name: {
+          name = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name.";
+          value.instances.${name} = instance;
+        }) ownUnits
+      )
+    ))
+    (expect "reserved are the names of all units but the instances': ${toString ownUnits}" (
+      lib.subtractLists reserved ownUnits == [ ] && ownUnits != [ ]
+    ))
     (saying failures beside mistakesElsewhere)
     (saying (config: config.warnings) beside doubts)
     (lib.concatLists (
@@ -566,14 +593,30 @@ in
 pkgs.runCommand "ekiben-options"
   {
     # these are built with `ekiben check`
-    configurations = map (config: config.environment.etc."ekiben/config.json".source) [
+    configurations = map file [
       predecessor
       plain
       elsewhere
     ];
     wrong = lib.concatStringsSep "\n" wrong;
+    json = builtins.toJSON plain.services.ekiben.settings;
+    passAsFile = [ "json" ];
+    inherit reserved;
+    # these cannot be built
+    unfit = map (change: pkgs.testers.testBuildFailure (file (variant change))) [
+      { instances.app.dates = "4 in the morning"; }
+      { instances.app.randomizedDelaySec = "soon"; }
+    ];
   }
   ''
     [ -z "$wrong" ] || { echo "$wrong"; exit 1; }
+    for name in $reserved; do
+        sed "s/\"app\"/\"$name\"/g" "$jsonPath" > config.json
+        ! ${lib.getExe plain.services.ekiben.package} check config.json 2> said || { echo "The program accepts an instance $name."; exit 1; }
+        grep -q "the name $name is taken" said
+    done
+    for log in $unfit; do
+        grep -q 'services.ekiben.instances.app.* must be as in systemd.time(7), not' $log/testBuildFailure.log
+    done
     echo $configurations > $out
   ''

@@ -16,6 +16,8 @@ use crate::names::HostName;
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
+/// What units of Ekiben's own are called, behind `ekiben-`. The module reads this list, too.
+const RESERVED: &str = include_str!("reserved-names");
 
 /// The whole file.
 #[derive(Debug, Deserialize)]
@@ -333,7 +335,7 @@ impl From<Author> for String {
 /// `ekiben-`, of units. An accepted name has none of `/`, `.`, `%`, `@` and spaces, and no leading `-`.
 pub fn instance_name(name: &str) -> Result<(), String> {
     file_name(name)?;
-    if ["deliver", "hub-collect", "hub-files", "reboot", "webhook", "webhook-address"].contains(&name) {
+    if RESERVED.lines().any(|reserved| reserved == name) {
         Err(format!("the name {name} is taken by a unit of Ekiben's own"))
     } else {
         Ok(())
@@ -382,4 +384,17 @@ pub fn is_input(input: &str) -> bool {
 
 fn list(names: &[&str]) -> String {
     if names.is_empty() { "no instances".into() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_instance_has_the_name_of_a_unit_of_our_own() {
+        for name in ["files", "deliver", "webhook"] {
+            assert!(instance_name(name).is_err(), "{name}");
+        }
+        assert_eq!(instance_name("web"), Ok(()));
+    }
 }
