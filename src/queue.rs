@@ -10,92 +10,120 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::unistd::linkat;
+
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
+use crate::status::Status;
 
 /// No number has more digits.
 const NUMBER_BYTES: u64 = 20;
+/// How far a number may be ahead of the clock, which may have been set back since: a day, in milliseconds.
+const REACH: u64 = 24 * 60 * 60 * 1000;
 /// How often a request that runs keep taking away is tried again.
 const TRIES: u32 = 100;
+
+/// What lies in the place of a request.
+#[derive(Debug, PartialEq)]
+enum Found {
+    Nothing,
+    /// A request with its number.
+    Request(u64),
+    /// Something else.
+    Odd,
+}
 
 /// Asks for a run of the instance; returns the request's number when it is safely on disk.
 /// `after` is the highest number known to be taken: the clock may have been set back.
 pub fn request(layout: &Layout, after: u64) -> Result<u64> {
     let path = layout.request();
     let doing = || format!("write {}", path.display());
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(0));
-    let number = now.max(after + 1);
+    let after = after.max(Status::read(layout).served);
     for _ in 0..TRIES {
-        // one that is there was synced by whoever made it
-        match read(&path) {
-            Ok(pending) => return Ok(pending),
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error).context(doing),
+        match find(&path, after) {
+            Found::Request(number) => {
+                // whoever has made it may not have synced it yet
+                match files::sync(&path) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    synced => synced.and_then(|()| files::sync_parent(&path)).context(doing)?,
+                }
+                return Ok(number);
+            }
+            // a link that leads nowhere, for one, no run would ever see; a directory one will clear away
+            Found::Odd => files::remove(&path).context(doing)?,
+            Found::Nothing => {}
         }
+        let number = now().max(after.saturating_add(1));
         match create(&path, number) {
-            Ok(()) => return Ok(number),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error).context(doing),
+            created => return created.map(|()| number).context(doing),
         }
     }
     Err(io::Error::from(ErrorKind::ResourceBusy)).context(doing)
 }
 
-/// Makes the request appear with its number in it, or not at all.
+/// Makes the request appear with its number in it, or not at all. Until then it has no name that could
+/// be in anybody's way.
 fn create(path: &Path, number: u64) -> io::Result<()> {
-    // of this process, so that nobody else writes to it at the same time
-    let new = path.with_file_name(format!(".{}-{}", path.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));
-    let _ = fs::remove_file(&new);
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&new)?;
-        file.write_all(number.to_string().as_bytes())?;
-        file.sync_all()?;
-        fs::hard_link(&new, path)
-    };
-    let written = write();
-    let _ = fs::remove_file(&new);
-    written?;
+    let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
+    let mut file = OpenOptions::new().write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o640).open(directory)?;
+    file.write_all(number.to_string().as_bytes())?;
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, unnamed.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)?;
+    // in this order, one commit of the file system's journal does for both
+    file.sync_all()?;
     files::sync_parent(path)
 }
 
-fn read(path: &Path) -> io::Result<u64> {
-    let text = files::read_foreign(path, NUMBER_BYTES)?;
-    let number = String::from_utf8(text).ok().and_then(|text| text.parse().ok());
-    number.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "expected a number"))
+/// Looks what is there. A number is one only if it is higher than all that runs have served, and not out
+/// of reach: numbers never jump.
+fn find(path: &Path, served: u64) -> Found {
+    let text = match files::read_foreign(path, NUMBER_BYTES) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
+        text => text.ok().and_then(|text| String::from_utf8(text).ok()),
+    };
+    let number = text.and_then(|text| text.parse().ok());
+    let in_reach = |number: &u64| served < *number && *number <= now().max(served).saturating_add(REACH);
+    number.filter(in_reach).map_or(Found::Odd, Found::Request)
+}
+
+/// Milliseconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(0))
 }
 
 /// Takes the request, if there is one, for a run that now begins; returns its number. What lies in
 /// its place and is no request counts as one without a number.
 pub fn take(layout: &Layout) -> Result<Option<u64>> {
     let (path, taken) = (layout.request(), layout.taken_request());
+    let served = Status::read(layout).served;
+    let number = || match find(&taken, served) {
+        Found::Request(number) => Some(number),
+        Found::Nothing | Found::Odd => None,
+    };
     // left by a run that was cut off before it had noted the number
-    let earlier = read(&taken).ok();
-    clear(&taken)?;
+    let earlier = number();
+    forget(layout)?;
     match fs::rename(&path, &taken) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(earlier),
         Err(error) => return Err(error).context(|| format!("take {}", path.display())),
     }
     let _ = files::sync_parent(&path);
-    Ok(read(&taken).ok().max(earlier).or(Some(0)))
+    Ok(number().max(earlier).or(Some(0)))
 }
 
 /// Forgets the request that a run took, once its number is safe elsewhere.
 pub fn forget(layout: &Layout) -> Result<()> {
-    clear(&layout.taken_request())
-}
-
-fn clear(path: &Path) -> Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        _ => files::remove(path),
-    };
-    removed.context(|| format!("remove {}", path.display()))
+    let taken = layout.taken_request();
+    files::clear(&taken).and_then(|()| files::sync_parent(&taken)).context(|| format!("remove {}", taken.display()))
 }
 
 #[cfg(test)]
@@ -118,7 +146,7 @@ mod tests {
         let first = request(&layout, 0).unwrap();
         assert_eq!(request(&layout, 0).unwrap(), first);
         assert_eq!(take(&layout).unwrap(), Some(first));
-        let far = first + 1_000_000_000;
+        let far = first + 1_000_000;
         assert_eq!(request(&layout, far).unwrap(), far + 1);
         assert_eq!(take(&layout).unwrap(), Some(far + 1));
         forget(&layout).unwrap();
@@ -138,18 +166,50 @@ mod tests {
     }
 
     #[test]
+    fn a_number_out_of_reach_is_none() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        fs::create_dir(directory.path().join("status")).unwrap();
+        let first = request(&layout, 0).unwrap();
+        take(&layout).unwrap();
+        forget(&layout).unwrap();
+        fs::write(layout.status(), format!("{{\"format\": 1, \"served\": {first}}}")).unwrap();
+        for odd in [&u64::MAX.to_string(), &(now() + 2 * REACH).to_string(), &first.to_string(), "1", "-1", "x", "", &"1".repeat(30)] {
+            fs::write(layout.request(), odd).unwrap();
+            assert_eq!(take(&layout).unwrap(), Some(0), "{odd}");
+            fs::write(layout.request(), odd).unwrap();
+            let next = request(&layout, 0).unwrap();
+            assert!(first < next && next <= now().max(first) + 1, "{odd}");
+            assert_eq!(take(&layout).unwrap(), Some(next), "{odd}");
+            forget(&layout).unwrap();
+        }
+    }
+
+    #[test]
     fn whatever_lies_in_the_place_of_a_request_is_cleared_away() {
         let directory = Directory::new();
         let layout = layout(&directory);
         fs::create_dir_all(layout.request().join("deep")).unwrap();
         assert!(request(&layout, 0).is_err());
         assert_eq!(take(&layout).unwrap(), Some(0));
-        std::os::unix::fs::symlink("/etc/passwd", layout.request()).unwrap();
-        assert!(request(&layout, 0).is_err());
-        assert_eq!(take(&layout).unwrap(), Some(0));
-        fs::write(layout.request(), "123456789012345678901234567890").unwrap();
-        assert_eq!(take(&layout).unwrap(), Some(0));
+        for target in ["/etc/passwd", "/nowhere"] {
+            std::os::unix::fs::symlink(target, layout.request()).unwrap();
+            // a path unit would not see the latter
+            let number = request(&layout, 0).unwrap();
+            assert_eq!(take(&layout).unwrap(), Some(number));
+        }
         forget(&layout).unwrap();
         assert!(fs::metadata("/etc/passwd").is_ok());
+        for below in ["queue", "runs"] {
+            assert_eq!(fs::read_dir(directory.path().join(below)).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn nothing_that_others_make_in_the_queue_is_in_the_way() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        fs::create_dir(directory.path().join("queue").join(format!(".app-{}", std::process::id()))).unwrap();
+        request(&layout, 0).unwrap();
     }
 }
