@@ -733,7 +733,7 @@ let
   };
 
   # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
-  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --ipc ${ekiben}";
+  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${ekiben}";
 
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";

@@ -176,7 +176,7 @@ def digest(machine):
     return deploy(machine, DIGEST)
 
 
-def state(machine):
+def what_stays(machine):
     """All that a run that does not succeed has to leave as it was."""
     parts = {
         "repository": as_deploy(f"cd {REPOSITORY}; {DIGEST}"),

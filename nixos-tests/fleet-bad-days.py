@@ -391,12 +391,12 @@ with subtest("a number of days to come is refused; who holds one is let go by ro
     refuses("which is tomorrow by this machine's clock")
     release = offer()
     out_of_range, high, higher = (json.dumps({"id": "a" * 64, "sequence": number}) for number in ((1 << 64) - 1, 1 << 39, (1 << 39) + 1))
-    for hold, words in (
+    for far, words in (
         (f"echo {shlex.quote(out_of_range)} > {OWN}/seen.json", "ekiben forget-releases fleet"),
         (f"echo {shlex.quote(high)} > {OWN}/seen.json", "release 549755813888 of aaaa"),
         (f"jq '.runs[0].release = {higher}' {STATUS} > /root/status.json; cp /root/status.json {STATUS}", "release 549755813889 of aaaa"),
     ):
-        web.succeed(hold)
+        web.succeed(far)
         refuses(words)
         web.fail("runuser -u ekiben-fleet -- ekiben forget-releases")
         refuses(words)

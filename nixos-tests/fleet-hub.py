@@ -118,10 +118,10 @@ with subtest("A name is matched whole"):
     hub.succeed("rm -r /srv/fleet/hosts/twice")
 
 with subtest("deploy publishes all once, and then what has changed"):
-    began = int(hub.succeed("date +%s"))
+    earliest = int(hub.succeed("date +%s"))
     assert sorted(published(hub.succeed(fleet("deploy", prefix="umask 077;")))) == HOSTS
     # seconds since 1970
-    assert all(began <= number <= int(hub.succeed("date +%s")) for number in numbers().values()), numbers()
+    assert all(earliest <= number <= int(hub.succeed("date +%s")) for number in numbers().values()), numbers()
     # readable to the host's own user
     hub.succeed(f"runuser -u nobody -- cat {SERVED}/hosts/web/release/manifest.json {SERVED}/hosts/web/release/*.tar.gz > /dev/null")
     key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()

@@ -49,7 +49,7 @@ def settled(content, before):
         machine.succeed("systemctl reset-failed ekiben-app.service")
         check_deployed(machine, "app")
         return "new"
-    after = state(machine)
+    after = what_stays(machine)
     assert after == before, "\n".join(differences(before, after))
     ended = last_run(machine, "app")
     assert ended["result"] in ("failed", "rolledBack"), ended
@@ -62,7 +62,7 @@ for way, point in PLACES:
         goes_back = point.startswith("back:")
         content = "sick" if goes_back else str(next(COUNT))
         publish(machine, "app", content)
-        before = state(machine)
+        before = what_stays(machine)
         hold(machine, point)
         until_said(f"Held at {point}.")
         cut_off(way)
@@ -85,13 +85,13 @@ for way in WAYS:
     for trouble, words in (("build-hangs", "building '/nix"), ("hang", "activating the configuration")):
         with subtest(f"{way} while it is {words}"):
             publish(machine, "app", str(next(COUNT)), trouble=trouble)
-            before = state(machine)
+            before = what_stays(machine)
             until_said(words)
             # what hangs is gone when the run is made up for
             content = str(next(COUNT))
             if way in ("crash", "kill-all"):
                 publish(machine, "app", content)
-                before = state(machine)
+                before = what_stays(machine)
             cut_off(way)
             end = settled(content, before)
             assert end == ("new" if way == "crash" else "old") or way == "kill-all", end
@@ -106,7 +106,7 @@ def begin(*points, content=None):
     return content
 
 
-def end():
+def end_of_run():
     """Waits for the end of the run; returns how it ended."""
     machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json -a ! -e /var/lib/ekiben/queue/app")
     wait_until_idle(machine, "app")
@@ -124,21 +124,21 @@ def works():
 with subtest("only what moves the branch is killed, when it has moved it"):
     content = begin("accept: branch moved")
     machine.succeed("rm /run/ekiben-fault; pkill -KILL -f '[c]andidate accept'")
-    assert end()["result"] == "deployed", last_run(machine, "app")
+    assert end_of_run()["result"] == "deployed", last_run(machine, "app")
     assert settled(content, None) == "new"
 
 if STAND_IN:
     with subtest("the disk fails when the journal is to say that the new system is the one to boot"):
-        before = state(machine)
+        before = what_stays(machine)
         begin("activate: boot loader set", "back: begun")
         machine.succeed("mount --bind -o ro /var/lib/ekiben/runs /var/lib/ekiben/runs")
         go_on(machine, "activate: boot loader set")
         wait_until_said(machine, "app", "Held at back: begun.")
         machine.succeed("umount /var/lib/ekiben/runs")
         go_on(machine, "back: begun")
-        ended = end()
+        ended = end_of_run()
         assert ended["result"] == "rolledBack" and "Read-only file system" in ended["error"], ended
-        assert {**state(machine), "shows": ""} == {**before, "shows": ""}
+        assert {**what_stays(machine), "shows": ""} == {**before, "shows": ""}
         works()
 
     with subtest("the disk is full when the report is to be written"):
@@ -149,18 +149,18 @@ if STAND_IN:
             "dd if=/dev/zero of=/var/lib/ekiben/filler bs=4k 2>/dev/null || true",
         )
         go_on(machine, "conclude: accepted")
-        ended = end()
+        ended = end_of_run()
         assert ended["result"] == "deployed" and status(machine, "app")["running"] is None, ended
         machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
         works()
 
     with subtest("what makes a generation is killed when it has made it: that goes, too"):
-        before = state(machine)
+        before = what_stays(machine)
         begin("activate: persisting")
         system, number = running(machine), int(before["generation"].split("-")[1])
         machine.succeed(f"ln -s {system} {PROFILE}-{number + 1}-link")
         cut_off("kill")
-        assert state(machine) == before
+        assert what_stays(machine) == before
         works()
 
     with subtest("what it would go back to is collected as garbage"):
@@ -186,13 +186,13 @@ if STAND_IN:
         check_deployed(machine, "app")
 
 with subtest("somebody switches back at the last moment: nothing is deployed"):
-    before, old = state(machine), running(machine)
+    before, old = what_stays(machine), running(machine)
     begin("activate: persisted")
     machine.succeed(f"{old}/bin/switch-to-configuration test")
     go_on(machine, "activate: persisted")
-    ended = end()
+    ended = end_of_run()
     assert ended["result"] == "rolledBack" and f"switched to another system, {old}" in ended["error"], ended
-    assert state(machine) == before
+    assert what_stays(machine) == before
     assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
     check_deployed(machine, "app")
 
@@ -202,7 +202,7 @@ with subtest("a run at work is not ended by another's hand"):
     assert "it is under way" in machine.execute("ekiben conclude app 2>&1")[1]
     machine.succeed("test -e /var/lib/ekiben/runs/app.json", "systemctl start ekiben.service")
     go_on(machine, "build: begun")
-    assert end()["result"] == "deployed", last_run(machine, "app")
+    assert end_of_run()["result"] == "deployed", last_run(machine, "app")
     assert settled(content, None) == "new"
 
 if STAND_IN:
@@ -214,7 +214,7 @@ if STAND_IN:
         for _ in range(20):
             content = str(next(COUNT))
             publish(machine, "app", content)
-            before = state(machine)
+            before = what_stays(machine)
             machine.succeed("systemctl start --no-block ekiben-app.service")
             machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-app | grep -x activating")
             # anywhere within a run, which takes about a second
@@ -232,10 +232,10 @@ if STAND_IN:
         publish(machine, "app", content)
         hold(machine, "build: noted")
         until_said("Held at build: noted.")
-        system = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
-        recipe = machine.succeed(f"nix-store --query --deriver {system}").strip()
+        candidate = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
+        recipe = machine.succeed(f"nix-store --query --deriver {candidate}").strip()
         source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || test $(cat +/content) != {content} || echo +'").strip()
-        machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {system}/etc/app {source}/content; do truncate -s 0 $file; done")
+        machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {candidate}/etc/app {source}/content; do truncate -s 0 $file; done")
         cut_off("crash")
         assert shows(machine, "app") == content, last_run(machine, "app")
         check_deployed(machine, "app")

@@ -8,10 +8,12 @@ POST = ("curl -s --max-time 10 -o /dev/null -w '%{http_code} %{exitcode} %{error
 def post():
     """Sends a request; returns its number."""
     return json.loads(client.succeed(POST.replace("-o /dev/null -w '%{http_code} %{exitcode} %{errormsg}\\n'", "-f")))["request"]
+BLOCKED = itertools.count()
 
 
 def block():
-    """Has the next run wait before it changes anything, until `unblock`."""
+    """Has the next run find something new, and wait before it changes anything, until `unblock`."""
+    publish(server, "app", f"blocked-{next(BLOCKED)}")
     server.succeed("mkdir -p -m 700 /run/ekiben; systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
     server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
 
@@ -95,3 +97,59 @@ with subtest("a webhook that is restarted 20 times refuses nobody"):
     answers = client.succeed("sort /tmp/answers | uniq -c").split()
     assert answers[1:] == ["202", "0"], client.succeed("sort /tmp/answers | uniq -c")
     print(f"{answers[0]} requests through 20 restarts")
+
+
+def answer():
+    return json.loads(client.succeed(POST.replace("-X POST ", "").replace("-o /dev/null -w '%{http_code} %{exitcode} %{errormsg}\\n'", "-f")))
+
+
+def starts():
+    """How often the service has been started."""
+    return int(server.succeed("journalctl -q -o cat -u ekiben-app | grep -c ^Starting || true"))
+
+
+QUEUE = "/var/lib/ekiben/queue"
+MEMBER = "runuser -u nobody -g ekiben -- sh -c"
+DEEP = """
+import os
+os.mkdir("deep"); os.chdir("deep")
+for _ in range(6000):
+    os.mkdir("d"); os.chdir("d")
+"""
+
+with subtest("whoever writes the queue can ask for runs, and neither lie about them nor block one"):
+    wait_until_at_rest(server, "app")
+    server.succeed(f"printf %s {shlex.quote(DEEP)} > /tmp/deep.py; chmod 644 /tmp/deep.py")
+    python = server.succeed("readlink -f $(command -v python3)").strip()
+    for odd in some(server, (
+        "printf 18446744073709551615 > .x; mv .x app",
+        f"{python} /tmp/deep.py && mv deep app",
+        "mkdir app; chmod 0 app",
+        "mkfifo app",
+        "ln -s /etc/passwd app",
+        "echo 1 > app; chmod 0 app",
+        "for i in $(seq 3000); do echo > x$i; done; mkdir .app-$$; touch app",
+    ), 2):
+        before, started = runs(server, "app"), starts()
+        last = answer()["served"]
+        server.succeed(f"{MEMBER} {shlex.quote(f'cd {QUEUE}; {odd}')}")
+        wait_for_run(server, "app", before)
+        wait_until_at_rest(server, "app")
+        assert starts() == started + 1, odd
+        assert server.succeed(f"ls {QUEUE} | grep -v '^x' || true") == "" == server.succeed("ls -A /var/lib/ekiben/runs"), odd
+        number = post()
+        assert last < number < last + 86400000, (odd, number, last)
+        server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served == {number}'")
+        wait_until_at_rest(server, "app")
+    # during a run, where it stays until that ends
+    for odd, expected in (("printf 18446744073709551615 > app", "202"), ("ln -s /nowhere app", "202"), ("mkdir app", "503")):
+        block()
+        first = post()
+        wait_for_stage("activate")
+        server.succeed(f"{MEMBER} {shlex.quote(f'cd {QUEUE}; {odd}')}")
+        assert client.succeed(POST).split()[0] == expected, odd
+        number = post() if expected == "202" else first
+        assert answer()["served"] < first and first <= number < first + 86400000, (odd, first, number)
+        unblock()
+        server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {number}'")
+        wait_until_at_rest(server, "app")

@@ -24,7 +24,7 @@ def prepare_trial(content, kind="update"):
         echo {content} | tee top > new-{content}; rm -f $(ls new-* | head -n -3)
         git add .; git commit -qm 'upstream {content}'; git push -qf origin HEAD:main
     """))
-    return state(machine)
+    return what_stays(machine)
 
 
 def ask():
@@ -73,7 +73,7 @@ def faulty_run(program, number, act):
 
 def judge(kind, content, before, asked):
     """Which end it is; fails if it is neither, or is reported wrongly."""
-    after = state(machine)
+    after = what_stays(machine)
     known = status(machine, "app")
     ended = known["runs"][0]
     # systemd holds against a unit that a process of it was killed, however it went on
