@@ -81,7 +81,7 @@ NOTES = (
     ("a link to a secret", "ln -sfn /root/secret notes.json", "Failed to read"),
     ("a FIFO", "rm notes.json; mkfifo notes.json", "not a regular file"),
     ("a directory", "rm notes.json; mkdir notes.json", "not a regular file"),
-    ("endless", "rm notes.json; truncate -s 10G notes.json", "more than"),
+    ("endless", "rm notes.json; truncate -s 10G notes.json", "it is sparse"),
     ("no JSON", "echo '{' > notes.json", "Failed to read"),
     ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"00000000000000000000000000000000\"/' notes.json", "there is no proposal"),
     ("of no run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"..\"/' notes.json", "expected the identifier of a run"),

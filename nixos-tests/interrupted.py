@@ -157,8 +157,8 @@ if STAND_IN:
     with subtest("what makes a generation is killed when it has made it: that goes, too"):
         before = what_stays(machine)
         begin("activate: persisting")
-        system, number = running(machine), int(before["generation"].split("-")[1])
-        machine.succeed(f"ln -s {system} {PROFILE}-{number + 1}-link")
+        old, number = running(machine), int(before["generation"].split("-")[1])
+        machine.succeed(f"ln -s {old} {PROFILE}-{number + 1}-link")
         cut_off("kill")
         assert what_stays(machine) == before
         works()

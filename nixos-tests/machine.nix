@@ -21,7 +21,7 @@
   };
 
   config = {
-    systemd.services = lib.mkIf config.scenario.faultPoints (
+    systemd.services = lib.mkIf (config.scenario.faultPoints && config.services.ekiben.enable) (
       lib.mapAttrs' (
         name: _:
         lib.nameValuePair "ekiben-${name}" {

@@ -463,10 +463,12 @@ let
     ))
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
+        "ekiben-restart@.service"
         "ekiben-tgautobot.path"
         "ekiben-tgautobot.service"
         "ekiben-tgautobot.timer"
         "ekiben-webhook-address.service"
+        "ekiben-webhook.path"
         "ekiben-webhook.service"
         "ekiben-webhook.socket"
         "ekiben.service"

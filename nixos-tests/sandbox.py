@@ -244,7 +244,7 @@ with subtest("a stage of the user's can write to the repository and its own stat
     )
     assert f"write in {REPOSITORY}/.git" in could and "connect to /nix/var/nix/daemon-socket/socket" in could, could
     assert not {what for what in could if not what.startswith(own)}, {what for what in could if not what.startswith(own)}
-    machine.succeed(f"test -e /dev/shm/of-the-user", f"ipcs -m -i {canary['shared']}")
+    machine.succeed("test -e /dev/shm/of-the-user", f"ipcs -m -i {canary['shared']}")
 
 with subtest("what systemd thinks of it, which proves nothing by itself"):
     for unit in ("ekiben-webhook", "ekiben-app"):

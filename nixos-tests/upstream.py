@@ -149,7 +149,7 @@ if is_host(server):
         follow(server, "follower")
         ended = run(server, "follower")
         assert ended["result"] == "failed" and "Host key verification failed" in ended["error"], ended
-        assert server.execute(f"journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | grep -F 'trying again'")[0] != 0
+        assert server.execute("journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | grep -F 'trying again'")[0] != 0
         server.succeed(as_deploy(f"printf %s {shlex.quote(known)} > ~/.ssh/known_hosts"))
 
 with subtest("an upstream that cannot be pushed to is a warning"):

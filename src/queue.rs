@@ -45,9 +45,9 @@ enum Found {
 pub fn request(layout: &Layout, after: u64) -> Result<u64> {
     let path = layout.request();
     let doing = || format!("write {}", path.display());
-    let after = after.max(Status::read(layout).served);
+    let served = Status::read(layout).served;
     for _ in 0..TRIES {
-        match find(&path, after) {
+        match find(&path, served) {
             Found::Request(number) => {
                 // whoever has made it may not have synced it yet
                 match files::sync(&path) {
@@ -60,7 +60,7 @@ pub fn request(layout: &Layout, after: u64) -> Result<u64> {
             Found::Odd => files::remove(&path).context(doing)?,
             Found::Nothing => {}
         }
-        let number = now().max(after.saturating_add(1));
+        let number = now().max(after.max(served).saturating_add(1));
         match create(&path, number) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             created => return created.map(|()| number).context(doing),
