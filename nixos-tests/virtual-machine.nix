@@ -82,10 +82,12 @@ in
       # a machine that is a container in a chroot, as a test driver may have it, has none
       systemd.services = lib.mkIf config.boot.isContainer (
         lib.mkMerge [
-          (lib.mapAttrs' (name: _: {
-            name = "ekiben-${name}";
-            value.serviceConfig.PrivateUsers = lib.mkForce false;
-          }) config.services.ekiben.instances)
+          (lib.mkIf config.services.ekiben.enable (
+            lib.mapAttrs' (name: _: {
+              name = "ekiben-${name}";
+              value.serviceConfig.PrivateUsers = lib.mkForce false;
+            }) config.services.ekiben.instances
+          ))
           (lib.mkIf config.services.ekiben.fleet.enable {
             ekiben-deliver.serviceConfig.PrivateUsers = lib.mkForce false;
           })
