@@ -253,7 +253,7 @@ fn reached(run: &Run) -> Stage {
 /// Has the user's own git deal with the candidate; false if the branch has moved.
 pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
-    let options = serde_json::to_string(&run.instance).context(|| "write the run's options".into())?;
+    let options = serde_json::to_string_pretty(&run.instance).context(|| "write the run's options".into())?;
     let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
     let doing = || format!("{} the candidate", fate.word());
     let ask = || {

@@ -21,7 +21,12 @@ impl Error {
     /// An error that is said in one sentence, without a full stop. It will be shown, and stands in files
     /// that everybody may read: what others have written in it is made fit for that.
     pub fn new(message: impl AsRef<str>) -> Self {
-        Self { message: text::line(message.as_ref()), tail: Vec::new(), transient: false }
+        Self::of(message.as_ref())
+    }
+
+    #[inline(never)]
+    fn of(message: &str) -> Self {
+        Self { message: text::line(message), tail: Vec::new(), transient: false }
     }
 
     /// The same error, as one that has to do with this moment rather than with what was asked for.
@@ -136,8 +141,14 @@ pub trait Context<T> {
 
 impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     fn context(self, doing: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|cause| Error::new(format!("Failed to {}: {cause}", doing())))
+        self.map_err(|cause| failed(&doing(), &cause))
     }
+}
+
+/// Compiled once, not for each type of cause.
+#[inline(never)]
+fn failed(doing: &str, cause: &dyn fmt::Display) -> Error {
+    Error::new(format!("Failed to {doing}: {cause}"))
 }
 
 #[cfg(test)]

@@ -587,9 +587,9 @@ impl Repository {
         git(&self.top)
     }
 
-    fn ask<'a>(&self, arguments: impl IntoIterator<Item = &'a str> + Clone) -> Result<String> {
-        let what = arguments.clone().into_iter().collect::<Vec<_>>().join(" ");
-        ask(&self.top, arguments, || format!("run git {what} in {}", self.top.display()))
+    fn ask<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
+        let arguments: Vec<&str> = arguments.into_iter().collect();
+        ask(&self.top, arguments.iter(), || format!("run git {} in {}", arguments.join(" "), self.top.display()))
     }
 }
 

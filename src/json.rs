@@ -1,13 +1,30 @@
-//! JSON errors that name the key: `serde_json` only knows line and column.
+//! JSON: errors that name the key (`serde_json` only knows line and column), and texts of others.
+//!
+//! All values are read from bytes: each other way of reading would be compiled again for each type.
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::text;
 
 /// Parses `text`; an error says which key it is about, what was found and what was expected.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| {
+    serde_json::from_slice(text.as_bytes()).map_err(|error| {
         let path = path_at(text, error.line(), error.column());
         if path.is_empty() { error.to_string() } else { format!("{path}: {error}") }
     })
+}
+
+/// Parses what somebody else has written; all texts in it are made fit to show.
+pub fn parse_foreign<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
+    let mut value = serde_json::from_slice(bytes)?;
+    text::make_fit(&mut value);
+    from_value(&value)
+}
+
+/// Takes a value for one of this type.
+pub fn from_value<T: DeserializeOwned>(value: &Value) -> serde_json::Result<T> {
+    serde_json::from_slice(&serde_json::to_vec(value)?)
 }
 
 /// The keys and indexes that lead to the value at this place of a JSON text.

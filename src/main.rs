@@ -129,8 +129,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, fleet::seen::forget_own),
         ["candidate", fate, name, options, proposal] => {
-            let options = serde_json::from_str(options).context(|| "read the run's options".into())?;
-            let proposal: Option<Proposal> = serde_json::from_str(proposal).context(|| "read the run's proposal".into())?;
+            let options = serde_json::from_slice(options.as_bytes()).context(|| "read the run's options".into())?;
+            let proposal: Option<Proposal> = serde_json::from_slice(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
             return candidate::candidate(fate, &layout(name)?, &options, proposal.as_ref());
         }
@@ -177,5 +177,5 @@ fn start_logging() {
             .lines()
             .try_for_each(|line| if journal { writeln!(buffer, "<{priority}>{line}") } else { writeln!(buffer, "{word}{line}") })
     };
-    env_logger::Builder::new().filter_level(log::LevelFilter::Info).parse_default_env().format(format).init();
+    env_logger::Builder::new().filter_level(log::LevelFilter::Info).format(format).init();
 }

@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Release;
+use crate::json;
 use crate::layout::Layout;
 use crate::names::{Branch, ObjectId, RunId};
 use crate::program::TAIL_LINES;
 use crate::run::{Failure, Stage};
-use crate::text;
 
 /// More than any run has to say.
 const LIMIT: u64 = 256 * 1024;
@@ -86,9 +86,7 @@ impl Notes {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.context(doing)?,
         };
-        let mut notes = serde_json::from_slice(&bytes).context(doing)?;
-        text::make_fit(&mut notes);
-        let notes: Self = serde_json::from_value(notes).context(doing)?;
+        let notes: Self = json::parse_foreign(&bytes).context(doing)?;
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if !of_user(notes.stage) || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
         {

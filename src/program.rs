@@ -142,7 +142,12 @@ impl Program {
 
     /// Runs the program, gives it `input`, returns its output; for programs that end soon by
     /// themselves. Fails if it cannot be started or does not succeed.
-    pub fn output(mut self, doing: impl Fn() -> String, input: Option<&[u8]>) -> Result<Vec<u8>> {
+    pub fn output(self, doing: impl Fn() -> String, input: Option<&[u8]>) -> Result<Vec<u8>> {
+        self.output_of(&doing, input)
+    }
+
+    // compiled once, not for each caller; so are those below
+    fn output_of(mut self, doing: &dyn Fn() -> String, input: Option<&[u8]>) -> Result<Vec<u8>> {
         let mut run = || -> io::Result<_> {
             self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
             if input.is_some() {
@@ -159,7 +164,7 @@ impl Program {
         self.succeeded(doing, output.status, output.stdout, &output.stderr)
     }
 
-    fn succeeded(&self, doing: impl Fn() -> String, status: ExitStatus, output: Vec<u8>, said: &[u8]) -> Result<Vec<u8>> {
+    fn succeeded(&self, doing: &dyn Fn() -> String, status: ExitStatus, output: Vec<u8>, said: &[u8]) -> Result<Vec<u8>> {
         if status.success() {
             return Ok(output);
         }
@@ -171,7 +176,11 @@ impl Program {
 
     /// The same for programs that take long: what they say besides goes to the end of the file `log`
     /// as it is said.
-    pub fn logged(mut self, doing: impl Fn() -> String, log: &Path) -> Result<Vec<u8>> {
+    pub fn logged(self, doing: impl Fn() -> String, log: &Path) -> Result<Vec<u8>> {
+        self.logged_to(&doing, log)
+    }
+
+    fn logged_to(mut self, doing: &dyn Fn() -> String, log: &Path) -> Result<Vec<u8>> {
         let file = File::options().append(true).create(true).open(log).context(|| format!("write {}", log.display()))?;
         let before = file.metadata().map_or(0, |metadata| metadata.len());
         let child = self.command.stdout(Stdio::piped()).stderr(file).spawn();
@@ -233,10 +242,14 @@ impl Program {
     /// Runs the program to its end, or until `limit` has passed, which is an error; `doing` completes
     /// "Failed to". What it leaves behind in its process group is ended, too. Its own failure is no error
     /// yet: see [`Ended::success`].
-    pub fn run(mut self, limit: Duration, doing: impl Fn() -> String) -> Result<Ended> {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(&doing)?;
+    pub fn run(self, limit: Duration, doing: impl Fn() -> String) -> Result<Ended> {
+        self.run_within(limit, &doing)
+    }
+
+    fn run_within(mut self, limit: Duration, doing: &dyn Fn() -> String) -> Result<Ended> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(doing)?;
         let mut reader = File::from(reader);
-        let errors = writer.try_clone().context(&doing)?;
+        let errors = writer.try_clone().context(doing)?;
         let deadline = Instant::now() + limit;
         let child = self.command.stdout(writer).stderr(errors).process_group(0).spawn();
         // our ends of the pipe would keep it open
@@ -245,9 +258,9 @@ impl Program {
         let mut tail = Tail { watched: self.watched, ..Tail::default() };
         let mut ended = None;
         loop {
-            let heard = tail.follow(&mut reader).context(&doing)?;
+            let heard = tail.follow(&mut reader).context(doing)?;
             if ended.is_none() {
-                ended = child.try_wait().context(&doing)?.map(|status| (status, Instant::now()));
+                ended = child.try_wait().context(doing)?.map(|status| (status, Instant::now()));
             }
             match (heard, ended) {
                 (Heard::Something, Some((_, since))) if since.elapsed() < ECHO => {}

@@ -132,7 +132,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
         let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
         verify.arg("-s").arg(file).output(|| "verify the signature of the hub's manifest".into(), Some(signed.manifest.as_bytes()))?;
     }
-    let manifest: Manifest = serde_json::from_str(&signed.manifest).context(doing)?;
+    let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
     let wrong = if manifest.format != FORMAT {
         format!("its format is {}, this Ekiben knows {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {

@@ -18,6 +18,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::{self, Hub};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
+use crate::json;
 use crate::names::{HostName, RunId};
 
 /// How many reports of one host are kept, and how many bytes of logs.
@@ -160,7 +161,7 @@ fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemT
 }
 
 fn judge_report(bytes: &[u8], host: &HostName, run: &RunId) -> Result<Vec<u8>, String> {
-    let report: Report = hub::foreign(bytes).map_err(|error| error.to_string())?;
+    let report: Report = json::parse_foreign(bytes).map_err(|error| error.to_string())?;
     if (report.format, &report.host, report.run.id.as_str()) != (FORMAT, host, run) {
         return Err(format!("expected a report of format {FORMAT} by {host} on {run}"));
     }
@@ -168,7 +169,7 @@ fn judge_report(bytes: &[u8], host: &HostName, run: &RunId) -> Result<Vec<u8>, S
 }
 
 fn judge_heartbeat(bytes: &[u8], host: &HostName) -> Result<Vec<u8>, String> {
-    let heartbeat: Heartbeat = hub::foreign(bytes).map_err(|error| error.to_string())?;
+    let heartbeat: Heartbeat = json::parse_foreign(bytes).map_err(|error| error.to_string())?;
     if (heartbeat.format, &heartbeat.host) != (FORMAT, host) {
         return Err(format!("expected a heartbeat of format {FORMAT} by {host}"));
     }

@@ -16,13 +16,13 @@ use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use ::nix::sys::stat::Mode;
 use ::nix::unistd::geteuid;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::collect::collect;
 use crate::fleet::elsewhere::{Elsewhere, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, SMALL, Signed};
+use crate::json;
 use crate::names::{HostName, Sha256};
 use crate::text;
 
@@ -184,7 +184,7 @@ impl Hub {
         let doing = || format!("read {}", path.display());
         let Some(text) = read(&path).context(doing)? else { return Ok(None) };
         let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).context(doing)?;
-        let heartbeat: Heartbeat = foreign(&text).context(doing)?;
+        let heartbeat: Heartbeat = json::parse_foreign(&text).context(doing)?;
         if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it is of another host").context(doing) }
     }
 
@@ -203,7 +203,7 @@ impl Hub {
         let path = self.index_file(host);
         let doing = || format!("read {}", path.display());
         let text = read(&path).context(doing)?;
-        Ok(text.map(|text| foreign(&text)).transpose().context(doing)?.unwrap_or_default())
+        Ok(text.map(|text| json::parse_foreign(&text)).transpose().context(doing)?.unwrap_or_default())
     }
 
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
@@ -251,17 +251,10 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
         format: u32,
     }
     let signed: Signed = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    let Format { format } = serde_json::from_str(&signed.manifest).map_err(|error| error.to_string())?;
+    let Format { format } = serde_json::from_slice(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
     if format != FORMAT {
         return Ok((None, signed));
     }
-    let manifest: Manifest = foreign(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
+    let manifest: Manifest = json::parse_foreign(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
     if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is of {}", manifest.host)) }
-}
-
-/// Parses what a host has sent, as something to be shown on a terminal.
-pub fn foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
-    let mut value = serde_json::from_slice(text)?;
-    text::make_fit(&mut value);
-    serde_json::from_value(value)
 }

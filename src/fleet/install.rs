@@ -19,6 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::sftp::Session;
 use crate::fleet::{SMALL, Served, sha256};
+use crate::json;
 use crate::layout::Layout;
 use crate::names::Sha256;
 
@@ -88,7 +89,7 @@ fn read_index(contents: &[u8]) -> Result<(Vec<Served>, Vec<String>)> {
     }
     let (mut served, mut failed) = (Vec::new(), Vec::new());
     for entry in entries {
-        match serde_json::from_value(entry).context(|| "accept a file of the hub's".into()) {
+        match json::from_value(&entry).context(|| "accept a file of the hub's".into()) {
             Ok(file) => served.push(file),
             Err(error) => failed.push(error.to_string()),
         }

@@ -19,7 +19,7 @@ pub fn message(manifest: &Manifest) -> Result<String> {
 pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
     let message = repository.message(commit, "^release [0-9]+$")?;
     let manifest = message.as_deref().and_then(|message| message.split_once("\n\n"));
-    Ok(manifest.and_then(|(_, text)| serde_json::from_str(text).ok()))
+    Ok(manifest.and_then(|(_, text)| serde_json::from_slice(text.as_bytes()).ok()))
 }
 
 /// Builds the system of a commit as the hub does: from a directory with its files and nothing else.

@@ -206,7 +206,7 @@ impl Repository {
             return Ok(vec![Host { name, attr: None, source }]);
         }
         let names = self.ask(&source, &label(&place), "nixosConfigurations", NAMES, false)?;
-        let names: Vec<HostName> = serde_json::from_value(names).context(doing)?;
+        let names: Vec<HostName> = json::from_value(&names).context(doing)?;
         let host = |name: HostName| Host { attr: Some(name.clone()), name, source: Arc::clone(&source) };
         Ok(names.into_iter().map(host).collect())
     }
@@ -217,7 +217,7 @@ impl Repository {
         let attribute = format!("{quoted}config.system.build.toplevel");
         let ask = |again| -> Result<System> {
             let answer = self.ask(&host.source, &host.name, &attribute, SYSTEM, again)?;
-            serde_json::from_value(answer).context(|| format!("evaluate {}", host.name))
+            json::from_value(&answer).context(|| format!("evaluate {}", host.name))
         };
         let system = ask(false)?;
         // collected as garbage: nothing could be built
