@@ -33,3 +33,17 @@ with subtest("a run that was due while the machine was off is made up for"):
     wait_for_run(machine, "seldom", 0)
     assert last_run(machine, "seldom")["trigger"] == "timer"
     assert shows(machine, "other") == "2"
+
+if is_host(machine):
+    with subtest("what a repository has nix print commands no terminal and no journal"):
+        machine.succeed("systemctl stop ekiben-often.timer")
+        wait_until_at_rest(machine, "often")
+        trace = r"builtins.trace \"$(printf '\302\233')31mred$(printf '\342\200\256')\" name"
+        deploy(machine, f'sed -i "s/inherit app other name;/inherit app other; name = {trace};/" flake.nix; git commit -qam odd')
+        for said in (machine.succeed("ekiben trigger --wait often"), machine.succeed("journalctl --sync; journalctl -u ekiben-often -o cat")):
+            assert "31mred" in said and "\x9b" not in said and "\u202e" not in said, said
+
+    with subtest("a reader that has gone is no fault"):
+        gone = "import os, subprocess, sys; r, w = os.pipe(); os.close(r); sys.exit(subprocess.call(sys.argv[1:], stdout=w))"
+        for command in ("ekiben status --json", "ekiben status", "ekiben --help", "ekiben fleet --help"):
+            machine.succeed(f"python3 -c {shlex.quote(gone)} {command}")
