@@ -164,7 +164,8 @@ def set_up(host):
     machine.start()
     install(machine)
     machine.succeed("install -d -o deploy /srv/upstream.git /srv/clone")
-    machine.succeed(as_deploy("git init -q --bare -b main /srv/upstream.git"))
+    # which is not what the trials are about: git does not sync all that it has received
+    machine.succeed(as_deploy("git init -q --bare -b main /srv/upstream.git; git -C /srv/upstream.git config core.fsync all"))
     deploy(machine, "git remote add origin /srv/upstream.git; git push -qu origin main")
     machine.succeed(as_deploy("git clone -q /srv/upstream.git /srv/clone"))
     succeed_after(" at first")
