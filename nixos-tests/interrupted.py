@@ -155,6 +155,32 @@ if STAND_IN:
         machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
         works()
 
+    with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
+        timer = "/run/systemd/system/scenario-once.timer"
+        machine.succeed(f"printf '[Timer]\\nOnActiveSec=1ms\\nAccuracySec=1ms\\nUnit=ekiben-app.service\\n' > {timer}; systemctl daemon-reload")
+        elapse = (
+            "systemctl start scenario-once.timer",
+            "until systemctl show --property SubState --value scenario-once.timer | grep -x running; do sleep 0.1; done",
+        )
+        kill = "systemctl kill --kill-whom=main --signal=KILL ekiben-app.service"
+        for steps, results in (
+            (elapse, ["unchanged", "deployed"]),
+            ((kill, "until systemctl show --property SubState --value ekiben-app.service | grep -x stop-post; do sleep 0.1; done", *elapse), ["deployed", "rolledBack"]),
+            ((*elapse, "systemctl stop --no-block ekiben-app.service"), ["rolledBack"]),
+        ):
+            begin("activate: switched", "back: begun")
+            known = [run["id"] for run in status(machine, "app")["runs"]]
+            machine.succeed(*steps)
+            go_on(machine, "activate: switched")
+            go_on(machine, "back: begun")
+            machine.wait_until_succeeds("systemctl show --property SubState --value scenario-once.timer | grep -x elapsed")
+            end_of_run()
+            new = [run["result"] for run in status(machine, "app")["runs"] if run["id"] not in known]
+            assert new == results, (steps, new)
+            machine.succeed("systemctl stop scenario-once.timer")
+        machine.succeed(f"rm {timer}; systemctl daemon-reload")
+        works()
+
     with subtest("what makes a generation is killed when it has made it: that goes, too"):
         before = what_stays(machine)
         begin("activate: persisting")

@@ -39,7 +39,15 @@ const RETURNS: u32 = 3;
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
-    conclude_as(layout, None)
+    let ended = conclude_as(layout, None);
+    // after the unit's stages, not at the beginning of the next run
+    if !service_result().is_empty() && !layout.request().exists() {
+        let was_stopped = service_result() == "signal" && exit_status() == "TERM";
+        if let Err(error) = system::sort_out_starts(layout.name(), !was_stopped) {
+            log::warn!("{error}.");
+        }
+    }
+    ended
 }
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
@@ -67,14 +75,7 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
             if run.phase == Phase::Begun && run.failure.is_none() {
                 run.decision = run.decision.or(decision);
             }
-            let ended = end(layout, run, Some(turn));
-            // after the unit's stages, not at the beginning of the next run
-            if !service_result().is_empty() && !layout.request().exists() {
-                if let Err(error) = system::cancel_start(layout.name()) {
-                    log::warn!("{error}.");
-                }
-            }
-            ended
+            end(layout, run, Some(turn))
         }
         None => Ok(()),
     }
@@ -226,6 +227,11 @@ fn service_result() -> String {
     std::env::var("SERVICE_RESULT").unwrap_or_default()
 }
 
+/// How the last of them has, or the signal that has ended it.
+fn exit_status() -> String {
+    std::env::var("EXIT_STATUS").unwrap_or_default()
+}
+
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
 fn cut_off(run: &Run) -> Failure {
     // whatever it was, it is not to happen again and again
@@ -233,7 +239,7 @@ fn cut_off(run: &Run) -> Failure {
     let message = match service_result().as_str() {
         _ if took_down => "the machine went down while the new system was being activated".into(),
         "timeout" => "it took too long".into(),
-        "signal" | "core-dump" => format!("it was ended by signal {}", std::env::var("EXIT_STATUS").unwrap_or_default()),
+        "signal" | "core-dump" => format!("it was ended by signal {}", exit_status()),
         "oom-kill" => "the machine ran out of memory".into(),
         _ => "it was cut off".into(),
     };

@@ -116,18 +116,37 @@ pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
 }
 
-/// Cancels a start of the instance's service that waits for the end of the present run.
+/// Cancels a start of the instance's service that waits for the end of the present run; has another run follow
+/// if a timer has elapsed meanwhile and `may_follow`.
 ///
 /// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
-/// still finds the journal, and asks for a start that nobody needs.
-pub fn cancel_start(instance: &str) -> Result<()> {
-    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service(instance)])?;
+/// still finds the journal, and asks for a start that nobody needs. The start that a timer asks for, on the other
+/// hand, is lost: for systemd, it is the one that is under way.
+pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
+    let service = service(instance);
+    if may_follow && timer_has_elapsed(&service)? {
+        let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
+        return restart.output(|| format!("start {service} again"), None).map(drop);
+    }
+    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service])?;
     for line in String::from_utf8_lossy(&list).lines() {
         if let [job, _, "start", "waiting"] = line.split_whitespace().collect::<Vec<_>>()[..] {
             Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
         }
     }
     Ok(())
+}
+
+/// Whether a timer of a service has elapsed since that was started. One that has started it does not elapse again
+/// before its end.
+fn timer_has_elapsed(service: &str) -> Result<bool> {
+    let triggers = systemctl(&["show", "--property=TriggeredBy", "--value", "--", service])?;
+    let started_by = std::env::var("TRIGGER_UNIT").unwrap_or_default();
+    let triggers = String::from_utf8_lossy(&triggers);
+    let timers = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some() && *unit != started_by);
+    let question = ["show", "--property=SubState", "--value", "--"].into_iter().chain(timers).collect::<Vec<_>>();
+    let states = systemctl(&question)?;
+    Ok(String::from_utf8_lossy(&states).lines().any(|state| state == "running"))
 }
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
