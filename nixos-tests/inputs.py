@@ -107,6 +107,44 @@ for url, ways in BROKEN.items():
             mends() if callable(mends) else server.succeed(mends)
         works()
 
+# listens instead of a server, and hangs up: PORT WAY
+HANG_UP = """
+import socket, sys
+BEGINNINGS = {"22": b"SSH-2.0-x\\r\\n", "9418": b"00", "443": b"\\x16\\x03\\x03\\x00\\x7a\\x02", "8000": b"HTTP/1.1 200 OK\\r\\nContent-Length: 9\\r\\n\\r\\n0"}
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+while True:
+    client, _ = listener.accept()
+    try:
+        if sys.argv[2] == "in mid-answer":
+            client.sendall(BEGINNINGS[sys.argv[1]])
+            client.recv(4096)
+    except OSError:
+        pass
+    client.close()
+"""
+SERVERS = {
+    "git://forge/app?ref=main": (9418, GIT),
+    "git+ssh://deploy@forge/srv/app?ref=main": (22, SSHD),
+    "git+http://forge:8000/git/app?ref=main": (8000, HTTP),
+    "git+https://github.com/git/app?ref=main": (443, HTTP),
+}
+
+for url, (port, (_, stop, restart, _)) in SERVERS.items():
+    with subtest(f"a server that hangs up for a while is asked again: {url}"):
+        use(url)
+        works()
+        for way in ("at once", "in mid-answer"):
+            content = renew()
+            server.succeed(stop, f"systemd-run --quiet --collect --unit=hang-up python3 -c {shlex.quote(HANG_UP)} {port} '{way}'")
+            server.wait_for_open_port(port)
+            follow(server, "patient")
+            server.succeed("systemctl start --no-block ekiben-patient")
+            wait_until_said(server, "patient", "trying again in 1 s")
+            server.succeed("systemctl stop hang-up")
+            restart()
+            wait_until_idle(server, "patient")
+            assert last_run(server, "patient")["result"] == "deployed" and shows(server, "app") == content, (way, last_run(server, "patient"))
+
 with subtest("what the network fails is tried again"):
     use("git://forge/app?ref=main")
     works()

@@ -144,6 +144,22 @@ if is_host(server):
             assert deploy(server, "cat new; git status --porcelain") == options
         server.succeed(f"rm -r {REPOSITORY}; mv {REPOSITORY}.away {REPOSITORY}")
 
+    with subtest("an sshd that has too many callers for a while is asked again"):
+        ssh = "systemctl restart ssh 2> /dev/null || systemctl restart sshd"
+        forge.succeed(f"echo 'MaxStartups 1:100:1' > /etc/ssh/sshd_config.d/scenario.conf; {ssh}")
+        forge.wait_for_open_port(22)
+        forge.succeed("systemd-run --quiet --unit=caller sh -c 'sleep infinity | nc localhost 22'")
+        forge.wait_until_succeeds("pgrep -f 'sshd.*\\[accepted\\]|sshd.*\\[net\\]|sshd-auth'")
+        push_upstream("echo patience > patience")
+        follow(server, "follower")
+        server.succeed("systemctl start --no-block ekiben-follower.service")
+        wait_until_said(server, "follower", "trying again in 4 s")
+        forge.succeed("systemctl stop caller")
+        wait_until_idle(server, "follower")
+        assert last_run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        assert deploy(server, "cat patience") == "patience"
+        forge.succeed(f"rm /etc/ssh/sshd_config.d/scenario.conf; {ssh}")
+
     with subtest("a host key that is not the known one is said, and not tried again"):
         known = server.succeed(as_deploy("cat ~/.ssh/known_hosts; rm -f /tmp/other*; ssh-keygen -q -t ed25519 -N '' -f /tmp/other; echo forge $(cut -d' ' -f1,2 /tmp/other.pub) > ~/.ssh/known_hosts"))
         follow(server, "follower")

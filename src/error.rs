@@ -42,7 +42,8 @@ impl Error {
 
     /// Whether the network or the other side is to blame, by what the failing program said.
     pub fn is_of_network(&self) -> bool {
-        self.says(&NETWORK)
+        // without a word of why, if it was hung up on
+        self.says(&NETWORK) || self.tail.first().is_some_and(|line| line.contains("Could not read from remote repository"))
     }
 
     /// The same error of a program that was to reach others: transient if the network is to blame. Of what
@@ -86,8 +87,10 @@ const MACHINE: [&str; 19] = [
 ];
 
 /// What programs say when the network or the other side is at fault, in lower case.
-const NETWORK: [&str; 38] = [
+const NETWORK: [&str; 57] = [
     "broken pipe",
+    "bytes missing",
+    "closed by remote host",
     "connection aborted",
     "connection closed by",
     "connection refused",
@@ -98,33 +101,50 @@ const NETWORK: [&str; 38] = [
     "couldn't connect to server",
     "couldn't resolve",
     "early eof",
+    "empty reply from server",
+    "error decoding the received tls packet",
     "error in the http2",
+    "error in the pull function",
+    "failed sending data",
     "failed to connect to",
     "failure when receiving data",
     "gnutls_handshake",
     "host is down",
+    "http error 408",
     "http error 429",
     "http error 5",
+    "kex_exchange_identification",
     "name or service not known",
     "network is down",
     "network is unreachable",
     "no address associated with hostname",
     "no route to host",
+    "non-properly terminated",
+    "not closed cleanly",
     "operation timed out",
+    "operation too slow",
     "partial file",
     "rate limit exceeded",
     "recv failure",
     "remote end hung up unexpectedly",
+    "resolving timed out",
+    "returned error: 408",
     "returned error: 429",
     "returned error: 5",
     "rpc failed",
     "send failure",
+    "server returned nothing",
     "ssl connect error",
+    "ssl connection timeout",
     "ssl_error_syscall",
     "temporary failure in name resolution",
     "timeout was reached",
+    "timeout, server",
     "transfer closed with",
     "unable to connect",
+    "unable to look up",
+    "unexpected disconnect",
+    "unexpected eof while reading",
 ];
 
 impl fmt::Display for Error {
@@ -163,6 +183,12 @@ mod tests {
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),
             ("kex_exchange_identification: Connection closed by remote host", false, true),
+            ("Connection closed by 192.0.2.1 port 22", false, true),
+            ("Connection to forge closed by remote host.", false, true),
+            ("Timeout, server forge not responding.", false, true),
+            ("GnuTLS, handshake failed: The TLS connection was non-properly terminated.", false, true),
+            ("GnuTLS, handshake failed: A TLS fatal alert has been received.", false, false),
+            ("fatal: Could not read from remote repository.", false, true),
             ("fatal: unable to access 'http://h/': The requested URL returned error: 500", false, true),
             ("fatal: unable to access 'http://h/': The requested URL returned error: 404", false, false),
             ("error: unable to download 'http://h/': HTTP error 429", false, true),
@@ -174,6 +200,12 @@ mod tests {
             assert_eq!((error.is_transient(), error.is_of_network()), (transient, network), "{line}");
             assert_eq!(error.of_network().is_transient(), transient || network, "{line}");
         }
+    }
+
+    #[test]
+    fn who_is_not_let_in_is_not_to_try_again() {
+        let said = ["deploy@forge: Permission denied (publickey).", "fatal: Could not read from remote repository."];
+        assert!(!Error::new("Failed to fetch").with_tail(said.map(String::from).to_vec()).is_of_network());
     }
 
     #[test]
