@@ -178,3 +178,18 @@ if is_host(server):
 
 wait_until_at_rest(server, "app")
 server.fail("journalctl -o cat -u ekiben-webhook -u ekiben-app | grep -F token-app-0123456789")
+
+if is_host(server):
+    with subtest("an address that another program has is said, and served as soon as that is gone"):
+        server.succeed(
+            "systemctl stop ekiben-webhook.socket ekiben-webhook.service",
+            "systemd-run --quiet --unit=scenario-busy python3 -m http.server 8787",
+        )
+        server.wait_for_open_port(8787)
+        server.fail("systemctl start ekiben-webhook.socket")
+        server.succeed("journalctl --sync; journalctl -u ekiben-webhook.socket -n 5 -o cat | grep -F 'Address already in use'")
+        server.wait_until_succeeds("systemctl is-failed ekiben-webhook.socket")
+        server.succeed("systemctl stop scenario-busy")
+        server.wait_until_succeeds("systemctl is-active ekiben-webhook.socket")
+        assert post(token("app")) == "202"
+        wait_until_at_rest(server, "app")
