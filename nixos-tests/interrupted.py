@@ -129,6 +129,12 @@ with subtest("only what moves the branch is killed, when it has moved it"):
     assert settled(content, None) == "new"
 
 if STAND_IN:
+    with subtest("what moves the branch takes too long, when it has moved it"):
+        content = begin("accept: branch moved")
+        wait_until_said(machine, "app", "Failed to accept the candidate: timed out after 20 s; trying again.")
+        assert end_of_run()["result"] == "deployed", last_run(machine, "app")
+        assert settled(content, None) == "new"
+
     with subtest("the disk fails when the journal is to say that the new system is the one to boot"):
         before = what_stays(machine)
         begin("activate: boot loader set", "back: begun")

@@ -26,8 +26,8 @@ use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
 use crate::status::{Ended, Outcome, Status};
 use crate::system::{self, Turn};
 
-/// How long the way from a commit to the branch, a push included, may take.
-const SETTLE_LIMIT: Duration = Duration::from_secs(600);
+/// How long the way from a commit to the branch, a push included, may take; tests wait for it.
+const SETTLE_LIMIT: Duration = Duration::from_secs(if cfg!(feature = "fault-points") { 20 } else { 600 });
 /// How often the user's git is asked if it is killed or takes too long.
 const TRIES: u32 = 3;
 /// Between two looks at something that takes its time.
