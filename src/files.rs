@@ -26,6 +26,7 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     // of two processes that write the same file, each writes its own
     name.push(format!(".{}.new", std::process::id()));
     let new = path.with_file_name(name);
+    tidy(path);
     clear(&new)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
     let rename = || match fs::rename(&new, path) {
@@ -67,8 +68,24 @@ pub fn reserve(path: &Path, size: u64) -> io::Result<()> {
     write(path, &contents, 0o600)
 }
 
+/// Takes away what those that were to write this file, and were killed, have left of that.
+fn tidy(path: &Path) {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str)) else { return };
+    // numbers of processes come again
+    let program = |process: &str| fs::read(Path::new("/proc").join(process).join("comm")).ok();
+    for other in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let other = other.path();
+        let rest = other.file_name().and_then(OsStr::to_str).and_then(|other| other.strip_prefix(name)).unwrap_or_default();
+        let writer = rest.strip_prefix('.').and_then(|rest| rest.strip_suffix(".new")).filter(|writer| writer.parse::<u32>().is_ok());
+        if writer.is_some_and(|writer| program(writer) != program("self")) {
+            let _ = fs::remove_file(&other);
+        }
+    }
+}
+
 /// Removes the file `path`, if it is there.
 pub fn remove(path: &Path) -> io::Result<()> {
+    tidy(path);
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
@@ -202,6 +219,24 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
     use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn what_a_killed_writer_has_left_is_taken_away() {
+        let directory = Directory::new();
+        let path = directory.path().join("x.json");
+        let mut dead = std::process::Command::new("true").spawn().unwrap();
+        dead.wait().unwrap();
+        let left = [dead.id(), 1].map(|writer| directory.path().join(format!("x.json.{writer}.new")));
+        let alive = directory.path().join(format!("x.json.{}.new", std::process::id()));
+        for change in [|path: &Path| write(path, b"y", 0o600), remove] {
+            for file in left.iter().chain([&alive]) {
+                fs::write(file, "half").unwrap();
+            }
+            change(&path).unwrap();
+            assert!(left.iter().all(|file| !file.exists()));
+        }
+        assert!(alive.exists(), "of one that is at it");
+    }
 
     #[test]
     fn whatever_is_in_the_way_of_a_file_is_removed() {
