@@ -16,7 +16,7 @@ def stand_in(name, says):
       name = "nixos-system-{name}"; system = "{SYSTEM}"; builder = "/bin/sh"; PATH = "/usr/bin:/run/current-system/sw/bin"; says = {says};
       args = [ "-euc" "if [ $says = broken ]; then echo trouble in build >&2; exit 1; fi
         if [ {name} = hub ]; then mkdir -p $out/bin
-          printf '#!/bin/sh\\necho $1 > /tmp/switched\\n' > $out/bin/switch-to-configuration; chmod +x $out/bin/*
+          printf '#!/bin/sh\\necho $1 >> /tmp/switched\\n' > $out/bin/switch-to-configuration; chmod +x $out/bin/*
         else echo $says > $out; fi" ]; }}; }}'''
 
 
@@ -400,7 +400,8 @@ with subtest("This machine's own configuration can be activated"):
     if is_host(hub):
         assert "belongs to deploy, and this is root" in hub.fail("cd /srv/fleet; ekiben fleet build switch hub 2>&1")
         hub.succeed("cp -r /srv/fleet /root/fleet; chown -R root /root/fleet; cd /root/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
-        assert hub.succeed("cat /tmp/switched").strip() == "switch"
+        # first for now, then for good
+        assert hub.succeed("cat /tmp/switched").split() == ["test", "boot"]
         assert generation(hub).endswith(manifest("hub")["toplevel"])
 
 with subtest("A new host is told what to do"):

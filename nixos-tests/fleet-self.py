@@ -28,6 +28,18 @@ with subtest("an update that is pushed, over SSH; the next release is deployed a
     assert shows(web, "app") == content and generation(web) == before
     hub.succeed(fleet("build switch web --target root@web", path))
     assert shows(web, "app") == content and generation(web).endswith(running(web))
+    if is_host(web):
+        # what a check of it refuses is not what is booted next; what only a boot can bring is
+        before = (running(web), generation(web))
+        change_hosts(hub, "web")
+        web.succeed("echo 'not today' > /run/scenario-refuses")
+        assert "not today" in hub.fail(fleet("build switch web --target root@web", path))
+        assert (running(web), generation(web)) == before
+        web.succeed("rm /run/scenario-refuses")
+        change_hosts(hub, "web", trouble="reboot")
+        assert "won't take effect until you reboot" in hub.fail(fleet("build switch web --target root@web", path))
+        assert running(web) == before[0] and generation(web) != before[1]
+        change_hosts(hub, "web")
     for wrong in ("switch web --target -oProxyCommand=x", "switch web --target 'a b'", "build web --target root@web", "switch --target root@web"):
         assert "Failed to understand --target" in hub.fail(fleet(f"build {wrong}"))
     assert "copy /nix/store/" in hub.fail(fleet("build switch web --target root@nowhere", path))

@@ -431,7 +431,64 @@ with subtest("the new system needs a reboot: it is set for the next boot"):
     publish(server, "app", next(COUNT), trouble="reboot")
     ended = run(server, "app")
     assert ended["result"] == "deployed" and ended["rebootNeeded"], ended
-    assert "needed: the new system runs after it" in server.succeed("ekiben status app")
+    said = server.succeed("ekiben status app")
+    assert "needed: the new system runs after it" in said and "its init is incompatible with the running one" in said, said
     assert running(server) == old
     assert status(server, "app")["deployed"]["system"] == generation(server).split()[1]
     assert status(server, "app")["deployed"]["commit"] == head(server)
+
+if is_host(server):
+    with subtest("a pre-switch check refuses: nothing is changed, nothing is put back, and it is not held against the candidate"):
+        works()
+        content = str(next(COUNT))
+        publish(server, "app", content)
+        server.succeed("echo 'no room at all' > /run/scenario-refuses")
+        ended = fails("failed", "activate", "Failed to activate the new system: pre-switch check scenario failed: test of /nix/store/")
+        assert ended["error"].endswith("no room at all") and "Pre-switch checks failed" in output(), (ended, output())
+        server.fail(f"journalctl _SYSTEMD_INVOCATION_ID={ended['id']} -o cat | grep -e 'Going back' -e 'activating the configuration'")
+        server.succeed("rm /run/scenario-refuses; systemctl reset-failed ekiben-app; jq -e '.bad == null' /var/lib/ekiben/status/app.json")
+        assert run(server, "app")["result"] == "deployed" and shows(server, "app") == content, last_run(server, "app")
+
+    with subtest("a check that has come to refuse in the middle of a switch does not stand in the way back"):
+        old = (running(server), generation(server))
+        ended = while_it_waits("echo 'never again' > /run/scenario-refuses", "sick")
+        assert ended["result"] == "rolledBack" and "health check app" in ended["error"], ended
+        assert (running(server), generation(server)) == old
+        server.succeed("rm /run/scenario-refuses")
+        works()
+
+    with subtest("units of a user fail: it is said whose, and which"):
+        server.succeed(
+            "install -d -o deploy /home/deploy/.config /home/deploy/.config/systemd /home/deploy/.config/systemd/user",
+            "printf '[Service]\nType=oneshot\nExecStart=false\n' > /home/deploy/.config/systemd/user/nixos-activation.service",
+            "systemctl start user@1000.service",
+        )
+        assert "units of users have failed: deploy (nixos-activation.service)" in works()["warnings"], last_run(server, "app")
+        server.succeed("systemctl stop user@1000.service; rm -r /home/deploy/.config/systemd")
+
+    with subtest("a unit fails with either system: no reason to be stuck, nor to excuse a candidate that fails for another"):
+        server.succeed("rm /run/scenario-calm; systemctl reset-failed")
+        publish(server, "app", next(COUNT), trouble="activation")
+        old = (running(server), generation(server))
+        ended = run(server, "app")
+        assert ended["result"] == "rolledBack" and "an activation script failed" in ended["error"], ended
+        assert "Failed to start scenario-flaky.service with the old system, too" in ended["warnings"], ended
+        assert (running(server), generation(server)) == old
+        server.succeed("jq -e '.bad != null' /var/lib/ekiben/status/app.json", "touch /run/scenario-calm; systemctl reset-failed")
+        works()
+
+    with subtest("what must not change while a system runs does: set for the next boot, and said what and why"):
+        old = running(server)
+        publish(server, "app", next(COUNT), trouble="inhibitor")
+        ended = run(server, "app")
+        assert ended["result"] == "deployed" and ended["rebootNeeded"], ended
+        assert 'switch inhibitor dbus-implementation changes from "dbus" to "broker"' in server.succeed("ekiben status app")
+        assert running(server) == old and status(server, "app")["deployed"]["commit"] == head(server)
+        assert status(server, "app")["deployed"]["system"] == generation(server).split()[1]
+        server.shutdown()
+        server.start()
+        assert running(server) == generation(server).split()[1]
+        # and back again
+        server.succeed("touch /run/scenario-calm; systemctl reset-failed")
+        publish(server, "app", next(COUNT))
+        assert 'from "broker" to "dbus"' in " ".join(run(server, "app")["warnings"]), last_run(server, "app")

@@ -21,11 +21,11 @@ use crate::integrity;
 use crate::layout::Layout;
 use crate::nix::{self, Generation};
 use crate::notes::Notes;
-use crate::program::Ended;
 use crate::run::{Before, Decision, Failure, Phase, Run, Stage};
 use crate::status::Status;
+use crate::switched::{self, Switched};
 use crate::system::{self, Turn};
-use crate::units::Units;
+use crate::units::{self, Units};
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
@@ -77,16 +77,22 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     integrity::sync()?;
 
     if run.instance.operation == Operation::Switch && before.system != system {
-        run.enter(Phase::Switching, layout)?;
-        fault::point("activate: switching");
-        switch(run, &system, &before)?;
-        fault::point("activate: switched");
-        verify(layout, run, &system, &before)?;
+        let inhibitors = switched::inhibitors(&system::current()?, &system);
+        if inhibitors.is_empty() {
+            run.enter(Phase::Switching, layout)?;
+            fault::point("activate: switching");
+            switch(layout, run, &system, &before)?;
+            fault::point("activate: switched");
+        } else {
+            at_boot(run, &inhibitors.join("; "));
+        }
+        if !run.reboot_needed {
+            verify(layout, run, &system, &before)?;
+        }
         fault::point("activate: healthy");
         if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
             // another hand: what it did is to stay
-            run.before = None;
-            run.enter(Phase::Begun, layout)?;
+            leave(layout, run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
@@ -128,33 +134,48 @@ fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Res
 }
 
 /// Activates the candidate without making it what is booted.
-fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
-    match ended.status.code() {
-        // the documented ones: all well, some unit failed, only a reboot can bring this
-        Some(4) if ended.seen.is_some() => {
-            Err(Error::new("Failed to activate the new system: an activation script failed").with_tail(ended.tail))
+    match Switched::of(ended)? {
+        Switched::Runs { units_failed, users, tail } => {
+            run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
+            check_units(run, system, before, units_failed && users.is_empty()).map_err(|error| error.with_tail(tail))
         }
-        Some(0 | 4) => check_units(run, system, before, ended),
-        Some(100) => {
-            run.reboot_needed = true;
+        Switched::AtBoot(why) => {
+            at_boot(run, &why);
             Ok(())
         }
-        _ => ended.success(),
+        Switched::Refused(error) => {
+            leave(layout, run)?;
+            Err(error)
+        }
     }
 }
 
-/// Fails if a unit is worse off than before, unless that is to be kept.
-fn check_units(run: &mut Run, system: &Path, before: &Before, ended: Ended) -> Result<()> {
+/// Notes that nothing but a boot brings the candidate, and why.
+fn at_boot(run: &mut Run, why: &str) {
+    run.warnings.push(format!("the new system takes effect at the next boot: {why}"));
+    run.reboot_needed = true;
+}
+
+/// Notes that there is nothing to put back.
+fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
+    run.before = None;
+    run.enter(Phase::Begun, layout)
+}
+
+/// Fails if a unit is worse off than before, unless that is to be kept. `some_failed` is what switch-to-configuration
+/// says of them, whose account is another one.
+fn check_units(run: &mut Run, system: &Path, before: &Before, some_failed: bool) -> Result<()> {
     let worse = before.units.worse_under(&before.system, system)?;
-    run.worse = worse.keys().cloned().collect();
     if !worse.is_empty() {
         let error = conclude::failed_to_start(&worse);
         if run.instance.on_unit_failure == OnUnitFailure::Rollback {
-            return Err(error.with_tail(ended.tail));
+            run.blamed = worse.into_keys().collect();
+            return Err(error);
         }
         run.warnings.push(error.to_string());
-    } else if ended.status.code() == Some(4) {
+    } else if some_failed {
         let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
         run.warnings.push(if again.is_empty() {
             "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
@@ -185,7 +206,7 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     run.warnings.push(format!("{error}; it was the same with the old system, so the new one stays"));
     run.passed = local;
     run.enter(Phase::Switching, layout)?;
-    switch(run, system, before)?;
+    switch(layout, run, system, before)?;
     health::verify(&checks, &run.passed)
 }
 

@@ -300,33 +300,60 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     }
     log::warn!("Going back to {} ...", before.system.display());
     let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::Returning);
+    note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
     if let Err(error) = run.enter(Phase::Returning, layout) {
         log::error!("{error}.");
     }
     fault::point("back: begun");
-    let back = put_back(run, &before, touched_boot).and_then(|worse| {
-        // what fails with either system is not the candidate's doing
-        let (mine, same): (Worse, Worse) = worse.into_iter().partition(|(name, _)| !run.worse.contains(name));
-        if mine.is_empty() { Ok(same) } else { Err(failed_to_start(&mine)) }
-    });
-    match back {
-        Ok(same) if result == Outcome::Failed => {
-            let same = if same.is_empty() { health::verify(&run.instance.health_checks, &run.passed) } else { Err(failed_to_start(&same)) };
-            if let (Err(error), Some(failure)) = (same, &mut run.failure) {
-                // so it was not the candidate's doing, and may be tried again
-                failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
-                failure.transient = true;
+    match put_back(run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
+        Ok(same) => {
+            if !same.is_empty() {
+                run.warnings.push(format!("{} with the old system, too", failed_to_start(&same)));
             }
+            if result != Outcome::Failed {
+                return result;
+            }
+            excuse(run, &same);
             Outcome::RolledBack
         }
-        Ok(_) => result,
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
             let message = format!("{first}going back failed: {error}; this machine needs a hand");
             run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
             Outcome::Stuck
         }
+    }
+}
+
+/// Notes which units have failed with the candidate, whatever it is put back for.
+fn note_failed(run: &mut Run, before: &Before) {
+    run.worse.extend(run.blamed.iter().cloned());
+    let Some(candidate) = run.candidate.as_ref().filter(|_| run.phase != Phase::Returning && run.boot == boot_id()) else { return };
+    match before.units.worse_under(&before.system, candidate) {
+        // the others may wait for the rest of an activation
+        Ok(worse) => run.worse.extend(worse.into_iter().filter(|(_, state)| state == "failed").map(|(name, _)| name)),
+        Err(error) => log::warn!("{error}."),
+    }
+}
+
+/// Of units that are worse off with the old system, those that were with the candidate, too: that is not its doing.
+/// Fails if there are others.
+fn with_either(run: &Run, worse: Worse) -> Result<Worse> {
+    let (same, mine): (Worse, Worse) = worse.into_iter().partition(|(name, _)| run.worse.contains(name));
+    if mine.is_empty() { Ok(same) } else { Err(failed_to_start(&mine)) }
+}
+
+/// Notes that the candidate may be tried again, if what it has failed for is the same with the old system.
+fn excuse(run: &mut Run, same: &Worse) {
+    let why = if run.blamed.is_empty() {
+        health::verify(&run.instance.health_checks, &run.passed).err()
+    } else {
+        run.blamed.iter().all(|name| same.contains_key(name)).then(|| failed_to_start(same))
+    };
+    if let (Some(error), Some(failure)) = (why, &mut run.failure) {
+        failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
+        failure.transient = true;
     }
 }
 
@@ -366,7 +393,7 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
     }
     match store::current_generation()? {
         Some(generation) if touched || is_other => {
-            system::switch_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
+            system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
         }
         _ => Ok(()),
     }
@@ -378,7 +405,7 @@ fn put_back_system(run: &Run, before: &Before) -> Result<Worse> {
     let mut worse = Worse::new();
     for _ in 0..2 {
         system::again(|| {
-            let ended = system::switch_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system")?;
+            let ended = system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system")?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
         })?;
         let until = Instant::now() + RECOVERY;
@@ -415,10 +442,7 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
         run.returns += 1;
         run.keep_stuck(layout)?;
         log::warn!("Going back to {}, which has failed before ...", before.system.display());
-        let worse = put_back(&run, &before, true)?;
-        if !worse.is_empty() {
-            return Err(failed_to_start(&worse));
-        }
+        with_either(&run, put_back(&run, &before, true)?)?;
     }
     Run::forget_stuck(layout)?;
     store::unroot(layout)?;

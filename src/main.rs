@@ -30,6 +30,7 @@ mod reboot;
 mod run;
 mod savepoint;
 mod status;
+mod switched;
 mod system;
 mod table;
 #[cfg(test)]

@@ -53,7 +53,7 @@ fn update(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: 
     let update = update.arg("--output-lock-file").arg(scratch).watch_for(STALE);
     // whoever does not answer may answer another time
     let ended = update.run(limit, doing).map_err(Error::transient)?;
-    match ended.seen.clone() {
+    match ended.seen.first().cloned() {
         Some(stale) if ended.status.success() => {
             // it shows all of the answer, too
             let download = ended.tail.iter().find(|line| line.contains("unable to download")).cloned();
@@ -168,7 +168,7 @@ pub fn keep(system: &Path, root: &str) -> Result<()> {
 /// What every NixOS system has.
 const HAS: [&str; 3] = ["init", "nixos-version", "bin/switch-to-configuration"];
 /// What else root, the boot loader or the kernel run or read of a system that has it.
-const MAY_HAVE: [&str; 14] = [
+const MAY_HAVE: [&str; 15] = [
     "activate",
     "append-initrd-secrets",
     "boot.json",
@@ -183,6 +183,7 @@ const MAY_HAVE: [&str; 14] = [
     "prepare-root",
     "specialisation",
     "sw",
+    "switch-inhibitors",
 ];
 
 /// Says why this is no system of which root may run what is in it: no link of it leads out of the store, where

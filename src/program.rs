@@ -58,8 +58,8 @@ pub struct Ended {
     pub status: ExitStatus,
     /// The last lines of its output and errors.
     pub tail: Vec<String>,
-    /// The first line in which it has said what was watched for.
-    pub seen: Option<String>,
+    /// The lines in which it has said what was watched for, the first of them at least.
+    pub seen: Vec<String>,
     doing: String,
     reason: Reason,
 }
@@ -81,16 +81,20 @@ impl Program {
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
 
-    /// This very program with other arguments, as `user`, who can never be root again: no group, no
-    /// capability and no way to gain any.
+    /// This very program with other arguments, as `user`.
     pub fn ourselves_as(user: &str) -> Result<Self> {
+        let ourselves = std::env::current_exe().context(|| "find this program's own file".into())?;
+        Self::as_user(user, ourselves)
+    }
+
+    /// A program as `user`, who can never be root again: no group, no capability and no way to gain any.
+    pub fn as_user(user: &str, program: impl AsRef<OsStr>) -> Result<Self> {
         let doing = || format!("find user {user:?}");
         let user = User::from_name(user).context(doing)?.ok_or("there is no such user").context(doing)?;
-        let ourselves = std::env::current_exe().context(|| "find this program's own file".into())?;
         let mut program = Self::as_root("setpriv")
             .args([format!("--reuid={}", user.uid), format!("--regid={}", user.gid)])
             .args(["--init-groups", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"])
-            .arg(ourselves);
+            .arg(program);
         program.command.env("HOME", &user.dir).env("USER", &user.name).env("LOGNAME", &user.name);
         program.command.current_dir("/");
         Ok(program)
@@ -323,6 +327,11 @@ impl Ended {
         (self.reason)(&self.tail)
     }
 
+    /// The error that it has failed, for a reason of ours.
+    pub fn failed(self, why: &str) -> Error {
+        Error::new(format!("Failed to {}: {why}", self.doing)).with_tail(self.tail)
+    }
+
     /// Fails unless the program succeeded.
     pub fn success(self) -> Result<()> {
         if self.status.success() {
@@ -413,7 +422,7 @@ struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
     watched: &'static [&'static str],
-    seen: Option<String>,
+    seen: Vec<String>,
 }
 
 impl Tail {
@@ -445,8 +454,8 @@ impl Tail {
         // ssh ends its lines as for a terminal
         let line = text::line(String::from_utf8_lossy(&self.partial).trim_end_matches('\r'));
         log::info!("{line}");
-        if self.seen.is_none() && self.watched.iter().any(|words| line.contains(words)) {
-            self.seen = Some(line.clone());
+        if self.seen.len() < TAIL_LINES && self.watched.iter().any(|words| line.contains(words)) {
+            self.seen.push(line.clone());
         }
         self.lines.push_back(line);
         self.partial.clear();

@@ -148,7 +148,10 @@ pub struct Run {
     /// The user's notes, as root has read them, once.
     #[serde(default)]
     pub notes: Option<Notes>,
-    /// The units that the new system made worse.
+    /// The units that the failure is about.
+    #[serde(default)]
+    pub blamed: BTreeSet<String>,
+    /// These, and those that had failed with the new system otherwise.
     #[serde(default)]
     pub worse: BTreeSet<String>,
     /// How often it has been tried to go back, after that had failed.
@@ -186,6 +189,7 @@ impl Run {
             before: None,
             passed: Vec::new(),
             notes: None,
+            blamed: BTreeSet::new(),
             worse: BTreeSet::new(),
             returns: 0,
             failure: None,

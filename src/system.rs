@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::error::{Context, Error, Result};
 use crate::names::RunId;
 use crate::program::{Ended, Program};
+use crate::switched::WATCHED;
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
@@ -22,9 +23,6 @@ const PAUSE: Duration = Duration::from_secs(1);
 const PERSISTENCE: Duration = Duration::from_secs(20);
 /// How long others wait for what a user may hold up.
 const LOAN: Duration = Duration::from_secs(10);
-/// What an activation script that fails has NixOS say. It leads to exit status 2, but not if a unit
-/// fails, too.
-const SNIPPET_FAILED: &[&str] = &["Activation script snippet '"];
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
@@ -178,13 +176,22 @@ fn service(instance: &str) -> String {
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
 /// somebody else is switching, waits for that, with the same limit. `doing` is what that is for.
 pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Ended> {
+    switch(system, action, limit, doing, true)
+}
+
+/// The same on the way back: none of the old system's pre-switch checks may stand in it.
+pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Ended> {
+    switch(system, action, limit, doing, false)
+}
+
+fn switch(system: &Path, action: &str, limit: u64, doing: &str, with_checks: bool) -> Result<Ended> {
     let deadline = Instant::now() + Duration::from_secs(limit);
     loop {
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
-        let ended = program.watch_for(SNIPPET_FAILED).run(Duration::from_secs(limit), || doing.into())?;
-        let locked = !ended.status.success() && ended.tail.iter().any(|line| line.contains("Could not acquire lock"));
-        if !locked || Instant::now() > deadline {
+        let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };
+        let ended = program.watch_for(WATCHED).run(Duration::from_secs(limit), || doing.into())?;
+        if !ended.is_locked() || Instant::now() > deadline {
             return Ok(ended);
         }
         log::info!("Something else is switching this machine; waiting ...");

@@ -6,11 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
+use crate::program::Program;
 use crate::system;
+use crate::text;
 
 /// Where a system has its units.
 const UNITS: &str = "etc/systemd/system";
@@ -23,6 +26,9 @@ const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
 /// What the state of a unit is told from.
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
                           RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
+
+/// How long a user's systemd may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How the units were at some moment.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -91,6 +97,23 @@ impl Units {
         }
         Ok(worse)
     }
+}
+
+/// Says of which users units have failed, and which, as far as their own systemd tells.
+pub fn of_users_failed(users: &BTreeSet<String>) -> String {
+    let shown: Vec<_> = users.iter().map(|user| format!("{user} ({})", failed_of(user).unwrap_or_else(|error| error.to_string()))).collect();
+    format!("units of users have failed: {}", shown.join(", "))
+}
+
+/// A user's units that have failed. He answers himself, as what he is.
+fn failed_of(user: &str) -> Result<String> {
+    const ASK: &str = "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemctl --user list-units --failed --plain --no-legend --full --no-pager";
+    let ended = Program::as_user(user, "sh")?.args(["-c", ASK]).run(PATIENCE, || format!("ask the systemd of {user}"))?;
+    if !ended.status.success() {
+        return Err(Error::new("their systemd does not answer"));
+    }
+    let names: Vec<_> = ended.tail.iter().filter_map(|line| line.split_whitespace().next()).collect();
+    Ok(if names.is_empty() { "none of them now".into() } else { text::line(&names.join(", ")) })
 }
 
 /// What `systemctl show` says of one unit.

@@ -225,10 +225,7 @@ impl Fleet<'_> {
                 return push::push(toplevel.path(), what, target).map(|()| exit(found));
             }
             let _turn = system::Turn::take()?;
-            if what == "switch" {
-                set_profile(toplevel.path())?;
-            }
-            system::switch_to(toplevel.path(), what, SWITCH, &format!("activate {toplevel}"))?.success()?;
+            return activate(toplevel.path(), what == "switch").map(|()| exit(found));
         }
         Ok(exit(well && found))
     }
@@ -367,6 +364,17 @@ fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
         [_] => Ok(()),
         _ => refuse(format!("expected one host, this machine's own {own:?}")),
     }
+}
+
+/// Has this machine run a system, and, if that is to last, boot it; not what has been refused, or has broken off.
+fn activate(system: &Path, to_last: bool) -> Result<()> {
+    let activated = system::switch_to(system, "test", SWITCH, &format!("activate {}", system.display()))?;
+    // some unit may have failed, and some systems wait for a boot
+    if to_last && matches!(activated.status.code(), Some(0 | 4 | 100)) {
+        set_profile(system)?;
+        system::switch_to(system, "boot", SWITCH, "install the boot loader")?.success()?;
+    }
+    activated.success()
 }
 
 fn exit(well: bool) -> ExitCode {

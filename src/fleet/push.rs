@@ -13,8 +13,15 @@ const LIMIT: Duration = Duration::from_secs(3600);
 /// By systemd, so that a connection that the switch cuts does not end the switch.
 const SCRIPT: &str = "\
 sudo=; [ $(id -u) = 0 ] || sudo=sudo
-[ $1 = test ] || $sudo nix-env --profile /nix/var/nix/profiles/system --set $2
-$sudo systemd-run --quiet --collect --wait --pipe --service-type=exec $2/bin/switch-to-configuration $1";
+$sudo systemd-run --quiet --collect --wait --pipe --service-type=exec --setenv=PATH=\"$PATH\" $(command -v sh) -c";
+/// What has been refused, or has broken off, is not what is booted; some unit may fail, and some systems wait for a boot.
+/// For systemd `$$` is `$`.
+const ACTIVATE: &str = "\
+$$2/bin/switch-to-configuration test; status=$$?
+case $$1:$$status in switch:0|switch:4|switch:100)
+  nix-env --profile /nix/var/nix/profiles/system --set $$2 && $$2/bin/switch-to-configuration boot || exit;;
+esac
+exit $$status";
 
 /// Fails unless `target` can be one, as in `root@web`.
 pub fn check(target: &str) -> Result<()> {
@@ -27,6 +34,6 @@ pub fn check(target: &str) -> Result<()> {
 pub fn push(system: &Path, action: &str, target: &str) -> Result<()> {
     let copy = nix().args(["copy", "--no-check-sigs", "--to", &format!("ssh://{target}")]).arg(system);
     copy.run(LIMIT, || format!("copy {} to {target}", system.display()))?.success()?;
-    let line = format!("set -eu; set -- {action} {}; {SCRIPT}", system.display());
+    let line = format!("set -eu; {SCRIPT} '{ACTIVATE}' sh {action} {}", system.display());
     Program::new("ssh").args(["--", target, &line]).run(LIMIT, || format!("activate {} at {target}", system.display()))?.success()
 }

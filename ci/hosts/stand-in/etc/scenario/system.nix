@@ -54,6 +54,11 @@ else
           echo $trouble > $out/trouble
           echo stand-in > $out/nixos-version
           [ $trouble = reboot ] && echo 2 > $out/init-interface-version || echo 1 > $out/init-interface-version
+          # as since 26.05
+          case $trouble in
+            inhibitor) echo '{ "dbus-implementation": "broker", "new": "1" }' ;;
+            *) echo '{ "dbus-implementation": "dbus" }' ;;
+          esac > $out/switch-inhibitors
           units=$out/etc/systemd/system
           chmod -R u+w $out/etc
           case $trouble in
