@@ -170,6 +170,7 @@ let
             done so far stays: the new system runs, but the old one may be booted.
           '';
         };
+        inherit observe;
         networkRetries = mkOption {
           type = types.ints.unsigned;
           default = 5;
@@ -210,6 +211,15 @@ let
     ];
     default = "switch";
     description = "Whether a new system runs at once, or after the next boot.";
+  };
+  observe = mkOption {
+    type = types.ints.unsigned;
+    default = 30;
+    example = 300;
+    description = ''
+      For how many seconds a new system is observed after the switch: only if until then no unit has died and all
+      health checks have gone on passing, it is made what is booted, and has been deployed. 0: not at all.
+    '';
   };
   flags = mkOption {
     type = types.listOf types.str;
@@ -324,6 +334,7 @@ let
       dates
       randomizedDelaySec
       operation
+      observe
       flags
       ;
     flakePath = "/var/lib/ekiben/instances/fleet/repository";
@@ -389,6 +400,7 @@ let
           healthChecks
           onUnitFailure
           rollback
+          observe
           networkRetries
           timeouts
           ;
@@ -693,19 +705,20 @@ let
     };
   };
 
-  # the longest that a run can take by itself: there, checked, back, checked, there, and back
+  # the longest that a run can take by itself: there, checked and observed, back, checked, there, and the same again
   longest =
     instance:
     let
       inherit (instance) timeouts;
       checks = mapAttrsToList (
-        _: check: (check.retries + 1) * (check.timeout + 1) * 2
+        _: check: (check.retries + 1) * (check.timeout + 1) * 4
       ) instance.healthChecks;
     in
     3600
     + timeouts.prepare * (instance.networkRetries + 1)
     + timeouts.build
     + timeouts.activate * 6
+    + instance.observe * 2
     + lib.foldl' (a: b: a + b) 0 checks;
 
   programs = [
@@ -1638,7 +1651,7 @@ in
           hub can be reached.
         '';
       };
-      inherit operation flags;
+      inherit operation observe flags;
       reboot = {
         when = mkOption {
           type = types.enum [

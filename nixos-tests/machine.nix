@@ -1,6 +1,14 @@
 # What the machines of all scenarios have in common, on virtual machines and on hosts.
 { config, lib, ... }:
 {
+  # what takes time is for those that it is the subject of
+  options.services.ekiben.instances = lib.mkOption {
+    type = lib.types.attrsOf (
+      lib.types.submodule {
+        observe = lib.mkDefault 0;
+      }
+    );
+  };
   options.scenario = {
     patience = lib.mkOption {
       default = 1;
@@ -21,6 +29,7 @@
   };
 
   config = {
+    services.ekiben.fleet.observe = lib.mkDefault 0;
     systemd.services = lib.mkIf (config.scenario.faultPoints && config.services.ekiben.enable) (
       lib.mapAttrs' (
         name: _:

@@ -300,7 +300,8 @@ with subtest("a unit is just being started again when the old system comes back"
         "systemctl daemon-reload; systemctl start scenario-daemon",
     )
     # nervous for a while as soon as it goes back
-    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -n 3 -o cat | grep \"Going back to\"; do sleep 0.2; done; "
+    follow(server, "app")
+    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -o cat --after-cursor=$(cat /tmp/ekiben-app) | grep \"Going back to\"; do sleep 0.2; done; "
                    "touch /run/scenario-nervous; systemctl kill scenario-daemon; sleep 3; rm /run/scenario-nervous'")
     publish(server, "app", "sick")
     ended = run(server, "app")

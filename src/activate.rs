@@ -2,7 +2,7 @@
 //!
 //! Root trusts a store path, not a repository: it reads one link, checks that it names a valid
 //! NixOS system, and has that system activate itself. First only for now, so that a power cut
-//! boots the old one; then, when it is seen to be well, in the profile and the boot loader.
+//! boots the old one; then, when it has been seen to be well for a while, in the profile and the boot loader.
 //!
 //! Before each step the journal says which; whatever goes wrong is put right by [`crate::conclude`],
 //! which reads it. This stage ends its run by itself, since the switch may have changed or removed
@@ -10,6 +10,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::candidate::Fate;
 use crate::conclude;
@@ -25,7 +27,12 @@ use crate::run::{Before, Decision, Failure, Phase, Run, Stage};
 use crate::status::Status;
 use crate::switched::{self, Switched};
 use crate::system::{self, Turn};
-use crate::units::{self, Units};
+use crate::units::{self, Restarts, Units};
+
+/// Between two looks at the units of a system that is observed.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How many of them there are between two times that its health checks are made.
+const LOOKS: u32 = 5;
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
@@ -40,7 +47,11 @@ pub fn activate(layout: &Layout, configured: bool) -> Result<()> {
         run.decision = Some(Decision::StartOver);
     } else if let Err(error) = attempt(layout, &mut run, &mut turn) {
         log::warn!("{error}.");
-        run.failure = Some(Failure::new(Stage::Activate, &error));
+        if run.phase != Phase::Begun && system::is_stopping()? {
+            // its units have been stopped for that, and could not be started: the next boot goes on from here
+            return Err(Error::new("Failed to activate: the machine is shutting down; the run will be ended after the next boot"));
+        }
+        run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
         // the end is the same if this cannot be written, but for the reason in its report
         let _ = run.save(layout);
     }
@@ -90,6 +101,9 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
             verify(layout, run, &system, &before)?;
         }
         fault::point("activate: healthy");
+        if !run.reboot_needed && run.instance.observe > 0 {
+            observe(layout, run, &system, &before).inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
+        }
         if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
             // another hand: what it did is to stay
             leave(layout, run)?;
@@ -139,7 +153,11 @@ fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     match Switched::of(ended)? {
         Switched::Runs { units_failed, users, tail } => {
             run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
-            check_units(run, system, before, units_failed && users.is_empty()).map_err(|error| error.with_tail(tail))
+            let is_well = check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
+            if units_failed && is_well && users.is_empty() {
+                run.warnings.push(failed_again(before)?);
+            }
+            Ok(())
         }
         Switched::AtBoot(why) => {
             at_boot(run, &why);
@@ -164,35 +182,74 @@ fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
     run.enter(Phase::Begun, layout)
 }
 
-/// Fails if a unit is worse off than before, unless that is to be kept. `some_failed` is what switch-to-configuration
-/// says of them, whose account is another one.
-fn check_units(run: &mut Run, system: &Path, before: &Before, some_failed: bool) -> Result<()> {
-    let worse = before.units.worse_under(&before.system, system)?;
-    if !worse.is_empty() {
-        let error = conclude::failed_to_start(&worse);
-        if run.instance.on_unit_failure == OnUnitFailure::Rollback {
-            run.blamed = worse.into_keys().collect();
-            return Err(error);
+/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
+/// if one is, unless that is to be kept.
+fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
+    let mut worse = before.units.worse_under(&before.system, system)?;
+    if let Some(restarts) = restarts {
+        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
+    }
+    if worse.is_empty() {
+        return Ok(true);
+    }
+    let error = if restarts.is_some() { conclude::failed_to_keep_up(&worse) } else { conclude::failed_to_start(&worse) };
+    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
+        run.blamed = worse.into_keys().collect();
+        return Err(error);
+    }
+    let warning = error.to_string();
+    if !run.warnings.contains(&warning) {
+        run.warnings.push(warning);
+    }
+    Ok(false)
+}
+
+/// What to say where units have failed, but not by the switch.
+fn failed_again(before: &Before) -> Result<String> {
+    let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
+    Ok(if again.is_empty() {
+        "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
+    } else {
+        format!("units that had failed before the switch have failed again: {}", again.join(", "))
+    })
+}
+
+/// Looks at units and health checks again until the end of the time for that: what fails then has failed.
+fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+    log::info!("Observing the new system for {} s ...", run.instance.observe);
+    let mut is_new = true;
+    while is_new {
+        is_new = false;
+        run.enter(Phase::Observing, layout)?;
+        Status::announce(layout, run, Stage::Observe)?;
+        let restarts = Restarts::now()?;
+        let until = Instant::now() + Duration::from_secs(run.instance.observe);
+        for look in 1.. {
+            let left = until.saturating_duration_since(Instant::now());
+            thread::sleep(left.min(PAUSE));
+            if system::current()? != system {
+                return Ok(());
+            }
+            check_units(run, system, before, Some(&restarts))?;
+            if left.is_zero() || look % LOOKS == 0 {
+                is_new = verify(layout, run, system, before)?;
+            }
+            if left.is_zero() || is_new {
+                break;
+            }
         }
-        run.warnings.push(error.to_string());
-    } else if some_failed {
-        let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
-        run.warnings.push(if again.is_empty() {
-            "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
-        } else {
-            format!("units that had failed before the switch have failed again: {}", again.join(", "))
-        });
     }
     Ok(())
 }
 
 /// Has the health checks say whether the candidate does its work. Where nothing but another machine
 /// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
-fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+/// Whether it has been switched to anew for that.
+fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
     let checks = run.instance.health_checks.clone();
     let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
     health::verify(&checks, &local)?;
-    let Err(error) = health::verify(&checks, &remote) else { return Ok(()) };
+    let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
     if !run.instance.rollback {
         return Err(error);
     }
@@ -207,7 +264,7 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     run.passed = local;
     run.enter(Phase::Switching, layout)?;
     switch(layout, run, system, before)?;
-    health::verify(&checks, &run.passed)
+    health::verify(&checks, &run.passed).map(|()| true)
 }
 
 /// A warning, if the new system does not have what has just deployed it.

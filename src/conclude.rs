@@ -235,8 +235,9 @@ fn exit_status() -> String {
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
 fn cut_off(run: &Run) -> Failure {
     // whatever it was, it is not to happen again and again
-    let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Returning);
+    let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Observing | Phase::Returning);
     let message = match service_result().as_str() {
+        _ if took_down && run.phase == Phase::Observing => "the machine went down while the new system was being observed".into(),
         _ if took_down => "the machine went down while the new system was being activated".into(),
         "timeout" => "it took too long".into(),
         "signal" | "core-dump" => format!("it was ended by signal {}", exit_status()),
@@ -249,6 +250,7 @@ fn cut_off(run: &Run) -> Failure {
 /// The stage that a run which was cut off had come to.
 fn reached(run: &Run) -> Stage {
     match &run.notes {
+        _ if run.phase == Phase::Observing => Stage::Observe,
         _ if run.phase != Phase::Begun => Stage::Activate,
         Some(notes) if notes.built => Stage::Activate,
         Some(notes) => notes.stage,
@@ -362,9 +364,18 @@ type Worse = BTreeMap<String, String>;
 
 /// The error that says so.
 pub fn failed_to_start(units: &Worse) -> Error {
+    failed_to("start", units)
+}
+
+/// The same where they had been started.
+pub fn failed_to_keep_up(units: &Worse) -> Error {
+    failed_to("keep up", units)
+}
+
+fn failed_to(do_what: &str, units: &Worse) -> Error {
     let shown: Vec<_> =
         units.iter().map(|(name, state)| if state == "failed" { name.clone() } else { format!("{name} ({state})") }).collect();
-    Error::new(format!("Failed to start {}", shown.join(", ")))
+    Error::new(format!("Failed to {do_what} {}", shown.join(", ")))
 }
 
 /// Puts back the system that was before, and what is booted if that was touched; returns the units that are

@@ -82,6 +82,9 @@ pub struct Instance {
     pub on_unit_failure: OnUnitFailure,
     /// Whether to go back to the old system when the new one is not well.
     pub rollback: bool,
+    /// For how many seconds after a switch it is looked whether it is.
+    #[serde(default)]
+    pub observe: u64,
     /// How often fetching is tried again when the network fails.
     pub network_retries: u32,
     /// What the stages may take.

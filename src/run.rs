@@ -38,6 +38,8 @@ pub enum Stage {
     Build,
     /// Run it.
     Activate,
+    /// Look for a while whether it stays well.
+    Observe,
     /// Make it the branch and report.
     Conclude,
 }
@@ -49,6 +51,7 @@ impl fmt::Display for Stage {
             Self::Prepare => "prepare",
             Self::Build => "build",
             Self::Activate => "activate",
+            Self::Observe => "observe",
             Self::Conclude => "conclude",
         })
     }
@@ -72,6 +75,8 @@ pub enum Phase {
     Begun,
     /// The candidate may be partly or wholly activated.
     Switching,
+    /// The candidate runs, and is being looked at.
+    Observing,
     /// The system profile and the boot loader may have been changed.
     Persisting,
     /// The candidate runs, is healthy and will be booted: only the branch is behind.

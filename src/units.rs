@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::program::Program;
+use crate::run::now;
 use crate::system;
 use crate::text;
 
@@ -27,6 +28,11 @@ const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
                           RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
 
+/// Before the switch: what has been restarted since then, in seconds, may well be again.
+const LATELY: u64 = 600;
+/// How systemd marks in the journal that a unit has ended, and how.
+const ENDED_WELL: &str = "7ad2d189f7e94e70a38c781354912448";
+const HAS_FAILED: &str = "d9b373ed55a64feb8242e02dbe79a49c";
 /// How long a user's systemd may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -36,6 +42,9 @@ pub struct Units {
     /// Those that had failed, or that systemd started again and again.
     #[serde(rename = "failed_units")]
     pub failed: BTreeSet<String>,
+    /// Those that had ended lately, and that systemd has started again.
+    #[serde(default)]
+    restless: BTreeSet<String>,
     /// Those that were active.
     #[serde(default, rename = "active_units")]
     active: BTreeSet<String>,
@@ -59,12 +68,16 @@ impl Units {
     pub fn now() -> Result<Self> {
         let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
         let list: Vec<Listed> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
-        let mut units = Self::default();
+        let services = services()?;
+        let is_ending_well = |name: &str| services.get(name).is_some_and(|service| service.result == "success");
+        let lately = now().saturating_sub(LATELY);
+        let restless = services.iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
+        let mut units = Self { restless: restless.map(|(name, _)| name.clone()).collect(), ..Self::default() };
         for Listed { name, load, active, sub } in list {
             if is_broken(&load) {
                 units.broken.insert(name.clone());
             }
-            if active == "failed" || sub.starts_with("auto-restart") {
+            if active == "failed" || sub.starts_with("auto-restart") && !is_ending_well(&name) {
                 units.failed.insert(name);
             } else if is_up(&active) && active != "activating" {
                 units.active.insert(name);
@@ -97,6 +110,71 @@ impl Units {
         }
         Ok(worse)
     }
+}
+
+/// How often systemd has started services again, because they had ended.
+pub struct Restarts {
+    counts: BTreeMap<String, u64>,
+    since: u64,
+}
+
+impl Restarts {
+    /// Up to now.
+    pub fn now() -> Result<Self> {
+        let since = now();
+        Ok(Self { counts: services()?.into_iter().map(|(name, service)| (name, service.restarts)).collect(), since })
+    }
+
+    /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
+    pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+        let mut died = BTreeMap::new();
+        for (name, Service { restarts, .. }) in services()? {
+            let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
+            if restarts > self.counts.get(&name).copied().unwrap_or(0)
+                && !is_restless
+                && (brings(old, &name) || brings(new, &name))
+                && !self.has_ended_well(&name)
+            {
+                died.insert(name, "died and was restarted".to_owned());
+            }
+        }
+        Ok(died)
+    }
+
+    /// Whether a service has ended since then as one that is to be started again whenever it has done its work: what
+    /// systemd knows of that is only in its journal.
+    fn has_ended_well(&self, name: &str) -> bool {
+        let journalctl = || Program::as_root("journalctl").arg("--quiet");
+        let since = format!("--since=@{}", self.since);
+        let ends = [ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}"));
+        let ask = journalctl().args(["--output=json", "--output-fields=MESSAGE_ID", &since, "_PID=1", &format!("UNIT={name}")]).args(ends);
+        let synced = journalctl().arg("--sync").output(|| "have the journal written".into(), None);
+        let said = synced.and_then(|_| ask.output(|| "read the journal".into(), None)).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
+    }
+}
+
+/// What systemd knows of a service.
+struct Service {
+    /// How often it has started it again by itself.
+    restarts: u64,
+    /// When it was started last, in seconds since 1970.
+    started: u64,
+    /// How it has ended, if it is down.
+    result: String,
+}
+
+/// All that are loaded.
+fn services() -> Result<BTreeMap<String, Service>> {
+    let shown = system::systemctl(&["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--", "*.service"])?;
+    let shown = String::from_utf8_lossy(&shown);
+    let service = |text| {
+        let unit = Properties::parse(text);
+        let started = unit.of("ExecMainStartTimestamp").trim_start_matches('@').parse().unwrap_or(0);
+        (unit.of("Id").to_owned(), Service { restarts: unit.time("NRestarts"), started, result: unit.of("Result").to_owned() })
+    };
+    Ok(shown.split("\n\n").map(service).collect())
 }
 
 /// Says of which users units have failed, and which, as far as their own systemd tells.

@@ -63,6 +63,11 @@ else
           chmod -R u+w $out/etc
           case $trouble in
             unit) printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' > $units/scenario-trouble.service ;;
+            mortal*)
+              set -- $trouble
+              printf '%s\n' [Unit] StartLimitIntervalSec=0 [Service] "ExecStart=/bin/sh -c 'sleep $2; exit $3'" Restart=$4 \
+                [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
+              ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
             timer) sed -i 's/^OnCalendar=.*/OnCalendar=on a Sunday/' $units/scenario-clock.timer ;;

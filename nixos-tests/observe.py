@@ -1,0 +1,94 @@
+ALL = (early, late, restarted, again, sick)
+start_all()
+for machine in ALL:
+    # by the name of its configuration
+    machine.name = "server"
+    install(machine)
+
+
+def begin(machine, content, trouble="none"):
+    """Begins a run, and goes on as soon as the new system is observed."""
+    publish(machine, "app", content, trouble=trouble)
+    machine.succeed("systemctl start --no-block ekiben-app.service")
+    machine.wait_until_succeeds("jq -e '.running.stage == \"observe\"' /var/lib/ekiben/status/app.json")
+
+
+def check_end(ended, result, *words):
+    """Checks that a run has ended like this, and says so."""
+    assert ended["result"] == result, ended
+    said = " ".join([ended["error"] or "", *ended["warnings"]])
+    assert all(word in said for word in words), ended
+    assert ended["stage"] == ("observe" if result == "rolledBack" else None), ended
+
+
+def end(machine, result, *words):
+    """The same, when the machine's run has ended; returns for how many seconds the new system was observed."""
+    wait_until_idle(machine, "app")
+    check_end(last_run(machine, "app"), result, *words)
+
+    def when(what):
+        said = "journalctl -u ekiben-app -o json --output-fields=MESSAGE | jq -rs"
+        return int(machine.succeed(f"{said} 'map(select(.MESSAGE | tostring | test(\"{what}\"))) | last.__REALTIME_TIMESTAMP'")) / 1e6
+
+    return when("^Going back|^Run ended") - when("^Observing")
+
+
+def wait_for_old_system(machine):
+    """Waits until a machine that has booted has put back what was before; then it tries that again, which is too early."""
+    machine.wait_until_succeeds("jq -e '.runs[0].error | test(\"known to be bad\")' /var/lib/ekiben/status/app.json")
+    wait_until_idle(machine, "app")
+    check_end(status(machine, "app")["runs"][1], "rolledBack", "the machine went down while the new system was being observed")
+    assert (running(machine), generation(machine)) == before[machine]
+
+
+before = {machine: (running(machine), generation(machine)) for machine in ALL}
+with subtest("a system that dies on its feet is put back, whatever it dies of and whenever; one that lives is deployed at the end of the time"):
+    # a unit's life in seconds, how it ends, and when it is restarted
+    begin(early, "dead", trouble="mortal 5 1 no")
+    begin(late, "dead", trouble="mortal 20 1 no")
+    begin(restarted, "dead", trouble="mortal 5 1 always")
+    begin(again, "alive", trouble="mortal 2 0 always")
+    begin(sick, "sick")
+    # until then, it is not what is booted, and a client sees what is going on
+    assert all(generation(machine) == before[machine][1] for machine in ALL)
+    url = "http://127.0.0.1:8787/ekiben"
+    state = json.loads(late.succeed(f"curl -fsS -H 'Authorization: Bearer token-app-0123456789' {url}"))
+    assert state["running"]["stage"] == "observe", state
+    assert "running (observe)" in late.succeed("ekiben status")
+    sick.succeed("touch /run/scenario-late")
+
+    assert 3 < end(early, "rolledBack", "Failed to keep up scenario-trouble.service") < 12
+    assert 18 < end(late, "rolledBack", "Failed to keep up scenario-trouble.service") < 25
+    assert 3 < end(restarted, "rolledBack", "Failed to keep up scenario-trouble.service (died and was restarted)") < 12
+    assert 0 < end(sick, "rolledBack", "Failed to pass health check app") < 12
+    # it ends well all the time
+    assert 24 < end(again, "deployed") < 40
+    for machine in (early, late, restarted, sick):
+        assert (running(machine), generation(machine)) == before[machine]
+        assert status(machine, "app")["bad"], status(machine, "app")
+    check_deployed(again, "app")
+
+with subtest("no time is added where nothing is switched"):
+    assert run(again, "app")["result"] == "unchanged"
+    publish(again, "app", "later", trouble="reboot")
+    ended = run(again, "app")
+    assert ended["result"] == "deployed" and ended["rebootNeeded"] and ended["finished"] - ended["started"] < 20, ended
+
+with subtest("a machine that dies while its new system is observed boots the old one"):
+    begin(early, "crashed")
+    early.crash()
+    early.start()
+    wait_for_old_system(early)
+
+with subtest("a machine that is shut down meanwhile puts nothing back on its way"):
+    begin(sick, "shutdown")
+    sick.shutdown()
+    sick.start()
+    wait_for_old_system(sick)
+    sick.fail("journalctl -b -1 -u ekiben-app -o cat | grep 'Going back'")
+
+with subtest("a run that is stopped meanwhile puts the old system back"):
+    begin(late, "stopped")
+    late.succeed("systemctl stop ekiben-app.service")
+    end(late, "rolledBack", "it was ended by signal")
+    assert (running(late), generation(late)) == before[late]
