@@ -85,10 +85,10 @@ with subtest("a machine that is shut down meanwhile puts nothing back on its way
     sick.shutdown()
     sick.start()
     wait_for_old_system(sick)
-    sick.fail("journalctl -b -1 -u ekiben-app -o cat | grep 'Going back'")
+    sick.fail(f"journalctl _SYSTEMD_INVOCATION_ID={status(sick, 'app')['runs'][1]['id']} -o cat | grep 'Going back'")
 
 with subtest("a run that is stopped meanwhile puts the old system back"):
     begin(late, "stopped")
-    late.succeed("systemctl stop ekiben-app.service")
+    late.succeed("systemctl stop --no-block ekiben-app.service")
     end(late, "rolledBack", "it was ended by signal")
     assert (running(late), generation(late)) == before[late]
