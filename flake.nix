@@ -43,6 +43,10 @@
         };
 
       scenarios = import ./nixos-tests { inherit self nixpkgs; };
+
+      # before 25.11 the formatter of RFC 166 had another name, and this one was another's
+      nixfmt =
+        pkgs: if lib.versionAtLeast lib.trivial.release "25.11" then pkgs.nixfmt else pkgs.nixfmt-rfc-style;
     in
     {
       packages = eachSystem (pkgs: rec {
@@ -86,14 +90,14 @@
             doCheck = false;
           });
           format = pkgs.runCommand "ekiben-format" { } ''
-            ${lib.getExe pkgs.nixfmt-rfc-style} --check ${./flake.nix} ${./module.nix} ${./nixos-tests}/*.nix
+            ${lib.getExe (nixfmt pkgs)} --check ${./flake.nix} ${./module.nix} ${./nixos-tests}/*.nix
             ${lib.getExe pkgs.deadnix} --fail ${./flake.nix} ${./module.nix} ${./nixos-tests}
             touch $out
           '';
         }
       );
 
-      formatter = eachSystem (pkgs: pkgs.nixfmt-tree or pkgs.nixfmt-rfc-style);
+      formatter = eachSystem (pkgs: pkgs.nixfmt-tree or (nixfmt pkgs));
 
       devShells = eachSystem (pkgs: {
         default = pkgs.mkShell {
@@ -101,7 +105,7 @@
           packages = [
             pkgs.clippy
             pkgs.deadnix
-            pkgs.nixfmt-rfc-style
+            (nixfmt pkgs)
             pkgs.rust-analyzer
             pkgs.rustfmt
           ];

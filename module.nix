@@ -1409,6 +1409,7 @@ let
           home = "${hubHosts}/${name}";
           # no password, and yet not locked, which sshd without PAM takes for a refusal
           hashedPassword = "*";
+          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
           openssh.authorizedKeys.keys = map (key: "restrict ${key}") (keysOf host);
         }
       )
@@ -1427,6 +1428,7 @@ let
           group = hubPublisher;
           home = hub.directory;
           hashedPassword = "*";
+          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
           openssh.authorizedKeys.keys = map (key: "restrict ${key}") hub.publishers;
         };
       };

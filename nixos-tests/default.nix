@@ -85,6 +85,8 @@ in
     module = pkgs: name: host: scenario: {
       imports = [
         (nixpkgs + "/nixos/lib/testing/nixos-test-base.nix")
+        # before 26.05 that has it already
+        (nixpkgs + "/nixos/modules/virtualisation/qemu-vm.nix")
         (machine pkgs name (addition name host scenario))
         scenarios.${name}.nodes.${host}
         (test pkgs name null).nodes.${host}.system.build.networkConfig
