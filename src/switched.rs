@@ -53,7 +53,8 @@ impl Switched {
             if code == Some(4) && ended.seen.iter().any(|line| line.contains(SNIPPET)) {
                 return Err(ended.failed("an activation script failed"));
             }
-            let users = ended.seen.iter().filter_map(|line| line.split_once(USER)?.1.split_once(" failed")).map(|(user, _)| user.to_owned());
+            let users =
+                ended.seen.iter().filter_map(|line| line.split_once(USER)?.1.split_once(" failed")).map(|(user, _)| user.to_owned());
             return Ok(Self::Runs { units_failed: code == Some(4), users: users.collect(), tail: ended.tail });
         }
         if code == Some(100) {
@@ -140,9 +141,17 @@ mod tests {
             (1, "Failed to install bootloader\n", "failed: Failed to activate it: exited with 1"),
             (1, refused, "refused: Failed to activate it: pre-switch check disk failed: no room"),
             (25, refused, "refused: Failed to activate it: pre-switch check disk failed: no room"),
-            (1, "Pre-switch check 'silent' failed\nPre-switch checks failed", "refused: Failed to activate it: pre-switch check silent failed"),
+            (
+                1,
+                "Pre-switch check 'silent' failed\nPre-switch checks failed",
+                "refused: Failed to activate it: pre-switch check silent failed",
+            ),
             (1, "Pre-switch checks failed\n", "refused: Failed to activate it: pre-switch check (unnamed) failed"),
-            (1, "Pre-switch check 'switchInhibitors' failed\nPre-switch checks failed\n", "at boot: its pre-switch check switchInhibitors failed"),
+            (
+                1,
+                "Pre-switch check 'switchInhibitors' failed\nPre-switch checks failed\n",
+                "at boot: its pre-switch check switchInhibitors failed",
+            ),
             // it is somebody else who says so, in the middle of an activation
             (2, refused, "failed: Failed to activate it: exited with 2"),
             (1, "Pre-switch checks failed\nactivating the configuration...\n", "failed: Failed to activate it: exited with 1"),

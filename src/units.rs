@@ -167,7 +167,8 @@ struct Service {
 
 /// All that are loaded.
 fn services() -> Result<BTreeMap<String, Service>> {
-    let shown = system::systemctl(&["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--", "*.service"])?;
+    let shown =
+        system::systemctl(&["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--", "*.service"])?;
     let shown = String::from_utf8_lossy(&shown);
     let service = |text| {
         let unit = Properties::parse(text);
@@ -179,7 +180,8 @@ fn services() -> Result<BTreeMap<String, Service>> {
 
 /// Says of which users units have failed, and which, as far as their own systemd tells.
 pub fn of_users_failed(users: &BTreeSet<String>) -> String {
-    let shown: Vec<_> = users.iter().map(|user| format!("{user} ({})", failed_of(user).unwrap_or_else(|error| error.to_string()))).collect();
+    let shown: Vec<_> =
+        users.iter().map(|user| format!("{user} ({})", failed_of(user).unwrap_or_else(|error| error.to_string()))).collect();
     format!("units of users have failed: {}", shown.join(", "))
 }
 
