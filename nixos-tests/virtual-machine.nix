@@ -122,15 +122,23 @@ in
     (lib.mkIf (rebuilt == null && config.scenario.builds != [ ]) (
       let
         systems = map (machine: (first machine).system.build.toplevel) config.scenario.builds;
+        recipes = map (system: system.drvPath) systems;
+        # What they are built from, Nix finds in the store: not where it writes nothing there, as in
+        # `nix flake check --no-build`.
+        isWriting = builtins.pathExists (
+          builtins.unsafeDiscardStringContext (
+            builtins.toFile "recipes" (builtins.unsafeDiscardStringContext (toString recipes))
+          )
+        );
       in
       {
-        system.includeBuildDependencies = true;
+        system.includeBuildDependencies = isWriting;
         system.extraDependencies = [
           nixpkgs.outPath
           self.outPath
         ]
         ++ systems;
-        virtualisation.additionalPaths = map (system: system.drvPath) systems;
+        virtualisation.additionalPaths = lib.optionals isWriting recipes;
       }
     ))
   ];
