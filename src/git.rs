@@ -685,7 +685,12 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     // nobody else writes it; git would lock all refs for this
     let file = git_directory.join(reference);
     files::clear(&file).context(doing)?;
-    let remove_directory = || file.parent().map_or((), |directory| drop(fs::remove_dir(directory)));
+    let remove_directory = || {
+        if let Some(directory) = file.parent() {
+            // unless there are refs of other instances; a disk may fail once
+            let _ = fs::remove_dir(directory).or_else(|_| fs::remove_dir(directory));
+        }
+    };
     remove_directory();
     if ask(place, ["rev-parse", "--verify", "--quiet", reference], doing).is_err() {
         return Ok(());
