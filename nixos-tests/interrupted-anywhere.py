@@ -2,6 +2,9 @@
 set_up(machine)
 wanted = os.environ.get("TRIALS")
 if wanted is None:
+    with subtest("git changes the files, and cannot write the index"):
+        failed = make(("update", "git", 2, act, "read-tree -m -u", "index.lock") for act in ("ENOSPC", "EIO"))
+        assert not failed, failed
     failed = make(sample(operations(), ACTS, 100))
     assert not failed, f"{len(failed)} trials failed: {failed}"
 elif wanted == "":

@@ -51,13 +51,13 @@ def befall(act):
     machine.let_go()
 
 
-def faulty_run(program, number, act):
+def faulty_run(program, number, act, words="", path=""):
     """Has a run with the fault; returns the request's number, and what went wrong."""
     held = act not in ("kill", "ENOSPC", "EIO")
     if act == "power-cut":
         # what others had written before
         machine.succeed("sync --file-system /")
-    machine.fault(program, number, "hold" if held else act)
+    machine.fault(program, number, "hold" if held else act, words, path)
     asked = ask()
     met = ""
     if held:
@@ -120,13 +120,14 @@ def repair():
         succeed_after(", repaired by hand")
 
 
-def trial(kind, program, number, act):
-    """Makes one trial; returns how it ended, and what was wrong with that."""
+def trial(kind, program, number, act, words="", path=""):
+    """Makes one trial, of all operations or of some: see `Machine.fault`; returns how it ended, and what was wrong with
+    that."""
     content = str(next(COUNT))
     before = prepare_trial(content, kind)
     met, end = "", "failed"
     try:
-        asked, met = faulty_run(program, number, act)
+        asked, met = faulty_run(program, number, act, words, path)
         if not met:
             return "unmet", ""
         end = judge(kind, content, before, asked)

@@ -762,8 +762,8 @@ fn was_killed(error: &Error) -> bool {
 
 /// Whether git has found something in its way, and so has changed nothing.
 fn is_refusal(error: &Error) -> bool {
-    let words = ["would be overwritten", "not uptodate", "index.lock"];
-    error.tail.iter().any(|line| words.iter().any(|words| line.contains(words)))
+    let words = ["Entry '", "Refusing to remove '", "Untracked working tree file '", "Updating '"];
+    error.tail.iter().filter_map(|line| line.strip_prefix("error: ")).any(|line| words.iter().any(|words| line.starts_with(words)))
 }
 
 /// git in a directory, with settings of ours.
