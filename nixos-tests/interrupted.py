@@ -148,18 +148,21 @@ if STAND_IN:
         assert {**what_stays(machine), "shows": ""} == {**before, "shows": ""}
         works()
 
-    with subtest("the disk is full when the report is to be written"):
-        content = begin("conclude: accepted")
-        machine.succeed(
-            "cp -a /var/lib/ekiben /var/lib/ekiben.away; mount -t tmpfs -o size=2M,mode=755 tmpfs /var/lib/ekiben",
-            "cp -a /var/lib/ekiben.away/. /var/lib/ekiben/",
-            "dd if=/dev/zero of=/var/lib/ekiben/filler bs=4k 2>/dev/null || true",
-        )
-        go_on(machine, "conclude: accepted")
-        ended = end_of_run()
-        assert ended["result"] == "deployed" and status(machine, "app")["running"] is None, ended
-        machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
-        works()
+    for point in ("activate: switched", "conclude: accepted", "back: begun"):
+        with subtest(f"the disk becomes full at {point}: the run is reported"):
+            before = what_stays(machine)
+            content = begin(point, content="sick" if point.startswith("back:") else None)
+            machine.succeed(
+                "cp -a /var/lib/ekiben /var/lib/ekiben.away; mount -t tmpfs -o size=2M,mode=755 tmpfs /var/lib/ekiben",
+                "cp -a /var/lib/ekiben.away/. /var/lib/ekiben/",
+                "dd if=/dev/zero of=/var/lib/ekiben/filler bs=4k 2>/dev/null || true",
+            )
+            go_on(machine, point)
+            end_of_run()
+            assert status(machine, "app")["running"] is None
+            assert settled(content, before) == ("new" if point.startswith("conclude:") else "old")
+            machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
+            works()
 
     with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
         timer = "/run/systemd/system/scenario-once.timer"
