@@ -685,11 +685,12 @@ let
   path = name: _: {
     description = "Requests for Ekiben's instance ${name}";
     wantedBy = [ "paths.target" ];
+    unitConfig = insistent;
+    # each takes one of the few inotify instances that root has
     pathConfig.PathExists = [
       "/var/lib/ekiben/queue/${name}"
       # a run that was cut off
       "/var/lib/ekiben/runs/${name}.json"
-      "/var/lib/ekiben/runs/${name}.request"
     ];
   };
 
@@ -770,31 +771,41 @@ let
       // optionalAttrs (instance.hub != null && config.environment.sessionVariables ? NIX_PATH) {
         inherit (config.environment.sessionVariables) NIX_PATH;
       };
-    serviceConfig = networkSandbox // {
-      Type = "oneshot";
-      ExecStart = [
-        "${asRoot} begin ${name}"
-        "${ekiben} prepare ${name}"
-        "${ekiben} build ${name}"
-        "${asRoot} activate ${name}"
-      ];
-      # whatever happened; does nothing if activate has done it
-      ExecStopPost = "${asRoot} conclude ${name}";
-      SyslogIdentifier = "ekiben";
-      LoadCredential = lib.optional (instance.hub != null) identity;
-      # the stages have limits of their own, which add up to less; a run may have to wait for another's
-      TimeoutStartSec = "${toString (2 * longest instance)}s";
-      TimeoutStopSec = "${toString (longest instance)}s";
-      User = instance.user;
-      StateDirectory = "ekiben/instances/${name}";
-      StateDirectoryMode = "0700";
-      CacheDirectory = "ekiben/${name}";
-      CacheDirectoryMode = "0700";
-      ReadWritePaths = [ "-${instance.flakePath}" ];
-    };
+    serviceConfig =
+      networkSandbox
+      // growingPauses "500ms" "10s"
+      // {
+        Type = "oneshot";
+        ExecStart = [
+          "${asRoot} begin ${name}"
+          "${ekiben} prepare ${name}"
+          "${ekiben} build ${name}"
+          "${asRoot} activate ${name}"
+        ];
+        # whatever happened; does nothing if activate has done it
+        ExecStopPost = "${asRoot} conclude ${name}";
+        # what could not begin, by its own word (as in src/begin.rs) or by systemd's, has taken no request
+        RestartForceExitStatus = "75 STATE_DIRECTORY CACHE_DIRECTORY CREDENTIALS";
+        SyslogIdentifier = "ekiben";
+        LoadCredential = lib.optional (instance.hub != null) identity;
+        SetCredential = lib.optional (instance.hub != null) noIdentity;
+        # the stages have limits of their own, which add up to less; a run may have to wait for another's
+        TimeoutStartSec = "${toString (2 * longest instance)}s";
+        # for what ignores that it is to end; conclude takes its own time
+        TimeoutStopSec = "30s";
+        NotifyAccess = "exec";
+        User = instance.user;
+        StateDirectory = "ekiben/instances/${name}";
+        StateDirectoryMode = "0700";
+        CacheDirectory = "ekiben/${name}";
+        CacheDirectoryMode = "0700";
+        ReadWritePaths = [ "-${instance.flakePath}" ];
+      };
   };
 
   identity = "identity:${cfg.fleet.identityFile}";
+  # if that is missing, which the program then says
+  noIdentity = "identity:\\n";
 
   # The files that the hub has for this host. As what manages secrets does: in a switch and at boot before
   # all other units, when the users are there; also whenever the hub has something new.
@@ -853,6 +864,7 @@ let
       Type = "oneshot";
       ExecStart = "${ekiben} deliver fleet";
       LoadCredential = identity;
+      SetCredential = noIdentity;
       TimeoutStartSec = "10min";
       User = cfg.fleet.user;
       StateDirectory = "ekiben/instances/fleet";

@@ -356,6 +356,14 @@ with subtest("what the hub does not hand out is not taken for what it does not h
         hub.succeed(f"chmod {usual} {path}")
     assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
 
+with subtest("this host's own key is missing: said, nothing is lost, and it goes on when it is there again"):
+    archive(next(COUNT))
+    offer()
+    web.succeed("mv /root/identity /root/identity.away")
+    assert "no key in the file that `services.ekiben.fleet.identityFile` names" in run(web, "fleet")["error"], last_run(web, "fleet")
+    web.succeed("mv /root/identity.away /root/identity")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
 with subtest("a heartbeat that the hub has no room for does not count as told"):
     # so that there is nothing else to tell
     hub.succeed("systemctl start ekiben-hub-collect.service")

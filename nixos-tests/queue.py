@@ -152,3 +152,103 @@ with subtest("whoever writes the queue can ask for runs, and neither lie about t
         unblock()
         server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {number}'")
         wait_until_at_rest(server, "app")
+
+
+def drop_in(unit, *lines):
+    """Changes a unit until `undo`."""
+    server.succeed(
+        f"mkdir -p /run/systemd/system/{unit}.d; printf '%s\\n' {shlex.join(lines)} > /run/systemd/system/{unit}.d/test.conf; systemctl daemon-reload"
+    )
+
+
+def undo(unit):
+    server.succeed(f"rm -r /run/systemd/system/{unit}.d; systemctl daemon-reload")
+
+
+def wait_until_served(number):
+    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {number}'")
+    wait_until_at_rest(server, "app")
+
+
+def wait_in_stage(command):
+    """Has the run of the changed service wait in that command."""
+    server.succeed("systemctl start --no-block ekiben-app.service")
+    server.wait_until_succeeds(f"systemctl show --property ExecStart --value ekiben-app.service | grep -F {shlex.quote(command)} | grep -v 'pid=0'")
+
+
+for place in ("runs", "queue", "status"):
+    with subtest(f"a run that cannot begin, since {place} cannot be written, waits, says so once, and begins when it can"):
+        started = starts()
+        content = f"6-{place}"
+        publish(server, "app", content)
+        server.succeed("systemctl stop ekiben-app.path")
+        follow(server, "app")
+        number = post()
+        server.succeed(f"mount --bind -o ro /var/lib/ekiben/{place} /var/lib/ekiben/{place}", "systemctl start ekiben-app.path")
+        server.wait_until_succeeds(f"systemctl show --property StatusText ekiben-app.service | grep -F /var/lib/ekiben/{place}/app")
+        assert answer()["served"] < number and server.succeed(f"cat {QUEUE}/app") == str(number)
+        # for as long as several attempts take
+        client.wait_until_succeeds(f"test $(($(date +%s) - {int(client.succeed('date +%s'))})) -gt 3")
+        said = server.succeed("journalctl -q -o cat -u ekiben-app --after-cursor=$(cat /tmp/ekiben-app)")
+        assert said.count("trying again") == 1 and starts() == started + 1, said
+        server.succeed(f"umount /var/lib/ekiben/{place}")
+        wait_until_served(number)
+        assert (last_run(server, "app")["result"], shows(server, "app"), starts()) == ("deployed", content, started + 1)
+        assert server.get_unit_property("ekiben-app.service", "StatusText") == ""
+
+with subtest("a run whose unit fails before it can begin is tried again, with pauses"):
+    started = starts()
+    drop_in("ekiben-app.service", "[Service]", "LoadCredential=x:/nowhere")
+    number = post()
+    server.wait_until_succeeds("test $(systemctl show --property NRestarts --value ekiben-app.service) -gt 2", timeout=60)
+    times = [float(line.split()[0]) for line in server.succeed("journalctl -q -o short-unix -u ekiben-app | grep ': Starting '").splitlines()]
+    times = times[started:]
+    assert all(later - earlier > 0.4 for earlier, later in zip(times, times[1:])), times
+    undo("ekiben-app.service")
+    wait_until_served(number)
+
+with subtest("a run that has to be started over is, although the queue cannot be written at first"):
+    publish(server, "app", "7")
+    block()
+    post()
+    wait_for_stage("activate")
+    deploy(server, "git commit --allow-empty -qm meanwhile")
+    server.succeed(f"mount --bind -o ro {QUEUE} {QUEUE}")
+    unblock()
+    server.wait_until_succeeds(f"journalctl -q -o cat -u ekiben-app | grep -F 'write {QUEUE}/app: Read-only file system'")
+    server.succeed(f"umount {QUEUE}")
+    server.wait_until_succeeds("grep -x blocked-[0-9]* /etc/app")
+    wait_until_at_rest(server, "app")
+    check_deployed(server, "app")
+
+with subtest("a path unit that has failed is armed again"):
+    drop_in("ekiben-app.path", "[Path]", "TriggerLimitIntervalSec=3s", "TriggerLimitBurst=1")
+    server.succeed("systemctl restart ekiben-app.path")
+    for _ in range(2):
+        wait_until_served(post())
+    server.succeed("journalctl -q -o cat -u ekiben-app.path | grep -F trigger-limit-hit")
+    server.wait_until_succeeds("systemctl is-active ekiben-app.path")
+    undo("ekiben-app.path")
+    server.succeed("systemctl restart ekiben-app.path")
+    wait_until_at_rest(server, "app")
+
+with subtest("what a stage leaves behind, and ignores every signal, holds a run up for half a minute at most; its end has its time"):
+    shell, ekiben = server.succeed("readlink -f $(command -v bash) $(command -v ekiben)").split()
+    hangs = f"{shell} -c '(trap \"\" TERM; exec sleep infinity) & sleep infinity'"
+    drop_in("ekiben-app.service", "[Service]", "ExecStart=", f"ExecStart=+{ekiben} begin app", f"ExecStart={hangs}", "TimeoutStopSec=3s")
+    wait_in_stage("sleep infinity")
+    server.succeed("systemctl stop ekiben-app.service", timeout=60)
+    ended = last_run(server, "app")
+    assert "signal TERM" in ended["error"] and server.execute("pgrep -x sleep")[0] == 1, ended
+    # longer than that limit, the end waits for its turn
+    wait_in_stage("sleep infinity")
+    block()
+    server.succeed("systemctl stop --no-block ekiben-app.service")
+    server.wait_until_succeeds("systemctl show --property SubState --value ekiben-app.service | grep -x stop-post")
+    client.wait_until_succeeds(f"test $(($(date +%s) - {int(client.succeed('date +%s'))})) -gt 5")
+    assert server.get_unit_property("ekiben-app.service", "SubState") == "stop-post"
+    unblock()
+    wait_until_idle(server, "app")
+    again = last_run(server, "app")
+    assert "signal TERM" in again["error"] and again["id"] != ended["id"], again
+    undo("ekiben-app.service")

@@ -33,7 +33,7 @@ in
     };
   };
 
-  variants.machine = {
+  variants.machine = rec {
     # another file, at another place, of the same program
     binary.scenario.otherBinary = true;
     options.services.ekiben.instances.app = {
@@ -65,6 +65,11 @@ in
         services.ekiben.instances = lib.mkForce { other = instance; };
         services.ekiben.webhook.projects.app.instance = lib.mkForce "other";
       };
+    # what is left of it is a setting of its unit
+    odd = {
+      imports = [ removed ];
+      systemd.services.ekiben-app.serviceConfig.Nice = 19;
+    };
     renamed =
       { lib, ... }:
       {

@@ -159,6 +159,32 @@ with subtest("an administrator's switch removes an instance whose run is under w
     settle()
     assert known("app")["served"] >= number
 
+with subtest("a run is stopped when it has switched, and its timer has changed: that does not wait for its end"):
+    before = (running(machine), generation(machine), shows(machine, "app"))
+    publish(machine, "app", str(next(COUNT)), variant="timer")
+    hold(machine, "activate: switched")
+    follow(machine, "app")
+    post("app")
+    wait_until_said(machine, "app", "Held at activate: switched.")
+    machine.succeed("systemctl stop --no-block ekiben-app.service")
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json", timeout=60)
+    assert known("app")["runs"][0]["result"] == "rolledBack", known("app")["runs"][0]
+    assert (running(machine), generation(machine), shows(machine, "app")) == before
+    machine.succeed("systemctl is-active ekiben-app.path", "systemctl reset-failed ekiben-app.service")
+    go_on(machine, "activate: switched")
+    by_hand()
+    settle()
+
+with subtest("a switch that would end its own run is refused, and nothing is changed"):
+    before = shows(machine, "app")
+    publish(machine, "app", str(next(COUNT)), variant="odd")
+    ended = run(machine, "app")
+    assert ended["result"] == "failed" and "leave `systemd.services.ekiben-app` out" in ended["error"], ended
+    assert shows(machine, "app") == before
+    machine.succeed("systemctl reset-failed ekiben-app.service")
+    by_hand()
+    settle()
+
 for variant, words in (
     ("removed", "does not have the instance app"),
     ("renamed", "does not have the instance app"),

@@ -69,6 +69,9 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
         return run.save(layout);
     }
     let system = nix::trusted_system(&layout.candidate(), layout.name())?;
+    if run.instance.operation == Operation::Switch {
+        check_outlives_switch(&system, layout.name())?;
+    }
     run.candidate = Some(system.clone());
     // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
     while turn.is_none() {
@@ -124,6 +127,22 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     run.enter(Phase::Persisted, layout)?;
     fault::point("activate: persisted");
     Ok(())
+}
+
+/// Fails if a switch to the system would end the run that makes it: units are restarted unless they say otherwise,
+/// and one that is nobody's but for a setting says nothing.
+fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
+    let name = format!("ekiben-{instance}");
+    let unit = fs::read_to_string(system.join("etc/systemd/system").join(format!("{name}.service"))).unwrap_or_default();
+    // one that is masked is empty
+    if unit.is_empty() || unit.lines().any(|line| line == "X-RestartIfChanged=false") {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "Failed to accept {}: the switch would restart {name}.service, and so end this run; \
+         leave `systemd.services.{name}` out where `services.ekiben.instances.{instance}` is not set",
+        system.display()
+    )))
 }
 
 /// What there is to go back to, kept from being collected as garbage. Where a run could not be put back and
@@ -255,7 +274,7 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     }
     log::warn!("{error}. Going back to {}, to check whether the old system fails, too ...", before.system.display());
     run.enter(Phase::Returning, layout)?;
-    conclude::put_back(run, before, false)?;
+    conclude::put_back(layout, run, before, false)?;
     if health::verify(&checks, &remote).is_ok() {
         return Err(error);
     }

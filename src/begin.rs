@@ -1,5 +1,10 @@
-//! The first of root's stages: take the request, open the journal; before that, end a run that was
+//! The first of root's stages: open the journal, take the request; before that, end a run that was
 //! cut off.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
 
 use crate::conclude;
 use crate::config::Instance;
@@ -11,7 +16,14 @@ use crate::queue;
 use crate::run::{Run, Stage, Trigger};
 use crate::status::Status;
 
-/// Runs the stage.
+/// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h, as in module.nix.
+pub const TRY_AGAIN: u8 = 75;
+/// How long a disk that cannot be written is waited for, before the unit fails and is started again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two attempts; growing, so that it goes on at once when it can.
+const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(800)];
+
+/// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if let Err(error) = conclude::conclude(layout) {
         // that run has been reported; this one is another
@@ -20,9 +32,8 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if layout.journal().exists() {
         return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
     }
-    let again = conclude::go_back_again(layout);
     let mut run = Run::new(run_id()?, instance.clone());
-    match again {
+    match conclude::go_back_again(layout) {
         Ok(false) => {}
         Ok(true) => run.warnings.push("the roll back of an earlier run, which had failed, has been completed".into()),
         Err(error) => {
@@ -30,15 +41,36 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
             run.warnings.push(format!("the roll back of an earlier run has failed again: {error}"));
         }
     }
-    let opened = run.save(layout);
-    fault::point("begin: journal opened");
-    run.request = queue::take(layout)?;
+    let began = Instant::now();
+    let mut pause = PAUSES[0];
+    while let Err(error) = open(layout, &mut run) {
+        if layout.journal().exists() {
+            Run::end(layout)?;
+        }
+        if began.elapsed() > PATIENCE {
+            let _ = Status::report_unopened(layout, &error.to_string());
+            return Err(error);
+        }
+        if pause == PAUSES[0] {
+            log::error!("{error}; trying again until that is mended.");
+            let _ = sd_notify::notify(&[NotifyState::Status(&format!("Waiting: {error}."))]);
+        }
+        thread::sleep(pause);
+        pause = PAUSES[1];
+    }
+    let _ = sd_notify::notify(&[NotifyState::Status("")]);
+    Ok(())
+}
+
+/// Opens the journal, and takes the request that waits, if there is one.
+fn open(layout: &Layout, run: &mut Run) -> Result<()> {
+    run.request = queue::waiting(layout)?;
     run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
-    fault::point("begin: request taken");
-    let noted = opened.and_then(|()| run.save(layout));
-    // even if it could not be noted: it would start run after run
-    queue::forget(layout)?;
-    noted?;
+    run.save(layout)?;
+    fault::point("begin: journal opened");
     Status::reserve(layout);
-    Status::announce(layout, &run, Stage::Prepare)
+    Status::announce(layout, run, Stage::Prepare)?;
+    queue::remove(layout, run.request)?;
+    fault::point("begin: request taken");
+    Ok(())
 }

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sd_notify::NotifyState;
+
 use crate::candidate::{Fate, MOVED};
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
@@ -34,11 +36,17 @@ const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long units may take to come back with the old system.
 const RECOVERY: Duration = Duration::from_secs(10);
+/// How long the end of a run may take, all in all.
+const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// How often later runs try again to go back.
 const RETURNS: u32 = 3;
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
+    if !service_result().is_empty() {
+        // the unit's own limit is for what ignores being stopped; each step of this has one
+        let _ = sd_notify::notify(&[NotifyState::Custom(&format!("EXTEND_TIMEOUT_USEC={}", LIMIT.as_micros()))]);
+    }
     let ended = conclude_as(layout, None);
     // after the unit's stages, not at the beginning of the next run
     if !service_result().is_empty() && !layout.request().exists() {
@@ -157,14 +165,13 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
             log::warn!("{error}.");
         }
     }
+    if result == Outcome::StartedOver {
+        // or else this run has not come to its end: it is ended again
+        queue::request(layout, run.request.unwrap_or(0)).or_else(|error| run.save(layout).and(Err(error)))?;
+    }
     report(layout, &run, result);
     drop(turn);
     fault::point("conclude: reported");
-    if result == Outcome::StartedOver {
-        if let Err(error) = queue::request(layout, run.request.unwrap_or(0)) {
-            log::error!("{error}.");
-        }
-    }
     let kept = match result {
         Outcome::Deployed => Run::forget_stuck(layout),
         Outcome::Stuck => run.keep_stuck(layout),
@@ -308,7 +315,7 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
         log::error!("{error}.");
     }
     fault::point("back: begun");
-    match put_back(run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
+    match put_back(layout, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
             if !same.is_empty() {
                 run.warnings.push(format!("{} with the old system, too", failed_to_start(&same)));
@@ -380,15 +387,18 @@ fn failed_to(do_what: &str, units: &Worse) -> Error {
 
 /// Puts back the system that was before, and what is booted if that was touched; returns the units that are
 /// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
-pub fn put_back(run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
+pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
     // what another hand has done in the meantime is to stay
     let ours = |system: &Path| run.candidate.as_deref() == Some(system) || before.system == system;
     let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
     fault::point("back: profile restored");
     let current = system::current()?;
     // after a reboot the old system has come up by itself
-    let worse =
-        if ours(&current) && (run.boot == boot_id() || current != before.system) { put_back_system(run, before) } else { Ok(Worse::new()) };
+    let worse = if ours(&current) && (run.boot == boot_id() || current != before.system) {
+        put_back_system(layout, run, before)
+    } else {
+        Ok(Worse::new())
+    };
     fault::point("back: system restored");
     boot.and(worse)
 }
@@ -411,12 +421,13 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
 }
 
 /// Activates the old system, and again if units that ran before do not come back within a while.
-fn put_back_system(run: &Run, before: &Before) -> Result<Worse> {
+fn put_back_system(layout: &Layout, run: &Run, before: &Before) -> Result<Worse> {
     let candidate = run.candidate.as_deref().unwrap_or(&before.system);
     let mut worse = Worse::new();
     for _ in 0..2 {
         system::again(|| {
-            let ended = system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system")?;
+            let activate = || system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system");
+            let ended = system::letting_go_of_jobs(layout.name(), activate)?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
         })?;
         let until = Instant::now() + RECOVERY;
@@ -453,7 +464,7 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
         run.returns += 1;
         run.keep_stuck(layout)?;
         log::warn!("Going back to {}, which has failed before ...", before.system.display());
-        with_either(&run, put_back(&run, &before, true)?)?;
+        with_either(&run, put_back(layout, &run, &before, true)?)?;
     }
     Run::forget_stuck(layout)?;
     store::unroot(layout)?;

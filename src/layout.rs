@@ -4,7 +4,6 @@
 //! queue/<instance>              a request; root and group ekiben may write here
 //! runs/<instance>.json          the journal of the run under way; root only
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
-//! runs/<instance>.request       the request that this run has taken
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
 //! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
@@ -62,11 +61,6 @@ impl Layout {
     /// The request that waits for a run.
     pub fn request(&self) -> PathBuf {
         self.root.join("queue").join(&self.name)
-    }
-
-    /// The request that a run has taken.
-    pub fn taken_request(&self) -> PathBuf {
-        self.root.join("runs").join(format!("{}.request", self.name))
     }
 
     /// The journal of the run under way.

@@ -114,7 +114,13 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
         ["fleet", rest @ ..] => return fleet::command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
-        ["begin", name] => stage(file, name, begin::begin),
+        // by another exit status, its unit knows that the request is still there
+        ["begin", name] => {
+            return stage(file, name, begin::begin).map(|()| ExitCode::SUCCESS).or_else(|error| {
+                log::error!("{error}.");
+                Ok(ExitCode::from(begin::TRY_AGAIN))
+            });
+        }
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),

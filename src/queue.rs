@@ -6,9 +6,9 @@
 //! whether a run came after his own.
 //!
 //! Many requests before a run are one: they all get the number of the file that is there. A run
-//! takes the file by renaming it, so that a request is either in the run or after it.
+//! removes the file when its journal has the number, and before it looks at anything that may be new.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -99,110 +99,99 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(0))
 }
 
-/// Takes the request, if there is one, for a run that now begins; returns its number. What lies in
-/// its place and is no request counts as one without a number.
-pub fn take(layout: &Layout) -> Result<Option<u64>> {
-    let (path, taken) = (layout.request(), layout.taken_request());
-    let served = Status::read(layout).served;
-    let number = || match find(&taken, served) {
-        Found::Request(number) => Some(number),
-        Found::Nothing | Found::Odd => None,
-    };
-    // left by a run that was cut off before it had noted the number
-    let earlier = number();
-    forget(layout)?;
-    match fs::rename(&path, &taken) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(earlier),
-        Err(error) => return Err(error).context(|| format!("take {}", path.display())),
+/// The number of the request that waits for a run, if there is one. What lies in its place and is no request is
+/// cleared away, and counts as one without a number.
+pub fn waiting(layout: &Layout) -> Result<Option<u64>> {
+    match find(&layout.request(), Status::read(layout).served) {
+        Found::Nothing => Ok(None),
+        Found::Request(number) => Ok(Some(number)),
+        Found::Odd => clear(layout).map(|()| Some(0)),
     }
-    let _ = files::sync_parent(&path);
-    Ok(number().max(earlier).or(Some(0)))
 }
 
-/// Forgets the request that a run took, once its number is safe elsewhere.
-pub fn forget(layout: &Layout) -> Result<()> {
-    let taken = layout.taken_request();
-    files::clear(&taken).and_then(|()| files::sync_parent(&taken)).context(|| format!("remove {}", taken.display()))
+/// Removes the request that a run has found waiting, once its journal has the number.
+pub fn remove(layout: &Layout, number: Option<u64>) -> Result<()> {
+    // without a number, it is gone, and what is there now is another
+    if number > Some(0) { clear(layout) } else { Ok(()) }
+}
+
+fn clear(layout: &Layout) -> Result<()> {
+    let path = layout.request();
+    files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::testing::Directory;
 
     fn layout(directory: &Directory) -> Layout {
-        for below in ["queue", "runs"] {
+        for below in ["queue", "status"] {
             fs::create_dir(directory.path().join(below)).unwrap();
         }
         Layout::below(directory.path(), "app")
+    }
+
+    /// What a run does about requests, up to the end of it.
+    fn take(layout: &Layout) -> Option<u64> {
+        let number = waiting(layout).unwrap();
+        let served = number.unwrap_or(0).max(Status::read(layout).served);
+        fs::write(layout.status(), format!("{{\"format\": 1, \"served\": {served}}}")).unwrap();
+        remove(layout, number).unwrap();
+        number
     }
 
     #[test]
     fn requests_before_a_run_are_one_and_later_ones_are_higher() {
         let directory = Directory::new();
         let layout = layout(&directory);
-        assert_eq!(take(&layout).unwrap(), None);
+        assert_eq!(take(&layout), None);
         let first = request(&layout, 0).unwrap();
         assert_eq!(request(&layout, 0).unwrap(), first);
-        assert_eq!(take(&layout).unwrap(), Some(first));
+        assert_eq!(take(&layout), Some(first));
         let far = first + 1_000_000;
         assert_eq!(request(&layout, far).unwrap(), far + 1);
-        assert_eq!(take(&layout).unwrap(), Some(far + 1));
-        forget(&layout).unwrap();
-        assert_eq!(take(&layout).unwrap(), None);
+        assert_eq!(take(&layout), Some(far + 1));
+        assert_eq!(take(&layout), None);
         assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_request_taken_by_a_run_that_was_cut_off_is_not_lost() {
-        let directory = Directory::new();
-        let layout = layout(&directory);
-        let first = request(&layout, 0).unwrap();
-        take(&layout).unwrap();
-        assert_eq!(take(&layout).unwrap(), Some(first));
-        let second = request(&layout, first + 5).unwrap();
-        assert_eq!(take(&layout).unwrap(), Some(second));
     }
 
     #[test]
     fn a_number_out_of_reach_is_none() {
         let directory = Directory::new();
         let layout = layout(&directory);
-        fs::create_dir(directory.path().join("status")).unwrap();
         let first = request(&layout, 0).unwrap();
-        take(&layout).unwrap();
-        forget(&layout).unwrap();
-        fs::write(layout.status(), format!("{{\"format\": 1, \"served\": {first}}}")).unwrap();
+        take(&layout);
         for odd in [&u64::MAX.to_string(), &(now() + 2 * REACH).to_string(), &first.to_string(), "1", "-1", "x", "", &"1".repeat(30)] {
             fs::write(layout.request(), odd).unwrap();
-            assert_eq!(take(&layout).unwrap(), Some(0), "{odd}");
+            assert_eq!(take(&layout), Some(0), "{odd}");
             fs::write(layout.request(), odd).unwrap();
             let next = request(&layout, 0).unwrap();
-            assert!(first < next && next <= now().max(first) + 1, "{odd}");
-            assert_eq!(take(&layout).unwrap(), Some(next), "{odd}");
-            forget(&layout).unwrap();
+            assert!(first < next && next <= now().max(Status::read(&layout).served) + 1, "{odd}");
+            assert_eq!(take(&layout), Some(next), "{odd}");
         }
     }
 
     #[test]
-    fn whatever_lies_in_the_place_of_a_request_is_cleared_away() {
+    fn whatever_lies_in_the_place_of_a_request_is_cleared_away_but_no_request_that_follows() {
         let directory = Directory::new();
         let layout = layout(&directory);
         fs::create_dir_all(layout.request().join("deep")).unwrap();
         assert!(request(&layout, 0).is_err());
-        assert_eq!(take(&layout).unwrap(), Some(0));
+        let odd = waiting(&layout).unwrap();
+        let next = request(&layout, 0).unwrap();
+        remove(&layout, odd).unwrap();
+        assert_eq!((odd, take(&layout)), (Some(0), Some(next)));
         for target in ["/etc/passwd", "/nowhere"] {
             std::os::unix::fs::symlink(target, layout.request()).unwrap();
             // a path unit would not see the latter
             let number = request(&layout, 0).unwrap();
-            assert_eq!(take(&layout).unwrap(), Some(number));
+            assert_eq!(take(&layout), Some(number));
         }
-        forget(&layout).unwrap();
         assert!(fs::metadata("/etc/passwd").is_ok());
-        for below in ["queue", "runs"] {
-            assert_eq!(fs::read_dir(directory.path().join(below)).unwrap().count(), 0);
-        }
+        assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
     }
 
     #[test]

@@ -223,14 +223,22 @@ impl Status {
     pub fn report_unopened(layout: &Layout, why: &str) -> Result<()> {
         let mut status = Self { running: None, ..Self::read(layout) };
         let id = run_id()?.to_string();
-        if status.runs.first().is_some_and(|run| run.id == id) {
-            return Ok(());
+        let mut started = now();
+        if let Some(last) = status.runs.first() {
+            if last.id == id {
+                return Ok(());
+            }
+            if last.stage == Some(Stage::Begin) {
+                // one of many attempts: since when
+                started = last.started;
+                status.runs.remove(0);
+            }
         }
         status.remember(Ended {
             id,
             result: Outcome::Failed,
             trigger: Trigger::Timer,
-            started: now(),
+            started,
             finished: now(),
             commit: None,
             summary: None,

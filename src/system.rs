@@ -126,10 +126,17 @@ pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
         let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
         return restart.output(|| format!("start {service} again"), None).map(drop);
     }
-    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service])?;
+    cancel_jobs(instance, |kind, state| (kind, state) == ("start", "waiting"))
+}
+
+fn cancel_jobs(instance: &str, which: impl Fn(&str, &str) -> bool) -> Result<()> {
+    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service(instance)])?;
     for line in String::from_utf8_lossy(&list).lines() {
-        if let [job, _, "start", "waiting"] = line.split_whitespace().collect::<Vec<_>>()[..] {
-            Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [job, _, kind, state] if which(kind, state) => {
+                Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
+            }
+            _ => {}
         }
     }
     Ok(())
@@ -145,6 +152,22 @@ fn timer_has_elapsed(service: &str) -> Result<bool> {
     let question = ["show", "--property=SubState", "--value", "--"].into_iter().chain(timers).collect::<Vec<_>>();
     let states = systemctl(&question)?;
     Ok(String::from_utf8_lossy(&states).lines().any(|state| state == "running"))
+}
+
+/// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
+/// by one of its timer or path unit while a stop of it is under way. The service goes on without its jobs.
+pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T {
+    let (done, is_done) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_done.recv_timeout(LOAN) == Err(RecvTimeoutError::Timeout) {
+                cancel_jobs(instance, |_, _| true).unwrap_or_else(|error| log::warn!("{error}."));
+            }
+        });
+        let result = activate();
+        drop(done);
+        result
+    })
 }
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it

@@ -38,7 +38,7 @@ const TOLD: &str = "heartbeat.json";
 pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Release, String)> {
     let scratch = scratch(layout)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
-    let mut session = Session::open(hub, &identity(layout), scratch.path(), limit)?;
+    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), limit)?;
     // what the hub does not want to be told now, the next poll tells
     let tell = |session: &mut Session, running| {
         if let Err(error) = deliver_by(session, layout, hub, scratch.path(), running) {
@@ -152,7 +152,7 @@ pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
         return Ok(());
     }
     let scratch = scratch(layout)?;
-    let mut session = Session::open(hub, &identity(layout), scratch.path(), DELIVERY)?;
+    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), DELIVERY)?;
     deliver_by(&mut session, layout, hub, scratch.path(), None)?;
     session.close()
 }
@@ -167,7 +167,7 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
     let layout = Layout::new(name);
     let scratch = scratch(&layout)?;
-    match Session::open(hub, &identity(&layout), scratch.path(), REACH) {
+    match Session::open(hub, &identity(&layout)?, scratch.path(), REACH) {
         Ok(session) => session.close(),
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
@@ -232,11 +232,18 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat
     }
 }
 
-/// The private key: systemd's copy of it, which only the instance's user can read.
-fn identity(layout: &Layout) -> PathBuf {
+/// The private key: systemd's copy of it, which only the instance's user can read. Fails if it is as in module.nix
+/// where there is none to copy.
+fn identity(layout: &Layout) -> Result<PathBuf> {
     let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     // what root has this ask for a run has none of its own
-    own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity")
+    let path = own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity");
+    if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
+        return Err(Error::new(
+            "Failed to read this host's private key: there is no key in the file that `services.ekiben.fleet.identityFile` names",
+        ));
+    }
+    Ok(path)
 }
 
 /// A directory for files that nobody needs later; whatever is in its way is not.
