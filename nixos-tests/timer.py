@@ -33,6 +33,9 @@ with subtest("a run that was due while the machine was off is made up for"):
     wait_for_run(machine, "seldom", 0)
     assert last_run(machine, "seldom")["trigger"] == "timer"
     assert shows(machine, "other") == "2"
+    # that timer has done so once
+    wait_until_at_rest(machine, "seldom")
+    assert runs(machine, "seldom") == 1, status(machine, "seldom")["runs"]
 
 if is_host(machine):
     with subtest("what a repository has nix print commands no terminal and no journal"):

@@ -142,16 +142,21 @@ fn cancel_jobs(instance: &str, which: impl Fn(&str, &str) -> bool) -> Result<()>
     Ok(())
 }
 
-/// Whether a timer of a service has elapsed since that was started. One that has started it does not elapse again
-/// before its end.
+/// Whether a timer of a service has elapsed since that was started.
 fn timer_has_elapsed(service: &str) -> Result<bool> {
-    let triggers = systemctl(&["show", "--property=TriggeredBy", "--value", "--", service])?;
-    let started_by = std::env::var("TRIGGER_UNIT").unwrap_or_default();
-    let triggers = String::from_utf8_lossy(&triggers);
-    let timers = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some() && *unit != started_by);
-    let question = ["show", "--property=SubState", "--value", "--"].into_iter().chain(timers).collect::<Vec<_>>();
-    let states = systemctl(&question)?;
-    Ok(String::from_utf8_lossy(&states).lines().any(|state| state == "running"))
+    let ask = |what: &str, units: &[&str]| {
+        let question = [&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat();
+        systemctl(&question).map(|answer| String::from_utf8_lossy(&answer).into_owned())
+    };
+    // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
+    let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
+    let triggers = ask("--property=TriggeredBy", &[service])?;
+    let timers: Vec<_> = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()).collect();
+    if timers.is_empty() {
+        return Ok(false);
+    }
+    let started = moment(&ask("--property=InactiveExitTimestamp", &[service])?);
+    Ok(ask("--property=LastTriggerUSec", &timers)?.lines().any(|line| moment(line) > started))
 }
 
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
