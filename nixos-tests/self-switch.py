@@ -160,7 +160,7 @@ with subtest("an administrator's switch removes an instance whose run is under w
     assert known("app")["served"] >= number
 
 with subtest("a run is stopped when it has switched, and its timer has changed: that does not wait for its end"):
-    before = (running(machine), generation(machine), shows(machine, "app"))
+    old = (running(machine), generation(machine), shows(machine, "app"))
     publish(machine, "app", str(next(COUNT)), variant="timer")
     hold(machine, "activate: switched")
     follow(machine, "app")
@@ -169,18 +169,18 @@ with subtest("a run is stopped when it has switched, and its timer has changed: 
     machine.succeed("systemctl stop --no-block ekiben-app.service")
     machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json", timeout=60)
     assert known("app")["runs"][0]["result"] == "rolledBack", known("app")["runs"][0]
-    assert (running(machine), generation(machine), shows(machine, "app")) == before
+    assert (running(machine), generation(machine), shows(machine, "app")) == old
     machine.succeed("systemctl is-active ekiben-app.path", "systemctl reset-failed ekiben-app.service")
     go_on(machine, "activate: switched")
     by_hand()
     settle()
 
 with subtest("a switch that would end its own run is refused, and nothing is changed"):
-    before = shows(machine, "app")
+    shown = shows(machine, "app")
     publish(machine, "app", str(next(COUNT)), variant="odd")
     ended = run(machine, "app")
     assert ended["result"] == "failed" and "leave `systemd.services.ekiben-app` out" in ended["error"], ended
-    assert shows(machine, "app") == before
+    assert shows(machine, "app") == shown
     machine.succeed("systemctl reset-failed ekiben-app.service")
     by_hand()
     settle()
