@@ -89,7 +89,9 @@ impl Savepoint {
             fs::create_dir_all(&self.directory)?;
             files::write(&self.directory.join("locks"), &join(absent.iter().map(|path| path.as_os_str())), 0o600)
         };
-        note().context(|| format!("write to {}", self.directory.display()))
+        // unless there is something in it that is needed
+        let noted = note().inspect_err(|_| drop(fs::remove_dir(&self.directory)));
+        noted.context(|| format!("write to {}", self.directory.display()))
     }
 
     /// Removes what [`Self::note_locks`] noted and is there now; only for when git is dead.
