@@ -25,6 +25,7 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis
 
 /// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
+    layout.restore();
     if let Err(error) = conclude::conclude(layout) {
         // that run has been reported; this one is another
         log::warn!("{error}.");

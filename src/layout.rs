@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::program::Program;
 
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]
@@ -51,6 +52,22 @@ impl Layout {
         let files = fs::read_dir(self.root.join(directory)).into_iter().flatten().flatten();
         let names = files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
         names.map(|name| Self::below(&self.root, &name)).collect()
+    }
+
+    /// Has the directories made that somebody has removed, as at boot; for root only.
+    pub fn restore(&self) {
+        if [self.request(), self.journal(), self.status()].iter().all(|file| file.parent().is_some_and(Path::exists)) {
+            return;
+        }
+        let prefix = format!("--prefix={}", self.root.display());
+        let make = Program::as_root("systemd-tmpfiles").args(["--create", &prefix]);
+        // whose directories are the removed ones
+        let restart = Program::as_root("systemctl").args(["try-restart", "--no-block", "ekiben-webhook.service"]);
+        for program in [make, restart] {
+            if let Err(error) = program.output(|| format!("make {} again", self.root.display()), None) {
+                log::warn!("{error}.");
+            }
+        }
     }
 
     /// The instance.
