@@ -289,7 +289,10 @@ pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
     if ended.status.code() == Some(i32::from(MOVED)) {
         return Ok(false);
     }
-    let said = |level: &str| ended.tail.iter().filter_map(|line| line.strip_prefix(level)).map(String::from).collect::<Vec<_>>();
+    let said = |level: &str| -> Vec<String> {
+        let said = ended.tail.iter().filter_map(|line| line.strip_prefix(level));
+        said.map(|line| line.strip_suffix('.').unwrap_or(line).into()).collect()
+    };
     if ended.status.success() {
         run.warnings.extend(said("warning: "));
         return Ok(true);

@@ -58,7 +58,7 @@ pub struct Proposal {
 /// The identifier of the run that this process belongs to: systemd's, the same in all stages.
 pub fn run_id() -> Result<RunId> {
     let id = std::env::var("INVOCATION_ID").unwrap_or_default();
-    RunId::try_from(id).context(|| "find the run that this belongs to: start ekiben-<instance>.service instead".into())
+    RunId::try_from(id).map_err(|_| Error::new("Failed to find the run: its unit runs this; ask for a run with ekiben trigger INSTANCE"))
 }
 
 impl Notes {

@@ -398,7 +398,8 @@ fn end(child: &mut Child) {
 
 /// The line that says best why a program failed.
 fn reason(tail: &[String]) -> Option<String> {
-    tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word))).map(String::from)
+    let said = tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))?;
+    Some(said.trim_end_matches(['.', ';']).to_owned())
 }
 
 fn describe(status: ExitStatus) -> String {
