@@ -60,7 +60,13 @@ def rebuild(machine):
 
 def status(machine, instance):
     """What `ekiben status --json` says of an instance."""
-    return json.loads(machine.succeed(f"ekiben status --json {instance}"))[instance]
+    # it fails if that is not well
+    return json.loads(machine.execute(f"ekiben status --json {instance}")[1])[instance]
+
+
+def knows(instance, question):
+    """The command that succeeds if jq answers a question about an instance's status with yes."""
+    return f"(ekiben status --json {instance} || true) | jq -e {shlex.quote(f'.[] | {question}')}"
 
 
 def last_run(machine, instance):
@@ -75,9 +81,7 @@ def runs(machine, instance):
 
 def wait_for_run(machine, instance, after):
     """Waits until more than `after` runs of an instance have ended, and none is under way; returns the last."""
-    machine.wait_until_succeeds(
-        f"ekiben status --json {instance} | jq -e '.{instance} | (.runs | length) > {after} and .running == null and .queued == false'"
-    )
+    machine.wait_until_succeeds(knows(instance, f"(.runs | length) > {after} and .running == null and .queued == false"))
     wait_until_idle(machine, instance)
     return last_run(machine, instance)
 

@@ -4,7 +4,7 @@ def tell(text):
 
 def show(command):
     print(f"  $ {command}", flush=True)
-    for line in machine.succeed(command).strip().split("\n"):
+    for line in machine.execute(command)[1].strip().split("\n"):
         print(f"  {line}", flush=True)
 
 

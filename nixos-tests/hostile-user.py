@@ -100,7 +100,7 @@ with subtest("what the notes say does not forge the journal, or steer a terminal
     forged = r"a\\nekiben: forged line\\u001b[2J"
     command = f"cd {OWN}; sed -i 's/\"failure\":null/\"failure\":{{\"stage\":\"build\",\"message\":\"{forged}\",\"tail\":[\"{forged}\"],\"transient\":false}}/; s/\"proposal\":{{/\"proposal\":null,\"was\":{{/' notes.json"
     attempt("activate: begun", command, "")
-    machine.fail("journalctl -u ekiben-app -o cat | grep '^ekiben: forged'", "ekiben status app | grep -P '\\x1b'", "ekiben status app | grep '^ekiben: forged'")
+    machine.fail("journalctl -u ekiben-app -o cat | grep '^ekiben: forged'", "(ekiben status app || true) | grep -P '\\x1b'", "(ekiben status app || true) | grep '^ekiben: forged'")
 
 for place in some(machine, ("flake.lock", "index", "notes.json", "candidate"), 1):
     with subtest(f"{place} in the state directory is a link to root's file"):

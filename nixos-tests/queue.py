@@ -23,7 +23,7 @@ def unblock():
 
 
 def wait_for_stage(stage):
-    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.running.stage == \"{stage}\"'")
+    server.wait_until_succeeds(knows("app", f'.running.stage == "{stage}"'))
 
 
 with subtest("300 requests, most of them during a run: all accepted, few runs, one of them after the last request"):
@@ -36,7 +36,7 @@ with subtest("300 requests, most of them during a run: all accepted, few runs, o
     last = post()
     assert last > first
     unblock()
-    server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {last} and .app.running == null'")
+    server.wait_until_succeeds(knows("app", f".served >= {last} and .running == null"))
     assert shows(server, "app") == "2"
     ended = status(server, "app")["runs"]
     assert len(ended) <= 5, ended
@@ -138,7 +138,7 @@ with subtest("whoever writes the queue can ask for runs, and neither lie about t
         assert server.succeed(f"ls {QUEUE} | grep -v '^x' || true") == "" == server.succeed("ls -A /var/lib/ekiben/runs"), odd
         number = post()
         assert last < number < last + 86400000, (odd, number, last)
-        server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served == {number}'")
+        server.wait_until_succeeds(knows("app", f".served == {number}"))
         wait_until_at_rest(server, "app")
     # during a run, where it stays until that ends
     for odd, expected in (("printf 18446744073709551615 > app", "202"), ("ln -s /nowhere app", "202"), ("mkdir app", "503")):
@@ -150,7 +150,7 @@ with subtest("whoever writes the queue can ask for runs, and neither lie about t
         number = post() if expected == "202" else first
         assert answer()["served"] < first and first <= number < first + 86400000, (odd, first, number)
         unblock()
-        server.wait_until_succeeds(f"ekiben status --json app | jq -e '.app.served >= {number}'")
+        server.wait_until_succeeds(knows("app", f".served >= {number}"))
         wait_until_at_rest(server, "app")
 
 

@@ -7,7 +7,7 @@ with subtest("what is new is deployed without being asked for"):
     publish(machine, "app", "2")
     publish(machine, "other", "2")
     machine.succeed("systemctl start ekiben-often.timer")
-    machine.wait_until_succeeds("ekiben status --json often | jq -e '.often.deployed'")
+    machine.wait_until_succeeds(knows("often", ".deployed"))
     machine.succeed("systemctl stop ekiben-often.timer")
     wait_until_idle(machine, "often")
     assert [run for run in status(machine, "often")["runs"] if run["result"] == "deployed"][0]["trigger"] == "timer"
@@ -18,7 +18,7 @@ with subtest("when nothing is new, nothing is done"):
     before = (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles"))
     ended = runs(machine, "often")
     machine.succeed("systemctl start ekiben-often.timer")
-    machine.wait_until_succeeds(f"ekiben status --json often | jq -e '.often.runs | length > {ended + 3}'")
+    machine.wait_until_succeeds(knows("often", f".runs | length > {ended + 3}"))
     machine.succeed("systemctl stop ekiben-often.timer")
     wait_until_idle(machine, "often")
     assert (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles")) == before

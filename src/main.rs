@@ -59,7 +59,8 @@ Keeps a NixOS machine up to date from the inside.
 Usage: ekiben [--config FILE] COMMAND
 
   trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
-  status [--json] [INSTANCE]   show how the instances are, or one of them in detail
+  status [--json] [INSTANCE]   show how the instances are, or one of them in detail; fail if one is not well:
+                               its last run or a unit has failed, or no run takes its request
   check FILE                   check a configuration file
   forget-releases [INSTANCE]   take the next release of the fleet's hub, whatever its number is
 
@@ -99,15 +100,15 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
     let file = Path::new(config);
     let config = || Config::read(file);
     let done = match arguments {
-        ["--help" | "-h" | "help"] => print(HELP),
+        [] | ["--help" | "-h" | "help"] => print(HELP),
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
-        ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is right.\n"))),
+        ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
         ["trigger", "--wait", name] => trigger::trigger_and_wait(&config()?, name),
-        ["status", "--json"] => status::show(&config()?, None, true),
-        ["status", "--json", name] | ["status", name, "--json"] => status::show(&config()?, Some(name), true),
-        ["status"] => status::show(&config()?, None, false),
-        ["status", name] if !name.starts_with('-') => status::show(&config()?, Some(name), false),
+        ["status", "--json"] => return status::show(&config()?, None, true),
+        ["status", "--json", name] | ["status", name, "--json"] => return status::show(&config()?, Some(name), true),
+        ["status"] => return status::show(&config()?, None, false),
+        ["status", name] if !name.starts_with('-') => return status::show(&config()?, Some(name), false),
         ["forget-releases", name] => fleet::seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
         ["forget-releases"] => config().and_then(|config| fleet::seen::forget("fleet", config.instance("fleet")?)),

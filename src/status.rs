@@ -9,6 +9,8 @@ use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +20,7 @@ use crate::files;
 use crate::fleet::Release;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
+use crate::program::Program;
 use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
 use crate::{table, text};
 
@@ -29,6 +32,10 @@ const RESERVE: u64 = 128 * 1024;
 const FIRST_PAUSE: u64 = 60;
 /// No pause is longer.
 const LONGEST_PAUSE: u64 = 3600;
+/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
+const PATIENCE: u64 = 60;
+/// The kinds of units that an instance has.
+const KINDS: [&str; 3] = ["path", "service", "timer"];
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -196,6 +203,11 @@ impl Status {
         }
     }
 
+    /// Whether the last run has failed.
+    fn has_failed(&self) -> bool {
+        self.runs.first().is_some_and(|run| matches!(run.result, Outcome::Failed | Outcome::RolledBack | Outcome::Stuck))
+    }
+
     /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.
     pub fn check_not_bad(&self, instance: &str, proposal: &Proposal, options: &Instance) -> Result<()> {
         let Some(bad) = self.bad.as_ref().filter(|bad| bad.is(proposal, options)) else { return Ok(()) };
@@ -206,9 +218,9 @@ impl Status {
         }
         let ask = format!("run `ekiben trigger {instance}` to try it again");
         let wait = if bad.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
-        let (commit, tries, when) = (&proposal.commit, bad.tries, ago(bad.tried, now));
+        let (commit, tries, when) = (&proposal.commit, times(bad.tries), ago(bad.tried, now));
         Err(Error::new(format!(
-            "Failed to deploy {commit}: it is known to be bad (tried {tries} times, last {when}; {ask}{wait}): {}",
+            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last {when}; {ask}{wait}): {}",
             bad.error
         )))
     }
@@ -412,6 +424,10 @@ pub fn for_clients(layout: &Layout) -> Result<String> {
 /// An instance as `ekiben status --json` shows it.
 #[derive(Serialize)]
 struct Shown {
+    /// Whether there is nothing to see to.
+    well: bool,
+    /// What there is to see to besides the last run.
+    problems: Vec<String>,
     /// Whether a request waits for a run; none if this user may not know.
     queued: Option<bool>,
     #[serde(flatten)]
@@ -420,29 +436,51 @@ struct Shown {
     output: String,
 }
 
-/// Shows one instance, or all; as JSON by name, or for humans.
-pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<()> {
+/// Shows one instance, or all; as JSON by name, or for humans. Its exit status says whether all are well.
+pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitCode> {
     let names: Vec<&str> = match instance {
         Some(name) => config.instance(name).map(|_| vec![name])?,
         None => config.instances.keys().map(String::as_str).collect(),
     };
-    let look = |name: &&str| {
-        let layout = Layout::new(name);
-        let shown = Shown {
-            queued: layout.request().try_exists().ok(),
-            status: Status::read(&layout),
-            output: fs::read_to_string(layout.output()).unwrap_or_default(),
-        };
-        ((*name).to_owned(), shown)
-    };
-    let shown: BTreeMap<String, Shown> = names.iter().map(look).collect();
+    // before all else: what began later is no fault
+    let units = unit_states(&names);
+    let shown: BTreeMap<String, Shown> = names.iter().map(|name| ((*name).to_owned(), Shown::of(name, &units))).collect();
     if json {
-        text::print_json(&shown)
+        text::print_json(&shown)?;
     } else if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
-        text::print(&details(name, shown, now()))
+        text::print(&details(name, shown, now()))?;
     } else {
-        text::print(&table(&shown, now()))
+        text::print(&table(&shown, now()))?;
     }
+    Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How systemd says that the instances' units are, by their names; nothing if it does not say.
+fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
+    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}")));
+    let ask = Program::new("systemctl").args(["show", "--property=Id,ActiveState", "--"]).args(units);
+    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
+        log::warn!("{error}.");
+        Vec::new()
+    });
+    let said = String::from_utf8_lossy(&said);
+    let value = |unit: &str, key: &str| unit.lines().find_map(|line| line.strip_prefix(key).map(String::from));
+    said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))).collect()
+}
+
+/// What there is to see to of an instance, besides how its last run ended.
+fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", String::as_str);
+    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
+    let is_idle = matches!(state("service"), "inactive" | "failed");
+    // of a run that has failed, there is a report
+    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
+    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
+    let waits = requested.filter(|since| is_idle && is_old(since));
+    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
+    let cut_off = status.running.as_ref().filter(|running| is_idle && is_old(&running.started));
+    let cut_off = cut_off.map(|_| format!("nothing has ended the run that was cut off; run systemctl start ekiben-{name}"));
+    failed.chain(waits).chain(cut_off).collect()
 }
 
 /// A line for each instance.
@@ -458,7 +496,8 @@ fn table(shown: &BTreeMap<String, Shown>, now: u64) -> String {
             shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(12).collect()),
         ]);
     }
-    table::lines(&rows).join("\n") + "\n"
+    let problems = shown.iter().flat_map(|(name, shown)| shown.problems.iter().map(move |problem| format!("{name}: {problem}")));
+    table::lines(&rows).into_iter().chain(problems).collect::<Vec<_>>().join("\n") + "\n"
 }
 
 /// All that is known of one instance.
@@ -469,6 +508,9 @@ fn details(name: &str, shown: &Shown, now: u64) -> String {
             lines.push(format!("  {what:<9} {value}"));
         }
     };
+    for problem in &shown.problems {
+        add("problem", problem);
+    }
     if let Some(deployed) = &shown.status.deployed {
         add("deployed", &deployed.commit);
         add("system", &deployed.system.display().to_string());
@@ -476,14 +518,14 @@ fn details(name: &str, shown: &Shown, now: u64) -> String {
     if let Some(run) = shown.status.runs.first() {
         add("last run", &format!("{}, {}", run.result, ago(run.finished, now)));
         add("proposed", run.commit.as_deref().unwrap_or_default());
-        add("what", run.summary.as_deref().unwrap_or_default());
+        add("summary", run.summary.as_deref().unwrap_or_default());
         add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
         add("error", run.error.as_deref().unwrap_or_default());
         for warning in &run.warnings {
             add("warning", warning);
         }
         if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {
-            add("bad", &format!("{}, tried {} times, last {}: {}", bad.commit, bad.tries, ago(bad.tried, now), bad.error));
+            add("bad", &format!("{}, tried {}, last {}: {}", bad.commit, times(bad.tries), ago(bad.tried, now), bad.error));
         }
         if run.reboot_needed {
             add("reboot", "needed: the new system runs after it");
@@ -494,6 +536,21 @@ fn details(name: &str, shown: &Shown, now: u64) -> String {
 }
 
 impl Shown {
+    fn of(name: &str, units: &BTreeMap<String, String>) -> Self {
+        let layout = Layout::new(name);
+        let (request, status) = (layout.request(), Status::read(&layout));
+        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
+        let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
+        let problems = problems(name, units, &status, since, now());
+        Self {
+            well: problems.is_empty() && !status.has_failed(),
+            problems,
+            queued: request.try_exists().ok(),
+            status,
+            output: fs::read_to_string(layout.output()).unwrap_or_default(),
+        }
+    }
+
     fn state(&self) -> String {
         match (&self.status.running, self.queued) {
             (Some(running), _) => format!("running ({})", running.stage),
@@ -514,6 +571,10 @@ impl fmt::Display for Outcome {
             Self::Stuck => "STUCK, needs a hand",
         })
     }
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".into() } else { format!("{count} times") }
 }
 
 /// How long ago a moment is, in its largest unit.
@@ -560,7 +621,7 @@ mod tests {
         let now = now();
         assert!(check(&bad(1, now - 61), Trigger::Request).is_ok());
         let error = check(&bad(1, now - 61), Trigger::Timer).unwrap_err().to_string();
-        assert!(error.contains("known to be bad (tried 1 times, last 1 min ago; run `ekiben trigger app`"), "{error}");
+        assert!(error.contains("known to be bad (tried once, last 1 min ago; run `ekiben trigger app`"), "{error}");
         assert!(error.ends_with("Failed to pass health check app"), "{error}");
         let error = check(&bad(3, now - 61), Trigger::Request).unwrap_err().to_string();
         assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
@@ -569,6 +630,32 @@ mod tests {
         assert!(check(&bad(100, now - 3601), Trigger::Request).is_ok());
         // the clock has been set back by a day
         assert!(check(&bad(1, now + 86400), Trigger::Request).is_ok());
+    }
+
+    #[test]
+    fn what_stands_still_and_what_has_failed_is_a_problem() {
+        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
+        let running =
+            |started| Status { running: Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started }), ..Status::default() };
+        let found = |service: &str, path: &str, status: &Status, requested| {
+            let units = [("service", service), ("path", path), ("timer", "active")];
+            let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), state.to_owned())).into();
+            problems("app", &units, status, requested, now).join("; ")
+        };
+        let (idle, none) = (Status::default(), "");
+        assert_eq!(found("inactive", "active", &idle, None), none);
+        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
+        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("inactive", "active", &running(new), None), none);
+        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
+        assert!(
+            found("failed", "active", &running(old), None)
+                .ends_with("nothing has ended the run that was cut off; run systemctl start ekiben-app")
+        );
+        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
+        // systemd has not answered
+        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
     }
 
     #[test]

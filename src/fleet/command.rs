@@ -124,7 +124,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     // the hosts' own sftp servers have to read what is published
     umask(Mode::from_bits_truncate(0o022));
     let arguments = Arguments::parse(arguments)?;
-    if arguments.has("--help") || arguments.has("-h") || arguments.words == ["help"] {
+    if arguments.has("--help") || arguments.has("-h") || matches!(arguments.words[..], [] | ["help"]) {
         return print(HELP);
     }
     let here = std::env::current_dir().context(|| "find the working directory".into())?;
