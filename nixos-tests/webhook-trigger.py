@@ -1,3 +1,4 @@
+import textwrap
 import time
 
 start_all()
@@ -103,25 +104,6 @@ with subtest("a request that cannot be written is refused"):
     check_deployed(server, "app")
     assert (shows(server, "app"), shows(server, "other")) == ("4", "2")
 
-with subtest("a client can wait for the outcome, and fail if the deployment did"):
-    # as in the README
-    job = r"""
-        ask() { printf 'header = "Authorization: Bearer %s"' "$TOKEN" | curl -fsS -K - "$@" "$URL"; }
-        number=$(ask -X POST | jq .request)
-        until state=$(ask) && echo "$state" | jq -e ".served >= $number" > /dev/null; do sleep 1; done
-        echo "$state" | jq -e '.last.result == "deployed" or .last.result == "unchanged"'
-    """
-    job = f"URL={URL} TOKEN=token-ci-0123456789; {job}"
-    publish(server, "app", "5")
-    client.succeed(job)
-    check_deployed(server, "app")
-    client.succeed(job)
-    publish(server, "app", "6", trouble="build")
-    client.fail(job)
-    publish(server, "app", "7")
-    client.succeed(job)
-    wait_until_idle(server, "app")
-
 with subtest("the state is that of the token's instance, and tells how it is, not why"):
     state = json.loads(client.succeed(f"curl -fsS {token('app')} {URL}"))
     assert sorted(state) == ["bad", "last", "queued", "running", "served"], state
@@ -175,6 +157,170 @@ if is_host(server):
         assert "token" not in server.succeed(f"journalctl -q -o cat -u ekiben-webhook --since @{began}")
         server.succeed(f"mv /tmp/away {file}")
         client.wait_until_succeeds(f"curl -fsS -X POST {token('ci')} {URL}", timeout=3)
+
+with subtest("who may not trigger a run is told who may, and who says nothing how to"):
+    for command in ("ekiben trigger app", "ekiben trigger --wait app"):
+        said = server.fail(as_deploy(f"{command} 2>&1"))
+        assert said == "error: Failed to trigger app: only root and members of the group ekiben may.\n", said
+    # as cargo and others do it
+    assert server.succeed("ekiben") == server.succeed("ekiben --help")
+    assert server.succeed("ekiben fleet") == server.succeed("ekiben fleet --help")
+
+if is_host(server):
+
+    def fails_with(problem, instance="app"):
+        """Checks that status fails for this reason, and not for an instance that is well."""
+        shown = json.loads(server.fail(f"ekiben status --json {instance}"))[instance]
+        assert not shown["well"] and [problem in what for what in shown["problems"]] == [True], shown
+        assert problem in server.fail(f"ekiben status {instance}") and f"{instance}: {problem}" in server.fail("ekiben status")
+        server.succeed("ekiben status other", "ekiben status --json other")
+
+    with subtest("status fails if an instance is not well, and says why"):
+        wait_until_at_rest(server, "app")
+        assert "app: idle" in server.succeed("ekiben status app") and "app" in server.succeed("ekiben status", as_deploy("ekiben status"))
+        assert json.loads(server.succeed("ekiben status --json"))["app"]["well"]
+        deploy(server, "echo '# edited' >> flake.lock")
+        assert run(server, "app")["result"] == "failed"
+        for command in ("ekiben status", "ekiben status app", "ekiben status --json", "ekiben status --json app", as_deploy("ekiben status")):
+            server.fail(command)
+        assert json.loads(server.execute("ekiben status --json")[1])["app"]["well"] is False
+        server.succeed("ekiben status other")
+        deploy(server, "git checkout -q flake.lock")
+        assert run(server, "app")["result"] in ("deployed", "unchanged")
+        server.succeed("ekiben status")
+        # a run that cannot even say that it has failed
+        place = "/run/systemd/system/ekiben-app.service.d"
+        server.succeed(f"mkdir -p {place}; printf '%s\\n' [Service] ExecStart= ExecStart=false ExecStopPost= > {place}/odd.conf; systemctl daemon-reload")
+        server.fail("systemctl start ekiben-app")
+        fails_with("ekiben-app.service has failed; see systemctl status ekiben-app.service")
+        server.succeed(f"rm -r {place}; systemctl daemon-reload; systemctl reset-failed ekiben-app; ekiben status")
+        # a request that nobody serves
+        server.succeed("systemctl stop ekiben-app.path; ekiben trigger app; ekiben status")
+        server.succeed("touch -d '5 minutes ago' /var/lib/ekiben/queue/app")
+        fails_with("no run takes the request of 5 min ago; run systemctl restart ekiben-app.path")
+        server.succeed("systemctl restart ekiben-app.path")
+        wait_until_at_rest(server, "app")
+        server.succeed("ekiben status")
+
+    README = (globals()["PROJECT"] / "README.md").read_text()
+
+    def typed(start, end="```"):
+        """What the README has one type, from `start` on."""
+        return textwrap.dedent(start + README.split(start)[1].split(end)[0])
+
+    CI = {
+        "GitHub and Forgejo": typed("    printf 'Authorization: Bearer %s' \"$TOKEN\" |"),
+        "GitLab": typed("      printf 'Authorization: Bearer %s' \"$EKIBEN_TOKEN\" |"),
+        "cron": typed("0 * * * *  ", "\n").removeprefix("0 * * * *  "),
+        "a job that waits": typed("ask() {"),
+    }
+
+    def ci(name, secret_ends, url=URL, limits="--max-time 30 --retry 5"):
+        """Prepares what the README has CI do; returns the command that does it."""
+        script = CI[name].replace("https://deploy.example.org/ekiben", url).replace("--max-time 30 --retry 5", limits).replace("sleep 5", "sleep 1")
+        secret = f"token-app-0123456789{secret_ends}"
+        variables = f"export URL={url} TOKEN=$'{secret}' EKIBEN_TOKEN=$'{secret}'"
+        client.succeed(f"printf 'Authorization: Bearer {secret}' > /etc/ekiben-header; echo {shlex.quote(variables)} > /tmp/variables; printf %s {shlex.quote(script)} > /tmp/script")
+        return "(. /tmp/variables; sh -e /tmp/script)"
+
+    with subtest("the README's lines for CI work with a secret that ends in a line break"):
+        for name in CI:
+            for secret_ends in ("", "\\n", "\\r\\n"):
+                said = client.succeed(ci(name, secret_ends)).strip()
+                assert said == "true" if name == "a job that waits" else json.loads(said)["request"] > 0, (name, secret_ends, said)
+
+    with subtest("a job of CI that waits for the outcome fails if the deployment did"):
+        for content, trouble, ask in (("by CI", "none", client.succeed), ("by CI", "none", client.succeed), ("not built", "build", client.fail), ("mended", "none", client.succeed)):
+            if shows(server, "app") != content:
+                publish(server, "app", shlex.quote(content), trouble=trouble)
+            ask(ci("a job that waits", "\\n"))
+            assert trouble != "none" or shows(server, "app") == content
+
+    with subtest("the README's lines for CI do not wait for ever, and show the token to nobody"):
+        # accepts connections, and says nothing
+        client.succeed("systemd-run -q python3 -c 'import socket, time; s = socket.create_server((\"\", 8788)); time.sleep(3600)'")
+        client.wait_for_open_port(8788)
+        for name in CI:
+            command = ci(name, "\\n", "http://localhost:8788/ekiben", "--max-time 3 --retry 0")
+            client.succeed(f"{command} 2> /tmp/said & until pgrep -x curl; do :; done; ! grep -l token-app /proc/[0-9]*/cmdline; ! wait $!; grep 'timed out' /tmp/said")
+
+    with subtest("a machine is set up, and its configuration changed, by the README's commands in their order"):
+        wait_until_at_rest(server, "app")
+        REMOTE = "/srv/my-config.git"
+        # the machine as it was before: its configuration is root's, and there is no user
+        server.succeed(
+            f"install -d -o deploy {REMOTE}", as_deploy(f"git clone -q --bare {REPOSITORY} {REMOTE}; for input in app other; do cat ~/.gitconfig >> /srv/$input/.git/config; done; rm ~/.gitconfig"),
+            f"mv {REPOSITORY} /root/my-config; chown -R root: /root/my-config; userdel deploy; rm -rf /var/lib/ekiben/status/*",
+            # the inputs happen to be on this machine, too
+            "for input in app other; do git config --global --add safe.directory /srv/$input; done",
+        )
+        # as those of NixOS: it makes the users, too
+        program = f"""#!/bin/sh -e
+            test "$*" = "switch --flake ."; test "$(id -u)" = 0
+            systemd-sysusers
+            system=$(nix build --no-link --print-out-paths .#nixosConfigurations.server.config.system.build.toplevel)
+            nix-env --profile {PROFILE} --set $system
+            exec $system/bin/switch-to-configuration switch
+        """
+        server.succeed(f"printf %s {shlex.quote(program)} > /usr/local/bin/nixos-rebuild; chmod +x /usr/local/bin/nixos-rebuild")
+        sudo = 'sudo() { if [ "$1" = -u ]; then runuser -u "$2" -- env HOME="/home/$2" "${@:3}"; else "$@"; fi; }; '
+
+        def type_in(commands, directory="/root/my-config"):
+            commands = commands.replace("https://git.example.org/my-config", REMOTE).replace("--wait web", "--wait app")
+            return server.succeed(f"{sudo} cd {directory}; {commands}")
+
+        said = type_in(typed("head -c 32 /dev/urandom"))
+        assert "The run ended: deployed." in said, said
+        check_deployed(server, "app")
+        # the token is one
+        server.succeed(f"mv {server.succeed('readlink -f /etc/scenario/token-app').strip()} /tmp/away; ln -s /root/token /etc/scenario/token-app")
+        NEW = server.succeed("cat /root/token").strip()
+        client.wait_until_succeeds(f"curl -fsS -X POST -H 'Authorization: Bearer {NEW}' {URL}", timeout=10)
+        wait_until_at_rest(server, "app")
+        # beside a commit of Ekiben's own
+        publish(server, "app", "newer")
+        assert run(server, "app")["result"] == "deployed"
+        clone = "cd /tmp; git -c safe.directory='*' clone -q /srv/my-config.git mine; cd mine"
+        server.succeed(as_deploy(f"{clone}; echo hello > greeting; git add .; git -c user.name=me -c user.email=me@localhost commit -qm greeting; git push -q"))
+        said = type_in(typed("sudo -u deploy git -C /var/nixos-config pull"), "/")
+        assert "The run ended: deployed." in said, said
+        check_deployed(server, "app")
+        assert deploy(server, "cat greeting") == "hello" and shows(server, "app") == "newer"
+
+    with subtest("what Ekiben remembers is lost: no harm, whoever asks then"):
+        server.succeed("rm -f /etc/scenario/token-app; mv /tmp/away /etc/scenario/token-app")
+        for number, ask in enumerate(("ekiben trigger --wait app", "systemctl start ekiben-app", "reboot", "during")):
+            wait_until_at_rest(server, "app")
+            publish(server, "app", f"lost-{number}")
+            before = what_stays(server)
+            if ask == "during":
+                server.succeed("systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
+                server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+                server.succeed("systemctl start --no-block ekiben-app")
+                server.wait_until_succeeds(knows("app", '.running.stage == "activate"'))
+            server.succeed("rm -rf /var/lib/ekiben /var/cache/ekiben")
+            if ask == "during":
+                server.succeed("systemctl stop holder")
+                wait_until_idle(server, "app")
+                server.require_unit_state("ekiben-app.service", "failed")
+                assert "ekiben-app.service has failed" in server.fail("ekiben status app")
+                ask = "ekiben trigger --wait app"
+            else:
+                assert "app: idle" in server.succeed("ekiben status app")
+                server.succeed("ekiben status --json")
+            assert not differences(before, what_stays(server)), (ask, differences(before, what_stays(server)))
+            if ask == "reboot":
+                server.crash()
+                server.start()
+                server.wait_for_open_port(8787)
+                server.wait_for_unit("multi-user.target")
+            else:
+                server.succeed(ask)
+            # the webhook, too, is as it was
+            client.wait_until_succeeds(f"curl -fsS -X POST {token('app')} {URL}", timeout=10)
+            wait_until_at_rest(server, "app")
+            check_deployed(server, "app")
+            assert shows(server, "app") == f"lost-{number}"
 
 wait_until_at_rest(server, "app")
 server.fail("journalctl -o cat -u ekiben-webhook -u ekiben-app | grep -F token-app-0123456789")
