@@ -408,6 +408,10 @@ let
       hub.publishers = [ (key "b") ];
     };
   };
+  sysusers = evaluate {
+    systemd.sysusers.enable = true;
+    services.ekiben = hubOf { web.publicKey = key "a"; };
+  };
   # a hub that deploys nothing itself, and whose administrator publishes
   hub = evaluate {
     services.ekiben.hub = {
@@ -478,6 +482,9 @@ let
       predecessor.services.ekiben.settings.instances.tgautobot.flakeRef == "/var/nixos-config#pussy"
     ))
     (expect "a working configuration has no failed assertion" (failures plain == [ ]))
+    (expect "a new system is observed before it is what is booted" (
+      plain.services.ekiben.settings.instances.app.observe == 30
+    ))
     (expect "the flake and its configuration go without saying" (
       plain.services.ekiben.settings.instances.app.flakeRef == "/var/nixos-config#host"
       && plain.services.ekiben.settings.instances.app.inputs == [ ]
@@ -530,6 +537,10 @@ let
     (expect "a host's user is not locked, and its key is restricted" (
       hub.users.users.fleet-web.hashedPassword == "*"
       && hub.users.users.fleet-web.openssh.authorizedKeys.keys == [ "restrict ${key "a"}" ]
+    ))
+    (expect "nor where systemd-sysusers makes it" (
+      sysusers.users.users.fleet-web.initialHashedPassword == "*"
+      && hub.users.users.fleet-web.initialHashedPassword == null
     ))
     (expect "who publishes from elsewhere is a user with restricted keys, if there is one" (
       !(hub.users.users ? ekiben-publisher)
