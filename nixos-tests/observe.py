@@ -59,7 +59,7 @@ with subtest("a system that dies on its feet is put back, whatever it dies of an
 
     assert 3 < end(early, "rolledBack", "Failed to keep up scenario-trouble.service") < 12
     assert 18 < end(late, "rolledBack", "Failed to keep up scenario-trouble.service") < 25
-    assert 3 < end(restarted, "rolledBack", "Failed to keep up scenario-trouble.service (died and was restarted)") < 12
+    assert 3 < end(restarted, "rolledBack", "Failed to keep up scenario-trouble.service (died and was restarted)") < 15
     assert 0 < end(sick, "rolledBack", "Failed to pass health check app") < 12
     # it ends well all the time
     assert 24 < end(again, "deployed") < 40

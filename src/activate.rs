@@ -31,7 +31,7 @@ use crate::units::{self, Restarts, Units};
 
 /// Between two looks at the units of a system that is observed.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How many of them there are between two times that its health checks are made.
+/// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
 const LOOKS: u32 = 5;
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
@@ -101,11 +101,14 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
             at_boot(run, &inhibitors.join("; "));
         }
         if !run.reboot_needed {
-            verify(layout, run, &system, &before)?;
-        }
-        fault::point("activate: healthy");
-        if !run.reboot_needed && run.instance.observe > 0 {
-            observe(layout, run, &system, &before).inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
+            let restarts = Restarts::now()?;
+            let is_new = verify(layout, run, &system, &before)?;
+            fault::point("activate: healthy");
+            if run.instance.observe > 0 {
+                let restarts = if is_new { Restarts::now()? } else { restarts };
+                let observed = observe(layout, run, &system, &before, restarts);
+                observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
+            }
         }
         if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
             // another hand: what it did is to stay
@@ -157,7 +160,7 @@ fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Res
         if run.instance.operation == Operation::Switch && run.candidate.as_ref() != Some(&system) {
             run.passed = health::passing(&run.instance.health_checks);
         }
-        Before { system, generation, last_generation: nix::last_generation()?, units: Units::now()? }
+        Before { system, generation, last_generation: nix::last_generation()?, units: Units::before()? }
     };
     nix::keep(&before.system, &nix::before_root(layout, "system"))?;
     if let Some(generation) = &before.generation {
@@ -211,7 +214,7 @@ fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&
     if worse.is_empty() {
         return Ok(true);
     }
-    let error = if restarts.is_some() { conclude::failed_to_keep_up(&worse) } else { conclude::failed_to_start(&worse) };
+    let error = if run.phase == Phase::Observing { conclude::failed_to_keep_up(&worse) } else { conclude::failed_to_start(&worse) };
     if run.instance.on_unit_failure == OnUnitFailure::Rollback {
         run.blamed = worse.into_keys().collect();
         return Err(error);
@@ -233,29 +236,29 @@ fn failed_again(before: &Before) -> Result<String> {
     })
 }
 
-/// Looks at units and health checks again until the end of the time for that: what fails then has failed.
-fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+/// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
+/// how often systemd had started services again by the end of the switch.
+fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
     log::info!("Observing the new system for {} s ...", run.instance.observe);
-    let mut is_new = true;
-    while is_new {
-        is_new = false;
-        run.enter(Phase::Observing, layout)?;
-        Status::announce(layout, run, Stage::Observe)?;
-        let restarts = Restarts::now()?;
-        let until = Instant::now() + Duration::from_secs(run.instance.observe);
-        for look in 1.. {
-            let left = until.saturating_duration_since(Instant::now());
-            thread::sleep(left.min(PAUSE));
-            if system::current()? != system {
-                return Ok(());
-            }
-            check_units(run, system, before, Some(&restarts))?;
-            if left.is_zero() || look % LOOKS == 0 {
-                is_new = verify(layout, run, system, before)?;
-            }
-            if left.is_zero() || is_new {
-                break;
-            }
+    run.enter(Phase::Observing, layout)?;
+    Status::announce(layout, run, Stage::Observe)?;
+    let limit = Duration::from_secs(run.instance.observe);
+    let mut until = Instant::now() + limit;
+    for look in 1.. {
+        let left = until.saturating_duration_since(Instant::now());
+        thread::sleep(left.min(PAUSE));
+        if system::current()? != system {
+            // another hand
+            break;
+        }
+        let is_close = left.is_zero() || look % LOOKS == 0;
+        check_units(run, system, before, is_close.then_some(&restarts))?;
+        if is_close && verify(layout, run, system, before)? {
+            run.enter(Phase::Observing, layout)?;
+            restarts = Restarts::now()?;
+            until = Instant::now() + limit;
+        } else if left.is_zero() {
+            break;
         }
     }
     Ok(())

@@ -63,24 +63,39 @@ struct Listed {
     sub: String,
 }
 
+impl Listed {
+    /// Whether systemd waits to start it again.
+    fn is_restarting(&self) -> bool {
+        self.sub.starts_with("auto-restart")
+    }
+}
+
 impl Units {
+    /// How they are now, before a switch.
+    pub fn before() -> Result<Self> {
+        let lately = now().saturating_sub(LATELY);
+        let restless = services(&["*.service"])?.into_iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
+        Ok(Self { restless: restless.map(|(name, _)| name).collect(), ..Self::now()? })
+    }
+
     /// How they are now.
     pub fn now() -> Result<Self> {
         let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
         let list: Vec<Listed> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
-        let services = services()?;
-        let is_ending_well = |name: &str| services.get(name).is_some_and(|service| service.result == "success");
-        let lately = now().saturating_sub(LATELY);
-        let restless = services.iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
-        let mut units = Self { restless: restless.map(|(name, _)| name.clone()).collect(), ..Self::default() };
-        for Listed { name, load, active, sub } in list {
-            if is_broken(&load) {
+        let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
+        let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
+        let mut units = Self::default();
+        for unit in list {
+            let Listed { name, load, active, .. } = &unit;
+            if is_broken(load) {
                 units.broken.insert(name.clone());
             }
-            if active == "failed" || sub.starts_with("auto-restart") && !is_ending_well(&name) {
-                units.failed.insert(name);
-            } else if is_up(&active) && active != "activating" {
-                units.active.insert(name);
+            // it may well have done its work
+            let is_failing = unit.is_restarting() && restarting.get(name).is_none_or(|service| service.result != "success");
+            if active == "failed" || is_failing {
+                units.failed.insert(name.clone());
+            } else if is_up(active) && active != "activating" {
+                units.active.insert(name.clone());
             }
         }
         Ok(units)
@@ -122,13 +137,13 @@ impl Restarts {
     /// Up to now.
     pub fn now() -> Result<Self> {
         let since = now();
-        Ok(Self { counts: services()?.into_iter().map(|(name, service)| (name, service.restarts)).collect(), since })
+        Ok(Self { counts: services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts)).collect(), since })
     }
 
     /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
     pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
         let mut died = BTreeMap::new();
-        for (name, Service { restarts, .. }) in services()? {
+        for (name, Service { restarts, .. }) in services(&["*.service"])? {
             let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
             if restarts > self.counts.get(&name).copied().unwrap_or(0)
                 && !is_restless
@@ -165,10 +180,10 @@ struct Service {
     result: String,
 }
 
-/// All that are loaded.
-fn services() -> Result<BTreeMap<String, Service>> {
-    let shown =
-        system::systemctl(&["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--", "*.service"])?;
+/// Those that are loaded of these names, or patterns. systemd takes its time for many.
+fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
+    let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
+    let shown = system::systemctl(&[&ask, names].concat())?;
     let shown = String::from_utf8_lossy(&shown);
     let service = |text| {
         let unit = Properties::parse(text);
