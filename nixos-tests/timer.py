@@ -1,4 +1,7 @@
 machine.start()
+if is_host(machine):
+    # systemd shows some moments in local time
+    machine.succeed("ln -sfn /usr/share/zoneinfo/Asia/Tokyo /etc/localtime; sync")
 # before there is anything to deploy
 machine.succeed("systemctl stop ekiben-often.timer")
 install(machine)

@@ -176,9 +176,9 @@ pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T 
 }
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
-/// executes itself anew.
+/// executes itself anew. Moments are UTC's, also those that `--timestamp` is not about.
 pub fn systemctl(question: &[&str]) -> Result<Vec<u8>> {
-    again(|| Program::as_root("systemctl").args(question).output(|| "ask systemd".into(), None)).map_err(Error::transient)
+    again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").output(|| "ask systemd".into(), None)).map_err(Error::transient)
 }
 
 /// Tries something until it succeeds, a few times within a while, with growing pauses.
