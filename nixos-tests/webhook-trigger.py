@@ -230,10 +230,10 @@ if is_host(server):
                 assert said == "true" if name == "a job that waits" else json.loads(said)["request"] > 0, (name, secret_ends, said)
 
     with subtest("a job of CI that waits for the outcome fails if the deployment did"):
-        for content, trouble, ask in (("by CI", "none", client.succeed), ("by CI", "none", client.succeed), ("not built", "build", client.fail), ("mended", "none", client.succeed)):
+        for content, trouble, ends in (("by CI", "none", client.succeed), ("by CI", "none", client.succeed), ("not built", "build", client.fail), ("mended", "none", client.succeed)):
             if shows(server, "app") != content:
                 publish(server, "app", shlex.quote(content), trouble=trouble)
-            ask(ci("a job that waits", "\\n"))
+            ends(ci("a job that waits", "\\n"))
             assert trouble != "none" or shows(server, "app") == content
 
     with subtest("the README's lines for CI do not wait for ever, and show the token to nobody"):
