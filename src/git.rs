@@ -19,6 +19,7 @@ use crate::config::{Author, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::files;
+use crate::gather::gather;
 use crate::program::{KILLED, Program};
 use crate::savepoint::{self, Changed, Savepoint};
 
@@ -377,7 +378,7 @@ impl Repository {
         let files = self.changed_files(commit)?;
         let savepoint = self.savepoint(instance);
         // git would overwrite those that it ignores
-        let removed: BTreeSet<_> = files.iter().filter(|file| file.before).map(|file| file.path.as_path()).collect();
+        let removed: BTreeSet<_> = gather(files.iter().filter(|file| file.before).map(|file| file.path.as_path()));
         let new = files.iter().filter(|file| !file.before && file.after);
         if let Some(path) = new.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
             let path = path.display();

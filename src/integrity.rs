@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Context, Result};
+use crate::gather::gather;
 use crate::nix::{SYSTEM_PROFILE, is_store_path};
 use crate::program::Program;
 
@@ -38,10 +39,10 @@ pub fn mend(since: u64) -> Result<()> {
     let since = i64::try_from(since.saturating_sub(WRITTEN)).unwrap_or(i64::MAX);
     let entries = fs::read_dir(STORE).context(|| format!("list {STORE}"))?.flatten();
     let new = entries.filter(|entry| entry.metadata().is_ok_and(|metadata| metadata.ctime() >= since)).map(|entry| entry.path());
-    let new: BTreeSet<PathBuf> = new.filter(|path| is_store_path(path)).collect();
+    let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
     // what is not valid is made anew whenever it is needed
     let invalid = ask(&["--check-validity", "--print-invalid"], &new)?;
-    let damaged: BTreeSet<_> = new.difference(&invalid).filter(|path| !is_intact(path)).cloned().collect();
+    let damaged: BTreeSet<_> = gather(new.difference(&invalid).filter(|path| !is_intact(path)).cloned());
     if damaged.is_empty() {
         return Ok(());
     }

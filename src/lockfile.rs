@@ -9,6 +9,7 @@ use std::sync::LazyLock;
 use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Result};
+use crate::gather::gather;
 
 /// What is wrong if other inputs than those that are updated change.
 pub const NO_FIT: &str = "flake.lock does not fit flake.nix, run nix flake lock and commit it";
@@ -64,7 +65,7 @@ impl LockFile {
 
     /// The top-level inputs that differ in any way, with their old and new revisions.
     pub fn changes(&self, new: &Self) -> Vec<(String, String, String)> {
-        let names: BTreeSet<_> = self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned().collect();
+        let names: BTreeSet<_> = gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned());
         let changed = |name: &String| self.difference(new, name, &|_| false).is_some();
         let revisions = |name: String| {
             let (old, new) = (self.revision(&name), new.revision(&name));
@@ -80,7 +81,7 @@ impl LockFile {
             return Ok(());
         }
         let is_allowed = |path: &str| allowed.iter().any(|input| input == path);
-        let names: BTreeSet<_> = self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned().collect();
+        let names: BTreeSet<_> = gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned());
         match names.iter().find_map(|name| self.difference(new, name, &is_allowed)) {
             Some(path) => Err(Error::new(format!("Failed to update {}: input {path} would change, too; {NO_FIT}", allowed.join(", ")))),
             None => Ok(()),

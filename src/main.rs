@@ -14,6 +14,7 @@ mod fault;
 mod files;
 mod fleet;
 mod gate;
+mod gather;
 mod git;
 mod health;
 mod integrity;

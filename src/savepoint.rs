@@ -21,6 +21,7 @@ use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::gather::gather;
 
 /// The saved files of one fast-forward.
 pub struct Savepoint {
@@ -265,7 +266,7 @@ impl Savepoint {
                     files::remove(&self.top.join(path))?;
                 }
             }
-            let above: BTreeSet<_> = cut_off.files.iter().flat_map(|file| file.path.ancestors()).collect();
+            let above: BTreeSet<_> = gather(cut_off.files.iter().flat_map(|file| file.path.ancestors()));
             // the deepest first
             for path in above.into_iter().rev().filter(|path| !path.as_os_str().is_empty()) {
                 if !cut_off.directories.contains_key(path) && self.at(path).is_some_and(|there| there.is_dir()) {

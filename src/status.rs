@@ -18,6 +18,7 @@ use crate::config::{Config, FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Release;
+use crate::gather::gather;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::program::Program;
@@ -444,7 +445,7 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     };
     // before all else: what began later is no fault
     let units = unit_states(&names);
-    let shown: BTreeMap<String, Shown> = names.iter().map(|name| ((*name).to_owned(), Shown::of(name, &units))).collect();
+    let shown: BTreeMap<String, Shown> = gather(names.iter().map(|name| ((*name).to_owned(), Shown::of(name, &units))));
     if json {
         text::print_json(&shown)?;
     } else if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
@@ -465,7 +466,7 @@ fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
     });
     let said = String::from_utf8_lossy(&said);
     let value = |unit: &str, key: &str| unit.lines().find_map(|line| line.strip_prefix(key).map(String::from));
-    said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))).collect()
+    gather(said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))))
 }
 
 /// What there is to see to of an instance, besides how its last run ended.

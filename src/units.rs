@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::gather::gather;
 use crate::program::Program;
 use crate::run::now;
 use crate::system;
@@ -137,7 +138,7 @@ impl Restarts {
     /// Up to now.
     pub fn now() -> Result<Self> {
         let since = now();
-        Ok(Self { counts: services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts)).collect(), since })
+        Ok(Self { counts: gather(services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts))), since })
     }
 
     /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
@@ -190,7 +191,7 @@ fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
         let started = unit.of("ExecMainStartTimestamp").trim_start_matches('@').parse().unwrap_or(0);
         (unit.of("Id").to_owned(), Service { restarts: unit.time("NRestarts"), started, result: unit.of("Result").to_owned() })
     };
-    Ok(shown.split("\n\n").map(service).collect())
+    Ok(gather(shown.split("\n\n").map(service)))
 }
 
 /// Says of which users units have failed, and which, as far as their own systemd tells.
@@ -287,7 +288,7 @@ fn is_changed(old: &Path, new: &Path, name: &str) -> bool {
         for file in files(name) {
             let path = system.join(UNITS).join(&file);
             let more = fs::read_dir(path.with_file_name(file + ".d")).into_iter().flatten().flatten();
-            let more: BTreeSet<_> = more.map(|entry| entry.path()).collect();
+            let more: BTreeSet<_> = gather(more.map(|entry| entry.path()));
             texts.extend(std::iter::once(path).chain(more).filter_map(|path| fs::read(path).ok()));
         }
         texts

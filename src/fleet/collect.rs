@@ -18,6 +18,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::{self, Hub};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
+use crate::gather::gather;
 use crate::json;
 use crate::names::{HostName, RunId};
 
@@ -179,7 +180,7 @@ fn judge_heartbeat(bytes: &[u8], host: &HostName) -> Result<Vec<u8>, String> {
 /// Adds the reports that are new to the index. Returns whether there are any.
 fn update(received: &Path, index: &mut Received) -> Result<bool> {
     let doing = || format!("read {}", received.display());
-    let known: BTreeSet<RunId> = index.reports.iter().cloned().collect();
+    let known: BTreeSet<RunId> = gather(index.reports.iter().cloned());
     let mut new = Vec::new();
     for entry in fs::read_dir(received).context(doing)? {
         let entry = entry.context(doing)?;

@@ -153,8 +153,11 @@ pub fn status(hub: &Hub, silent_after: u64, wanted: &[&str], json: bool, once: b
     loop {
         hub.take_in(wanted)?;
         let hosts = select(hub.hosts()?, |name| name, wanted)?;
-        let look = |host: HostName| look(hub, &host, Duration::from_secs(silent_after)).map(|shown| (host, shown));
-        let shown: BTreeMap<HostName, Shown> = hosts.into_iter().map(look).collect::<Result<_>>()?;
+        let mut shown = BTreeMap::new();
+        for host in hosts {
+            let of_host = look(hub, &host, Duration::from_secs(silent_after))?;
+            shown.insert(host, of_host);
+        }
         if !live {
             if json { text::print_json(&shown) } else { text::print(&table(&shown, now())) }?;
             return Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE });

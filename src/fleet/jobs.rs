@@ -2,30 +2,26 @@
 //! and for each that is done a line that stays.
 
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::text;
 
 /// Does `work` on all items, at most `jobs` at a time; returns what came of each, in their order.
 pub fn parallel<T: Sync, R: Send>(items: &[T], jobs: usize, work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let next = AtomicUsize::new(0);
-    let done = Mutex::new(Vec::new());
+    let next = Mutex::new(items.iter().enumerate());
+    let done = Mutex::new(items.iter().map(|_| None).collect::<Vec<_>>());
+    let take = || next.lock().unwrap_or_else(PoisonError::into_inner).next();
     std::thread::scope(|scope| {
         for _ in 0..jobs.min(items.len()) {
             scope.spawn(|| {
-                while let Some((number, item)) =
-                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|number| Some((number, items.get(number)?)))
-                {
+                while let Some((number, item)) = take() {
                     let result = work(item);
-                    done.lock().unwrap_or_else(PoisonError::into_inner).push((number, result));
+                    done.lock().unwrap_or_else(PoisonError::into_inner)[number] = Some(result);
                 }
             });
         }
     });
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(number, _)| *number);
-    done.into_iter().map(|(_, result)| result).collect()
+    done.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect()
 }
 
 /// What is under way.

@@ -12,6 +12,7 @@ use crate::config::Hub;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::fleet::{FORMAT, Received, Report, SMALL};
+use crate::gather::gather;
 use crate::layout::Layout;
 use crate::names::RunId;
 use crate::program::Program;
@@ -61,7 +62,7 @@ fn tidy(layout: &Layout) -> Result<()> {
     let mut kept = waiting(layout)?;
     kept.retain(|run| !received.reports.contains(run));
     kept.drain(..kept.len().saturating_sub(MOST));
-    let kept: BTreeSet<_> = kept.iter().flat_map(|run| files_of(layout, run)).collect();
+    let kept: BTreeSet<_> = gather(kept.iter().flat_map(|run| files_of(layout, run)));
     for file in fs::read_dir(layout.outbox()).context(doing)? {
         let path = file.context(doing)?.path();
         // root's other unit may be writing it just now
