@@ -60,8 +60,8 @@ Keeps a NixOS machine up to date from the inside.
 Usage: ekiben [--config FILE] COMMAND
 
   trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
-  status [--json] [INSTANCE]   show how the instances are, or one of them in detail; fail if one is not well:
-                               its last run or a unit has failed, or no run takes its request
+  status [--json] [INSTANCE]   show how the instances are, or one of them in detail; without --json, fail if
+                               one is not well: its last run or a unit has failed, or no run takes its request
   check FILE                   check a configuration file
   forget-releases [INSTANCE]   take the next release of the fleet's hub, whatever its number is
 

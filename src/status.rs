@@ -437,7 +437,7 @@ struct Shown {
     output: String,
 }
 
-/// Shows one instance, or all; as JSON by name, or for humans. Its exit status says whether all are well.
+/// Shows one instance, or all; for humans, with an exit status that says whether all are well; or as JSON, which says so itself.
 pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitCode> {
     let names: Vec<&str> = match instance {
         Some(name) => config.instance(name).map(|_| vec![name])?,
@@ -447,8 +447,9 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     let units = unit_states(&names);
     let shown: BTreeMap<String, Shown> = gather(names.iter().map(|name| ((*name).to_owned(), Shown::of(name, &units))));
     if json {
-        text::print_json(&shown)?;
-    } else if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
+        return text::print_json(&shown).map(|()| ExitCode::SUCCESS);
+    }
+    if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
         text::print(&details(name, shown, now()))?;
     } else {
         text::print(&table(&shown, now()))?;
