@@ -102,3 +102,14 @@ with subtest("what takes a reboot is rebooted into, when it is time for that"):
     # nothing to reboot into
     web.succeed("systemctl start ekiben-reboot.service")
     assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting: ") == 1
+
+if is_host(web):
+    with subtest("whoever boots an older system by hand is not rebooted again"):
+        old = web.succeed("readlink -f $(ls -d /nix/var/nix/profiles/system-*-link | sort -V | tail -n 2 | head -n 1)").strip()
+        web.succeed(f"ln -sfn {old} /boot/system; sync")
+        web.crash()
+        web.start()
+        assert running(web) == old
+        web.succeed("systemctl start ekiben-reboot.service", "systemctl is-system-running --wait || true")
+        assert web.succeed("systemctl list-jobs") == "No jobs running.\n"
+        assert "it is not done again" in web.succeed("journalctl -b -o cat -u ekiben-reboot")

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! queue/<instance>              a request; root and group ekiben may write here
+//! rebooted                      the system that the machine was rebooted into last
 //! runs/<instance>.json          the journal of the run under way; root only
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
 //! status/<instance>.json        what everybody may know

@@ -1,12 +1,19 @@
-//! Rebooting into what has been deployed, if it takes that, at a time when it may be.
+//! Rebooting into what has been deployed, if it takes that, at a time when it may be; once for each system.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
 use crate::system;
+
+/// Holds the name of the system that this machine was rebooted into last.
+const REBOOTED: &str = "/var/lib/ekiben/rebooted";
 
 /// Whether what is booted next differs from what runs, or was booted, in what only a reboot changes.
 pub fn is_needed() -> bool {
@@ -18,7 +25,8 @@ pub fn is_needed() -> bool {
     system::current().ok() != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
 }
 
-/// Reboots, if that is needed, no run is under way and it is the time for it. Options: `--kexec`, to
+/// Reboots, if that is needed, no run is under way and it is the time for it. Does so once for a system: if another
+/// one has been booted all the same, by hand or since this one does not come up, that is to stay. Options: `--kexec`, to
 /// do without the firmware where that works, and `--between LOWER UPPER`, times like `01:00`.
 pub fn reboot(options: &[&str]) -> Result<()> {
     let (kexec, window) = match options {
@@ -36,7 +44,20 @@ pub fn reboot(options: &[&str]) -> Result<()> {
     if !is_needed() || !is_time || !Layout::new("").with_journal().is_empty() {
         return Ok(());
     }
+    let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
+    let mark = Path::new(REBOOTED);
+    if fs::read(mark).is_ok_and(|system| Path::new(OsStr::from_bytes(&system)) == next) {
+        log::info!("This machine has been rebooted for {} once, and runs something else: it is not done again.", next.display());
+        return Ok(());
+    }
+    files::write(mark, next.as_os_str().as_bytes(), 0o644).context(|| format!("write {REBOOTED}"))?;
     log::warn!("Rebooting: what has been deployed takes that.");
+    // what has not begun may be tried again
+    by(kexec).inspect_err(|_| drop(files::remove(mark)))
+}
+
+/// Reboots now.
+fn by(kexec: bool) -> Result<()> {
     let systemctl = |words: &[&str]| Program::new("systemctl").args(words).output(|| words.join(" "), None).map(drop);
     // systemctl finds a kernel by itself only where the boot loader is one of systemd's; NixOS has a service for all
     let by_kexec = || systemctl(&["start", "prepare-kexec.service"]).and_then(|()| systemctl(&["kexec"]));
