@@ -190,6 +190,23 @@ if STAND_IN:
         machine.succeed(f"rm {timer}; systemctl daemon-reload")
         works()
 
+    with subtest("the report cannot be written: it is as soon as it can, and says what there was"):
+        place = "/var/lib/ekiben/status"
+        for point, content, result in (("activate: persisted", str(next(COUNT)), "deployed"), ("activate: switched", "sick", "rolledBack")):
+            begin(point, content=content)
+            follow(machine, "app")
+            machine.succeed(f"mount --bind -o ro {place} {place}")
+            go_on(machine, point)
+            wait_until_said(machine, "app", f"Failed to write {place}/app.json: Read-only file system")
+            name = json.loads(machine.wait_until_succeeds("jq -e 'select(.result) | .id' /var/lib/ekiben/runs/app.json"))
+            assert (shows(machine, "app") == content) == (result == "deployed")
+            machine.succeed(f"umount {place}")
+            end_of_run()
+            ended = [run for run in status(machine, "app")["runs"] if run["id"] == name]
+            assert [run["result"] for run in ended] == [result], ended
+            assert status(machine, "app")["running"] is None
+        works()
+
     with subtest("what makes a generation is killed when it has made it: that goes, too"):
         before = what_stays(machine)
         begin("activate: persisting")

@@ -24,8 +24,8 @@ use crate::nix as store;
 use crate::notes::{Notes, run_id};
 use crate::program::Program;
 use crate::queue;
-use crate::run::{Before, Decision, Failure, Phase, Run, Stage, boot_id};
-use crate::status::{Ended, Outcome, Status};
+use crate::run::{Before, Decision, Failure, Outcome, Phase, Run, Stage, boot_id};
+use crate::status::{Ended, Status};
 use crate::system::{self, Turn};
 
 /// How long the way from a commit to the branch, a push included, may take; tests wait for it.
@@ -119,57 +119,15 @@ pub fn conclude_orphans(config: &Config) -> Result<()> {
 
 /// Ends a run; whoever changes what this machine runs has the turn. Fails if the run did, after reporting it.
 pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
-    if run.boot != boot_id() {
-        if let Err(error) = integrity::mend(run.started) {
-            log::warn!("{error}.");
-        }
-    }
-    if run.notes.is_none() {
-        run.notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
-            log::warn!("{error}.");
-            None
-        });
-    }
-    if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
-        match accept(layout, &mut run, &mut turn) {
-            Ok(true) => {}
-            Ok(false) => run.decision = Some(Decision::StartOver),
-            Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
-        }
-        fault::point("conclude: accepted");
-    }
-    let accepted = run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none();
-    if run.phase == Phase::Begun && run.decision.is_none() && service_result() == "success" {
-        // no line failed, yet they are over: a switch by another hand has changed them under this run
-        run.decision = Some(Decision::StartOver);
-    }
-    if run.failure.is_none() && run.decision.is_none() && !accepted {
-        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(&run)));
-    }
-    let mut result = match run.decision {
-        _ if accepted => Outcome::Deployed,
-        Some(Decision::Unchanged) => Outcome::Unchanged,
-        Some(Decision::StartOver) => Outcome::StartedOver,
-        None => Outcome::Failed,
+    let result = match run.result {
+        Some(result) => result,
+        None => come_to_an_end(layout, &mut run, &mut turn)?,
     };
-    if !accepted && run.phase != Phase::Begun {
-        take_back(&mut turn)?;
-        result = back(layout, &mut run, result);
+    if let Err(error) = report(layout, &run, result) {
+        // all is as it should be, but nobody knows: the next one to end this run says it
+        run.result = Some(result);
+        return run.save(layout).and(Err(error));
     }
-
-    if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
-        // what the user's git does keeps nobody else waiting
-        turn = None;
-        // a ref that is left over is overwritten by the next run
-        if let Err(error) = settle(layout, &mut run, Fate::Drop) {
-            log::warn!("{error}.");
-        }
-    }
-    if result == Outcome::StartedOver {
-        // or else this run has not come to its end: it is ended again
-        queue::request(layout, run.request.unwrap_or(0)).or_else(|error| run.save(layout).and(Err(error)))?;
-    }
-    report(layout, &run, result);
     drop(turn);
     fault::point("conclude: reported");
     let kept = match result {
@@ -187,6 +145,61 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
     }
     log::info!("Run ended: {result}.");
     Ok(())
+}
+
+/// Has the candidate be the branch, or everything be as it was; returns which of it.
+fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<Outcome> {
+    if run.boot != boot_id() {
+        if let Err(error) = integrity::mend(run.started) {
+            log::warn!("{error}.");
+        }
+    }
+    if run.notes.is_none() {
+        run.notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
+            log::warn!("{error}.");
+            None
+        });
+    }
+    if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
+        match accept(layout, run, turn) {
+            Ok(true) => {}
+            Ok(false) => run.decision = Some(Decision::StartOver),
+            Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
+        }
+        fault::point("conclude: accepted");
+    }
+    let accepted = run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none();
+    if run.phase == Phase::Begun && run.decision.is_none() && service_result() == "success" {
+        // no line failed, yet they are over: a switch by another hand has changed them under this run
+        run.decision = Some(Decision::StartOver);
+    }
+    if run.failure.is_none() && run.decision.is_none() && !accepted {
+        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(run)));
+    }
+    let mut result = match run.decision {
+        _ if accepted => Outcome::Deployed,
+        Some(Decision::Unchanged) => Outcome::Unchanged,
+        Some(Decision::StartOver) => Outcome::StartedOver,
+        None => Outcome::Failed,
+    };
+    if !accepted && run.phase != Phase::Begun {
+        take_back(turn)?;
+        result = back(layout, run, result);
+    }
+
+    if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
+        // what the user's git does keeps nobody else waiting
+        *turn = None;
+        // a ref that is left over is overwritten by the next run
+        if let Err(error) = settle(layout, run, Fate::Drop) {
+            log::warn!("{error}.");
+        }
+    }
+    if result == Outcome::StartedOver {
+        // or else this run has not come to its end: it is ended again
+        queue::request(layout, run.request.unwrap_or(0)).or_else(|error| run.save(layout).and(Err(error)))?;
+    }
+    Ok(result)
 }
 
 /// Takes the turn again, if it has been lost.
@@ -474,17 +487,16 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
     Ok(!is_by_hand)
 }
 
-fn report(layout: &Layout, run: &Run, result: Outcome) {
+fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     let failure = run.failure.as_ref();
     let proposal = run.proposal();
     let mut ended = Ended::new(run, result, failure);
     ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
-    let reported = Status::report(layout, run, ended);
-    let reported = reported.and_then(|()| run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub)));
-    if let Err(error) = reported {
-        // the machine is as it should be; only the report is missing, but for the journal's
+    Status::report(layout, run, ended)?;
+    if let Some(Err(error)) = run.instance.hub.as_ref().map(|hub| outbox::add_last(layout, hub)) {
         log::error!("{error}.");
     }
+    Ok(())
 }

@@ -85,6 +85,37 @@ pub enum Phase {
     Returning,
 }
 
+/// How a run can end.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    /// The machine runs, or will boot, what the run proposed, and it is the branch.
+    Deployed,
+    /// Nothing was new.
+    Unchanged,
+    /// The branch moved; another run starts from there.
+    StartedOver,
+    /// It failed before anything was changed.
+    Failed,
+    /// It failed, and what had been changed was put back.
+    RolledBack,
+    /// It failed, and putting back what had been changed failed, too.
+    Stuck,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Deployed => "deployed",
+            Self::Unchanged => "unchanged",
+            Self::StartedOver => "started over",
+            Self::Failed => "failed",
+            Self::RolledBack => "rolled back",
+            Self::Stuck => "STUCK, needs a hand",
+        })
+    }
+}
+
 /// What a run came to that changed nothing and did not fail.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -164,6 +195,9 @@ pub struct Run {
     pub returns: u32,
     /// What went wrong so far.
     pub failure: Option<Failure>,
+    /// How it has ended, if that is still to be reported: the status could not be written.
+    #[serde(default)]
+    pub result: Option<Outcome>,
     /// What should be said about a run that went well.
     pub warnings: Vec<String>,
     /// Whether the candidate takes effect only with the next boot.
@@ -198,6 +232,7 @@ impl Run {
             worse: BTreeSet::new(),
             returns: 0,
             failure: None,
+            result: None,
             warnings: Vec::new(),
             reboot_needed: false,
         }

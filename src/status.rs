@@ -5,7 +5,6 @@
 //! that only root can read.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -22,7 +21,7 @@ use crate::gather::gather;
 use crate::layout::Layout;
 use crate::notes::{Proposal, run_id};
 use crate::program::Program;
-use crate::run::{FORMAT, Failure, Run, Stage, Trigger, now};
+use crate::run::{FORMAT, Failure, Outcome, Run, Stage, Trigger, now};
 use crate::{table, text};
 
 /// How many ended runs are remembered.
@@ -134,24 +133,6 @@ impl Bad {
     fn is_too_early(&self, now: u64) -> bool {
         now.abs_diff(self.tried) < self.pause()
     }
-}
-
-/// How a run can end.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Outcome {
-    /// The machine runs, or will boot, what the run proposed, and it is the branch.
-    Deployed,
-    /// Nothing was new.
-    Unchanged,
-    /// The branch moved; another run starts from there.
-    StartedOver,
-    /// It failed before anything was changed.
-    Failed,
-    /// It failed, and what had been changed was put back.
-    RolledBack,
-    /// It failed, and putting back what had been changed failed, too.
-    Stuck,
 }
 
 /// A run that has ended.
@@ -559,19 +540,6 @@ impl Shown {
             (None, Some(true)) => "queued".into(),
             (None, _) => "idle".into(),
         }
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Deployed => "deployed",
-            Self::Unchanged => "unchanged",
-            Self::StartedOver => "started over",
-            Self::Failed => "failed",
-            Self::RolledBack => "rolled back",
-            Self::Stuck => "STUCK, needs a hand",
-        })
     }
 }
 

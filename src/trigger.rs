@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::program::Program;
 use crate::queue;
-use crate::status::{Ended, Outcome, Status};
+use crate::run::Outcome;
+use crate::status::{Ended, Status};
 use crate::text;
 
 /// Between two looks at the status.

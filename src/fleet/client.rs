@@ -23,8 +23,9 @@ use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
 use crate::reboot;
+use crate::run::Outcome;
 use crate::run::now;
-use crate::status::{Outcome, Status};
+use crate::status::Status;
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);

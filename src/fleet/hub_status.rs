@@ -16,8 +16,8 @@ use crate::fleet::hub::Hub;
 use crate::fleet::repository::select;
 use crate::fleet::{Heartbeat, Last, Manifest, Release};
 use crate::names::{HostName, StorePath};
+use crate::run::Outcome;
 use crate::run::now;
-use crate::status::Outcome;
 use crate::{table, text};
 
 /// How a host can be.

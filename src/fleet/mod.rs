@@ -46,8 +46,9 @@ mod temporary;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{Account, FilePath, HostName, Mode, RunId, Sequence, Sha256, StorePath};
+use crate::run::Outcome;
 use crate::run::Stage;
-use crate::status::{Ended, Outcome};
+use crate::status::Ended;
 
 /// The format of everything here.
 pub const FORMAT: u32 = 1;

@@ -16,8 +16,9 @@ use crate::gather::gather;
 use crate::layout::Layout;
 use crate::names::RunId;
 use crate::program::Program;
+use crate::run::Outcome;
 use crate::run::Stage;
-use crate::status::{Ended, Outcome, Status};
+use crate::status::{Ended, Status};
 
 /// How many reports wait at most.
 const MOST: usize = 32;
