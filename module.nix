@@ -1294,6 +1294,8 @@ let
     description = "Files for the hosts of Ekiben's fleet";
     wantedBy = [ "multi-user.target" ];
     restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
+    # whoever starts it often, as its timer does, must not end it
+    startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
       ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
       # root, to read the sources; not to write where root otherwise may
