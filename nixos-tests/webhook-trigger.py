@@ -159,7 +159,7 @@ if is_host(server):
         client.wait_until_succeeds(f"curl -fsS -X POST {token('ci')} {URL}", timeout=3)
 
 with subtest("who may not trigger a run is told who may, and who says nothing how to"):
-    for command in ("ekiben trigger app", "ekiben trigger --wait app"):
+    for command in ("ekiben trigger app", "ekiben trigger --wait app", "JOURNAL_STREAM=8:1 ekiben trigger app"):
         said = server.fail(as_deploy(f"{command} 2>&1"))
         assert said == "error: Failed to trigger app: only root and members of the group ekiben may.\n", said
     # as cargo and others do it

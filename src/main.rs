@@ -43,6 +43,7 @@ mod units;
 mod webhook;
 
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -174,7 +175,10 @@ fn layout(name: &str) -> Result<Layout> {
 /// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it. They may
 /// hold what others have written, so all are made fit to show.
 fn start_logging() {
-    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    // of whoever has started this, its standard error may be another: see systemd.exec(5)
+    let of = |file: std::fs::Metadata| format!("{}:{}", file.dev(), file.ino());
+    let journal =
+        std::env::var("JOURNAL_STREAM").is_ok_and(|stream| std::fs::metadata("/proc/self/fd/2").is_ok_and(|file| of(file) == stream));
     let format = move |buffer: &mut env_logger::fmt::Formatter, record: &log::Record| {
         let (priority, word) = match record.level() {
             log::Level::Error => (3, "error: "),
