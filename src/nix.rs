@@ -2,6 +2,7 @@
 //! about paths and moves the system profile, and evaluates nothing.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -276,10 +277,14 @@ fn generations() -> Result<BTreeMap<u64, PathBuf>> {
     let mut generations = BTreeMap::new();
     for entry in fs::read_dir(directory).context(doing)? {
         let name = entry.context(doing)?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
-        generations.extend(number.map(|number| (number, directory.join(name))));
+        generations.extend(number_of(&name).map(|number| (number, directory.join(name))));
     }
     Ok(generations)
+}
+
+/// The number of a generation, by the name of its link.
+fn number_of(link: &OsStr) -> Option<u64> {
+    link.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok()
 }
 
 /// The highest number of a generation.
@@ -318,6 +323,15 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
         let is_later = last.is_none_or(|last| number > last) && current != Some(number);
         if is_later && fs::read_link(&link).is_ok_and(|target| target == system) {
             crate::files::remove(&link).context(|| format!("remove {}", link.display()))?;
+        }
+    }
+    // links that a nix-env which failed, or was killed, has not brought to their places
+    for entry in Path::new(SYSTEM_PROFILE).parent().map(fs::read_dir).into_iter().flatten().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_half_made = name.starts_with("system") && name.contains(".tmp-") || name.starts_with('.') && name.contains("_system");
+        let is_ours = |target: PathBuf| target == system || target.file_name().and_then(number_of) > last;
+        if is_half_made && fs::read_link(entry.path()).is_ok_and(is_ours) {
+            crate::files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
         }
     }
     Ok(())
