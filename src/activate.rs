@@ -101,10 +101,10 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
             at_boot(run, &inhibitors.join("; "));
         }
         if !run.reboot_needed {
-            let restarts = Restarts::now()?;
+            let restarts = (run.instance.observe > 0).then(Restarts::now).transpose()?;
             let is_new = verify(layout, run, &system, &before)?;
             fault::point("activate: healthy");
-            if run.instance.observe > 0 {
+            if let Some(restarts) = restarts {
                 let restarts = if is_new { Restarts::now()? } else { restarts };
                 let observed = observe(layout, run, &system, &before, restarts);
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
