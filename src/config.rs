@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::boot_loader::Kind;
 use crate::error::{Context, Error, Result};
 use crate::json;
 use crate::names::HostName;
@@ -25,6 +26,10 @@ const RESERVED: &str = include_str!("reserved-names");
 pub struct Config {
     /// The webhook, if this machine has one.
     pub webhook: Option<Webhook>,
+    /// What boots this machine, where it may be able to boot a system once.
+    #[allow(dead_code)]
+    #[serde(default)]
+    pub boot_loader: Option<Kind>,
     /// What this machine deploys, by name.
     pub instances: BTreeMap<String, Instance>,
 }

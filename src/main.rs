@@ -4,6 +4,8 @@
 mod activate;
 mod answer;
 mod begin;
+#[allow(dead_code)]
+mod boot_loader;
 mod build;
 mod cache;
 mod candidate;
