@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::boot_loader::Kind;
 use crate::error::{Context, Error, Result};
 use crate::json;
 use crate::names::HostName;
+use crate::system::boot_loader::Kind;
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -348,15 +348,6 @@ pub fn instance_name(name: &str) -> Result<(), String> {
     } else {
         Ok(())
     }
-}
-
-/// Whether `name` can be a fleet host's: it becomes the name of files and, behind `fleet-`, of a user.
-pub fn host_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
-    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
-        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
-    }
-    Ok(())
 }
 
 fn file_name(name: &str) -> Result<(), String> {

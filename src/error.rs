@@ -1,4 +1,4 @@
-//! The one error type: a sentence for the administrator, "Failed to <verb> <object>: <cause>",
+//! The one error type: a sentence for the administrator, `Failed to <verb> <object>: <cause>`,
 //! and the last lines of what a failing program said.
 
 use std::fmt;

@@ -10,7 +10,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
-use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, User, Whence, geteuid, lseek};
 use serde::Serialize;
@@ -212,6 +213,15 @@ fn read_regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(ErrorKind::FileTooLarge, format!("more than {limit} bytes")));
     }
     Ok(contents)
+}
+
+/// Locks a directory, which needs no right to write there; none if another has it.
+pub fn lock(directory: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
+    let doing = || format!("lock {}", directory.display());
+    match Flock::lock(File::open(directory).context(doing)?, how) {
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        other => other.map(Some).map_err(|(_, error)| error).context(doing),
+    }
 }
 
 #[cfg(test)]

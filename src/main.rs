@@ -1,47 +1,26 @@
 //! Ekiben keeps a NixOS machine up to date from the inside. This file is the command line: which
 //! words lead to which function.
 
-mod activate;
-mod answer;
-mod begin;
-#[allow(dead_code)]
-mod boot_loader;
-mod build;
-mod cache;
-mod candidate;
-mod conclude;
 mod config;
 mod error;
 mod fault;
 mod files;
 mod fleet;
-mod gate;
 mod gather;
 mod git;
-mod health;
-mod integrity;
 mod json;
 mod layout;
-mod lockfile;
 mod names;
 mod nix;
-mod notes;
-mod prepare;
+mod output;
 mod program;
-mod queue;
-mod reboot;
 mod run;
-mod savepoint;
-mod status;
-mod switched;
+mod stages;
 mod system;
 mod table;
 #[cfg(test)]
 mod testing;
 mod text;
-mod token;
-mod trigger;
-mod units;
 mod webhook;
 
 use std::io::Write;
@@ -49,13 +28,16 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::candidate::Fate;
 use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
-use crate::fleet::client;
+use crate::fleet::host::{poll, secrets, seen};
+use crate::fleet::hub::{command, offer};
 use crate::layout::Layout;
-use crate::notes::Proposal;
-use crate::text::print;
+use crate::output::print;
+use crate::run::notes::Proposal;
+use crate::run::{status, trigger};
+use crate::stages::branch::{self, Fate};
+use crate::stages::{activate, begin, build, conclude, prepare, reboot};
 
 const HELP: &str = "\
 Keeps a NixOS machine up to date from the inside.
@@ -113,11 +95,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => return status::show(&config()?, Some(name), true),
         ["status"] => return status::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => return status::show(&config()?, Some(name), false),
-        ["forget-releases", name] => fleet::seen::forget(name, config()?.instance(name)?),
+        ["forget-releases", name] => seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
-        ["forget-releases"] => config().and_then(|config| fleet::seen::forget("fleet", config.instance("fleet")?)),
-        ["fleet", "files", file] => fleet::files::serve(Path::new(file)),
-        ["fleet", rest @ ..] => return fleet::command::command(rest),
+        ["forget-releases"] => config().and_then(|config| seen::forget("fleet", config.instance("fleet")?)),
+        ["fleet", "files", file] => offer::serve(Path::new(file)),
+        ["fleet", rest @ ..] => return command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
         // by another exit status, its unit knows that the request is still there
         ["begin", name] => {
@@ -130,21 +112,21 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
         // after the switch, the configuration may know nothing of the instance any more
-        ["deliver", name] => stage(file, name, client::deliver),
+        ["deliver", name] => stage(file, name, poll::deliver),
         ["install", name] => {
-            stage(file, name, |layout, instance| instance.hub.as_ref().map_or(Ok(()), |hub| fleet::install::install(layout, hub)))
+            stage(file, name, |layout, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(layout, hub)))
         }
-        ["reach", name] => client::reach(name, config()?.instance(name)?),
+        ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot", options @ ..] => reboot::reboot(options),
         ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
-        ["forget-own-releases", name] => stage(file, name, fleet::seen::forget_own),
+        ["forget-own-releases", name] => stage(file, name, seen::forget_own),
         ["candidate", fate, name, options, proposal] => {
             let options = serde_json::from_slice(options.as_bytes()).context(|| "read the run's options".into())?;
             let proposal: Option<Proposal> = serde_json::from_slice(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
-            return candidate::candidate(fate, &layout(name)?, &options, proposal.as_ref());
+            return branch::candidate(fate, &layout(name)?, &options, proposal.as_ref());
         }
         #[cfg(feature = "fault-points")]
         ["fault-points"] => print(&fault::POINTS.map(|point| format!("{point}\n")).concat()),

@@ -94,14 +94,14 @@ name!(
 name!(
     /// A fleet host's; behind `fleet-` it is a user's name as well.
     HostName,
-    crate::config::host_name
+    host_name
 );
 
 name!(
     /// A whole path of the Nix store.
     StorePath,
     |text| {
-        let is_one = text.len() <= 255 && crate::nix::is_store_path(Path::new(text));
+        let is_one = text.len() <= 255 && is_store_path(Path::new(text));
         is_one.then_some(()).ok_or_else(|| format!("expected a path of the Nix store, found {text:?}"))
     }
 );
@@ -208,6 +208,22 @@ impl fmt::Display for Sequence {
 /// Whether a text has just that many hexadecimal digits, none of them a capital letter.
 fn digits(text: &str, count: usize) -> bool {
     text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Whether `name` can be a fleet host's: it becomes the name of files and, behind `fleet-`, of a user.
+pub fn host_name(name: &str) -> Result<(), String> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
+    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
+        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
+    }
+    Ok(())
+}
+
+/// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.
+pub fn is_store_path(path: &Path) -> bool {
+    let name = path.to_str().and_then(|text| text.strip_prefix("/nix/store/")).unwrap_or_default();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-._?=".contains(&byte);
+    name.len() > 33 && name.as_bytes()[32] == b'-' && name.bytes().all(plain) && !name.starts_with('.')
 }
 
 #[cfg(test)]

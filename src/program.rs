@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, User, pipe2};
 
 use crate::error::{Context, Error, Result};
-use crate::text;
+use crate::{output, text};
 
 /// How many lines of a program's output a report holds.
 pub const TAIL_LINES: usize = 50;
@@ -53,7 +53,7 @@ pub struct Program {
 pub type Reason = fn(&[String]) -> Option<String>;
 
 /// How a program ended.
-pub struct Ended {
+pub struct Exited {
     /// Its exit status.
     pub status: ExitStatus,
     /// The last lines of its output and errors.
@@ -222,7 +222,7 @@ impl Program {
                 let (mut output, mut line) = (BufReader::new(output), Vec::new());
                 while (&mut output).take(LINE_BYTES as u64).read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
                     // whoever reads this may be gone
-                    let _ = text::print(&format!("{}\n", String::from_utf8_lossy(&line).trim_end_matches('\n')));
+                    let _ = output::print(&format!("{}\n", String::from_utf8_lossy(&line).trim_end_matches('\n')));
                     line.clear();
                 }
             });
@@ -245,12 +245,12 @@ impl Program {
 
     /// Runs the program to its end, or until `limit` has passed, which is an error; `doing` completes
     /// "Failed to". What it leaves behind in its process group is ended, too. Its own failure is no error
-    /// yet: see [`Ended::success`].
-    pub fn run(self, limit: Duration, doing: impl Fn() -> String) -> Result<Ended> {
+    /// yet: see [`Exited::success`].
+    pub fn run(self, limit: Duration, doing: impl Fn() -> String) -> Result<Exited> {
         self.run_within(limit, &doing)
     }
 
-    fn run_within(mut self, limit: Duration, doing: &dyn Fn() -> String) -> Result<Ended> {
+    fn run_within(mut self, limit: Duration, doing: &dyn Fn() -> String) -> Result<Exited> {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(doing)?;
         let mut reader = File::from(reader);
         let errors = writer.try_clone().context(doing)?;
@@ -271,7 +271,7 @@ impl Program {
                 (_, Some((status, _))) => {
                     end(&mut child);
                     let lines = tail.finish();
-                    return Ok(Ended { status, tail: lines, seen: tail.seen, doing: doing(), reason: self.reason });
+                    return Ok(Exited { status, tail: lines, seen: tail.seen, doing: doing(), reason: self.reason });
                 }
                 (Heard::End, None) => std::thread::sleep(ENDING_TICK),
                 _ => {}
@@ -321,7 +321,7 @@ impl Conversation {
     }
 }
 
-impl Ended {
+impl Exited {
     /// What it said of why it failed, if it did.
     pub fn reason(&self) -> Option<String> {
         (self.reason)(&self.tail)
@@ -478,7 +478,7 @@ mod tests {
         Program::new("sh").args(["-c", script])
     }
 
-    fn run(script: &str, limit: Duration) -> Result<Ended> {
+    fn run(script: &str, limit: Duration) -> Result<Exited> {
         shell(script).run(limit, || "count".into())
     }
 
@@ -503,7 +503,7 @@ mod tests {
     }
 
     /// Whether the process of this number, which the program has said last, is there.
-    fn is_there(ended: &Ended) -> bool {
+    fn is_there(ended: &Exited) -> bool {
         nix::sys::signal::kill(Pid::from_raw(ended.tail.last().unwrap().parse().unwrap()), None).is_ok()
     }
 

@@ -4,12 +4,7 @@
 //! A program that speaks to us, a hub, a host, a forge: none of them can move a cursor, turn a line
 //! around, forge a second line or flood a screen.
 
-use std::io::{ErrorKind, Write};
-
-use serde::Serialize;
 use serde_json::Value;
-
-use crate::error::{Context, Result};
 
 /// How many characters of one line are shown.
 pub const LINE: usize = 1000;
@@ -42,25 +37,6 @@ pub fn lines(text: &str) -> String {
     shown
 }
 
-/// Shows lines on standard output; whoever reads it may have read enough.
-pub fn print(text: &str) -> Result<()> {
-    write_out(&lines(text))
-}
-
-/// Shows a value as JSON. What may not be shown is escaped, so that nothing is lost.
-pub fn print_json(value: &impl Serialize) -> Result<()> {
-    let mut text = String::new();
-    for letter in serde_json::to_string_pretty(value).context(|| "write JSON".into())?.chars() {
-        if letter == '\n' || is_shown(letter) {
-            text.push(letter);
-        } else {
-            text.extend(letter.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
-        }
-    }
-    text.push('\n');
-    write_out(&text)
-}
-
 /// Makes all texts of a JSON value fit to show, each as one line.
 pub fn make_fit(value: &mut Value) {
     match value {
@@ -71,16 +47,8 @@ pub fn make_fit(value: &mut Value) {
     }
 }
 
-fn write_out(text: &str) -> Result<()> {
-    let mut output = std::io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        other => other.context(|| "write to standard output".into()),
-    }
-}
-
 /// Debug escapes what cannot be printed; behind a letter, marks that belong to it can be.
-fn is_shown(letter: char) -> bool {
+pub fn is_shown(letter: char) -> bool {
     if letter.is_ascii() {
         return matches!(letter, ' '..='~');
     }

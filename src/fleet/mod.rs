@@ -20,35 +20,21 @@
 //! A release is its content and a sequence number, never a time or a file name. What one side reads
 //! of the other may be of a newer version: what is unknown is passed over, another format is refused.
 
-pub mod archive;
-pub mod client;
-pub mod command;
-pub mod files;
-pub mod install;
-pub mod outbox;
-pub mod release;
-pub mod seen;
+pub mod host;
+pub mod hub;
 
-mod collect;
-mod elsewhere;
-mod guide;
-mod hub;
-mod hub_status;
-mod jobs;
+mod archive;
 mod pack;
-mod publish;
-mod push;
-mod repository;
 mod sftp;
 mod sha256;
 mod temporary;
 
 use serde::{Deserialize, Serialize};
 
-use crate::names::{Account, FilePath, HostName, Mode, RunId, Sequence, Sha256, StorePath};
-use crate::run::Outcome;
+use crate::names::{Account, FilePath, HostName, Mode, RunId, Sha256, StorePath};
 use crate::run::Stage;
-use crate::status::Ended;
+use crate::run::status::Ended;
+use crate::run::{Outcome, Release};
 
 /// The format of everything here.
 pub const FORMAT: u32 = 1;
@@ -99,16 +85,6 @@ impl Manifest {
     }
 }
 
-/// One release of one host.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Release {
-    /// The SHA-256 of all that the release consists of: archive, `attr` and `toplevel`.
-    pub id: Sha256,
-    /// Higher than that of every release of this host before.
-    pub sequence: Sequence,
-}
-
 /// The reports that the hub has, so that the host need not keep them any more.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -136,7 +112,7 @@ pub struct Heartbeat {
     /// The release of a run that is under way.
     pub running: Option<Release>,
     /// The last run that was about this release, or that failed.
-    pub last: Option<Last>,
+    pub last: Option<LastRun>,
     /// How many runs have ended that tried to deploy the newest release, or something on top of it.
     pub runs: u32,
     /// Whether it runs something on top of the release: inputs it has updated by itself.
@@ -151,7 +127,7 @@ pub struct Heartbeat {
 /// How a run has ended, in short.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Last {
+pub struct LastRun {
     /// What it was about.
     pub release: Option<Release>,
     /// How it ended.

@@ -8,7 +8,7 @@ use ::nix::fcntl::{Flock, FlockArg};
 use ::nix::unistd::mkdtemp;
 
 use crate::error::{Context, Result};
-use crate::fleet::hub::lock;
+use crate::files::lock;
 
 /// Such a directory; this process has it locked.
 pub struct Temporary {

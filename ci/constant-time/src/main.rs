@@ -4,7 +4,7 @@
 //! usage: cargo run --release --manifest-path ci/constant-time/Cargo.toml
 //!
 //! The counts are those of valgrind, which runs this program again: exact, and no clock in them. The
-//! code is that of `src/token.rs`, and of an optimised build.
+//! code is that of `src/webhook/token.rs`, and of an optimised build.
 
 #![allow(dead_code)]
 
@@ -12,7 +12,7 @@
 mod error;
 #[path = "../../../src/text.rs"]
 mod text;
-#[path = "../../../src/token.rs"]
+#[path = "../../../src/webhook/token.rs"]
 mod token;
 
 mod config {

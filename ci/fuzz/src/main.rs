@@ -8,29 +8,20 @@
 
 #![allow(dead_code)]
 
-#[path = "../../../src/answer.rs"]
+#[path = "../../../src/webhook/answer.rs"]
 mod answer;
-#[path = "../../../src/config.rs"]
-mod config;
 #[path = "../../../src/error.rs"]
 mod error;
-#[path = "../../../src/gate.rs"]
+#[path = "../../../src/webhook/gate.rs"]
 mod gate;
-#[path = "../../../src/json.rs"]
-mod json;
-#[path = "../../../src/names.rs"]
-mod names;
-mod nix {
-    /// Of no matter to what is tried here.
-    pub fn is_store_path(path: &std::path::Path) -> bool {
-        path.starts_with("/nix/store")
-    }
-}
 #[cfg(test)]
 #[path = "../../../src/testing.rs"]
 mod testing;
 #[path = "../../../src/text.rs"]
 mod text;
+mod webhook {
+    pub(crate) use super::answer;
+}
 
 use std::time::{Duration, Instant};
 

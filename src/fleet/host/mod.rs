@@ -1,0 +1,7 @@
+//! The host's side of a fleet: it fetches its release and its secrets, and reports.
+
+pub mod outbox;
+pub mod poll;
+pub mod release;
+pub mod secrets;
+pub mod seen;

@@ -1,0 +1,139 @@
+//! Reports that wait until the hub has them: root writes and removes them, the instance's user
+//! sends them.
+//!
+//! One that was written is there until the hub says that it has it, but for those that more than
+//! [`MOST`] later ones have followed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use crate::config::Hub;
+use crate::error::{Context, Result};
+use crate::files;
+use crate::fleet::{FORMAT, Received, Report, SMALL};
+use crate::gather::gather;
+use crate::layout::Layout;
+use crate::names::RunId;
+use crate::program::Program;
+use crate::run::Outcome;
+use crate::run::Stage;
+use crate::run::status::{Ended, Status};
+
+/// How many reports wait at most.
+const MOST: usize = 32;
+/// How many lines of the journal a report comes with, and how many bytes.
+const LINES: &str = "5000";
+const LOG: &str = "4194304";
+
+/// Adds the report of the run that ended last, with what the journal has of it; not if that had
+/// nothing to do, or could not begin for the same reason as the one before. Removes what the hub has.
+pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
+    if let Err(error) = tidy(layout) {
+        log::warn!("{error}.");
+    }
+    let status = Status::read(layout);
+    let Some(run) = status.runs.first().filter(|run| run.release.is_some() && run.result != Outcome::Unchanged) else {
+        return Ok(());
+    };
+    let again = |before: &Ended| run.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error);
+    if status.runs.get(1).is_some_and(again) {
+        return Ok(());
+    }
+    let doing = || format!("write the report of run {}", run.id);
+    let id = RunId::try_from(run.id.as_str()).context(doing)?;
+    let system = fs::canonicalize("/run/current-system").context(doing)?;
+    let system = system.as_path().try_into().context(doing)?;
+    let report = Report { format: FORMAT, host: hub.name.clone(), system, run: run.clone() };
+    let script = r#"journalctl --quiet --sync
+        journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" | tail --bytes="$2" | gzip -n"#;
+    let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, LOG, &id]).output(doing, None)?;
+    let [log_file, report_file] = files_of(layout, &id);
+    // the log first: what there is a report of is complete
+    files::write(&log_file, &log, 0o640).context(doing)?;
+    files::write_json(&report_file, &report, 0o640)
+}
+
+/// Removes the reports that the hub has, by what the instance's user was told, those that are too many, and
+/// whatever else is no report.
+fn tidy(layout: &Layout) -> Result<()> {
+    let doing = || format!("tidy {}", layout.outbox().display());
+    let received = files::read_foreign(&layout.own("received.json"), SMALL).ok();
+    let received: Received = received.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+    let mut kept = waiting(layout)?;
+    kept.retain(|run| !received.reports.contains(run));
+    kept.drain(..kept.len().saturating_sub(MOST));
+    let kept: BTreeSet<_> = gather(kept.iter().flat_map(|run| files_of(layout, run)));
+    for file in fs::read_dir(layout.outbox()).context(doing)? {
+        let path = file.context(doing)?.path();
+        // root's other unit may be writing it just now
+        let is_trouble = path.to_string_lossy().starts_with(&*layout.trouble_with_files().to_string_lossy());
+        if !kept.contains(&path) && !is_trouble {
+            files::clear(&path).context(doing)?;
+        }
+    }
+    Ok(())
+}
+
+/// The runs whose reports wait, the oldest first.
+pub fn waiting(layout: &Layout) -> Result<Vec<RunId>> {
+    let directory = layout.outbox();
+    let doing = || format!("read {}", directory.display());
+    let mut runs = Vec::new();
+    for file in fs::read_dir(&directory).context(doing)? {
+        let file = file.context(doing)?;
+        let run = file.file_name().to_str().and_then(|name| RunId::try_from(name.strip_suffix(".json")?).ok());
+        if let (Some(run), Ok(metadata)) = (run, file.metadata()) {
+            if metadata.is_file() {
+                runs.push((metadata.modified().context(doing)?, run));
+            }
+        }
+    }
+    runs.sort();
+    Ok(runs.into_iter().map(|(_, run)| run).collect())
+}
+
+/// What is sent of a run, in this order: its log, and its report.
+pub fn files_of(layout: &Layout, run: &RunId) -> [PathBuf; 2] {
+    ["log.gz", "json"].map(|extension| layout.outbox().join(format!("{run}.{extension}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use std::fs::File;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn what_waits_is_the_newest_that_the_hub_has_not_got_and_nothing_else() {
+        let place = Directory::new();
+        let layout = Layout::below(place.path(), "fleet");
+        let outbox = layout.outbox();
+        fs::create_dir_all(&outbox).unwrap();
+        fs::create_dir_all(layout.own("")).unwrap();
+        let run = |number: usize| RunId::try_from(format!("{number:032x}")).unwrap();
+        for number in 0..MOST + 10 {
+            for file in files_of(&layout, &run(number)) {
+                let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number as u64);
+                File::create(file).unwrap().set_modified(time).unwrap();
+            }
+        }
+        // cut off between the two, in the way, or nobody knows what
+        File::create(outbox.join(format!("{}.log.gz", "a".repeat(32)))).unwrap();
+        fs::create_dir_all(outbox.join(format!("{}.json/deep", "b".repeat(32)))).unwrap();
+        File::create(outbox.join("x.json")).unwrap();
+        File::create(layout.trouble_with_files()).unwrap();
+        files::write_json(&layout.own("received.json"), &Received { reports: vec![run(20), run(MOST + 9)] }, 0o644).unwrap();
+
+        tidy(&layout).unwrap();
+        let expected: Vec<_> = (8..MOST + 9).filter(|number| *number != 20).map(run).collect();
+        assert_eq!(waiting(&layout).unwrap(), expected);
+        assert_eq!(expected.len(), MOST);
+        assert_eq!(fs::read_dir(&outbox).unwrap().count(), 2 * MOST + 1);
+        // what the user says makes no sense: nothing counts as received
+        fs::write(layout.own("received.json"), r#"{"reports": ["../../status/fleet"]}"#).unwrap();
+        tidy(&layout).unwrap();
+        assert_eq!(waiting(&layout).unwrap(), expected);
+    }
+}

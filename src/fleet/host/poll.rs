@@ -1,0 +1,267 @@
+//! A host's part of the fleet: it asks its hub for a release, in one session, and tells how it is.
+//!
+//! A release is accepted only if its manifest is of this host, is signed where signatures are
+//! asked for and does not go back, and if its archive is the one of the manifest. It becomes a
+//! commit in a repository of the instance's own, in which nobody else commits; from there on it is
+//! a candidate like any other. Nothing here runs as root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+use serde::de::DeserializeOwned;
+
+use crate::config::{Hub, Instance};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::host::outbox;
+use crate::fleet::host::release;
+use crate::fleet::host::secrets;
+use crate::fleet::host::seen;
+use crate::fleet::sftp::Session;
+use crate::fleet::temporary::Temporary;
+use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, archive, sha256};
+use crate::git::Repository;
+use crate::layout::Layout;
+use crate::program::Program;
+use crate::run::Outcome;
+use crate::run::Release;
+use crate::run::status::Status;
+use crate::stages::reboot;
+use crate::system::now;
+
+/// How long one try of `ekiben reach` may take.
+const REACH: Duration = Duration::from_secs(30);
+/// How long reports may take.
+const DELIVERY: Duration = Duration::from_secs(300);
+/// The heartbeat that the hub has taken last.
+const TOLD: &str = "heartbeat.json";
+
+/// Asks the hub for its release, with what it has not been told yet. Returns the release, and the
+/// commit to start from: HEAD, if the release is in it, or a new one on top.
+pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Release, String)> {
+    let scratch = scratch(layout)?;
+    let limit = Duration::from_secs(instance.timeouts.prepare);
+    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), limit)?;
+    // what the hub does not want to be told now, the next poll tells
+    let tell = |session: &mut Session, running| {
+        if let Err(error) = deliver_by(session, layout, hub, scratch.path(), running) {
+            log::warn!("{error}.");
+        }
+    };
+
+    if !hub.file_directories.is_empty() {
+        secrets::fetch(&mut session, layout, scratch.path())?;
+    }
+    let place = scratch.path().join("manifest.json");
+    if !session.get("release/manifest.json", &place, SMALL)? {
+        tell(&mut session, None);
+        return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
+    }
+    let manifest = read_manifest(&place, hub, scratch.path())?;
+    let release = &manifest.release;
+    let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
+    seen::check(layout, release, committed.clone(), now())?;
+    let known = committed.is_some_and(|committed| committed.id == release.id);
+    let tarball = layout.own(&manifest.archive());
+    remove_archives(layout, Some(&tarball).filter(|_| !known))?;
+    if !known {
+        fetch_archive(&mut session, &manifest, &tarball)?;
+    }
+    seen::remember(layout, release)?;
+    tell(&mut session, Some(release).filter(|_| !known));
+    session.close()?;
+    if known {
+        return Ok((manifest.release, repository.head.clone()));
+    }
+    let source = scratch.path().join("source");
+    archive::unpack(&tarball, &source)?;
+    let message = release::message(&manifest)?;
+    let index = scratch.path().join("index");
+    // releases that were never deployed would stay for ever
+    if let Err(error) = repository.prune() {
+        log::warn!("{error}.");
+    }
+    // git knows no later times
+    let published = manifest.published.min(u64::from(u32::MAX));
+    let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;
+    Ok((manifest.release, commit))
+}
+
+/// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
+fn remove_archives(layout: &Layout, kept: Option<&PathBuf>) -> Result<()> {
+    let directory = layout.own("");
+    for file in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
+        if file.file_name().as_encoded_bytes().ends_with(b".tar.gz") && Some(&file.path()) != kept {
+            files::clear(&file.path()).context(|| format!("remove {}", file.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Fetches the archive, unless it is there already; what has been fetched of it before is not fetched again.
+fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> Result<()> {
+    let doing = || format!("fetch release {}", manifest.release.id);
+    if manifest.size > LARGE {
+        return Err(format!("its archive has {} bytes, more than {LARGE}", manifest.size)).context(doing);
+    }
+    let size = || tarball.metadata().map_or(0, |metadata| metadata.len());
+    let is_right = || size() == manifest.size && sha256::of_file(tarball).is_ok_and(|sha256| sha256 == manifest.sha256);
+    // the second time from the beginning: what was there may have been something else
+    for _ in 0..2 {
+        if is_right() {
+            return Ok(());
+        }
+        if size() >= manifest.size || !tarball.is_file() {
+            files::clear(tarball).context(doing)?;
+        }
+        session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)?;
+        if is_right() {
+            return Ok(());
+        }
+        files::clear(tarball).context(doing)?;
+    }
+    Err("what the hub sends is not what its manifest says").context(doing).map_err(Error::transient)
+}
+
+/// Reads a manifest that somebody else wrote.
+fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
+    let doing = || "accept the hub's manifest".to_owned();
+    let signed: Signed = read_foreign(place)?;
+    if !hub.signers.is_empty() {
+        let signature = signed.signature.ok_or("it is not signed").context(doing)?;
+        let (signers, file) = (scratch.join("signers"), scratch.join("manifest.sig"));
+        let lines: Vec<_> = hub.signers.iter().map(|key| format!("fleet {key}")).collect();
+        fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
+        let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
+        verify.arg("-s").arg(file).output(|| "verify the signature of the hub's manifest".into(), Some(signed.manifest.as_bytes()))?;
+    }
+    let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
+    let wrong = if manifest.format != FORMAT {
+        format!("its format is {}, this Ekiben knows {FORMAT}", manifest.format)
+    } else if manifest.host != hub.name {
+        format!("it is of {:?}, this is {}", &*manifest.host, hub.name)
+    } else {
+        return Ok(manifest);
+    };
+    Err(wrong).context(doing)
+}
+
+/// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
+pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
+    let Some(hub) = &instance.hub else { return Ok(()) };
+    let told = fs::read(layout.own(TOLD)).unwrap_or_default();
+    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub, None)).context(|| "write the heartbeat".into())?;
+    if outbox::waiting(layout)?.is_empty() && told == now {
+        return Ok(());
+    }
+    let scratch = scratch(layout)?;
+    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), DELIVERY)?;
+    deliver_by(&mut session, layout, hub, scratch.path(), None)?;
+    session.close()
+}
+
+/// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
+/// is, asks as the instance's user.
+pub fn reach(name: &str, instance: &Instance) -> Result<()> {
+    let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: it has none")))?;
+    if geteuid().is_root() {
+        let ourselves = Program::ourselves_as(&instance.user)?.args(["reach", name]);
+        return ourselves.output(|| "reach the hub".into(), None).map(drop);
+    }
+    let layout = Layout::new(name);
+    let scratch = scratch(&layout)?;
+    match Session::open(hub, &identity(&layout)?, scratch.path(), REACH) {
+        Ok(session) => session.close(),
+        // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
+        Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sends the heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
+/// rest waiting; what counts as told is what it has taken.
+fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, scratch: &Path, running: Option<&Release>) -> Result<()> {
+    let mut waiting = outbox::waiting(layout)?;
+    let place = scratch.join("received.json");
+    // who has sent nothing need not ask what has arrived
+    if !waiting.is_empty() && session.get("release/received.json", &place, SMALL)? {
+        let received: Received = read_foreign(&place)?;
+        files::write_json(&layout.own("received.json"), &received, 0o644)?;
+        waiting.retain(|run| !received.reports.contains(run));
+    }
+    let mut send = |file: &Path| {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        session.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
+    };
+    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(layout, run).iter().try_for_each(|file| send(file))).collect();
+    // the directory is the user's alone; on the hub, others have to read what is sent
+    let beat = scratch.join(TOLD);
+    files::write_json(&beat, &heartbeat(layout, hub, running), 0o644)?;
+    send(&beat)?;
+    fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
+    reports.into_iter().collect()
+}
+
+/// How the instance is.
+fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat {
+    let status = Status::read(layout);
+    // a host that cannot read what it has seen is to be heard all the same
+    let seen = seen::newest(layout, None).unwrap_or_default();
+    let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
+    // a release that could not even be proposed has not been tried
+    let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
+    let last = tried.map(|tried| &tried.run).or(refused);
+    let deployed = status.deployed.as_ref();
+    let system = crate::system::current().ok();
+    Heartbeat {
+        format: FORMAT,
+        host: hub.name.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        deployed: deployed.and_then(|deployed| deployed.release.clone()),
+        system: system.and_then(|system| system.as_path().try_into().ok()),
+        running: running.cloned(),
+        last: last.map(|run| LastRun {
+            release: run.release.clone(),
+            result: run.result,
+            stage: run.stage,
+            error: run.error.clone(),
+            finished: run.finished,
+        }),
+        runs: tried.map_or(0, |tried| tried.count),
+        self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
+        reboot_needed: reboot::is_needed(),
+        files: fs::read_to_string(layout.trouble_with_files()).ok(),
+        seen,
+    }
+}
+
+/// The private key: systemd's copy of it, which only the instance's user can read. Fails if it is as in module.nix
+/// where there is none to copy.
+fn identity(layout: &Layout) -> Result<PathBuf> {
+    let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    // what root has this ask for a run has none of its own
+    let path = own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity");
+    if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
+        return Err(Error::new(
+            "Failed to read this host's private key: there is no key in the file that `services.ekiben.fleet.identityFile` names",
+        ));
+    }
+    Ok(path)
+}
+
+/// A directory for files that nobody needs later; whatever is in its way is not.
+fn scratch(layout: &Layout) -> Result<Temporary> {
+    let place = layout.own("fetched");
+    Temporary::below(&place).or_else(|error| {
+        log::warn!("{error}; removing {}.", place.display());
+        files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))
+    })
+}
+
+/// A value that somebody else wrote, as JSON.
+pub fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let doing = || format!("read {}", path.display());
+    serde_json::from_slice(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
+}

@@ -1,0 +1,14 @@
+//! The hub's side of a fleet: publishing from a repository of hosts, what is served, and what the hosts report.
+
+pub mod command;
+pub mod offer;
+
+mod collect;
+mod guide;
+mod jobs;
+mod publish;
+mod push;
+mod remote;
+mod repository;
+pub mod served;
+mod status;

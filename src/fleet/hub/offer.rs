@@ -1,0 +1,165 @@
+//! Files that the hub has for single hosts, such as secrets: put where the host can fetch them, and
+//! nobody else can read them.
+//!
+//! A file is served under the name of its contents, so an index is right for as long as what it names
+//! is there: a host that finds something gone has an old index, and asks again.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::{SMALL, Served, sha256};
+use crate::json;
+use crate::names::host_name;
+use crate::names::{Account, FilePath, Mode};
+
+const INDEX: &str = "index.json";
+/// For the host's group, which the directory hands on.
+const MODE: u32 = 0o640;
+
+/// What `services.ekiben.hub` says of files.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Offers {
+    /// The hub's directory.
+    directory: PathBuf,
+    /// The files of each host, by their paths there.
+    hosts: BTreeMap<String, BTreeMap<FilePath, Offer>>,
+}
+
+/// One file of one host.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Offer {
+    /// Where it is on the hub.
+    source: PathBuf,
+    /// As in [`Served`].
+    mode: Mode,
+    /// As in [`Served`].
+    owner: Account,
+    /// As in [`Served`].
+    group: Account,
+}
+
+/// Serves to each host what the file `config` says; trouble with one does not keep the others waiting.
+pub fn serve(config: &Path) -> Result<()> {
+    let doing = || format!("read {}", config.display());
+    let hub: Offers = json::parse(&fs::read_to_string(config).context(doing)?).context(doing)?;
+    let hosts = hub.directory.join("hosts");
+    let mut failed = 0;
+    let mut one = |host: &str, wanted: &BTreeMap<FilePath, Offer>| {
+        if let Err(error) = serve_host(&hosts, host, wanted) {
+            log::error!("{error}.");
+            failed += 1;
+        }
+    };
+    for (host, wanted) in &hub.hosts {
+        one(host, wanted);
+    }
+    // hosts that are gone leave nothing secret behind
+    for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))?.flatten() {
+        let host = entry.file_name().to_string_lossy().into_owned();
+        if !hub.hosts.contains_key(&host) && entry.path().join("files").is_dir() {
+            one(&host, &BTreeMap::new());
+        }
+    }
+    if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
+}
+
+fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> Result<()> {
+    host_name(host).context(|| "serve files".into())?;
+    let directory = hosts.join(host).join("files");
+    let mut index = Vec::new();
+    for (path, Offer { source, mode, owner, group }) in wanted {
+        let doing = || format!("serve {} to {host}", source.display());
+        // what manages secrets makes links
+        let contents = files::read_for_others(source, SMALL).context(doing)?;
+        let sha256 = sha256::of(&contents)?;
+        write(&directory.join(&sha256), &contents)?;
+        let (path, mode, owner, group) = (path.clone(), *mode, owner.clone(), group.clone());
+        index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
+    }
+    let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
+    write(&directory.join(INDEX), &text)?;
+    for entry in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name != INDEX && index.iter().all(|served| *served.file != *name) {
+            files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file, unless it is there as it should be.
+fn write(path: &Path, contents: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|there| there == contents) {
+        return Ok(());
+    }
+    files::write(path, contents, MODE).context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    fn serve_text(directory: &Path, hosts: &str) -> Result<()> {
+        let config = directory.join("hub.json");
+        fs::write(&config, format!(r#"{{"directory": "{}", "hosts": {hosts}}}"#, directory.display())).unwrap();
+        serve(&config)
+    }
+
+    fn source(directory: &Path, name: &str) -> String {
+        format!(r#"{{"source": "{}/{name}", "mode": "0400", "owner": "root", "group": "wheel"}}"#, directory.display())
+    }
+
+    fn index(directory: &Path, host: &str) -> Vec<Served> {
+        serde_json::from_slice(&fs::read(directory.join("hosts").join(host).join("files/index.json")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_host_is_served_what_is_said_and_nothing_else() {
+        let scratch = Directory::new();
+        let directory = scratch.path();
+        for host in ["a", "b", "gone"] {
+            fs::create_dir_all(directory.join(format!("hosts/{host}/files"))).unwrap();
+        }
+        fs::write(directory.join("hosts/gone/files/secret"), "old").unwrap();
+        fs::write(directory.join("one"), "1").unwrap();
+        std::os::unix::fs::symlink(directory.join("one"), directory.join("link")).unwrap();
+        let (one, link) = (source(directory, "one"), source(directory, "link"));
+
+        serve_text(directory, &format!(r#"{{"a": {{"/x": {one}, "/y": {link}}}, "b": {{}}}}"#)).unwrap();
+        let first = index(directory, "a");
+        assert_eq!(first.iter().map(|served| &*served.path).collect::<Vec<_>>(), ["/x", "/y"]);
+        assert_eq!(*first[0].sha256, *"6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b");
+        assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
+        assert!(index(directory, "b").is_empty() && index(directory, "gone").is_empty());
+        assert!(!directory.join("hosts/gone/files/secret").exists());
+
+        // a source that is not there: all stays as it was, and the other host is served
+        fs::write(directory.join("two"), "2").unwrap();
+        let (missing, two) = (source(directory, "none"), source(directory, "two"));
+        serve_text(directory, &format!(r#"{{"a": {{"/x": {two}, "/z": {missing}}}, "b": {{"/x": {two}}}}}"#)).unwrap_err();
+        assert_eq!(index(directory, "a"), first);
+        assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
+        assert_eq!(index(directory, "b").len(), 1);
+
+        serve_text(directory, &format!(r#"{{"a": {{"/x": {two}}}, "b": {{}}}}"#)).unwrap();
+        assert_eq!(fs::read_dir(directory.join("hosts/a/files")).unwrap().count(), 2);
+        assert_ne!(index(directory, "a")[0].sha256, first[0].sha256);
+    }
+
+    #[test]
+    fn no_host_leads_out_of_the_directory() {
+        let scratch = Directory::new();
+        fs::create_dir_all(scratch.path().join("hosts")).unwrap();
+        fs::create_dir_all(scratch.path().join("files")).unwrap();
+        serve_text(scratch.path(), r#"{"..": {}}"#).unwrap_err();
+        assert!(!scratch.path().join("files/index.json").exists());
+    }
+}

@@ -1,0 +1,288 @@
+//! A hub that is another machine than this one. What a command has to know of it is fetched into a
+//! directory of that command's own, and what is published there is sent.
+//!
+//! A host sees the release before or the whole new one: a manifest is renamed into its place when its
+//! archive is there. Of several who publish for one host, one at a time does, and only on top of what
+//! it has seen: a release is never replaced by one of the same number, or of a lower one.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::LARGE;
+use crate::fleet::sftp::Session;
+use crate::fleet::temporary::Temporary;
+use crate::names::{HostName, Sha256};
+
+/// Why a release is not published that is not on top of the last one.
+pub const MEANWHILE: &str = "somebody else has published for it meanwhile; deploy again";
+/// What the hub is called by whoever publishes.
+pub const SCHEME: &str = "sftp://";
+/// How long it may take to fetch what is known of the hosts, and to send one release.
+const FETCH: Duration = Duration::from_secs(600);
+const SEND: Duration = Duration::from_secs(3600);
+/// The file that exists while somebody publishes, and says who.
+const CLAIM: &str = "publishing";
+const MANIFEST: &str = "manifest.json";
+/// The end of the name of what is being sent.
+const SENT: &str = ".sent";
+/// For how long somebody who publishes has to be silent before somebody else does; what the former sent
+/// is then removed, so it is no matter if they are slow and not gone.
+const STALE: Duration = Duration::from_secs(30);
+/// How often the name is tried that nothing seems to have.
+const TRIES: usize = 5;
+
+/// Where the hub is.
+pub struct Elsewhere {
+    server: String,
+    path: String,
+    temporary: Temporary,
+    /// One session at a time is enough to send.
+    turn: Mutex<()>,
+}
+
+impl Elsewhere {
+    /// The one of this URL.
+    pub fn new(url: &str) -> Result<Self> {
+        let (server, path) = parse(url).context(|| format!("understand {url:?}"))?;
+        Ok(Self { server, path, temporary: Temporary::new()?, turn: Mutex::default() })
+    }
+
+    /// The directory of what has been fetched, in the layout of the hub's own.
+    pub fn place(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    fn open(&self, limit: Duration) -> Result<Session> {
+        let mut session = Session::open_as_configured(&self.server, self.place(), limit)?;
+        if !self.path.is_empty() {
+            session.enter(&self.path)?;
+        }
+        Ok(session)
+    }
+
+    /// Fetches which hosts there are; and of those that are named, or all, what is published and what
+    /// they said last.
+    pub fn fetch(&self, wanted: &[&str]) -> Result<()> {
+        let mut session = self.open(FETCH)?;
+        for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
+            for (directory, file) in [(format!("hosts/{host}/release"), "manifest.json"), (format!("received/{host}"), "heartbeat.json")] {
+                let local = self.place().join(&directory);
+                fs::create_dir_all(&local).context(|| format!("make {}", local.display()))?;
+                if wanted.is_empty() || wanted.contains(&&*host) {
+                    session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
+                }
+            }
+        }
+        session.close()
+    }
+
+    /// Fetches one more file, if it is there.
+    pub fn fetch_file(&self, file: &str) -> Result<()> {
+        let mut session = self.open(FETCH)?;
+        session.fetch(file, &self.place().join(file))?;
+        session.close()
+    }
+
+    /// Sends a host's archive, and then the file `new` as its manifest; keeps no other archives but those
+    /// that are named. Fails, and changes nothing, if somebody else has published since [`Self::fetch`].
+    pub fn publish(&self, host: &HostName, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = format!("hosts/{host}/release");
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "think of a name".into())?.trim_end().to_owned();
+        let mut release = Publication { session: self.open(SEND)?, host: host.clone(), local: self.place().join(&path), path, id };
+        release.send(archive, &release.local.join(archive))?;
+        release.rename_sent(archive)?;
+        release.send(MANIFEST, new)?;
+        release.claim()?;
+        let done = release.replace(archive, kept);
+        // nobody need wait for this process any more
+        let ours = release.is_claimed();
+        let gone = ours.and_then(|ours| if ours { release.clear(CLAIM) } else { Ok(()) });
+        done?;
+        gone.and_then(|()| release.session.close())
+    }
+}
+
+/// A host's release about to be replaced.
+struct Publication {
+    session: Session,
+    host: HostName,
+    /// Its directory here, and there.
+    local: PathBuf,
+    path: String,
+    /// What tells this process from all others who publish.
+    id: String,
+}
+
+impl Publication {
+    fn remote(&self, name: &str) -> String {
+        format!("{}/{name}", self.path)
+    }
+
+    /// What a file is called while it is sent.
+    fn sent(&self, name: &str) -> String {
+        self.remote(&format!("{}.{name}{SENT}", self.id))
+    }
+
+    fn send(&mut self, name: &str, local: &Path) -> Result<()> {
+        let remote = self.sent(name);
+        self.session.send(local, &remote)
+    }
+
+    /// Puts what was sent into its place.
+    fn rename_sent(&mut self, name: &str) -> Result<()> {
+        let (sent, remote) = (self.sent(name), self.remote(name));
+        match self.session.rename(&sent, &remote) {
+            Err(error) => Err(self.or_meanwhile(name, error)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Removes a file, if whoever sent it has not done so meanwhile.
+    fn clear(&mut self, name: &str) -> Result<()> {
+        let removed = self.session.remove(&self.remote(name));
+        if removed.is_err() && !self.session.list(&self.path)?.iter().any(|there| there == name) { Ok(()) } else { removed }
+    }
+
+    /// The error that says why what was sent could not be put to use: `error`, or somebody has removed it.
+    fn or_meanwhile(&mut self, name: &str, error: Error) -> Error {
+        let sent = self.sent(name);
+        let gone = self.session.list(&self.path).is_ok_and(|there| !there.iter().any(|name| self.remote(name) == sent));
+        if gone { self.meanwhile() } else { error }
+    }
+
+    fn meanwhile(&self) -> Error {
+        Error::new(format!("Failed to publish {}: {MEANWHILE}", self.host))
+    }
+
+    /// Waits until nobody else publishes for the host, and keeps others waiting.
+    fn claim(&mut self) -> Result<()> {
+        let user = std::env::var("USER").unwrap_or_default();
+        let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
+        fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).context(|| format!("write {}", local.display()))?;
+        self.send(CLAIM, &local)?;
+        let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
+        let host = self.host.clone();
+        loop {
+            match self.session.link(&sent, &claim) {
+                Ok(false) => {}
+                Ok(true) => return self.session.remove(&sent),
+                Err(error) => return Err(self.or_meanwhile(CLAIM, error)),
+            }
+            match self.read(CLAIM)? {
+                None if tries >= TRIES => return Err(Error::new(format!("Failed to publish {host}: the hub makes no link {claim}"))),
+                None => tries += 1,
+                Some(found) if found != other => {
+                    log::info!("{host} is being published by {}; waiting ...", String::from_utf8_lossy(&found));
+                    (other, since) = (found, Instant::now());
+                }
+                Some(_) if since.elapsed() > STALE => {
+                    log::warn!("Whoever was publishing {host} has not been heard of for {} s.", STALE.as_secs());
+                    self.clear(CLAIM)?;
+                }
+                Some(_) => {}
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+
+    fn is_claimed(&mut self) -> Result<bool> {
+        let found = self.read(CLAIM)?;
+        Ok(found.is_some_and(|found| String::from_utf8_lossy(&found).ends_with(&self.id)))
+    }
+
+    /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
+    fn replace(&mut self, archive: &str, kept: &[String]) -> Result<()> {
+        let (there, id) = (self.session.list(&self.path)?, self.id.clone());
+        // whoever is behind this one, however late, finds nothing to put into place
+        for name in there.iter().filter(|name| is_sent(name) && !name.starts_with(&id)) {
+            self.clear(name)?;
+        }
+        let fetched = match files::read_foreign(&self.local.join(MANIFEST), LARGE) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            other => Some(other.context(|| format!("read the manifest of {}", self.host))?),
+        };
+        if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
+            return Err(self.meanwhile());
+        }
+        self.rename_sent(MANIFEST)?;
+        for name in there.iter().filter(|name| is_archive(name) && !kept.contains(name)) {
+            self.clear(name)?;
+        }
+        Ok(())
+    }
+
+    /// What a file says now; none if it is not there.
+    fn read(&mut self, name: &str) -> Result<Option<Vec<u8>>> {
+        let local = self.local.join("now");
+        if !self.session.fetch(&self.remote(name), &local)? {
+            return Ok(None);
+        }
+        files::read_foreign(&local, LARGE).map(Some).context(|| format!("read {}", local.display()))
+    }
+}
+
+/// Whether a name is one that [`Publication::sent`] makes; other names there are nobody's here.
+fn is_sent(name: &str) -> bool {
+    let name = name.strip_suffix(SENT).and_then(|name| name.split_once('.'));
+    let is_id = |id: &str| id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST].contains(&name) || is_archive(name)))
+}
+
+fn is_archive(name: &str) -> bool {
+    name.strip_suffix(".tar.gz").is_some_and(|id| Sha256::try_from(id).is_ok())
+}
+
+/// The server, and the path of the directory there; none for the one that the server begins in.
+fn parse(url: &str) -> Result<(String, String), &'static str> {
+    let rest = url.strip_prefix(SCHEME).unwrap_or_default();
+    let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let is =
+        |text: &str, more: &[u8]| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte) || more.contains(&byte));
+    if server.is_empty() || server.starts_with('-') || !is(server, b"@:[]%") || !is(path, b"/") {
+        return Err("expected sftp://[user@]host[:port][/path]");
+    }
+    let path = path.trim_end_matches('/');
+    Ok((format!("{SCHEME}{server}"), if path.is_empty() { String::new() } else { format!("/{path}") }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_ours_is_removed() {
+        let (id, sha) = ("0b6f5d0c-7b9a-4c8e-9a51-000000000000", "0".repeat(64));
+        for name in ["manifest.json".into(), "publishing".into(), format!("{sha}.tar.gz")] {
+            assert!(is_sent(&format!("{id}.{name}.sent")));
+        }
+        for name in ["x.sent", "../x.sent", "x\".tar.gz.sent", &format!("{id}./../x.sent"), &format!("{id}.manifest.json")] {
+            assert!(!is_sent(name), "{name}");
+        }
+        assert!(is_archive(&format!("{sha}.tar.gz")) && !is_archive("x\".tar.gz") && !is_archive(&format!("../{sha}.tar.gz")));
+    }
+
+    #[test]
+    fn a_url_is_a_server_and_a_path() {
+        let found = |url| parse(url).map(|(server, path)| format!("{server} {path}"));
+        for (url, expected) in [
+            ("sftp://hub", "sftp://hub "),
+            ("sftp://hub/", "sftp://hub "),
+            ("sftp://alice@hub.example.org:2222/srv/hub/", "sftp://alice@hub.example.org:2222 /srv/hub"),
+            ("sftp://[::1]:22", "sftp://[::1]:22 "),
+        ] {
+            assert_eq!(found(url).unwrap(), expected);
+        }
+        for url in
+            ["sftp://", "sftp:///srv", "sftp://-oProxyCommand=x", "sftp://hub/a b", "sftp://hub/*", "sftp://hub\nrm", "/srv", "http://hub"]
+        {
+            assert!(found(url).is_err(), "{url}");
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! The fleet's repository: which hosts are in it, and what their configurations evaluate to.
+//!
+//! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
+//! flake evaluated to is remembered for as long as the archive and the arguments are the same.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ::nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::hub::jobs;
+use crate::fleet::hub::served;
+use crate::fleet::pack::Origin;
+use crate::fleet::temporary::{Temporary, home};
+use crate::fleet::{SMALL, archive, pack};
+use crate::json;
+use crate::names::{HostName, Sha256, StorePath};
+use crate::nix::nix;
+
+/// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
+const NAMES: &str = "builtins.attrNames";
+const SYSTEM: &str = "system: { derivation = system.drvPath; toplevel = system.outPath; }";
+
+/// `fleet.json`.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Settings {
+    /// What the hub serves; here, or `sftp://` where.
+    pub directory: PathBuf,
+    /// The private key to sign releases with.
+    pub signing_key: Option<PathBuf>,
+    /// After how many seconds without a heartbeat a host is silent.
+    pub silent_after: u64,
+    /// More arguments for `nix eval` and `nix build`.
+    pub flags: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { directory: "/var/lib/ekiben-hub".into(), signing_key: None, silent_after: 3600, flags: Vec::new() }
+    }
+}
+
+impl Settings {
+    /// Reads the settings of the repository in this directory, which say what is run and what is signed:
+    /// they have to be this user's own, as the directory that they are in.
+    pub fn read(repository: &Path) -> Result<Self> {
+        let path = repository.join("fleet.json");
+        let doing = || format!("read {}", path.display());
+        let mut file = File::open(&path).context(doing)?;
+        check_owner(&path, &file.metadata().context(doing)?)?;
+        check_owner(repository, &fs::metadata(repository).context(doing)?)?;
+        let mut text = String::new();
+        file.by_ref().take(SMALL).read_to_string(&mut text).context(doing)?;
+        let mut settings: Self = json::parse(&text).context(doing)?;
+        if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
+            return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
+        }
+        settings.signing_key = settings.signing_key.map(|key| repository.join(key));
+        Ok(settings)
+    }
+}
+
+/// Fails unless a file or a directory is this user's, or root's, and not everybody's to change.
+fn check_owner(path: &Path, metadata: &Metadata) -> Result<()> {
+    let (owner, user) = (metadata.uid(), geteuid().as_raw());
+    let why = if ![user, 0].contains(&owner) {
+        let (owner, user) = (files::user_name(owner), files::user_name(user));
+        format!("it belongs to {owner}, and this is {user}; run this as {owner}, give it to {user}, or name another with --repository")
+    } else if metadata.mode() & 0o002 != 0 {
+        "everybody may write there; use a directory that is this user's alone to change".into()
+    } else {
+        return Ok(());
+    };
+    Err(why).context(|| format!("trust {}", path.display()))
+}
+
+/// The repository that `directory` is in.
+pub fn find(directory: &Path) -> Option<&Path> {
+    directory.ancestors().find(|place| place.join("fleet.json").exists())
+}
+
+/// A directory with configurations, packed.
+pub struct Packed {
+    /// Where it is in the repository.
+    pub place: String,
+    /// Where that is.
+    pub directory: PathBuf,
+    /// Its archive.
+    pub archive: PathBuf,
+    /// The archive's hash.
+    pub sha256: Sha256,
+    /// Its size in bytes.
+    pub size: u64,
+    is_flake: bool,
+}
+
+/// A host.
+pub struct Host {
+    /// Its name.
+    pub name: HostName,
+    /// The attribute of its flake's `nixosConfigurations`; none for a plain `configuration.nix`.
+    pub attr: Option<HostName>,
+    /// Where its configuration is.
+    pub source: Arc<Packed>,
+}
+
+/// What a configuration evaluates to.
+#[derive(Deserialize)]
+pub struct System {
+    derivation: StorePath,
+    /// The system's path, built or not.
+    pub toplevel: StorePath,
+}
+
+/// What a question came to.
+#[derive(Deserialize, Serialize)]
+struct Remembered {
+    question: Vec<String>,
+    answer: Value,
+}
+
+/// The repository, with a place for what is remembered and one for what is not.
+pub struct FleetRepository {
+    directory: PathBuf,
+    origin: Origin,
+    flags: Vec<String>,
+    state: PathBuf,
+    scratch: Temporary,
+}
+
+impl FleetRepository {
+    /// Opens the one in this directory.
+    pub fn open(directory: &Path, settings: &Settings) -> Result<Self> {
+        let state = home("XDG_STATE_HOME", ".local/state")?;
+        for name in ["logs", "evaluated", "systems"] {
+            fs::create_dir_all(state.join(name)).context(|| format!("make {}", state.join(name).display()))?;
+        }
+        let origin = Origin::new(directory, settings.signing_key.as_deref())?;
+        Ok(Self { directory: directory.to_owned(), origin, flags: settings.flags.clone(), state, scratch: Temporary::new()? })
+    }
+
+    /// Where a configuration may be: the repository itself, and the directories of `hosts`. True is a
+    /// flake, false a plain configuration.
+    fn places(&self) -> Result<Vec<(String, bool)>> {
+        let hosts = self.directory.join("hosts");
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))? {
+            let entry = entry.context(|| format!("read {}", hosts.display()))?;
+            let name = entry.file_name().into_string().map_err(|name| format!("its name is {name:?}"));
+            names.push(format!("hosts/{}", name.context(|| format!("read {:?}", entry.path()))?));
+        }
+        names.sort();
+        let mut places = Vec::new();
+        for place in names.into_iter().chain([".".to_owned()]) {
+            let has = |file| self.directory.join(&place).join(file).exists();
+            if has("flake.nix") {
+                places.push((place, true));
+            } else if place != "." && has("configuration.nix") {
+                places.push((place, false));
+            } else if place != "." && self.directory.join(&place).is_dir() {
+                log::warn!("{place} has neither flake.nix nor configuration.nix.");
+            }
+        }
+        Ok(places)
+    }
+
+    fn pack(&self, place: &str, is_flake: bool) -> Result<Packed> {
+        let directory = if place == "." { self.directory.clone() } else { self.directory.join(place) };
+        let files = if place == "." { pack::tracked_files(&directory)? } else { pack::files(&directory, &self.origin)? };
+        let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
+        let (sha256, size) = pack::pack(&directory, files, &self.origin, &archive)?;
+        Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake })
+    }
+
+    /// Packs all directories with a flake.
+    pub fn flakes(&self) -> Result<Vec<Packed>> {
+        self.places()?.iter().filter(|(_, is_flake)| *is_flake).map(|(place, _)| self.pack(place, true)).collect()
+    }
+
+    /// Finds all hosts, and what kept others from being found.
+    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Vec<Error>)> {
+        let look = |(place, is_flake): &(String, bool)| self.pack(place, *is_flake).and_then(|source| self.hosts_in(source));
+        let (mut hosts, mut failed) = (Vec::new(), Vec::new());
+        for found in jobs::parallel(&self.places()?, jobs, look) {
+            match found {
+                Ok(found) => hosts.extend(found),
+                Err(error) => failed.push(error),
+            }
+        }
+        Ok((tell_apart(hosts)?, failed))
+    }
+
+    fn hosts_in(&self, source: Packed) -> Result<Vec<Host>> {
+        let place = source.place.clone();
+        let doing = || format!("find the hosts of {place}");
+        let source = Arc::new(source);
+        if !source.is_flake {
+            let name = place.trim_start_matches("hosts/").try_into().context(doing)?;
+            return Ok(vec![Host { name, attr: None, source }]);
+        }
+        let names = self.ask(&source, &label(&place), "nixosConfigurations", NAMES, false)?;
+        let names: Vec<HostName> = json::from_value(&names).context(doing)?;
+        let host = |name: HostName| Host { attr: Some(name.clone()), name, source: Arc::clone(&source) };
+        Ok(names.into_iter().map(host).collect())
+    }
+
+    /// Evaluates a host's configuration.
+    pub fn evaluate(&self, host: &Host) -> Result<System> {
+        let quoted = host.attr.as_ref().map(|attr| format!("nixosConfigurations.\"{attr}\".")).unwrap_or_default();
+        let attribute = format!("{quoted}config.system.build.toplevel");
+        let ask = |again| -> Result<System> {
+            let answer = self.ask(&host.source, &host.name, &attribute, SYSTEM, again)?;
+            json::from_value(&answer).context(|| format!("evaluate {}", host.name))
+        };
+        let system = ask(false)?;
+        // collected as garbage: nothing could be built
+        if system.derivation.path().exists() || system.toplevel.path().exists() { Ok(system) } else { ask(true) }
+    }
+
+    /// Builds what a host's configuration evaluated to.
+    pub fn build(&self, host: &Host, system: &System) -> Result<()> {
+        if !system.derivation.path().exists() {
+            return Ok(());
+        }
+        let build = nix()
+            .args(["build", "--print-build-logs"])
+            .args(&self.flags)
+            .arg("--out-link")
+            .arg(self.state.join("systems").join(&host.name));
+        let build = build.arg(format!("{}^out", system.derivation));
+        build.logged(|| format!("build {}", host.name), &self.log(&host.name)).map(drop)
+    }
+
+    /// Where what nix says of a host is kept.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.state.join("logs").join(format!("{name}.log"))
+    }
+
+    /// Where what nix fetches for updates is kept.
+    pub fn cache(&self) -> PathBuf {
+        self.state.join("fetched")
+    }
+
+    /// The path of a file that is gone when this command ends.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(format!("of-{name}"))
+    }
+
+    /// Unpacks a source, as the host does, and calls `then` with where it is.
+    pub fn with_unpacked<T>(&self, source: &Packed, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        let place = self.scratch.path().join(name);
+        let directory = place.join("configuration");
+        let done = archive::unpack(&source.archive, &directory).and_then(|()| then(&directory));
+        let _ = fs::remove_dir_all(place);
+        done
+    }
+
+    /// Evaluates `function` of an attribute, and keeps what nix says as the log `name`.
+    fn ask(&self, source: &Packed, name: &str, attribute: &str, function: &str, again: bool) -> Result<Value> {
+        let file = self.state.join("evaluated").join(format!("{name}.json"));
+        let question = [&[source.sha256.to_string(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
+        // of these arguments, the same may mean something else tomorrow
+        let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
+        if let Ok(Some(Remembered { answer, .. })) =
+            files::read_json(&file).map(|read| read.filter(|read: &Remembered| lasting && !again && read.question == question))
+        {
+            return Ok(answer);
+        }
+        let log = self.log(name);
+        files::remove(&log).context(|| format!("remove {}", log.display()))?;
+        let answer = self.with_unpacked(source, name, |directory| {
+            let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
+            let eval = if source.is_flake {
+                // a lock file that would change here would change there, too, and not to the same; names are not that particular
+                let strict = if function == NAMES { "--no-write-lock-file" } else { "--no-update-lock-file" };
+                eval.arg(strict).arg(format!("path:{}#{attribute}", directory.display()))
+            } else {
+                let configuration = format!("nixos-config={}", directory.join("configuration.nix").display());
+                eval.args(["-I", &configuration, "--file", "<nixpkgs/nixos>", attribute])
+            };
+            eval.logged(|| format!("evaluate {}", source.place), &log)
+        })?;
+        let answer = serde_json::from_slice(&answer).context(|| format!("evaluate {}", source.place))?;
+        let answer = Remembered { question, answer };
+        if lasting {
+            files::write_json(&file, &answer, 0o644)?;
+        }
+        Ok(answer.answer)
+    }
+}
+
+/// The name of a place's files; no host has it.
+fn label(place: &str) -> String {
+    format!("in-{}", place.replace('/', "."))
+}
+
+/// Checks that no two hosts have the same name. A plain directory beside a flake that has a host of
+/// that name is a module of the flake's.
+fn tell_apart(hosts: Vec<Host>) -> Result<Vec<Host>> {
+    let of_repository: Vec<_> = hosts.iter().filter(|host| host.source.place == ".").map(|host| host.name.clone()).collect();
+    let mut found: BTreeMap<HostName, Host> = BTreeMap::new();
+    for host in hosts {
+        if host.attr.is_none() && of_repository.contains(&host.name) {
+            continue;
+        }
+        if let Some(other) = found.get(&host.name) {
+            let message = format!("Failed to tell hosts apart: {} is in {} and in {}", host.name, other.source.place, host.source.place);
+            return Err(Error::new(message));
+        }
+        found.insert(host.name.clone(), host);
+    }
+    Ok(found.into_values().collect())
+}
+
+/// Those of these names, each matched whole; all if none are given.
+pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Result<Vec<T>> {
+    if let Some(unknown) = wanted.iter().find(|wanted| !all.iter().any(|one| name(one) == **wanted)) {
+        let known: Vec<_> = all.iter().map(name).collect();
+        let known = if known.is_empty() { "no host".into() } else { known.join(", ") };
+        return Err(Error::new(format!("Failed to find host {unknown:?}: there is {known}")));
+    }
+    Ok(all.into_iter().filter(|one| wanted.is_empty() || wanted.contains(&name(one))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn host(name: &str, place: &str, attr: Option<&str>) -> Host {
+        let source = Packed {
+            place: place.into(),
+            directory: PathBuf::new(),
+            archive: PathBuf::new(),
+            sha256: "0".repeat(64).try_into().unwrap(),
+            size: 0,
+            is_flake: attr.is_some(),
+        };
+        Host { name: name.try_into().unwrap(), attr: attr.map(|attr| attr.try_into().unwrap()), source: Arc::new(source) }
+    }
+
+    fn names(hosts: &[Host]) -> Vec<&str> {
+        hosts.iter().map(|host| &*host.name).collect()
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        let place = Directory::new();
+        let read = |text: &str| {
+            fs::write(place.path().join("fleet.json"), text).unwrap();
+            Settings::read(place.path())
+        };
+        let settings = read("{}").unwrap();
+        assert_eq!((settings.directory, settings.signing_key, settings.silent_after), ("/var/lib/ekiben-hub".into(), None, 3600));
+        assert_eq!(read(r#"{"signingKey": "key"}"#).unwrap().signing_key, Some(place.path().join("key")));
+        for (text, error) in [
+            (r#"{"silentafter": 1}"#, "silentafter: unknown field"),
+            (r#"{"silentAfter": -1}"#, "silentAfter: invalid value"),
+            (r#"{"flags": "-L"}"#, "flags: invalid type"),
+            (r#"{"directory": "served"}"#, "directory: expected an absolute path or sftp://..., found \"served\""),
+        ] {
+            let said = read(text).unwrap_err().to_string();
+            assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
+        }
+        // everybody's is nobody's
+        for path in [place.path().to_owned(), place.path().join("fleet.json")] {
+            let before = fs::metadata(&path).unwrap().permissions();
+            fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
+            assert!(Settings::read(place.path()).unwrap_err().to_string().contains("everybody may write there"));
+            fs::set_permissions(&path, before).unwrap();
+        }
+        fs::create_dir_all(place.path().join("hosts/web")).unwrap();
+        assert_eq!(find(&place.path().join("hosts/web")), Some(place.path()));
+    }
+
+    #[test]
+    fn what_is_in_a_directory_decides_what_it_is() {
+        let place = Directory::new();
+        for file in ["flake/flake.nix", "flake/configuration.nix", "plain/configuration.nix", "nothing/notes", ".gitkeep/x"] {
+            let path = place.path().join("hosts").join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        let scratch = Temporary::below(&place.path().join("cache")).unwrap();
+        let repository = FleetRepository {
+            directory: place.path().into(),
+            origin: Origin::new(place.path(), None).unwrap(),
+            flags: Vec::new(),
+            state: PathBuf::new(),
+            scratch,
+        };
+        let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
+        assert_eq!(repository.places().unwrap(), of_hosts);
+        fs::write(place.path().join("configuration.nix"), "").unwrap();
+        assert_eq!(repository.places().unwrap(), of_hosts);
+        fs::write(place.path().join("flake.nix"), "").unwrap();
+        assert_eq!(repository.places().unwrap().last(), Some(&(".".to_owned(), true)));
+    }
+
+    #[test]
+    fn a_name_is_one_host_and_is_matched_whole() {
+        let hosts = || vec![host("web2", "hosts/pair", Some("web2")), host("web", "hosts/web", None), host("we", "hosts/we", None)];
+        assert_eq!(names(&tell_apart(hosts()).unwrap()), ["we", "web", "web2"]);
+        assert_eq!(names(&select(hosts(), |host| &host.name, &["web"]).unwrap()), ["web"]);
+        assert_eq!(select(hosts(), |host| &host.name, &[]).unwrap().len(), 3);
+        let error = select(hosts(), |host| &host.name, &["web", "web3"]).err().unwrap().to_string();
+        assert_eq!(error, "Failed to find host \"web3\": there is web2, web, we");
+        assert!(select(hosts(), |host| &host.name, &["w"]).is_err());
+        let twice = hosts().into_iter().chain([host("web", ".", Some("web"))]).chain([host("web2", "hosts/web2", Some("web2"))]).collect();
+        let error = tell_apart(twice).err().unwrap().to_string();
+        assert_eq!(error, "Failed to tell hosts apart: web2 is in hosts/pair and in hosts/web2");
+        // a module of the repository's flake
+        let both = tell_apart(hosts().into_iter().chain([host("web", ".", Some("web"))]).collect()).unwrap();
+        assert_eq!(both.iter().map(|host| host.source.place.as_str()).collect::<Vec<_>>(), ["hosts/we", ".", "hosts/pair"]);
+    }
+}

@@ -1,0 +1,242 @@
+//! The directory that the hub serves, or what a command knows of one elsewhere: what is where, and
+//! whose turn it is.
+//!
+//! Where publishers, and not only the hub, may write, and on a hub elsewhere, anything can lie: what is
+//! read here becomes a type or an error, within limits, and is fit for a terminal. What hosts send is
+//! judged by `collect` before it comes here.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
+use ::nix::sys::stat::Mode;
+use ::nix::unistd::geteuid;
+use serde::Deserialize;
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
+use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, SMALL, Signed};
+use crate::json;
+use crate::names::{HostName, Sha256};
+use crate::text;
+
+const MANIFEST: &str = "manifest.json";
+const RECEIVED: &str = "received.json";
+
+/// The served directory.
+pub struct ServedDirectory {
+    directory: PathBuf,
+    elsewhere: Option<Elsewhere>,
+}
+
+/// Whether this is no directory here, but one of another machine.
+pub fn leads_elsewhere(directory: &Path) -> bool {
+    directory.to_str().is_some_and(|text| text.starts_with(SCHEME))
+}
+
+impl ServedDirectory {
+    /// The one of this directory, here or elsewhere.
+    pub fn new(directory: &Path) -> Result<Self> {
+        let elsewhere = leads_elsewhere(directory).then(|| Elsewhere::new(&directory.to_string_lossy())).transpose()?;
+        let directory = elsewhere.as_ref().map_or(directory, Elsewhere::place).to_owned();
+        Ok(Self { directory, elsewhere })
+    }
+
+    /// Whether it is another machine.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
+    }
+
+    /// The hub, if it is another machine.
+    pub fn elsewhere(&self) -> Option<&Elsewhere> {
+        self.elsewhere.as_ref()
+    }
+
+    /// Fails unless this process is the hub's user, who alone collects.
+    pub fn check_ours(&self) -> Result<()> {
+        let received = self.directory.join("received");
+        let doing = || format!("collect into {}", received.display());
+        let owner = fs::symlink_metadata(&received).context(doing)?.uid();
+        if owner == geteuid().as_raw() {
+            Ok(())
+        } else {
+            Err(format!("it belongs to {}, who alone can", files::user_name(owner))).context(doing)
+        }
+    }
+
+    /// Opens the directory that a host writes into. Nothing on the way there, below the hub's own, may be a link.
+    pub fn open_reports(&self, host: &HostName) -> io::Result<OwnedFd> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        // openat2 could do this at once, and is refused where RestrictSUIDSGID is on
+        let mut parts = ["hosts", host, "reports"].into_iter();
+        parts.try_fold(File::open(&self.directory)?.into(), |above: OwnedFd, part| Ok(openat(above, part, flags, Mode::empty())?))
+    }
+
+    /// How long to wait before that is worth the while again.
+    pub fn pace(&self) -> Duration {
+        Duration::from_secs(if self.elsewhere.is_some() { 10 } else { 1 })
+    }
+
+    /// The same for one file below the directory.
+    pub fn take_in_file(&self, path: &Path) -> Result<()> {
+        match (&self.elsewhere, path.strip_prefix(&self.directory)) {
+            (Some(elsewhere), Ok(file)) => elsewhere.fetch_file(&file.to_string_lossy()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has hosts see a new release: its archive, which is beside `old`, and then its manifest. Keeps no other
+    /// archives but that one's. Fails, and changes nothing, if `old` is not what they see now.
+    pub fn publish(&self, manifest: &Manifest, new: &Signed, old: Option<&(Manifest, Signed)>) -> Result<()> {
+        let release = self.release(&manifest.host);
+        let kept: Vec<_> = old.iter().map(|(old, _)| old).chain([manifest]).map(Manifest::archive).collect();
+        if let Some(elsewhere) = &self.elsewhere {
+            let path = release.join("new");
+            files::write_json(&path, new, 0o644)?;
+            return elsewhere.publish(&manifest.host, &manifest.archive(), &path, &kept);
+        }
+        if self.manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old.map(|(_, signed)| signed) {
+            return Err(MEANWHILE).context(|| format!("publish {}", manifest.host));
+        }
+        files::write_json(&release.join(MANIFEST), new, 0o644)?;
+        for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_archive = name.split_once(".tar.gz").is_some_and(|(id, _)| Sha256::try_from(id).is_ok());
+            // whatever somebody else is writing is neither
+            if (is_archive || name.starts_with(MANIFEST) && name != MANIFEST) && !kept.contains(&name) {
+                // it is published all the same
+                files::remove(&entry.path()).unwrap_or_else(|error| log::warn!("Failed to remove {:?}: {error}.", entry.path()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The hosts that the hub serves.
+    pub fn hosts(&self) -> Result<Vec<HostName>> {
+        let directory = self.directory.join("hosts");
+        let entries = fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
+        let mut names: Vec<HostName> = names.filter(|name| directory.join(name).is_dir()).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Fails unless the hub serves this host.
+    pub fn check(&self, host: &HostName) -> Result<()> {
+        let place = self.directory.join("hosts").join(host);
+        let why = || format!("the hub has no {}; add it to services.ekiben.hub.hosts", place.display());
+        if place.is_dir() { Ok(()) } else { Err(why()).context(|| format!("publish {host}")) }
+    }
+
+    /// What a host may fetch.
+    pub fn release(&self, host: &HostName) -> PathBuf {
+        self.directory.join("hosts").join(host).join("release")
+    }
+
+    /// Where it writes.
+    pub fn reports(&self, host: &HostName) -> PathBuf {
+        self.directory.join("hosts").join(host).join("reports")
+    }
+
+    /// What was collected of that.
+    pub fn received(&self, host: &HostName) -> PathBuf {
+        self.directory.join("received").join(host)
+    }
+
+    /// What is published for a host; none if that is no release of that host's, and so of no use to it.
+    pub fn manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
+        let path = self.release(host).join(MANIFEST);
+        let doing = || format!("read {}", path.display());
+        let parsed = match read(&path) {
+            Err(error) if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::FileTooLarge) => Err(error.to_string()),
+            other => match other.context(doing)? {
+                Some(text) => parse(&text, host),
+                None => return Ok(None),
+            },
+        };
+        match parsed {
+            Ok((Some(manifest), signed)) => Ok(Some((manifest, signed))),
+            Ok((None, _)) => Err("its format is another").context(doing),
+            Err(why) => {
+                log::warn!("Passed over {}: {}.", path.display(), text::line(&why));
+                Ok(None)
+            }
+        }
+    }
+
+    /// What a host said last, and when that arrived.
+    pub fn heartbeat(&self, host: &HostName) -> Result<Option<(Heartbeat, SystemTime)>> {
+        let path = self.received(host).join("heartbeat.json");
+        let doing = || format!("read {}", path.display());
+        let Some(text) = read(&path).context(doing)? else { return Ok(None) };
+        let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).context(doing)?;
+        let heartbeat: Heartbeat = json::parse_foreign(&text).context(doing)?;
+        if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it is of another host").context(doing) }
+    }
+
+    /// The file that tells a host which of its reports have arrived; publishers may write there.
+    pub fn acknowledged(&self, host: &HostName) -> PathBuf {
+        self.release(host).join(RECEIVED)
+    }
+
+    /// The hub's own of the same.
+    pub fn index_file(&self, host: &HostName) -> PathBuf {
+        self.received(host).join(RECEIVED)
+    }
+
+    /// These reports, the newest last.
+    pub fn index(&self, host: &HostName) -> Result<Received> {
+        let path = self.index_file(host);
+        let doing = || format!("read {}", path.display());
+        let text = read(&path).context(doing)?;
+        Ok(text.map(|text| json::parse_foreign(&text)).transpose().context(doing)?.unwrap_or_default())
+    }
+
+    /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
+    pub fn turn(&self) -> Result<Flock<File>> {
+        let directory = self.directory.join("received");
+        let doing = || format!("make {}", directory.display());
+        if !directory.exists() {
+            // or the hub's user could not write there ever after
+            let above = fs::metadata(&self.directory).context(doing)?;
+            if above.uid() != geteuid().as_raw() {
+                return Err(format!("{} is not this user's", self.directory.display())).context(doing);
+            }
+            fs::create_dir(&directory).context(doing)?;
+        }
+        match files::lock(&directory, FlockArg::LockExclusiveNonblock) {
+            Ok(Some(turn)) => return Ok(turn),
+            Ok(None) => log::info!("Somebody else is publishing; waiting ..."),
+            Err(error) => return Err(error),
+        }
+        files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for whoever is publishing"))
+    }
+}
+
+/// Reads a file in which anything may be; none if it is not there.
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match files::read_foreign(path, SMALL) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// The manifest of a host that is in a file; none in the place of one of another format.
+fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), String> {
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let signed: Signed = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    let Format { format } = serde_json::from_slice(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
+    if format != FORMAT {
+        return Ok((None, signed));
+    }
+    let manifest: Manifest = json::parse_foreign(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
+    if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is of {}", manifest.host)) }
+}

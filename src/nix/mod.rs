@@ -1,0 +1,436 @@
+//! The only caller of nix. The user's stages fetch, evaluate and build; root asks its store
+//! about paths and moves the system profile, and evaluates nothing.
+
+pub mod cache;
+pub mod integrity;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
+use crate::names::is_store_path;
+use crate::nix::cache::Cache;
+use crate::program::Program;
+
+/// Where NixOS keeps its generations.
+pub const SYSTEM_PROFILE: &str = "/nix/var/nix/profiles/system";
+/// Where root keeps systems from being collected as garbage while a run needs them.
+const GC_ROOTS: &str = "/nix/var/nix/gcroots/ekiben";
+const STORE: &str = "/nix/store/";
+
+/// A numbered generation of the system profile.
+#[derive(Clone, Debug, PartialEq, serde::Deserialize, serde::Serialize)]
+pub struct Generation {
+    /// As in `system-<number>-link`.
+    pub number: u64,
+    /// The system it stands for.
+    pub system: PathBuf,
+}
+
+/// What Nix says when it goes on with what it has fetched earlier, though it was to fetch it now; or with
+/// another branch than was meant.
+const STALE: &[&str] = &[
+    "; using cached version",
+    "; using expired cached ref",
+    "; continuing with the most recent version",
+    "could not read HEAD ref from repo",
+];
+
+/// Updates the inputs of a flake, all if none are named, and returns its new lock file; the flake
+/// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to. Fails if
+/// one of the inputs was not really asked of its source.
+pub fn updated_lock_file(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
+    let doing = || format!("read {}", scratch.display());
+    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
+    cache.used(|| update(cache, flake, inputs, scratch, limit))?;
+    let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
+    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
+    Ok(lock)
+}
+
+fn update(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<()> {
+    let doing = || format!("update {}", if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") });
+    let update = cache.give(nix()).reason(reason).args(["flake", "update"]).args(inputs).args(["--flake", flake]);
+    let update = update.arg("--output-lock-file").arg(scratch).watch_for(STALE);
+    // whoever does not answer may answer another time
+    let ended = update.run(limit, doing).map_err(Error::transient)?;
+    match ended.seen.first().cloned() {
+        Some(stale) if ended.status.success() => {
+            // it shows all of the answer, too
+            let download = ended.tail.iter().find(|line| line.contains("unable to download")).cloned();
+            let why = download.or_else(|| ended.reason()).unwrap_or(stale);
+            Err(Error::new(format!("Failed to {}: {}", doing(), why.trim_start_matches("warning: "))).with_tail(ended.tail))
+        }
+        _ => ended.success().map_err(|error| locked_out(&error).unwrap_or(error)),
+    }
+}
+
+/// What says best why nothing was fetched: what git died of first, with what ssh said before that or git after
+/// it where it makes no sense alone; else the last error, which is the innermost.
+fn reason(tail: &[String]) -> Option<String> {
+    let of_git = tail.iter().position(|line| line.contains("fatal: "));
+    let at = of_git.or_else(|| tail.iter().rposition(|line| line.contains("error: ")))?;
+    let line = tail[at].trim().trim_end_matches('.');
+    let more = |at: Option<usize>| at.and_then(|at| tail.get(at)).map(|line| line.trim()).filter(|line| !line.is_empty());
+    Some(match (more(at.checked_sub(1)), more(Some(at + 1))) {
+        (Some(before), _) if line.contains("Could not read from remote repository") => before.trim_end_matches('.').to_owned(),
+        (_, Some(after)) if line.ends_with(':') => format!("{line} {after}"),
+        _ => line.to_owned(),
+    })
+}
+
+/// What a system can be built from.
+pub enum Source<'a> {
+    /// A flake, and the name of one of its configurations.
+    Flake(&'a str, &'a str),
+    /// A directory with a `configuration.nix`, for the Nixpkgs that `NIX_PATH` names.
+    Directory(&'a Path),
+    /// It has been built elsewhere: some substituter has it.
+    Store(&'a Path),
+}
+
+/// Builds a NixOS system, and makes `link` a link to it that keeps it from being collected as garbage.
+pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
+    let attempt = || {
+        let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
+        let (build, name) = match source {
+            Source::Flake(flake, configuration) => {
+                let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
+                (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
+            }
+            Source::Directory(directory) => {
+                // as nixos-rebuild does it
+                let configuration = directory.join("configuration.nix").display().to_string();
+                let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
+                (build.arg("config.system.build.toplevel"), configuration)
+            }
+            Source::Store(system) => (build.arg(system), system.display().to_string()),
+        };
+        // the candidate is not to blame
+        let of_daemon = |error: Error| locked_out(&error).map_or(error, Error::transient);
+        build.run(limit, || format!("build {name}"))?.success().map_err(of_daemon)
+    };
+    Cache::own()?.used(attempt)
+}
+
+/// What is wrong if a program could not speak with the Nix daemon because that does not let this user in.
+fn locked_out(error: &Error) -> Option<Error> {
+    if !error.tail.iter().any(|line| line.contains("cannot open connection to remote store")) {
+        return None;
+    }
+    let words = |program: Program| -> Option<Vec<String>> {
+        let said = program.output(String::new, None).ok()?;
+        Some(String::from_utf8_lossy(&said).split_whitespace().map(String::from).collect())
+    };
+    let setting = |name: &str| words(nix().args(["config", "show", name]));
+    let allowed = [setting("allowed-users")?, setting("trusted-users")?].concat();
+    let user = words(Program::new("id").arg("-un"))?.concat();
+    let groups = words(Program::new("id").arg("-Gn"))?;
+    let is_in = groups.iter().map(|group| format!("@{group}")).chain([user.clone(), "*".into()]).any(|name| allowed.contains(&name));
+    let message = || format!("Failed to connect to the Nix daemon: it does not let {user} in; add that to nix.settings.allowed-users");
+    (!is_in).then(|| Error::new(message()))
+}
+
+/// nix with the features that all of this needs.
+pub fn nix() -> Program {
+    let nix = Program::new("nix").args(["--extra-experimental-features", "nix-command flakes"]);
+    // Nix fetches as this user, but looks for passwords in root's file only
+    match std::env::var_os("HOME").map(|home| Path::new(&home).join(".netrc")) {
+        Some(netrc) if netrc.exists() => nix.arg("--netrc-file").arg(netrc),
+        _ => nix,
+    }
+}
+
+/// Reads a link that somebody else made, once, and returns the system it names: a valid path of
+/// the store that is a NixOS system, kept from being collected as garbage until [`unroot`].
+pub fn trusted_system(link: &Path, root: &str) -> Result<PathBuf> {
+    let target = fs::read_link(link).context(|| format!("read the candidate {}", link.display()))?;
+    let refuse = |why: &str| Err(Error::new(format!("Failed to accept {target:?} as a system: {why}")));
+    if !is_store_path(&target) {
+        return refuse("not a store path");
+    }
+    let valid = Program::as_root("nix-store").arg("--check-validity").arg(&target);
+    if let Err(error) = valid.output(|| "ask the store".into(), None) {
+        return refuse(&error.to_string());
+    }
+    keep(&target, root)?;
+    if let Err(why) = check_is_system(Path::new(STORE), &target) {
+        return refuse(&why);
+    }
+    Ok(target)
+}
+
+/// Keeps a system from being collected as garbage until [`unroot`].
+pub fn keep(system: &Path, root: &str) -> Result<()> {
+    let keep = Program::as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
+    keep.arg(system).output(|| format!("keep {}", system.display()), None).map(drop)
+}
+
+/// What every NixOS system has.
+const HAS: [&str; 3] = ["init", "nixos-version", "bin/switch-to-configuration"];
+/// What else root, the boot loader or the kernel run or read of a system that has it.
+const MAY_HAVE: [&str; 15] = [
+    "activate",
+    "append-initrd-secrets",
+    "boot.json",
+    "dry-activate",
+    "etc",
+    "firmware",
+    "init-interface-version",
+    "initrd",
+    "kernel",
+    "kernel-modules",
+    "kernel-params",
+    "prepare-root",
+    "specialisation",
+    "sw",
+    "switch-inhibitors",
+];
+
+/// Says why this is no system of which root may run what is in it: no link of it leads out of the store, where
+/// others could change what it leads to.
+fn check_is_system(store: &Path, system: &Path) -> Result<(), String> {
+    if !fs::symlink_metadata(system).is_ok_and(|metadata| metadata.is_dir()) {
+        return Err("not a directory".into());
+    }
+    let specialisations = fs::read_dir(system.join("specialisation")).into_iter().flatten().flatten();
+    let specialised = specialisations.map(|entry| entry.path().join("bin/switch-to-configuration"));
+    let may_have = MAY_HAVE.iter().map(|file| system.join(file)).chain(specialised).filter(|path| fs::symlink_metadata(path).is_ok());
+    for path in HAS.iter().map(|file| system.join(file)).chain(may_have) {
+        if !is_within(store, &path) {
+            let why = if fs::symlink_metadata(&path).is_ok() { "leads out of the store, or to nothing" } else { "is missing" };
+            return Err(format!("not a NixOS system: {} {why}", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a path below the store is one also when all links on the way are followed, and is there.
+fn is_within(store: &Path, path: &Path) -> bool {
+    let Ok(below) = path.strip_prefix(store) else { return false };
+    let mut at = store.to_owned();
+    let mut ahead: Vec<_> = below.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+    // as many links as the kernel follows
+    let mut links = 0;
+    while let Some(part) = ahead.pop() {
+        if part == ".." {
+            at.pop();
+        } else {
+            at.push(part);
+        }
+        if !at.starts_with(store) {
+            return false;
+        }
+        let Ok(metadata) = fs::symlink_metadata(&at) else { return false };
+        if !metadata.is_symlink() {
+            continue;
+        }
+        links += 1;
+        let Ok(target) = fs::read_link(&at) else { return false };
+        at = match target.strip_prefix(store) {
+            Ok(_) => store.to_owned(),
+            Err(_) if target.is_absolute() || links > 40 => return false,
+            Err(_) => at.with_file_name(""),
+        };
+        let parts = target.strip_prefix(store).unwrap_or(&target).components().rev();
+        ahead.extend(parts.filter(|part| *part != Component::CurDir).map(|part| part.as_os_str().to_owned()));
+    }
+    at != store
+}
+
+/// Lets all that was kept for a run be collected as garbage.
+pub fn unroot(layout: &Layout) -> Result<()> {
+    for root in [layout.name().to_owned(), before_root(layout, "system"), before_root(layout, "generation")] {
+        let root = Path::new(GC_ROOTS).join(root);
+        crate::files::remove(&root).context(|| format!("remove {}", root.display()))?;
+    }
+    Ok(())
+}
+
+/// The name of a root for what to go back to; no instance has a name like it.
+pub fn before_root(layout: &Layout, what: &str) -> String {
+    format!("{}.{what}", layout.name())
+}
+
+/// The generation that the system profile points to; none if it has never been set.
+pub fn current_generation() -> Result<Option<Generation>> {
+    let profile = Path::new(SYSTEM_PROFILE);
+    let doing = || format!("read {SYSTEM_PROFILE}");
+    let Ok(link) = fs::read_link(profile) else { return Ok(None) };
+    let number = link.file_name().and_then(|name| name.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
+    let number = number.ok_or_else(|| format!("{} is no generation", link.display())).context(doing)?;
+    Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
+}
+
+/// The generations of the system profile, by number, with the links that stand for them.
+fn generations() -> Result<BTreeMap<u64, PathBuf>> {
+    let profile = Path::new(SYSTEM_PROFILE);
+    let doing = || format!("list the generations of {SYSTEM_PROFILE}");
+    let directory = profile.parent().unwrap_or(profile);
+    let mut generations = BTreeMap::new();
+    for entry in fs::read_dir(directory).context(doing)? {
+        let name = entry.context(doing)?.file_name();
+        generations.extend(number_of(&name).map(|number| (number, directory.join(name))));
+    }
+    Ok(generations)
+}
+
+/// The number of a generation, by the name of its link.
+fn number_of(link: &OsStr) -> Option<u64> {
+    link.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok()
+}
+
+/// The highest number of a generation.
+pub fn last_generation() -> Result<Option<u64>> {
+    Ok(generations()?.keys().next_back().copied())
+}
+
+/// Makes a new generation of the system profile, unless it already points to this system.
+pub fn set_profile(system: &Path) -> Result<()> {
+    let set = profile().arg("--set").arg(system);
+    set.output(|| format!("set the system profile to {}", system.display()), None).map(drop)
+}
+
+/// Points the system profile back to where it was, also if that generation has been deleted meanwhile.
+pub fn restore_profile(old: Option<&Generation>) -> Result<()> {
+    if current_generation()?.as_ref() == old {
+        return Ok(());
+    }
+    let doing = || format!("go back to {}", old.map_or("no generation".into(), |old| format!("generation {}", old.number)));
+    let Some(old) = old else { return crate::files::remove(Path::new(SYSTEM_PROFILE)).context(doing) };
+    let link = PathBuf::from(format!("{SYSTEM_PROFILE}-{}-link", old.number));
+    if fs::symlink_metadata(&link).is_err() {
+        std::os::unix::fs::symlink(&old.system, &link).and_then(|()| crate::files::sync_parent(&link)).context(doing)?;
+    }
+    profile().args(["--switch-generation", &old.number.to_string()]).output(doing, None)?;
+    if current_generation()?.as_ref() != Some(old) {
+        return Err(format!("it is no longer {}", old.system.display())).context(doing);
+    }
+    Ok(())
+}
+
+/// Removes the generations of a system that are later than the last one there was, but for one that is current.
+pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
+    let current = current_generation()?.map(|generation| generation.number);
+    for (number, link) in generations()? {
+        let is_later = last.is_none_or(|last| number > last) && current != Some(number);
+        if is_later && fs::read_link(&link).is_ok_and(|target| target == system) {
+            crate::files::remove(&link).context(|| format!("remove {}", link.display()))?;
+        }
+    }
+    // links that a nix-env which failed, or was killed, has not brought to their places
+    for entry in Path::new(SYSTEM_PROFILE).parent().map(fs::read_dir).into_iter().flatten().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_half_made = name.starts_with("system") && name.contains(".tmp-") || name.starts_with('.') && name.contains("_system");
+        let is_ours = |target: PathBuf| target == system || target.file_name().and_then(number_of) > last;
+        if is_half_made && fs::read_link(entry.path()).is_ok_and(is_ours) {
+            crate::files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn profile() -> Program {
+    Program::as_root("nix-env").args(["--profile", SYSTEM_PROFILE])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_root_runs_of_a_system_is_in_the_store() {
+        use std::os::unix::fs::symlink;
+        let directory = crate::testing::Directory::new();
+        let (store, outside) = (directory.path().join("store"), directory.path().join("outside"));
+        let system = |name: &str| {
+            let system = store.join(name);
+            fs::create_dir_all(system.join("bin")).unwrap();
+            fs::create_dir_all(outside.join("bin")).unwrap();
+            for place in [&system, &outside] {
+                for file in HAS {
+                    fs::write(place.join(file), "").unwrap();
+                }
+            }
+            system
+        };
+        let check = |system: &Path| check_is_system(&store, system);
+        let good = system("good");
+        symlink("bin/switch-to-configuration", good.join("activate")).unwrap();
+        symlink(store.join("etc"), good.join("etc")).unwrap();
+        fs::create_dir(store.join("etc")).unwrap();
+        symlink("../good/./etc/../good/init", store.join("etc/around")).unwrap();
+        symlink("../etc/around", good.join("prepare-root")).unwrap();
+        assert_eq!(check(&good), Ok(()));
+
+        let link = store.join("link");
+        symlink(&outside, &link).unwrap();
+        assert_eq!(check(&link), Err("not a directory".into()));
+        let nested = store.join("nested");
+        symlink(&good, &nested).unwrap();
+        assert_eq!(check(&nested), Err("not a directory".into()));
+        // back into the store, but by a link that others can change
+        symlink(good.join("init"), outside.join("back")).unwrap();
+        let ways: [(&str, &str, PathBuf); 7] = [
+            ("a", "init", outside.join("init")),
+            ("b", "init", "../../outside/init".into()),
+            ("c", "init", outside.join("back")),
+            ("d", "init", "../link/init".into()),
+            ("e", "etc", outside.clone()),
+            ("f", "init", "init".into()),
+            ("g", "init", store.join("missing")),
+        ];
+        for (name, file, target) in ways {
+            let system = system(name);
+            let _ = fs::remove_file(system.join(file));
+            symlink(target, system.join(file)).unwrap();
+            let error = check(&system).unwrap_err();
+            assert!(error.contains(&format!("{name}/{file} leads out of the store")), "{error}");
+        }
+        let system = system("bin");
+        fs::remove_dir_all(system.join("bin")).unwrap();
+        symlink(outside.join("bin"), system.join("bin")).unwrap();
+        assert!(check(&system).unwrap_err().ends_with("bin/switch-to-configuration leads out of the store, or to nothing"));
+        assert!(check(&store.join("etc")).unwrap_err().ends_with("init is missing"));
+    }
+
+    #[test]
+    fn the_reason_is_what_git_and_ssh_say() {
+        for (said, shown) in [
+            ("error: 1\nerror: 2\nmore", Some("error: 2")),
+            ("fatal: couldn't find remote ref x\n\nerror: resolving Git reference 'x'", Some("fatal: couldn't find remote ref x")),
+            ("Host key verification failed.\nfatal: Could not read from remote repository.\n", Some("Host key verification failed")),
+            (
+                "fatal: unable to connect to h:\nh[0: ::1]: errno=Connection refused\n",
+                Some("fatal: unable to connect to h: h[0: ::1]: errno=Connection refused"),
+            ),
+            ("nothing", None),
+        ] {
+            assert_eq!(reason(&said.lines().map(String::from).collect::<Vec<_>>()).as_deref(), shown);
+        }
+    }
+
+    #[test]
+    fn only_whole_store_paths_are_store_paths() {
+        let hash = "0123456789abcdfghijklmnpqrsvwxyz";
+        assert!(is_store_path(Path::new(&format!("/nix/store/{hash}-nixos-system-web-25.11"))));
+        for path in [
+            format!("/nix/store/{hash}-nixos/bin"),
+            format!("/nix/store/{hash}"),
+            format!("/nix/store/{hash}-"),
+            format!("/nix/store/../../tmp/{hash}-x"),
+            format!("/nix/store//{hash}-x"),
+            format!("/tmp/{hash}-x"),
+            format!("nix/store/{hash}-x"),
+            format!("/nix/store/{hash}-a b"),
+            "/nix/store/".into(),
+            String::new(),
+        ] {
+            assert!(!is_store_path(Path::new(&path)), "{path}");
+        }
+    }
+}

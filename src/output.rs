@@ -1,0 +1,35 @@
+//! Standard output: what is printed there has passed [`crate::text`], and a reader may stop reading at any point.
+
+use std::io::{ErrorKind, Write};
+
+use serde::Serialize;
+
+use crate::error::{Context, Result};
+use crate::text::{is_shown, lines};
+
+/// Shows lines on standard output; whoever reads it may have read enough.
+pub fn print(text: &str) -> Result<()> {
+    write_out(&lines(text))
+}
+
+/// Shows a value as JSON. What may not be shown is escaped, so that nothing is lost.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let mut text = String::new();
+    for letter in serde_json::to_string_pretty(value).context(|| "write JSON".into())?.chars() {
+        if letter == '\n' || is_shown(letter) {
+            text.push(letter);
+        } else {
+            text.extend(letter.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        }
+    }
+    text.push('\n');
+    write_out(&text)
+}
+
+fn write_out(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other.context(|| "write to standard output".into()),
+    }
+}

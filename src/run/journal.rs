@@ -1,0 +1,207 @@
+//! The journal of a run: which stage it is in, what it will activate, and what to put back.
+//!
+//! Only root writes it. It is on disk before the first change and gone after the last, so a
+//! journal that is found is one of a run that was cut off, and holds all that is needed to end
+//! it: even a configuration that no longer knows the instance.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Instance;
+use crate::error::{Context, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::names::RunId;
+use crate::nix::Generation;
+use crate::run::notes::{Notes, Proposal};
+use crate::run::{Failure, Outcome, Trigger};
+use crate::system::units::Units;
+use crate::system::{boot_id, now};
+
+/// The format of journal and status; a file with another number is set aside.
+pub const FORMAT: u32 = 1;
+
+/// How far root's part of a run has come. What an interruption leads to depends on it alone.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Phase {
+    /// Nothing was changed.
+    Begun,
+    /// The candidate may be partly or wholly activated.
+    Switching,
+    /// The candidate runs, and is being looked at.
+    Observing,
+    /// The system profile and the boot loader may have been changed.
+    Persisting,
+    /// The candidate runs, is healthy and will be booted: only the branch is behind.
+    Persisted,
+    /// What was before is being put back.
+    Returning,
+}
+
+/// What a run came to that changed nothing and did not fail.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Decision {
+    /// Nothing is new.
+    Unchanged,
+    /// The branch moved since the run began: another run has to start from there.
+    StartOver,
+}
+
+/// What was before root changed anything.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Before {
+    /// The running system.
+    pub system: PathBuf,
+    /// The system profile.
+    pub generation: Option<Generation>,
+    /// The highest number of a generation that there was.
+    #[serde(default)]
+    pub last_generation: Option<u64>,
+    /// How the units were.
+    #[serde(flatten)]
+    pub units: Units,
+}
+
+/// A run under way.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Run {
+    format: u32,
+    /// The identifier that systemd gave it.
+    pub id: RunId,
+    /// The instance as it was configured when the run began.
+    pub instance: Instance,
+    /// Why it began.
+    pub trigger: Trigger,
+    /// The request it serves.
+    pub request: Option<u64>,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// The boot it began in.
+    pub boot: String,
+    /// How far root's part has come.
+    pub phase: Phase,
+    /// What it came to, if it has come to an end without changing anything.
+    pub decision: Option<Decision>,
+    /// What it activates, once that is known.
+    pub candidate: Option<PathBuf>,
+    /// What to put back.
+    pub before: Option<Before>,
+    /// The health checks that passed before the switch.
+    #[serde(default)]
+    pub passed: Vec<String>,
+    /// The user's notes, as root has read them, once.
+    #[serde(default)]
+    pub notes: Option<Notes>,
+    /// The units that the failure is about.
+    #[serde(default)]
+    pub blamed: BTreeSet<String>,
+    /// These, and those that had failed with the new system otherwise.
+    #[serde(default)]
+    pub worse: BTreeSet<String>,
+    /// How often it has been tried to go back, after that had failed.
+    #[serde(default)]
+    pub returns: u32,
+    /// What went wrong so far.
+    pub failure: Option<Failure>,
+    /// How it has ended, if that is still to be reported: the status could not be written.
+    #[serde(default)]
+    pub result: Option<Outcome>,
+    /// What should be said about a run that went well.
+    pub warnings: Vec<String>,
+    /// Whether the candidate takes effect only with the next boot.
+    pub reboot_needed: bool,
+}
+
+impl Run {
+    /// A run that begins now.
+    pub fn new(id: RunId, instance: Instance) -> Self {
+        Self {
+            format: FORMAT,
+            id,
+            instance,
+            trigger: Trigger::Timer,
+            request: None,
+            started: now(),
+            boot: boot_id(),
+            phase: Phase::Begun,
+            decision: None,
+            candidate: None,
+            before: None,
+            passed: Vec::new(),
+            notes: None,
+            blamed: BTreeSet::new(),
+            worse: BTreeSet::new(),
+            returns: 0,
+            failure: None,
+            result: None,
+            warnings: Vec::new(),
+            reboot_needed: false,
+        }
+    }
+
+    /// Reads the journal; none if no run is under way. A journal that makes no sense is set aside.
+    pub fn load(layout: &Layout) -> Result<Option<Self>> {
+        Self::load_from(&layout.journal())
+    }
+
+    /// Reads the journal of the run that could not be put back, if the last one could not.
+    pub fn load_stuck(layout: &Layout) -> Result<Option<Self>> {
+        Self::load_from(&layout.stuck())
+    }
+
+    fn load_from(path: &Path) -> Result<Option<Self>> {
+        let bytes = match fs::read(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.context(|| format!("read {}", path.display()))?,
+        };
+        match serde_json::from_slice::<Self>(&bytes) {
+            Ok(run) if run.format == FORMAT => Ok(Some(run)),
+            other => {
+                let why = other.err().map_or("its format is another".into(), |error| error.to_string());
+                let aside = path.with_extension("json.unreadable");
+                log::error!("Set the journal {} aside as {}: {why}.", path.display(), aside.display());
+                fs::rename(path, &aside).context(|| format!("set {} aside", path.display()))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Writes the journal; when this returns, it will be there after a crash.
+    pub fn save(&self, layout: &Layout) -> Result<()> {
+        files::write_json(&layout.journal(), self, 0o600)
+    }
+
+    /// Enters a phase, durably, or not at all.
+    pub fn enter(&mut self, phase: Phase, layout: &Layout) -> Result<()> {
+        let before = std::mem::replace(&mut self.phase, phase);
+        self.save(layout).inspect_err(|_| self.phase = before)
+    }
+
+    /// Removes the journal: the run has ended.
+    pub fn end(layout: &Layout) -> Result<()> {
+        let path = layout.journal();
+        files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// Keeps the journal as that of a run that could not be put back: the next one tries again.
+    pub fn keep_stuck(&self, layout: &Layout) -> Result<()> {
+        files::write_json(&layout.stuck(), self, 0o600)
+    }
+
+    /// What could not be put back has been, or something else has taken its place.
+    pub fn forget_stuck(layout: &Layout) -> Result<()> {
+        let path = layout.stuck();
+        files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// What the run proposes, by the user's notes.
+    pub fn proposal(&self) -> Option<&Proposal> {
+        self.notes.as_ref()?.proposal.as_ref()
+    }
+}

@@ -1,0 +1,118 @@
+//! What a run leaves on disk, and who reads it: the request, the notes of the user's stages, root's journal, and the
+//! status that all may read. This file has the words that all of these share.
+
+pub mod journal;
+pub mod notes;
+pub mod queue;
+pub mod status;
+pub mod trigger;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::names::{Sequence, Sha256};
+
+/// A stage of a run.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Stage {
+    /// Take the request; end a run that was cut off.
+    Begin,
+    /// Make a candidate.
+    #[default]
+    Prepare,
+    /// Build it.
+    Build,
+    /// Run it.
+    Activate,
+    /// Look for a while whether it stays well.
+    Observe,
+    /// Make it the branch and report.
+    Conclude,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Begin => "begin",
+            Self::Prepare => "prepare",
+            Self::Build => "build",
+            Self::Activate => "activate",
+            Self::Observe => "observe",
+            Self::Conclude => "conclude",
+        })
+    }
+}
+
+/// Why a run began.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Trigger {
+    /// Somebody asked: by webhook or by `ekiben trigger`.
+    Request,
+    /// Nobody: the timer, `systemctl start`, or a run that was cut off.
+    Timer,
+}
+
+/// How a run can end.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    /// The machine runs, or will boot, what the run proposed, and it is the branch.
+    Deployed,
+    /// Nothing was new.
+    Unchanged,
+    /// The branch moved; another run starts from there.
+    StartedOver,
+    /// It failed before anything was changed.
+    Failed,
+    /// It failed, and what had been changed was put back.
+    RolledBack,
+    /// It failed, and putting back what had been changed failed, too.
+    Stuck,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Deployed => "deployed",
+            Self::Unchanged => "unchanged",
+            Self::StartedOver => "started over",
+            Self::Failed => "failed",
+            Self::RolledBack => "rolled back",
+            Self::Stuck => "STUCK, needs a hand",
+        })
+    }
+}
+
+/// What went wrong, and where.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Failure {
+    /// In which stage.
+    pub stage: Stage,
+    /// In one sentence.
+    pub message: String,
+    /// What the failing program last said.
+    pub tail: Vec<String>,
+    /// Whether the same candidate may well succeed another time.
+    pub transient: bool,
+}
+
+impl Failure {
+    /// What an error of a stage comes to.
+    pub fn new(stage: Stage, error: &Error) -> Self {
+        Self { stage, message: error.to_string(), tail: error.tail.clone(), transient: error.is_transient() }
+    }
+}
+
+/// One release of one host.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Release {
+    /// The SHA-256 of all that the release consists of: archive, `attr` and `toplevel`.
+    pub id: Sha256,
+    /// Higher than that of every release of this host before.
+    pub sequence: Sequence,
+}

@@ -1,0 +1,116 @@
+//! What the user's stages tell root's: a file in the instance's own directory.
+//!
+//! Root reads it as a stranger's: it fills the report, and it says whether there is something to
+//! activate, but never what.
+
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::json;
+use crate::layout::Layout;
+use crate::names::{Branch, ObjectId, RunId};
+use crate::program::TAIL_LINES;
+use crate::run::Release;
+use crate::run::{Failure, Stage};
+
+/// More than any run has to say.
+const LIMIT: u64 = 256 * 1024;
+
+/// The notes of one run.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Notes {
+    /// The run's identifier; notes of another run say nothing about this one.
+    run: RunId,
+    /// The release of a fleet's hub that the run is about.
+    pub release: Option<Release>,
+    /// What the run proposes.
+    pub proposal: Option<Proposal>,
+    /// Whether the proposal has been built.
+    pub built: bool,
+    /// What went wrong.
+    pub failure: Option<Failure>,
+    /// The stage that wrote last.
+    pub stage: Stage,
+}
+
+/// What the first stage found.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Proposal {
+    /// The commit to start from, which is the branch's or, after a pull, comes after it.
+    pub base: ObjectId,
+    /// The branch, by its full name.
+    pub branch: Branch,
+    /// Where the branch was.
+    pub head: ObjectId,
+    /// The commit that is to run, and to become the branch.
+    pub commit: ObjectId,
+    /// Its tree: unlike the commit, the same for the same proposal made again.
+    pub tree: ObjectId,
+    /// What is new, in a line; empty if nothing is.
+    pub summary: String,
+    /// Whether this very commit has been deployed before.
+    pub unchanged: bool,
+}
+
+/// The identifier of the run that this process belongs to: systemd's, the same in all stages.
+pub fn run_id() -> Result<RunId> {
+    let id = std::env::var("INVOCATION_ID").unwrap_or_default();
+    RunId::try_from(id).map_err(|_| Error::new("Failed to find the run: its unit runs this; ask for a run with ekiben trigger INSTANCE"))
+}
+
+impl Notes {
+    /// Begins the notes of this run, in the stage `prepare`; earlier ones are gone, and so is the
+    /// link to an earlier candidate.
+    pub fn begin(layout: &Layout) -> Result<Self> {
+        let candidate = layout.candidate();
+        files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
+        let notes = Self { run: run_id()?, release: None, proposal: None, built: false, failure: None, stage: Stage::Prepare };
+        notes.write(layout)?;
+        Ok(notes)
+    }
+
+    /// Reads the notes of this run.
+    pub fn read(layout: &Layout) -> Result<Self> {
+        let notes = Self::read_of(layout, &run_id()?)?;
+        notes.ok_or("they are of another run").context(|| format!("read {}", layout.notes().display()))
+    }
+
+    /// Reads the notes of a run as a stranger's; none if there are none of that run.
+    pub fn read_of(layout: &Layout, run: &RunId) -> Result<Option<Self>> {
+        let path = layout.notes();
+        let doing = || format!("read {}", path.display());
+        let bytes = match files::read_foreign(&path, LIMIT) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            other => other.context(doing)?,
+        };
+        let notes: Self = json::parse_foreign(&bytes).context(doing)?;
+        let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
+        if !of_user(notes.stage) || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
+        {
+            return Err(Error::new("what they say is not for these stages to say")).context(doing);
+        }
+        Ok((notes.run == *run).then_some(notes))
+    }
+
+    /// Notes what a stage failed with and fails with it.
+    pub fn fail(&mut self, layout: &Layout, error: Error) -> Result<()> {
+        self.failure = Some(Failure::new(self.stage, &error));
+        if let Err(error) = self.write(layout) {
+            log::warn!("{error}.");
+        }
+        Err(error)
+    }
+
+    /// Writes the notes.
+    pub fn write(&self, layout: &Layout) -> Result<()> {
+        let path = layout.notes();
+        let doing = || format!("write {}", path.display());
+        let text = serde_json::to_vec(self).context(doing)?;
+        // a directory of the user's own making in its place is the user's to remove
+        fs::metadata(path.parent().unwrap_or(&path)).context(doing)?;
+        files::write(&path, &text, 0o600).context(doing)
+    }
+}

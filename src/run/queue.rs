@@ -1,0 +1,204 @@
+//! Requests on disk: one file per instance, named after it.
+//!
+//! Whoever may write the queue's directory (the webhook, root, the members of group ekiben) may
+//! ask for a run; a request that is on disk will be served, whatever restarts in between. The
+//! file holds a number that grows with every request, so that somebody who waits can tell
+//! whether a run came after his own.
+//!
+//! Many requests before a run are one: they all get the number of the file that is there. A run
+//! removes the file when its journal has the number, and before it looks at anything that may be new.
+
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::unistd::linkat;
+
+use crate::error::{Context, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::run::status::Status;
+
+/// No number has more digits.
+const NUMBER_BYTES: u64 = 20;
+/// How far a number may be ahead of the clock, which may have been set back since: a day, in milliseconds.
+const REACH: u64 = 24 * 60 * 60 * 1000;
+/// How often a request that runs keep taking away is tried again.
+const TRIES: u32 = 100;
+
+/// What lies in the place of a request.
+#[derive(Debug, PartialEq)]
+enum Found {
+    Nothing,
+    /// A request with its number.
+    Request(u64),
+    /// Something else.
+    Odd,
+}
+
+/// Asks for a run of the instance; returns the request's number when it is safely on disk.
+/// `after` is the highest number known to be taken: the clock may have been set back.
+pub fn request(layout: &Layout, after: u64) -> Result<u64> {
+    let path = layout.request();
+    let doing = || format!("write {}", path.display());
+    let served = Status::read(layout).served;
+    for _ in 0..TRIES {
+        match find(&path, served) {
+            Found::Request(number) => {
+                // whoever has made it may not have synced it yet
+                match files::sync(&path) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    synced => synced.and_then(|()| files::sync_parent(&path)).context(doing)?,
+                }
+                return Ok(number);
+            }
+            // a link that leads nowhere, for one, no run would ever see; a directory one will clear away
+            Found::Odd => files::remove(&path).context(doing)?,
+            Found::Nothing => {}
+        }
+        let number = now().max(after.max(served).saturating_add(1));
+        match create(&path, number) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            created => return created.map(|()| number).context(doing),
+        }
+    }
+    Err(io::Error::from(ErrorKind::ResourceBusy)).context(doing)
+}
+
+/// Makes the request appear with its number in it, or not at all. Until then it has no name that could
+/// be in anybody's way.
+fn create(path: &Path, number: u64) -> io::Result<()> {
+    let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
+    let mut file = OpenOptions::new().write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o640).open(directory)?;
+    file.write_all(number.to_string().as_bytes())?;
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    linkat(AT_FDCWD, unnamed.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)?;
+    // in this order, one commit of the file system's journal does for both
+    file.sync_all()?;
+    files::sync_parent(path)
+}
+
+/// Looks what is there. A number is one only if it is higher than all that runs have served, and not out
+/// of reach: numbers never jump.
+fn find(path: &Path, served: u64) -> Found {
+    let text = match files::read_foreign(path, NUMBER_BYTES) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
+        text => text.ok().and_then(|text| String::from_utf8(text).ok()),
+    };
+    let number = text.and_then(|text| text.parse().ok());
+    let in_reach = |number: &u64| served < *number && *number <= now().max(served).saturating_add(REACH);
+    number.filter(in_reach).map_or(Found::Odd, Found::Request)
+}
+
+/// Milliseconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(0))
+}
+
+/// The number of the request that waits for a run, if there is one. What lies in its place and is no request is
+/// cleared away, and counts as one without a number.
+pub fn waiting(layout: &Layout) -> Result<Option<u64>> {
+    match find(&layout.request(), Status::read(layout).served) {
+        Found::Nothing => Ok(None),
+        Found::Request(number) => Ok(Some(number)),
+        Found::Odd => clear(layout).map(|()| Some(0)),
+    }
+}
+
+/// Removes the request that a run has found waiting, once its journal has the number.
+pub fn remove(layout: &Layout, number: Option<u64>) -> Result<()> {
+    // without a number, it is gone, and what is there now is another
+    if number > Some(0) { clear(layout) } else { Ok(()) }
+}
+
+fn clear(layout: &Layout) -> Result<()> {
+    let path = layout.request();
+    files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::testing::Directory;
+
+    fn layout(directory: &Directory) -> Layout {
+        for below in ["queue", "status"] {
+            fs::create_dir(directory.path().join(below)).unwrap();
+        }
+        Layout::below(directory.path(), "app")
+    }
+
+    /// What a run does about requests, up to the end of it.
+    fn take(layout: &Layout) -> Option<u64> {
+        let number = waiting(layout).unwrap();
+        let served = number.unwrap_or(0).max(Status::read(layout).served);
+        fs::write(layout.status(), format!("{{\"format\": 1, \"served\": {served}}}")).unwrap();
+        remove(layout, number).unwrap();
+        number
+    }
+
+    #[test]
+    fn requests_before_a_run_are_one_and_later_ones_are_higher() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        assert_eq!(take(&layout), None);
+        let first = request(&layout, 0).unwrap();
+        assert_eq!(request(&layout, 0).unwrap(), first);
+        assert_eq!(take(&layout), Some(first));
+        let far = first + 1_000_000;
+        assert_eq!(request(&layout, far).unwrap(), far + 1);
+        assert_eq!(take(&layout), Some(far + 1));
+        assert_eq!(take(&layout), None);
+        assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_number_out_of_reach_is_none() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        let first = request(&layout, 0).unwrap();
+        take(&layout);
+        for odd in [&u64::MAX.to_string(), &(now() + 2 * REACH).to_string(), &first.to_string(), "1", "-1", "x", "", &"1".repeat(30)] {
+            fs::write(layout.request(), odd).unwrap();
+            assert_eq!(take(&layout), Some(0), "{odd}");
+            fs::write(layout.request(), odd).unwrap();
+            let next = request(&layout, 0).unwrap();
+            assert!(first < next && next <= now().max(Status::read(&layout).served) + 1, "{odd}");
+            assert_eq!(take(&layout), Some(next), "{odd}");
+        }
+    }
+
+    #[test]
+    fn whatever_lies_in_the_place_of_a_request_is_cleared_away_but_no_request_that_follows() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        fs::create_dir_all(layout.request().join("deep")).unwrap();
+        assert!(request(&layout, 0).is_err());
+        let odd = waiting(&layout).unwrap();
+        let next = request(&layout, 0).unwrap();
+        remove(&layout, odd).unwrap();
+        assert_eq!((odd, take(&layout)), (Some(0), Some(next)));
+        for target in ["/etc/passwd", "/nowhere"] {
+            std::os::unix::fs::symlink(target, layout.request()).unwrap();
+            // a path unit would not see the latter
+            let number = request(&layout, 0).unwrap();
+            assert_eq!(take(&layout), Some(number));
+        }
+        assert!(fs::metadata("/etc/passwd").is_ok());
+        assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn nothing_that_others_make_in_the_queue_is_in_the_way() {
+        let directory = Directory::new();
+        let layout = layout(&directory);
+        fs::create_dir(directory.path().join("queue").join(format!(".app-{}", std::process::id()))).unwrap();
+        request(&layout, 0).unwrap();
+    }
+}

@@ -1,0 +1,644 @@
+//! What everybody may know of an instance: a file that root writes and anybody may read, and
+//! `ekiben status`, which shows it.
+//!
+//! What a failing program said may hold what is not for everybody; it is in a file of its own
+//! that only root can read.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::UNIX_EPOCH;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, FlakeRef, Instance};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::gather::gather;
+use crate::layout::Layout;
+use crate::program::Program;
+use crate::run::Release;
+use crate::run::journal::{FORMAT, Run};
+use crate::run::notes::{Proposal, run_id};
+use crate::run::{Failure, Outcome, Stage, Trigger};
+use crate::system::now;
+use crate::{output, table};
+
+/// How many ended runs are remembered.
+const HISTORY: usize = 20;
+/// More than a status and a program's output take, in bytes.
+const RESERVE: u64 = 128 * 1024;
+/// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
+const FIRST_PAUSE: u64 = 60;
+/// No pause is longer.
+const LONGEST_PAUSE: u64 = 3600;
+/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
+const PATIENCE: u64 = 60;
+/// The kinds of units that an instance has.
+const KINDS: [&str; 3] = ["path", "service", "timer"];
+
+/// What is known of one instance.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Status {
+    format: u32,
+    /// The run under way.
+    pub running: Option<Running>,
+    /// The highest number of a request that an ended run has served.
+    pub served: u64,
+    /// What was deployed last.
+    pub deployed: Option<Deployed>,
+    /// What could not be built or did not run, and is not tried again by the timer.
+    pub bad: Option<Bad>,
+    /// The last run that tried to deploy a release of a fleet's hub.
+    pub tried: Option<Tried>,
+    /// The ended runs, the last one first.
+    pub runs: Vec<Ended>,
+}
+
+/// A run under way.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Running {
+    /// The last stage of root's that began.
+    pub stage: Stage,
+    /// Why the run began.
+    pub trigger: Trigger,
+    /// When, in seconds since 1970.
+    pub started: u64,
+}
+
+/// A commit that this machine runs.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Deployed {
+    /// The commit.
+    pub commit: String,
+    /// The system it was built to.
+    pub system: PathBuf,
+    /// From which flake.
+    flake_ref: FlakeRef,
+    /// With which arguments.
+    flags: Vec<String>,
+    /// Higher than that of all earlier deployments by this machine's instances.
+    number: u64,
+    /// The release of a fleet's hub that it is, or is made from.
+    pub release: Option<Release>,
+    /// What was new in it.
+    pub summary: Option<String>,
+}
+
+/// A try to deploy a release.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tried {
+    /// How many there have been to deploy this release.
+    pub count: u32,
+    /// The last of them.
+    pub run: Ended,
+}
+
+/// A candidate that failed by its own fault.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bad {
+    base: String,
+    tree: String,
+    options: Instance,
+    /// The commit that was tried last.
+    #[serde(default)]
+    commit: String,
+    /// What came of it.
+    #[serde(default)]
+    error: String,
+    /// How often it has been tried.
+    #[serde(default)]
+    tries: u32,
+    /// When it was tried last, in seconds since 1970.
+    #[serde(default)]
+    tried: u64,
+}
+
+impl Bad {
+    fn is(&self, proposal: &Proposal, options: &Instance) -> bool {
+        (&*self.base, &*self.tree, &self.options) == (&*proposal.base, &*proposal.tree, options)
+    }
+
+    /// How long it is not tried again after it was tried last, in seconds, whoever asks: each try disturbs what
+    /// runs, and whoever may ask may not mean well. The first pause is no longer than it takes to mend something.
+    fn pause(&self) -> u64 {
+        (FIRST_PAUSE << self.tries.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
+    }
+
+    /// Whether it may not be tried yet; a clock that has been set back does not make that longer.
+    fn is_too_early(&self, now: u64) -> bool {
+        now.abs_diff(self.tried) < self.pause()
+    }
+}
+
+/// A run that has ended.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    /// The identifier that systemd gave it.
+    pub id: String,
+    /// How.
+    pub result: Outcome,
+    /// Why it began.
+    pub trigger: Trigger,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// When it ended.
+    pub finished: u64,
+    /// What it proposed to run.
+    pub commit: Option<String>,
+    /// What was new in it.
+    pub summary: Option<String>,
+    /// The release of a fleet's hub that this was, or was made from.
+    #[serde(default)]
+    pub release: Option<Release>,
+    /// In which stage it failed.
+    pub stage: Option<Stage>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// What to know all the same.
+    pub warnings: Vec<String>,
+    /// Whether the machine runs the new system only after a reboot.
+    pub reboot_needed: bool,
+}
+
+impl Status {
+    /// Reads what is known; nothing, if the file is not there or makes no sense.
+    pub fn read(layout: &Layout) -> Self {
+        let path = layout.status();
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Self::default(),
+            other => other.map_err(|error| error.to_string()),
+        };
+        let status = text.and_then(|text| serde_json::from_slice::<Self>(&text).map_err(|error| error.to_string()));
+        match status {
+            Ok(status) if status.format == FORMAT => status,
+            other => {
+                let why = other.err().unwrap_or_else(|| "its format is another".into());
+                log::warn!("Passed over the status {}: {why}.", path.display());
+                Self::default()
+            }
+        }
+    }
+
+    /// Whether the last run has failed.
+    fn has_failed(&self) -> bool {
+        self.runs.first().is_some_and(|run| matches!(run.result, Outcome::Failed | Outcome::RolledBack | Outcome::Stuck))
+    }
+
+    /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.
+    pub fn check_not_bad(&self, instance: &str, proposal: &Proposal, options: &Instance) -> Result<()> {
+        let Some(bad) = self.bad.as_ref().filter(|bad| bad.is(proposal, options)) else { return Ok(()) };
+        let is_asked = self.running.as_ref().is_none_or(|running| running.trigger == Trigger::Request);
+        let (now, retry) = (now(), bad.tried + bad.pause());
+        if is_asked && !bad.is_too_early(now) {
+            return Ok(());
+        }
+        let ask = format!("run `ekiben trigger {instance}` to try it again");
+        let wait = if bad.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
+        let (commit, tries, when) = (&proposal.commit, times(bad.tries), ago(bad.tried, now));
+        Err(Error::new(format!(
+            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last {when}; {ask}{wait}): {}",
+            bad.error
+        )))
+    }
+
+    /// Says that a run is in one of root's stages.
+    pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
+        let running = Running { stage, trigger: run.trigger, started: run.started };
+        Self { running: Some(running), ..Self::read(layout) }.write(layout)
+    }
+
+    /// Says that this process' run failed before it had a journal, unless it has been reported.
+    pub fn report_unopened(layout: &Layout, why: &str) -> Result<()> {
+        let mut status = Self { running: None, ..Self::read(layout) };
+        let id = run_id()?.to_string();
+        let mut started = now();
+        if let Some(last) = status.runs.first() {
+            if last.id == id {
+                return Ok(());
+            }
+            if last.stage == Some(Stage::Begin) {
+                // one of many attempts: since when
+                started = last.started;
+                status.runs.remove(0);
+            }
+        }
+        status.remember(Ended {
+            id,
+            result: Outcome::Failed,
+            trigger: Trigger::Timer,
+            started,
+            finished: now(),
+            commit: None,
+            summary: None,
+            release: None,
+            stage: Some(Stage::Begin),
+            error: Some(why.to_owned()),
+            warnings: Vec::new(),
+            reboot_needed: false,
+        });
+        status.write(layout)
+    }
+
+    /// Keeps room for a report on a disk that is full then.
+    pub fn reserve(layout: &Layout) {
+        if let Err(error) = files::reserve(&layout.reserve(), RESERVE) {
+            log::warn!("Failed to write {}: {error}.", layout.reserve().display());
+        }
+    }
+
+    /// Says how a run ended, and draws the conclusions for the next.
+    pub fn report(layout: &Layout, run: &Run, ended: Ended) -> Result<()> {
+        let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
+        let mut status = Self { running: None, ..Self::read(layout) };
+        // a run that has to be started over has served nobody
+        if ended.result != Outcome::StartedOver {
+            status.served = status.served.max(run.request.unwrap_or(0));
+        }
+        let options = run.instance.clone();
+        let failure = run.failure.as_ref();
+        // not tried at all, because of what came of it before: that is what there is to know
+        let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
+            && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
+        match (ended.result, run.proposal()) {
+            (Outcome::Deployed, Some(Proposal { commit, .. })) => {
+                let Instance { flake_ref, flags, .. } = options;
+                let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
+                let (release, summary) = (ended.release.clone(), ended.summary.clone());
+                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary });
+                status.bad = None;
+            }
+            (Outcome::Unchanged, _) => status.bad = None,
+            (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
+                if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
+                    && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
+            {
+                let tries = 1 + status.bad.as_ref().filter(|bad| bad.is(proposal, &options)).map_or(0, |bad| bad.tries);
+                let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());
+                let error = ended.error.clone().unwrap_or_default();
+                status.bad = Some(Bad { base, tree, options, commit, error, tries, tried: now() });
+            }
+            _ => {}
+        }
+        if ended.release.is_some() && ended.result != Outcome::Unchanged && ended.stage != Some(Stage::Prepare) {
+            let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
+            status.tried = Some(Tried { count: 1 + earlier.map_or(0, |tried| tried.count), run: ended.clone() });
+        }
+        status.remember(ended);
+        status.write(layout)?;
+        if is_refusal { Ok(()) } else { keep_output(layout, failure.map_or(&[][..], |failure| &failure.tail)) }
+    }
+
+    fn remember(&mut self, ended: Ended) {
+        // a report that was cut off is made again
+        self.runs.retain(|run| run.id != ended.id);
+        self.runs.insert(0, ended);
+        self.runs.truncate(HISTORY);
+    }
+
+    fn write(mut self, layout: &Layout) -> Result<()> {
+        self.format = FORMAT;
+        let write = || files::write_json(&layout.status(), &self, 0o644);
+        write().or_else(|error| {
+            files::remove(&layout.reserve()).map_err(|_| error)?;
+            write()
+        })
+    }
+}
+
+impl Ended {
+    /// The end of `run`, now.
+    pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
+        Self {
+            id: run.id.to_string(),
+            result,
+            trigger: run.trigger,
+            started: run.started,
+            finished: now(),
+            commit: None,
+            summary: None,
+            release: None,
+            stage: failure.map(|failure| failure.stage),
+            error: failure.map(|failure| failure.message.clone()),
+            warnings: run.warnings.clone(),
+            reboot_needed: run.reboot_needed,
+        }
+    }
+}
+
+/// Whether this very commit is what was last deployed of its flake, by whichever instance.
+pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
+    let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
+    let last = all_deployed(layout).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
+    last.is_some_and(|deployed| deployed.commit == commit)
+}
+
+/// What each of this machine's instances deployed last.
+fn all_deployed(layout: &Layout) -> Vec<Deployed> {
+    layout.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
+}
+
+/// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
+fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
+    let path = layout.output();
+    let doing = || format!("write {}", path.display());
+    if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
+}
+
+/// An instance as whoever holds a token of it may know it: how it is, not why.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ForClients {
+    /// Whether a request waits for a run.
+    queued: bool,
+    /// The run under way.
+    running: Option<Running>,
+    /// The highest number of a request that an ended run has served.
+    served: u64,
+    /// The run that ended last.
+    last: Option<LastForClients>,
+    /// What is known to be bad.
+    bad: Option<KnownBad>,
+}
+
+/// A candidate that will not be tried again for now.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct KnownBad {
+    commit: String,
+    /// How often it has been tried.
+    tries: u32,
+    /// From when on a request has it tried again, in seconds since 1970.
+    retry_after: u64,
+}
+
+/// How that run ended.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct LastForClients {
+    result: Outcome,
+    stage: Option<Stage>,
+    commit: Option<String>,
+    started: u64,
+    finished: u64,
+    reboot_needed: bool,
+}
+
+/// How an instance is, as JSON, for a client of the webhook.
+pub fn for_clients(layout: &Layout) -> Result<String> {
+    let path = layout.request();
+    // before the status: a run that takes the request meanwhile shows there
+    let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
+    let Status { running, served, runs, bad, .. } = Status::read(layout);
+    let bad = bad.map(|bad| KnownBad { retry_after: bad.tried + bad.pause(), commit: bad.commit, tries: bad.tries });
+    let last = runs.into_iter().next().map(|run| {
+        let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
+        LastForClients { result, stage, commit, started, finished, reboot_needed }
+    });
+    serde_json::to_string(&ForClients { queued, running, served, last, bad }).map(|text| text + "\n").context(|| "write the state".into())
+}
+
+/// An instance as `ekiben status --json` shows it.
+#[derive(Serialize)]
+struct Details {
+    /// Whether there is nothing to see to.
+    well: bool,
+    /// What there is to see to besides the last run.
+    problems: Vec<String>,
+    /// Whether a request waits for a run; none if this user may not know.
+    queued: Option<bool>,
+    #[serde(flatten)]
+    status: Status,
+    /// What the program that failed last said; empty if this user may not know.
+    output: String,
+}
+
+/// Shows one instance, or all; for humans, with an exit status that says whether all are well; or as JSON, which says so itself.
+pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitCode> {
+    let names: Vec<&str> = match instance {
+        Some(name) => config.instance(name).map(|_| vec![name])?,
+        None => config.instances.keys().map(String::as_str).collect(),
+    };
+    // before all else: what began later is no fault
+    let units = unit_states(&names);
+    let shown: BTreeMap<String, Details> = gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units))));
+    if json {
+        return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
+    }
+    if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
+        output::print(&details(name, shown, now()))?;
+    } else {
+        output::print(&table(&shown, now()))?;
+    }
+    Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How systemd says that the instances' units are, by their names; nothing if it does not say.
+fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
+    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}")));
+    let ask = Program::new("systemctl").args(["show", "--property=Id,ActiveState", "--"]).args(units);
+    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
+        log::warn!("{error}.");
+        Vec::new()
+    });
+    let said = String::from_utf8_lossy(&said);
+    let value = |unit: &str, key: &str| unit.lines().find_map(|line| line.strip_prefix(key).map(String::from));
+    gather(said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))))
+}
+
+/// What there is to see to of an instance, besides how its last run ended.
+fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", String::as_str);
+    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
+    let is_idle = matches!(state("service"), "inactive" | "failed");
+    // of a run that has failed, there is a report
+    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
+    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
+    let waits = requested.filter(|since| is_idle && is_old(since));
+    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
+    let cut_off = status.running.as_ref().filter(|running| is_idle && is_old(&running.started));
+    let cut_off = cut_off.map(|_| format!("nothing has ended the run that was cut off; run systemctl start ekiben-{name}"));
+    failed.chain(waits).chain(cut_off).collect()
+}
+
+/// A line for each instance.
+fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
+    let mut rows = vec![["INSTANCE", "STATE", "LAST RUN", "WHEN", "COMMIT"].map(String::from)];
+    for (name, shown) in shown {
+        let last = shown.status.runs.first();
+        rows.push([
+            name.clone(),
+            shown.state(),
+            last.map_or("never".into(), |run| run.result.to_string()),
+            last.map_or(String::new(), |run| ago(run.finished, now)),
+            shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(12).collect()),
+        ]);
+    }
+    let problems = shown.iter().flat_map(|(name, shown)| shown.problems.iter().map(move |problem| format!("{name}: {problem}")));
+    table::lines(&rows).into_iter().chain(problems).collect::<Vec<_>>().join("\n") + "\n"
+}
+
+/// All that is known of one instance.
+fn details(name: &str, shown: &Details, now: u64) -> String {
+    let mut lines = vec![format!("{name}: {}", shown.state())];
+    let mut add = |what: &str, value: &str| {
+        if !value.is_empty() {
+            lines.push(format!("  {what:<9} {value}"));
+        }
+    };
+    for problem in &shown.problems {
+        add("problem", problem);
+    }
+    if let Some(deployed) = &shown.status.deployed {
+        add("deployed", &deployed.commit);
+        add("system", &deployed.system.display().to_string());
+    }
+    if let Some(run) = shown.status.runs.first() {
+        add("last run", &format!("{}, {}", run.result, ago(run.finished, now)));
+        add("proposed", run.commit.as_deref().unwrap_or_default());
+        add("summary", run.summary.as_deref().unwrap_or_default());
+        add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
+        add("error", run.error.as_deref().unwrap_or_default());
+        for warning in &run.warnings {
+            add("warning", warning);
+        }
+        if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {
+            add("bad", &format!("{}, tried {}, last {}: {}", bad.commit, times(bad.tries), ago(bad.tried, now), bad.error));
+        }
+        if run.reboot_needed {
+            add("reboot", "needed: the new system runs after it");
+        }
+    }
+    lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
+    lines.join("\n") + "\n"
+}
+
+impl Details {
+    fn of(name: &str, units: &BTreeMap<String, String>) -> Self {
+        let layout = Layout::new(name);
+        let (request, status) = (layout.request(), Status::read(&layout));
+        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
+        let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
+        let problems = problems(name, units, &status, since, now());
+        Self {
+            well: problems.is_empty() && !status.has_failed(),
+            problems,
+            queued: request.try_exists().ok(),
+            status,
+            output: fs::read_to_string(layout.output()).unwrap_or_default(),
+        }
+    }
+
+    fn state(&self) -> String {
+        match (&self.status.running, self.queued) {
+            (Some(running), _) => format!("running ({})", running.stage),
+            (None, Some(true)) => "queued".into(),
+            (None, _) => "idle".into(),
+        }
+    }
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".into() } else { format!("{count} times") }
+}
+
+/// How long ago a moment is, in its largest unit.
+fn ago(then: u64, now: u64) -> String {
+    let seconds = now.saturating_sub(then);
+    let (count, unit) = match seconds {
+        0..60 => (seconds, "s"),
+        60..3600 => (seconds / 60, "min"),
+        3600..86400 => (seconds / 3600, "h"),
+        _ => (seconds / 86400, "d"),
+    };
+    format!("{count} {unit} ago")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    fn bad(tries: u32, tried: u64) -> Bad {
+        let options = serde_json::json!({
+            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
+            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
+            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
+        });
+        let (hash, error) = ("0".repeat(40), "Failed to pass health check app".into());
+        let options = serde_json::from_value(options).unwrap();
+        Bad { base: hash.clone(), tree: hash.clone(), options, commit: hash, error, tries, tried }
+    }
+
+    fn check(bad: &Bad, trigger: Trigger) -> Result<()> {
+        let running = Some(Running { stage: Stage::Prepare, trigger, started: 0 });
+        let proposal = serde_json::json!({
+            "base": bad.base, "branch": "refs/heads/main", "head": bad.base, "commit": bad.commit, "tree": bad.tree,
+            "summary": "", "unchanged": false,
+        });
+        let proposal = serde_json::from_value(proposal).unwrap();
+        let status = Status { bad: Some(bad.clone()), running, ..Status::default() };
+        status.check_not_bad("app", &proposal, &bad.options)
+    }
+
+    #[test]
+    fn what_is_bad_is_tried_again_when_asked_for_and_less_and_less_often() {
+        let now = now();
+        assert!(check(&bad(1, now - 61), Trigger::Request).is_ok());
+        let error = check(&bad(1, now - 61), Trigger::Timer).unwrap_err().to_string();
+        assert!(error.contains("known to be bad (tried once, last 1 min ago; run `ekiben trigger app`"), "{error}");
+        assert!(error.ends_with("Failed to pass health check app"), "{error}");
+        let error = check(&bad(3, now - 61), Trigger::Request).unwrap_err().to_string();
+        assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
+        assert!(check(&bad(3, now - 241), Trigger::Request).is_ok());
+        assert!(check(&bad(100, now - 3590), Trigger::Request).is_err());
+        assert!(check(&bad(100, now - 3601), Trigger::Request).is_ok());
+        // the clock has been set back by a day
+        assert!(check(&bad(1, now + 86400), Trigger::Request).is_ok());
+    }
+
+    #[test]
+    fn what_stands_still_and_what_has_failed_is_a_problem() {
+        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
+        let running =
+            |started| Status { running: Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started }), ..Status::default() };
+        let found = |service: &str, path: &str, status: &Status, requested| {
+            let units = [("service", service), ("path", path), ("timer", "active")];
+            let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), state.to_owned())).into();
+            problems("app", &units, status, requested, now).join("; ")
+        };
+        let (idle, none) = (Status::default(), "");
+        assert_eq!(found("inactive", "active", &idle, None), none);
+        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
+        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("inactive", "active", &running(new), None), none);
+        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
+        assert!(
+            found("failed", "active", &running(old), None)
+                .ends_with("nothing has ended the run that was cut off; run systemctl start ekiben-app")
+        );
+        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
+        // systemd has not answered
+        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
+    }
+
+    #[test]
+    fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
+        let directory = Directory::new();
+        for below in ["queue", "status"] {
+            fs::create_dir(directory.path().join(below)).unwrap();
+        }
+        let layout = Layout::below(directory.path(), "app");
+        Status { bad: Some(bad(2, 1_000_000)), ..Status::default() }.write(&layout).unwrap();
+        let state: serde_json::Value = serde_json::from_str(&for_clients(&layout).unwrap()).unwrap();
+        assert_eq!(state["bad"], serde_json::json!({ "commit": "0".repeat(40), "tries": 2, "retryAfter": 1_000_120 }));
+    }
+}

@@ -1,0 +1,306 @@
+//! The second of root's stages: run the candidate, and make it what is booted.
+//!
+//! Root trusts a store path, not a repository: it reads one link, checks that it names a valid
+//! NixOS system, and has that system activate itself. First only for now, so that a power cut
+//! boots the old one; then, when it has been seen to be well for a while, in the profile and the boot loader.
+//!
+//! Before each step the journal says which; whatever goes wrong is put right by [`crate::stages::conclude`],
+//! which reads it. This stage ends its run by itself, since the switch may have changed or removed
+//! the unit that it is part of.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::config::{OnUnitFailure, Operation};
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::layout::Layout;
+use crate::nix::integrity;
+use crate::nix::{self, Generation};
+use crate::run::journal::{Before, Decision, Phase, Run};
+use crate::run::notes::Notes;
+use crate::run::status::Status;
+use crate::run::{Failure, Stage};
+use crate::stages::branch::Fate;
+use crate::stages::conclude;
+use crate::system::health;
+use crate::system::switched::{self, Switched};
+use crate::system::units::{self, Restarts, Units};
+use crate::system::{self, Turn};
+
+/// Between two looks at the units of a system that is observed.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
+const LOOKS: u32 = 5;
+
+/// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
+/// instance out of the configuration.
+pub fn activate(layout: &Layout, configured: bool) -> Result<()> {
+    let Some(mut run) = Run::load(layout)? else {
+        return Err(Error::new("Failed to activate: no run is under way"));
+    };
+    Status::announce(layout, &run, Stage::Activate)?;
+    fault::point("activate: begun");
+    let mut turn = None;
+    if !configured {
+        run.decision = Some(Decision::StartOver);
+    } else if let Err(error) = attempt(layout, &mut run, &mut turn) {
+        log::warn!("{error}.");
+        if run.phase != Phase::Begun && system::is_stopping()? {
+            // its units have been stopped for that, and could not be started: the next boot goes on from here
+            return Err(Error::new("Failed to activate: the machine is shutting down; the run will be ended after the next boot"));
+        }
+        run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
+        // the end is the same if this cannot be written, but for the reason in its report
+        let _ = run.save(layout);
+    }
+    conclude::end(layout, run, turn)
+}
+
+/// As far as the candidate running, booted from now on; the branch is the conclusion's.
+fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
+    run.notes = Notes::read_of(layout, &run.id)?;
+    let Some(proposal) = run.proposal() else {
+        return Err(Error::new("Failed to activate: there is no proposal"));
+    };
+    if proposal.unchanged {
+        run.decision = Some(Decision::Unchanged);
+        return run.save(layout);
+    }
+    let system = nix::trusted_system(&layout.candidate(), layout.name())?;
+    if run.instance.operation == Operation::Switch {
+        check_outlives_switch(&system, layout.name())?;
+    }
+    run.candidate = Some(system.clone());
+    // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
+    while turn.is_none() {
+        let count = Turn::count();
+        if !conclude::settle(layout, run, Fate::Check)? {
+            run.decision = Some(Decision::StartOver);
+            return run.save(layout);
+        }
+        *turn = Turn::take_at(count)?;
+    }
+    fault::point("activate: candidate checked");
+
+    let generation = nix::current_generation()?;
+    let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
+    let before = before(layout, run, generation.clone())?;
+    run.before = Some(before.clone());
+    integrity::sync()?;
+
+    if run.instance.operation == Operation::Switch && before.system != system {
+        let inhibitors = switched::inhibitors(&system::current()?, &system);
+        if inhibitors.is_empty() {
+            run.enter(Phase::Switching, layout)?;
+            fault::point("activate: switching");
+            switch(layout, run, &system, &before)?;
+            fault::point("activate: switched");
+        } else {
+            at_boot(run, &inhibitors.join("; "));
+        }
+        if !run.reboot_needed {
+            let restarts = (run.instance.observe > 0).then(Restarts::now).transpose()?;
+            let is_new = verify(layout, run, &system, &before)?;
+            fault::point("activate: healthy");
+            if let Some(restarts) = restarts {
+                let restarts = if is_new { Restarts::now()? } else { restarts };
+                let observed = observe(layout, run, &system, &before, restarts);
+                observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
+            }
+        }
+        if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
+            // another hand: what it did is to stay
+            leave(layout, run)?;
+            return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
+        }
+    }
+    if !is_booted {
+        run.enter(Phase::Persisting, layout)?;
+        fault::point("activate: persisting");
+        nix::set_profile(&system)?;
+        fault::point("activate: profile set");
+        system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
+        fault::point("activate: boot loader set");
+    }
+    run.reboot_needed |= run.instance.operation == Operation::Boot && system::current()? != system;
+    run.warnings.extend(missing_from(&system, layout.name()));
+    integrity::sync()?;
+    run.enter(Phase::Persisted, layout)?;
+    fault::point("activate: persisted");
+    Ok(())
+}
+
+/// Fails if a switch to the system would end the run that makes it: units are restarted unless they say otherwise,
+/// and one that is nobody's but for a setting says nothing.
+fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
+    let name = format!("ekiben-{instance}");
+    let unit = fs::read_to_string(system.join("etc/systemd/system").join(format!("{name}.service"))).unwrap_or_default();
+    // one that is masked is empty
+    if unit.is_empty() || unit.lines().any(|line| line == "X-RestartIfChanged=false") {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "Failed to accept {}: the switch would restart {name}.service, and so end this run; \
+         leave `systemd.services.{name}` out where `services.ekiben.instances.{instance}` is not set",
+        system.display()
+    )))
+}
+
+/// What there is to go back to, kept from being collected as garbage. Where a run could not be put back and
+/// its system still runs, that is what was before that one.
+fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
+    let system = system::current()?;
+    let stuck = Run::load_stuck(layout)?.filter(|stuck| stuck.candidate.as_ref() == Some(&system));
+    let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
+        run.passed = passed;
+        before
+    } else {
+        if run.instance.operation == Operation::Switch && run.candidate.as_ref() != Some(&system) {
+            run.passed = health::passing(&run.instance.health_checks);
+        }
+        Before { system, generation, last_generation: nix::last_generation()?, units: Units::before()? }
+    };
+    nix::keep(&before.system, &nix::before_root(layout, "system"))?;
+    if let Some(generation) = &before.generation {
+        nix::keep(&generation.system, &nix::before_root(layout, "generation"))?;
+    }
+    Ok(before)
+}
+
+/// Activates the candidate without making it what is booted.
+fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
+    match Switched::of(ended)? {
+        Switched::Runs { units_failed, users, tail } => {
+            run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
+            let is_well = check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
+            if units_failed && is_well && users.is_empty() {
+                run.warnings.push(failed_again(before)?);
+            }
+            Ok(())
+        }
+        Switched::AtBoot(why) => {
+            at_boot(run, &why);
+            Ok(())
+        }
+        Switched::Refused(error) => {
+            leave(layout, run)?;
+            Err(error)
+        }
+    }
+}
+
+/// Notes that nothing but a boot brings the candidate, and why.
+fn at_boot(run: &mut Run, why: &str) {
+    run.warnings.push(format!("the new system takes effect at the next boot: {why}"));
+    run.reboot_needed = true;
+}
+
+/// Notes that there is nothing to put back.
+fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
+    run.before = None;
+    run.enter(Phase::Begun, layout)
+}
+
+/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
+/// if one is, unless that is to be kept.
+fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
+    let mut worse = before.units.worse_under(&before.system, system)?;
+    if let Some(restarts) = restarts {
+        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
+    }
+    if worse.is_empty() {
+        return Ok(true);
+    }
+    let error = if run.phase == Phase::Observing { conclude::failed_to_keep_up(&worse) } else { conclude::failed_to_start(&worse) };
+    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
+        run.blamed = worse.into_keys().collect();
+        return Err(error);
+    }
+    let warning = error.to_string();
+    if !run.warnings.contains(&warning) {
+        run.warnings.push(warning);
+    }
+    Ok(false)
+}
+
+/// What to say where units have failed, but not by the switch.
+fn failed_again(before: &Before) -> Result<String> {
+    let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
+    Ok(if again.is_empty() {
+        "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
+    } else {
+        format!("units that had failed before the switch have failed again: {}", again.join(", "))
+    })
+}
+
+/// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
+/// how often systemd had started services again by the end of the switch.
+fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
+    log::info!("Observing the new system for {} s ...", run.instance.observe);
+    run.enter(Phase::Observing, layout)?;
+    Status::announce(layout, run, Stage::Observe)?;
+    let limit = Duration::from_secs(run.instance.observe);
+    let mut until = Instant::now() + limit;
+    for look in 1.. {
+        let left = until.saturating_duration_since(Instant::now());
+        thread::sleep(left.min(PAUSE));
+        if system::current()? != system {
+            // another hand
+            break;
+        }
+        let is_close = left.is_zero() || look % LOOKS == 0;
+        check_units(run, system, before, is_close.then_some(&restarts))?;
+        if is_close && verify(layout, run, system, before)? {
+            run.enter(Phase::Observing, layout)?;
+            restarts = Restarts::now()?;
+            until = Instant::now() + limit;
+        } else if left.is_zero() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Has the health checks say whether the candidate does its work. Where nothing but another machine
+/// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
+/// Whether it has been switched to anew for that.
+fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
+    let checks = run.instance.health_checks.clone();
+    let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
+    health::verify(&checks, &local)?;
+    let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
+    if !run.instance.rollback {
+        return Err(error);
+    }
+    log::warn!("{error}. Going back to {}, to check whether the old system fails, too ...", before.system.display());
+    run.enter(Phase::Returning, layout)?;
+    conclude::put_back(layout, run, before, false)?;
+    if health::verify(&checks, &remote).is_ok() {
+        return Err(error);
+    }
+    log::warn!("The check fails with the old system, too; keeping the new one.");
+    run.warnings.push(format!("{error}; it was the same with the old system, so the new one stays"));
+    run.passed = local;
+    run.enter(Phase::Switching, layout)?;
+    switch(layout, run, system, before)?;
+    health::verify(&checks, &run.passed).map(|()| true)
+}
+
+/// A warning, if the new system does not have what has just deployed it.
+fn missing_from(system: &Path, instance: &str) -> Option<String> {
+    let instances: Vec<String> = fs::read_dir(system.join("etc/systemd/system"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter_map(|name| Some(name.strip_prefix("ekiben-")?.strip_suffix(".path")?.to_owned()))
+        .collect();
+    if instances.is_empty() {
+        return Some("the new system does not have Ekiben, or no instance of it: this machine will not update itself any more".into());
+    }
+    let is_gone = !instances.iter().any(|name| name == instance);
+    is_gone.then(|| format!("the new system does not have the instance {instance}: it will not run any more"))
+}

@@ -1,0 +1,91 @@
+//! The candidate's fate in the repository, decided by root and carried out as the instance's user:
+//! check that it can still become the branch, make it the branch, or drop it.
+
+use std::process::ExitCode;
+
+use crate::config::Instance;
+use crate::error::{Error, Result};
+use crate::git::{self, Repository};
+use crate::layout::Layout;
+use crate::run::notes::Proposal;
+
+/// What root may ask for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fate {
+    /// Can the branch be fast-forwarded to the candidate, touching no edit?
+    Check,
+    /// Fast-forward it, and push if that is asked for.
+    Accept,
+    /// Forget the candidate.
+    Drop,
+}
+
+/// The exit status that says: the branch has moved since the run began.
+pub const MOVED: u8 = 3;
+
+impl Fate {
+    /// As an argument.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Check => "check",
+            Self::Accept => "accept",
+            Self::Drop => "drop",
+        }
+    }
+
+    /// From an argument.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Check, Self::Accept, Self::Drop].into_iter().find(|fate| fate.word() == word)
+    }
+}
+
+/// Does it. Without a proposal there is nothing but to drop it.
+pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
+    carry_out(fate, layout, instance, proposal).map_err(|error| git::explain(instance, error))
+}
+
+fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
+    let repository = Repository::open(instance);
+    if let Ok(repository) = &repository {
+        repository.recover(layout.name())?;
+    }
+    if fate == Fate::Drop {
+        return git::drop_reference(instance, &layout.reference(), layout.name()).map(|()| ExitCode::SUCCESS);
+    }
+    let Some(proposal) = proposal else {
+        return Err(Error::new("Failed to find the run's proposal"));
+    };
+    let repository = repository?;
+    let is_in_branch = || repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit);
+    if fate == Fate::Accept && is_in_branch() {
+        // done before this was cut off, or by the user
+    } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
+        return Ok(ExitCode::from(MOVED));
+    } else if repository.head != *proposal.commit {
+        let scratch = layout.scratch()?;
+        repository.check_lock_file_is_clean(&scratch)?;
+        repository.check_forward(&proposal.commit, layout.name(), &scratch)?;
+        if fate == Fate::Accept {
+            if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
+                let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
+                return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
+            }
+        }
+    }
+    if fate == Fate::Accept {
+        publish(&repository, proposal, layout, instance);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.
+fn publish(repository: &Repository, proposal: &Proposal, layout: &Layout, instance: &Instance) {
+    if let Err(error) = git::drop_reference(instance, &layout.reference(), layout.name()) {
+        log::warn!("{error}.");
+    }
+    if instance.push {
+        if let Err(error) = repository.push(&proposal.commit, &layout.upstream(), layout.name()) {
+            log::warn!("{error}.");
+        }
+    }
+}

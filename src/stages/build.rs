@@ -1,0 +1,47 @@
+//! The second of the user's stages: build the candidate, from its commit and nothing else.
+
+use std::time::Duration;
+
+use crate::config::Instance;
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::fleet::host::release;
+use crate::git::Repository;
+use crate::layout::Layout;
+use crate::nix::{self, Source};
+use crate::run::Stage;
+use crate::run::notes::Notes;
+
+/// Runs the stage; the system is what the link `candidate` points to.
+pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
+    let mut notes = Notes::read(layout)?;
+    let Some(proposal) = &notes.proposal else {
+        return Err(Error::new("Failed to build: there is no proposal"));
+    };
+    if proposal.unchanged {
+        return Ok(());
+    }
+    let commit = proposal.commit.clone();
+    notes.stage = Stage::Build;
+    notes.write(layout)?;
+    fault::point("build: begun");
+    let result = Repository::open(instance).and_then(|repository| {
+        let limit = Duration::from_secs(instance.timeouts.build);
+        let build = |source: &Source| nix::build_system(source, &instance.flags, &layout.candidate(), limit);
+        if instance.hub.is_some() {
+            return release::build(&repository, &commit, &layout.own("source"), build);
+        }
+        build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
+    });
+    fault::point("build: built");
+    match result {
+        Ok(()) => {
+            notes.built = true;
+            notes.write(layout)?;
+            fault::point("build: noted");
+            Ok(())
+        }
+        // sources are fetched, too
+        Err(error) => notes.fail(layout, error.of_network()),
+    }
+}

@@ -1,0 +1,204 @@
+//! The first of the user's stages: make a candidate, or find that there is nothing new.
+//!
+//! A candidate is a commit: the branch's head, or its upstream's, with new revisions of the
+//! instance's inputs on top. It exists only as an object under a ref of ours. Nothing that the
+//! user can see is changed, and nothing at all is written if nothing is new.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::config::Instance;
+use crate::error::{Context, Error, Result};
+use crate::fault;
+use crate::fleet::host::poll;
+use crate::git::lockfile::{LockFile, NO_FIT};
+use crate::git::{self, Repository};
+use crate::layout::Layout;
+use crate::names::{Branch, ObjectId};
+use crate::nix;
+use crate::nix::cache::Cache;
+use crate::run::Release;
+use crate::run::notes::{Notes, Proposal};
+use crate::run::status::{self, Status};
+
+/// The first pause before fetching is tried again; each is twice as long as the one before.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Runs the stage; what comes of it is in the notes.
+pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
+    let mut notes = Notes::begin(layout)?;
+    fault::point("prepare: begun");
+    match propose_from_head(layout, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
+        Ok(proposal) => {
+            log::info!("{}.", describe(&proposal));
+            let known = Status::read(layout).check_not_bad(layout.name(), &proposal, instance);
+            notes.proposal = Some(proposal);
+            if let Err(error) = known {
+                return notes.fail(layout, error);
+            }
+            notes.write(layout)?;
+            fault::point("prepare: noted");
+            Ok(())
+        }
+        Err(error) => notes.fail(layout, error),
+    }
+}
+
+/// Proposes, again if somebody else commits meanwhile and that gets in the way.
+fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
+    let scratch = layout.scratch()?;
+    if instance.hub.is_some() {
+        git::create(instance)?;
+    }
+    loop {
+        let repository = Repository::open(instance)?;
+        match propose(layout, instance, &repository, &scratch, notes) {
+            Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
+                log::info!("{error}; starting over.");
+            }
+            other => return other,
+        }
+    }
+}
+
+fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratch: &Path, notes: &mut Notes) -> Result<Proposal> {
+    repository.recover(layout.name())?;
+    repository.check_lock_file_is_clean(scratch)?;
+    let index = scratch.join("index");
+    let reference = layout.reference();
+    let retries = instance.network_retries;
+    let base = if let Some(hub) = &instance.hub {
+        let (release, commit) = persist(retries, || poll::fetch(layout, instance, hub, repository))?;
+        notes.release = Some(release);
+        commit
+    } else if instance.pull {
+        persist(retries, || repository.fetch_upstream(&reference, &layout.upstream(), layout.name()))?
+    } else {
+        repository.head.clone()
+    };
+
+    persist(retries, || repository.complete(&base))?;
+    let old = repository.read_file(&base, &repository.lock_file())?;
+    let old_lock = LockFile::parse(old.as_deref())?;
+    // one that follows another is updated by updating that
+    let inputs: Vec<_> = instance.inputs.iter().map(|input| old_lock.resolve(input).unwrap_or_else(|_| input.clone())).collect();
+    // of a release, inputs are the hub's business
+    let is_hubs = instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none());
+    let new = if is_hubs {
+        old.clone()
+    } else {
+        let flake = repository.flake_at(&base, instance)?;
+        let limit = Duration::from_secs(instance.timeouts.prepare);
+        let cache = Cache::own()?;
+        persist(retries, || nix::updated_lock_file(&cache, &flake, &inputs, &scratch.join("flake.lock"), limit))?
+    };
+    fault::point("prepare: inputs updated");
+    let new_lock = LockFile::parse(new.as_deref())?;
+    // nix only warns of an input that is none
+    for input in instance.inputs.iter().filter(|_| !is_hubs) {
+        let now = new_lock.resolve(input)?;
+        if !inputs.contains(&now) {
+            return Err(Error::new(format!("Failed to update {input}: it follows {now} now; {NO_FIT}")));
+        }
+    }
+    old_lock.check_only_changed(&new_lock, &inputs)?;
+    let changes = old_lock.changes(&new_lock);
+
+    let commit = match &new {
+        Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &index)?,
+        _ => base.clone(),
+    };
+    fault::point("prepare: committed");
+    let unchanged = status::is_deployed(layout, &commit, instance);
+    let tree = repository.tree(&commit)?;
+    if commit != repository.head {
+        repository.check_forward(&commit, layout.name(), scratch)?;
+        repository.rehearse_forward(&commit, scratch)?;
+        repository.keep(&reference, &commit)?;
+    } else if instance.pull {
+        if let Err(error) = git::drop_reference(instance, &reference, layout.name()) {
+            log::warn!("{error}.");
+        }
+    }
+    let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
+    let id = |hash: &str| ObjectId::try_from(hash).context(|| "describe the candidate".into());
+    Ok(Proposal {
+        base: id(&base)?,
+        branch: Branch::try_from(&*repository.branch).context(|| "describe the candidate".into())?,
+        head: id(&repository.head)?,
+        commit: id(&commit)?,
+        tree: id(&tree)?,
+        summary,
+        unchanged,
+    })
+}
+
+/// Tries again what the network failed, with growing pauses.
+fn persist<T>(retries: u32, attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let attempt = || attempt().map_err(Error::of_network);
+    let mut pause = PAUSE;
+    for _ in 0..retries {
+        match attempt() {
+            Err(error) if error.is_transient() => {
+                log::warn!("{error}; trying again in {} s.", pause.as_secs());
+                std::thread::sleep(pause);
+                pause *= 2;
+            }
+            result => return result,
+        }
+    }
+    attempt().map_err(|error| {
+        if !error.is_transient() {
+            return error;
+        }
+        let whose = if error.is_of_network() { "the network or the other side" } else { "this machine" };
+        let attempts = if retries > 0 { format!(" ({} attempts)", retries + 1) } else { String::new() };
+        let message = format!("{error}{attempts}; this looks like a problem of {whose}, not of the configuration");
+        Error::new(message).with_tail(error.tail).transient()
+    })
+}
+
+type Changes = [(String, String, String)];
+
+/// The commit message: which inputs in the first line, their old and new revisions below.
+fn message(changes: &Changes) -> String {
+    let lines: Vec<_> = changes.iter().map(|(name, old, new)| format!("{name}: {old} -> {new}")).collect();
+    format!("flake.lock: update {}\n\n{}\n", names(changes), lines.join("\n"))
+}
+
+fn names(changes: &Changes) -> String {
+    changes.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+fn summary(head: &str, base: &str, changes: &Changes, release: Option<&Release>) -> String {
+    let pull = release.map_or("pull".into(), |release| format!("release {}", release.sequence));
+    match (head == base, changes.is_empty()) {
+        (true, true) => String::new(),
+        (true, false) => format!("update {}", names(changes)),
+        (false, true) => pull,
+        (false, false) => format!("{pull}, update {}", names(changes)),
+    }
+}
+
+fn describe(proposal: &Proposal) -> String {
+    if proposal.unchanged {
+        format!("Nothing is new: {} has been deployed", proposal.commit)
+    } else if proposal.summary.is_empty() {
+        format!("Found {}, which has not been deployed yet", proposal.commit)
+    } else {
+        format!("Proposed {}: {}", proposal.commit, proposal.summary)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_message_names_inputs_and_revisions() {
+        let changes = [("app".into(), "1a".into(), "2b".into()), ("lib".into(), "none".into(), "3c".into())];
+        assert_eq!(message(&changes), "flake.lock: update app, lib\n\napp: 1a -> 2b\nlib: none -> 3c\n");
+        assert_eq!(summary("a", "a", &changes, None), "update app, lib");
+        assert_eq!(summary("a", "b", &[], None), "pull");
+    }
+}

@@ -1,0 +1,259 @@
+//! The running NixOS: what it is; and, for root only, switching it, and taking turns at that.
+
+#[allow(dead_code)]
+pub mod boot_loader;
+pub mod health;
+pub mod switched;
+pub mod units;
+
+use std::fs::{self, DirBuilder, File};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::{Context, Error, Result};
+use crate::names::RunId;
+use crate::program::{Exited, Program};
+use crate::system::switched::WATCHED;
+
+/// What NixOS runs.
+const CURRENT: &str = "/run/current-system";
+/// Between two attempts to switch while somebody else does.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long what ought to work is tried again.
+const PERSISTENCE: Duration = Duration::from_secs(20);
+/// How long others wait for what a user may hold up.
+const LOAN: Duration = Duration::from_secs(10);
+/// Held by whoever changes what this machine runs. Whoever could open it could hold it.
+const TURN: &str = "/run/ekiben/turn";
+
+/// The right to change what this machine runs; others wait for it until this is dropped.
+pub struct Turn {
+    lock: Flock<File>,
+    is_used: bool,
+}
+
+impl Turn {
+    /// Waits until no other run has it.
+    pub fn take() -> Result<Self> {
+        let doing = || format!("lock {TURN}");
+        if let Some(directory) = Path::new(TURN).parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
+        }
+        let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)?;
+        Ok(Self { lock, is_used: true })
+    }
+
+    /// The same, if no turn has ended since [`Self::count`] was this.
+    pub fn take_at(count: u64) -> Result<Option<Self>> {
+        let mut turn = Self::take()?;
+        turn.is_used = Self::count() == count;
+        Ok(Some(turn).filter(|turn| turn.is_used))
+    }
+
+    /// How many turns have ended: the same before and after taking one if nothing has happened in between.
+    pub fn count() -> u64 {
+        fs::metadata(TURN).map_or(0, |metadata| metadata.len())
+    }
+
+    /// Does what a user may hold up, and lets others have the turn if that takes longer than a moment.
+    pub fn lend<T>(self, work: impl FnOnce() -> T) -> (T, Option<Self>) {
+        let (done, is_done) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let turn = scope.spawn(move || (is_done.recv_timeout(LOAN) != Err(RecvTimeoutError::Timeout)).then_some(self));
+            let result = work();
+            drop(done);
+            (result, turn.join().ok().flatten())
+        })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // a byte for each: in memory, and so of this boot
+        if self.is_used {
+            let _ = (&*self.lock).write_all(b".");
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// What tells one boot from another.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// The system that runs now.
+pub fn current() -> Result<PathBuf> {
+    named_by(CURRENT)
+}
+
+/// The system that a link in `/run` names; in the sandbox of the user's stages, what it named when they began.
+pub fn named_by(link: &str) -> Result<PathBuf> {
+    let doing = || format!("read {link}");
+    let path = fs::canonicalize(link).context(doing)?;
+    if path != Path::new(link) {
+        return Ok(path);
+    }
+    // there, what the link names is mounted in its place
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context(doing)?;
+    mounted(&mounts, link).ok_or_else(|| Error::new(format!("Failed to {}: expected a link or a mount", doing())))
+}
+
+/// What is mounted at `place`, by its name in the store.
+fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
+    let fields = |line: &str| line.split(' ').skip(3).take(2).map(String::from).collect::<Vec<_>>();
+    let source = mounts.lines().map(fields).rfind(|fields| fields.get(1).is_some_and(|at| at == place))?;
+    Some(Path::new("/nix/store").join(Path::new(source.first()?).file_name()?))
+}
+
+/// Whether this machine is on its way down.
+pub fn is_stopping() -> Result<bool> {
+    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
+}
+
+/// Whether the instance's service is at work on this run.
+pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
+    let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &service(instance)])?;
+    let shown = String::from_utf8_lossy(&shown);
+    let says = |line: &str| shown.lines().any(|other| other == line);
+    Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
+}
+
+/// Cancels a start of the instance's service that waits for the end of the present run; has another run follow
+/// if a timer has elapsed meanwhile and `may_follow`.
+///
+/// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
+/// still finds the journal, and asks for a start that nobody needs. The start that a timer asks for, on the other
+/// hand, is lost: for systemd, it is the one that is under way.
+pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
+    let service = service(instance);
+    if may_follow && timer_has_elapsed(&service)? {
+        let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
+        return restart.output(|| format!("start {service} again"), None).map(drop);
+    }
+    cancel_jobs(instance, |kind, state| (kind, state) == ("start", "waiting"))
+}
+
+fn cancel_jobs(instance: &str, which: impl Fn(&str, &str) -> bool) -> Result<()> {
+    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service(instance)])?;
+    for line in String::from_utf8_lossy(&list).lines() {
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            [job, _, kind, state] if which(kind, state) => {
+                Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a timer of a service has elapsed since that was started.
+fn timer_has_elapsed(service: &str) -> Result<bool> {
+    let ask = |what: &str, units: &[&str]| {
+        let question = [&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat();
+        systemctl(&question).map(|answer| String::from_utf8_lossy(&answer).into_owned())
+    };
+    // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
+    let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
+    let triggers = ask("--property=TriggeredBy", &[service])?;
+    let timers: Vec<_> = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()).collect();
+    if timers.is_empty() {
+        return Ok(false);
+    }
+    let started = moment(&ask("--property=InactiveExitTimestamp", &[service])?);
+    Ok(ask("--property=LastTriggerUSec", &timers)?.lines().any(|line| moment(line) > started))
+}
+
+/// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
+/// by one of its timer or path unit while a stop of it is under way. The service goes on without its jobs.
+pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T {
+    let (done, is_done) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_done.recv_timeout(LOAN) == Err(RecvTimeoutError::Timeout) {
+                cancel_jobs(instance, |_, _| true).unwrap_or_else(|error| log::warn!("{error}."));
+            }
+        });
+        let result = activate();
+        drop(done);
+        result
+    })
+}
+
+/// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
+/// executes itself anew. Moments are UTC's, also those that `--timestamp` is not about.
+pub fn systemctl(question: &[&str]) -> Result<Vec<u8>> {
+    again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").output(|| "ask systemd".into(), None)).map_err(Error::transient)
+}
+
+/// Tries something until it succeeds, a few times within a while, with growing pauses.
+pub fn again<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + PERSISTENCE;
+    let mut pause = PAUSE;
+    loop {
+        match attempt() {
+            Err(error) if Instant::now() + pause < until => {
+                log::warn!("{error}; trying again in {} s.", pause.as_secs());
+                thread::sleep(pause);
+                pause *= 2;
+            }
+            result => return result,
+        }
+    }
+}
+
+fn service(instance: &str) -> String {
+    format!("ekiben-{instance}.service")
+}
+
+/// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
+/// somebody else is switching, waits for that, with the same limit. `doing` is what that is for.
+pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Exited> {
+    switch(system, action, limit, doing, true)
+}
+
+/// The same on the way back: none of the old system's pre-switch checks may stand in it.
+pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Exited> {
+    switch(system, action, limit, doing, false)
+}
+
+fn switch(system: &Path, action: &str, limit: u64, doing: &str, with_checks: bool) -> Result<Exited> {
+    let deadline = Instant::now() + Duration::from_secs(limit);
+    loop {
+        log::info!("{}: {action} ...", system.display());
+        let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
+        let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };
+        let ended = program.watch_for(WATCHED).run(Duration::from_secs(limit), || doing.into())?;
+        if !ended.is_locked() || Instant::now() > deadline {
+            return Ok(ended);
+        }
+        log::info!("Something else is switching this machine; waiting ...");
+        thread::sleep(PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_running_system_is_found_in_a_sandbox() {
+        let mounts = "\
+            30 1 0:26 / / rw - ext4 /dev/sda rw\n\
+            31 30 0:27 /@nix/store/abc-nixos /run/current-system ro,nosuid shared:1 - btrfs /dev/sda rw\n\
+            32 30 0:28 / /run/current-system/sub rw - tmpfs tmpfs rw\n";
+        assert_eq!(mounted(mounts, CURRENT), Some("/nix/store/abc-nixos".into()));
+        assert_eq!(mounted("30 1 0:26 / / rw - ext4 /dev/sda rw\n", CURRENT), None);
+    }
+}

@@ -1,0 +1,351 @@
+//! systemd's units, as far as a switch may have harmed them: which ran before and do not now.
+//!
+//! What counts is what a system's own configuration brings. What users start, transiently or in their own
+//! sessions, may fail for reasons of its own.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::gather::gather;
+use crate::program::Program;
+use crate::system;
+use crate::system::now;
+use crate::text;
+
+/// Where a system has its units.
+const UNITS: &str = "etc/systemd/system";
+/// Where systemd has those that it makes from a system's other configuration.
+const GENERATED: &str = "/run/systemd/generator";
+/// Of these kinds a unit comes and goes by itself.
+const FLEETING: [&str; 3] = [".device", ".scope", ".slice"];
+/// Of a user, who may do with them what he likes.
+const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
+/// What the state of a unit is told from.
+const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
+                          RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
+
+/// Before the switch: what has been restarted since then, in seconds, may well be again.
+const LATELY: u64 = 600;
+/// How systemd marks in the journal that a unit has ended, and how.
+const ENDED_WELL: &str = "7ad2d189f7e94e70a38c781354912448";
+const HAS_FAILED: &str = "d9b373ed55a64feb8242e02dbe79a49c";
+/// How long a user's systemd may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How the units were at some moment.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Units {
+    /// Those that had failed, or that systemd started again and again.
+    #[serde(rename = "failed_units")]
+    pub failed: BTreeSet<String>,
+    /// Those that had ended lately, and that systemd has started again.
+    #[serde(default)]
+    restless: BTreeSet<String>,
+    /// Those that were active.
+    #[serde(default, rename = "active_units")]
+    active: BTreeSet<String>,
+    /// Those that systemd could not make sense of.
+    #[serde(default, rename = "broken_units")]
+    broken: BTreeSet<String>,
+}
+
+/// A unit as `systemctl list-units` shows it.
+#[derive(Deserialize)]
+struct Listed {
+    #[serde(rename = "unit")]
+    name: String,
+    load: String,
+    active: String,
+    sub: String,
+}
+
+impl Listed {
+    /// Whether systemd waits to start it again.
+    fn is_restarting(&self) -> bool {
+        self.sub.starts_with("auto-restart")
+    }
+}
+
+impl Units {
+    /// How they are now, before a switch.
+    pub fn before() -> Result<Self> {
+        let lately = now().saturating_sub(LATELY);
+        let restless = services(&["*.service"])?.into_iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
+        Ok(Self { restless: restless.map(|(name, _)| name).collect(), ..Self::now()? })
+    }
+
+    /// How they are now.
+    pub fn now() -> Result<Self> {
+        let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
+        let list: Vec<Listed> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
+        let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
+        let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
+        let mut units = Self::default();
+        for unit in list {
+            let Listed { name, load, active, .. } = &unit;
+            if is_broken(load) {
+                units.broken.insert(name.clone());
+            }
+            // it may well have done its work
+            let is_failing = unit.is_restarting() && restarting.get(name).is_none_or(|service| service.result != "success");
+            if active == "failed" || is_failing {
+                units.failed.insert(name.clone());
+            } else if is_up(active) && active != "activating" {
+                units.active.insert(name.clone());
+            }
+        }
+        Ok(units)
+    }
+
+    /// Those that are worse off under the system `new` than they were under `old`, with their states: they have
+    /// failed; or were active and should be, and are not; or make no sense any more.
+    pub fn worse_under(&self, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+        let now = Self::now()?;
+        let mut worse = BTreeMap::new();
+        for name in now.failed.difference(&self.failed).filter(|name| brings(old, name) || brings(new, name)) {
+            worse.insert(name.clone(), "failed".to_owned());
+        }
+        let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
+        let suspects: Vec<&str> = down.map(String::as_str).filter(|name| !worse.contains_key(*name) && brings(new, name)).collect();
+        if suspects.is_empty() {
+            return Ok(worse);
+        }
+        let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
+        let shown = String::from_utf8_lossy(&shown);
+        for (name, properties) in suspects.iter().zip(shown.split("\n\n")) {
+            let unit = Properties::parse(properties);
+            if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
+                let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
+                worse.insert((*name).to_owned(), state.to_owned());
+            }
+        }
+        Ok(worse)
+    }
+}
+
+/// How often systemd has started services again, because they had ended.
+pub struct Restarts {
+    counts: BTreeMap<String, u64>,
+    since: u64,
+}
+
+impl Restarts {
+    /// Up to now.
+    pub fn now() -> Result<Self> {
+        let since = now();
+        Ok(Self { counts: gather(services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts))), since })
+    }
+
+    /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
+    pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+        let mut died = BTreeMap::new();
+        for (name, Service { restarts, .. }) in services(&["*.service"])? {
+            let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
+            if restarts > self.counts.get(&name).copied().unwrap_or(0)
+                && !is_restless
+                && (brings(old, &name) || brings(new, &name))
+                && !self.has_ended_well(&name)
+            {
+                died.insert(name, "died and was restarted".to_owned());
+            }
+        }
+        Ok(died)
+    }
+
+    /// Whether a service has ended since then as one that is to be started again whenever it has done its work: what
+    /// systemd knows of that is only in its journal.
+    fn has_ended_well(&self, name: &str) -> bool {
+        let journalctl = || Program::as_root("journalctl").arg("--quiet");
+        let since = format!("--since=@{}", self.since);
+        let ends = [ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}"));
+        let ask = journalctl().args(["--output=json", "--output-fields=MESSAGE_ID", &since, "_PID=1", &format!("UNIT={name}")]).args(ends);
+        let synced = journalctl().arg("--sync").output(|| "have the journal written".into(), None);
+        let said = synced.and_then(|_| ask.output(|| "read the journal".into(), None)).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
+    }
+}
+
+/// What systemd knows of a service.
+struct Service {
+    /// How often it has started it again by itself.
+    restarts: u64,
+    /// When it was started last, in seconds since 1970.
+    started: u64,
+    /// How it has ended, if it is down.
+    result: String,
+}
+
+/// Those that are loaded of these names, or patterns. systemd takes its time for many.
+fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
+    let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
+    let shown = system::systemctl(&[&ask, names].concat())?;
+    let shown = String::from_utf8_lossy(&shown);
+    let service = |text| {
+        let unit = Properties::parse(text);
+        let started = unit.of("ExecMainStartTimestamp").trim_start_matches('@').parse().unwrap_or(0);
+        (unit.of("Id").to_owned(), Service { restarts: unit.time("NRestarts"), started, result: unit.of("Result").to_owned() })
+    };
+    Ok(gather(shown.split("\n\n").map(service)))
+}
+
+/// Says of which users units have failed, and which, as far as their own systemd tells.
+pub fn of_users_failed(users: &BTreeSet<String>) -> String {
+    let shown: Vec<_> =
+        users.iter().map(|user| format!("{user} ({})", failed_of(user).unwrap_or_else(|error| error.to_string()))).collect();
+    format!("units of users have failed: {}", shown.join(", "))
+}
+
+/// A user's units that have failed. He answers himself, as what he is.
+fn failed_of(user: &str) -> Result<String> {
+    const ASK: &str = "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemctl --user list-units --failed --plain --no-legend --full --no-pager";
+    let ended = Program::as_user(user, "sh")?.args(["-c", ASK]).run(PATIENCE, || format!("ask the systemd of {user}"))?;
+    if !ended.status.success() {
+        return Err(Error::new("their systemd does not answer"));
+    }
+    let names: Vec<_> = ended.tail.iter().filter_map(|line| line.split_whitespace().next()).collect();
+    Ok(if names.is_empty() { "none of them now".into() } else { text::line(&names.join(", ")) })
+}
+
+/// What `systemctl show` says of one unit.
+struct Properties<'a>(HashMap<&'a str, &'a str>);
+
+impl<'a> Properties<'a> {
+    fn parse(text: &'a str) -> Self {
+        Self(text.lines().filter_map(|line| line.split_once('=')).collect())
+    }
+
+    fn of(&self, key: &str) -> &str {
+        self.0.get(key).copied().unwrap_or_default()
+    }
+
+    fn names(&self, key: &str) -> impl Iterator<Item = &str> {
+        self.of(key).split_whitespace()
+    }
+
+    /// Whether it should be up and is not. `active` are the units that are.
+    fn is_down(&self, active: &BTreeSet<String>, was_active: bool, changed: bool) -> bool {
+        let is_active = |name: &str| active.contains(name);
+        let wanted = ["WantedBy", "RequiredBy", "UpheldBy"].iter().any(|key| self.names(key).any(is_active));
+        if is_broken(self.of("LoadState")) {
+            // what nothing wants may be left of a unit that was taken away but for some setting
+            return wanted;
+        }
+        if !was_active || is_up(self.of("ActiveState")) || self.of("LoadState") == "masked" || !(wanted || changed) {
+            return false;
+        }
+        // its configuration says not to start it now
+        let skipped = self.of("ConditionResult") == "no" && self.time("ConditionTimestampMonotonic") > 0;
+        // it is started when somebody connects
+        let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
+        let fine = self.of("Result") == "success";
+        !(fine && (skipped || waits || self.has_ended_by_itself()))
+    }
+
+    /// A process that ends makes its unit inactive; one that is ended for that ends after it.
+    fn has_ended_by_itself(&self) -> bool {
+        let ended = self.time("ExecMainExitTimestampMonotonic");
+        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.time("ActiveExitTimestampMonotonic")
+    }
+
+    fn time(&self, key: &str) -> u64 {
+        self.of(key).parse().unwrap_or(0)
+    }
+}
+
+fn is_broken(load: &str) -> bool {
+    ["bad-setting", "error"].contains(&load)
+}
+
+fn is_up(active: &str) -> bool {
+    ["active", "activating", "reloading", "refreshing"].contains(&active)
+}
+
+/// Whether a unit is one of a system's own.
+fn brings(system: &Path, name: &str) -> bool {
+    if FLEETING.iter().any(|kind| name.ends_with(kind)) || OF_USERS.iter().any(|prefix| name.starts_with(prefix)) {
+        return false;
+    }
+    files(name).iter().any(|file| fs::symlink_metadata(system.join(UNITS).join(file)).is_ok())
+        || fs::symlink_metadata(Path::new(GENERATED).join(name)).is_ok()
+}
+
+/// The files that can be a unit's: its own, and that of what it is an instance of.
+fn files(name: &str) -> Vec<String> {
+    let template = name.split_once('@').zip(name.rsplit_once('.')).map(|((stem, _), (_, kind))| format!("{stem}@.{kind}"));
+    std::iter::once(name.to_owned()).chain(template).collect()
+}
+
+/// Whether a unit's files are others in the new system.
+fn is_changed(old: &Path, new: &Path, name: &str) -> bool {
+    let text = |system: &Path| {
+        let mut texts = Vec::new();
+        for file in files(name) {
+            let path = system.join(UNITS).join(&file);
+            let more = fs::read_dir(path.with_file_name(file + ".d")).into_iter().flatten().flatten();
+            let more: BTreeSet<_> = gather(more.map(|entry| entry.path()));
+            texts.extend(std::iter::once(path).chain(more).filter_map(|path| fs::read(path).ok()));
+        }
+        texts
+    };
+    text(old) != text(new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_down(text: &str, changed: bool) -> bool {
+        let active = ["multi-user.target", "app.socket", "app.timer"].map(String::from).into();
+        Properties::parse(text).is_down(&active, true, changed)
+    }
+
+    #[test]
+    fn what_was_active_and_should_be_and_is_not_is_down() {
+        const STOPPED: &str = "LoadState=loaded\nActiveState=inactive\nResult=success\nRemainAfterExit=no\nConditionResult=yes\nConditionTimestampMonotonic=50\n\
+                               ExecMainExitTimestampMonotonic=200\nActiveExitTimestampMonotonic=100\n";
+        let with = |more: &str| format!("{STOPPED}{more}");
+        let wanted = with("WantedBy=multi-user.target\n");
+        assert!(is_down(&wanted, false) && is_down(STOPPED, true));
+        assert!(is_down(&wanted.replace("=inactive", "=failed"), false));
+        assert!(is_down(&with("RequiredBy=x.service multi-user.target\nTriggeredBy=app.timer\n"), false));
+        assert!(is_down(&wanted.replace("=loaded", "=bad-setting"), false));
+        assert!(!is_down(&STOPPED.replace("=loaded", "=bad-setting"), true));
+        // up again, not wanted, not to be started now, waiting for connections, or done
+        assert!(!is_down(&wanted.replace("=inactive", "=activating"), false));
+        assert!(!is_down(STOPPED, false) && !is_down(&with("WantedBy=other.target\n"), false));
+        assert!(!is_down(&wanted.replace("=loaded", "=masked"), false));
+        assert!(!is_down(&wanted.replace("ConditionResult=yes", "ConditionResult=no"), false));
+        assert!(!is_down(&with("TriggeredBy=app.socket\nWantedBy=multi-user.target\n"), true));
+        let done = wanted.replace("=200", "=100");
+        assert!(!is_down(&done, true));
+        assert!(is_down(&done.replace("Result=success", "Result=exit-code"), true));
+        assert!(is_down(&done.replace("RemainAfterExit=no", "RemainAfterExit=yes"), true));
+        assert!(is_down(&wanted.replace("=200", "=0"), true));
+    }
+
+    #[test]
+    fn a_units_files_are_its_own_and_its_templates() {
+        let directory = crate::testing::Directory::new();
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+        for system in [&old, &new] {
+            fs::create_dir_all(system.join(UNITS).join("app.service.d")).unwrap();
+            for file in ["app.service", "app.service.d/more.conf", "many@.service", "user@.service"] {
+                fs::write(system.join(UNITS).join(file), "").unwrap();
+            }
+        }
+        assert!(brings(&old, "app.service") && brings(&old, "many@one.service"));
+        for foreign in ["mine.service", "user@1000.service", "session-1.scope", "many@one.timer"] {
+            assert!(!brings(&old, foreign), "{foreign}");
+        }
+        assert!(!is_changed(&old, &new, "app.service") && !is_changed(&old, &new, "many@one.service"));
+        fs::write(new.join(UNITS).join("app.service.d/more.conf"), "[Service]\n").unwrap();
+        fs::write(new.join(UNITS).join("many@.service"), "[Service]\n").unwrap();
+        assert!(is_changed(&old, &new, "app.service") && is_changed(&old, &new, "many@one.service"));
+    }
+}

@@ -1,0 +1,154 @@
+//! HTTP in, request out: `POST` with a token on the one path asks for a run of that token's
+//! instance, `GET` tells how that instance is.
+//!
+//! Nothing of the request is looked at but method, path and token, so a request is a doorbell.
+//! It is answered with 202 once it is on disk, and with 503 if it could not be written. The gate
+//! stands in front.
+
+mod answer;
+mod gate;
+mod token;
+
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::sys::prctl::set_dumpable;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::SignalFd;
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+use sd_notify::NotifyState;
+
+use self::gate::{Listener, Request};
+use crate::config::Webhook;
+use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
+use crate::run::queue;
+use crate::run::status;
+use crate::webhook::answer::Answer;
+use crate::webhook::token::Tokens;
+
+/// How often the watchdog is told that all is well, where systemd does not say.
+const PULSE: Duration = Duration::from_secs(10);
+
+/// Listens until it is asked to end.
+pub fn webhook(webhook: &Webhook) -> Result<()> {
+    // no other process of this user, and no core dump, shall see the tokens
+    set_dumpable(false).context(|| "make this process unreadable".into())?;
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block().context(|| "block signals".into())?;
+    let end = SignalFd::new(&signals).context(|| "wait for signals".into())?;
+
+    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects);
+    let listener = inherited_listener()?;
+    let pulse = sd_notify::watchdog_enabled().map_or(PULSE, |period| period / 3);
+    let mut state = format!("Listening for {} projects on {}.", webhook.projects.len(), webhook.path);
+    log::info!("{state}");
+    for error in tokens.unfit() {
+        log::error!("{error}; its clients are answered 503.");
+        state = format!("{state} {error}.");
+    }
+    notify(&[NotifyState::Ready, NotifyState::Status(&state)]);
+
+    let mut beaten = Instant::now();
+    let mut last_number = 0;
+    let answer = |request: &Request| answer(request, &webhook.path, &tokens, &mut last_number);
+    gate::serve(&listener, &end, pulse, answer, || {
+        if beaten.elapsed() >= pulse / 2 {
+            beaten = Instant::now();
+            notify(&[NotifyState::Watchdog]);
+        }
+    })?;
+    notify(&[NotifyState::Stopping]);
+    Ok(())
+}
+
+fn directory(variable: &str) -> Result<PathBuf> {
+    let directory = std::env::var_os(variable).map(PathBuf::from);
+    directory.ok_or_else(|| Error::new(format!("Failed to find ${variable}: run this as ekiben-webhook.service")))
+}
+
+fn notify(states: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(states) {
+        log::warn!("Failed to notify systemd: {error}.");
+    }
+}
+
+/// The one socket that systemd hands over.
+fn inherited_listener() -> Result<Listener> {
+    let doing = || "take the socket over from systemd".into();
+    let mut sockets = sd_notify::listen_fds().context(doing)?;
+    let (Some(fd), None) = (sockets.next(), sockets.next()) else {
+        return Err("expected exactly one: start ekiben-webhook.socket").context(doing);
+    };
+    let family = getsockname::<SockaddrStorage>(fd).context(doing)?.family();
+    let socket = own(fd);
+    Ok(match family {
+        Some(AddressFamily::Unix) => Listener::Unix(UnixListener::from(socket)),
+        _ => Listener::Tcp(TcpListener::from(socket)),
+    })
+}
+
+#[allow(unsafe_code)]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: systemd opened it for this process alone, and this is called once
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// What the program is for.
+fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64) -> Answer {
+    if request.target.split('?').next() != Some(path) {
+        return Answer::refusal(404, "not found");
+    }
+    if !matches!(request.method.as_str(), "GET" | "POST") {
+        return Answer::refusal(405, "only GET and POST are answered").with_header("Allow", "GET, POST");
+    }
+    let token = request.authorization.as_deref().and_then(bearer).or(request.gitlab_token.as_deref());
+    let Some(instance) = token.and_then(|token| tokens.instance(token.as_bytes())) else {
+        // it may well be the one that could not be read
+        return if token.is_some() && !tokens.unfit().is_empty() {
+            Answer::refusal(503, "a project's token could not be read, perhaps this one's; see the state of ekiben-webhook.service")
+        } else {
+            Answer::refusal(401, "unauthorized").with_header("WWW-Authenticate", "Bearer")
+        };
+    };
+    let layout = Layout::new(instance);
+    let answered = if request.method == "GET" {
+        status::for_clients(&layout).map(|state| Answer::new(200, state))
+    } else {
+        queue::request(&layout, *last_number).map(|number| {
+            *last_number = number.max(*last_number);
+            log::info!("Request {number} for {instance}.");
+            Answer::new(202, format!("{{\"request\":{number}}}\n"))
+        })
+    };
+    answered.unwrap_or_else(|error| {
+        log::error!("{error}.");
+        Answer::refusal(503, if request.method == "GET" { "the state could not be read" } else { "the request could not be written" })
+    })
+}
+
+/// The token of a bearer: the scheme in any case, one space or more, the token.
+fn bearer(authorization: &str) -> Option<&str> {
+    let (scheme, token) = authorization.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim_start_matches(' '))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_bearers_have_tokens() {
+        for authorization in ["Bearer abc", "bearer abc", "BEARER   abc"] {
+            assert_eq!(bearer(authorization), Some("abc"));
+        }
+        for authorization in ["Basic abc", "Bearer", "abc", "", "Bearerabc"] {
+            assert_eq!(bearer(authorization), None);
+        }
+    }
+}
