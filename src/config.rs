@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::json;
 use crate::names::HostName;
-use crate::system::boot_loader::Kind;
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -29,7 +28,7 @@ pub struct Config {
     /// What boots this machine, where it may be able to boot a system once.
     #[allow(dead_code)]
     #[serde(default)]
-    pub boot_loader: Option<Kind>,
+    pub boot_loader: Option<LoaderKind>,
     /// What this machine deploys, by name.
     pub instances: BTreeMap<String, Instance>,
 }
@@ -200,6 +199,16 @@ pub struct Author {
     pub name: String,
     /// The part between `<` and `>`.
     pub mail: String,
+}
+
+/// A boot loader that may be able to boot a system once.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoaderKind {
+    /// By an EFI variable.
+    SystemdBoot,
+    /// By its environment block.
+    Grub,
 }
 
 impl Config {

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, FsType, statfs};
-use serde::Deserialize;
 use serde_json::Value;
 
+use crate::config::LoaderKind;
 use crate::error::{Context, Result};
 use crate::program::Program;
 
@@ -24,26 +24,18 @@ const ENVIRONMENT: &str = "/boot/grub/grubenv";
 const DEFAULTS: [&str; 2] = ["set default=\"${next_entry}\"", "set default="];
 const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
-/// A boot loader that may be able to boot a system once.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// By an EFI variable.
-    SystemdBoot,
-    /// By its environment block.
-    Grub,
-}
-
 /// A boot loader that can.
-pub struct BootLoader(Kind);
+pub struct BootLoader(LoaderKind);
 
 impl BootLoader {
     /// The boot loader of this machine; none if it cannot boot a system once, or what booted this machine cannot.
-    pub fn of(kind: Option<Kind>) -> Option<Self> {
+    pub fn of(kind: Option<LoaderKind>) -> Option<Self> {
         let kind = kind?;
         let can = match kind {
-            Kind::SystemdBoot => fs::read(FEATURES).is_ok_and(|variable| variable.get(4).is_some_and(|features| features & ONE_SHOT != 0)),
-            Kind::Grub => is_writable_to_grub(Path::new(GRUB)) && fs::read_to_string(CONFIG).is_ok_and(|config| boots_once(&config)),
+            LoaderKind::SystemdBoot => {
+                fs::read(FEATURES).is_ok_and(|variable| variable.get(4).is_some_and(|features| features & ONE_SHOT != 0))
+            }
+            LoaderKind::Grub => is_writable_to_grub(Path::new(GRUB)) && fs::read_to_string(CONFIG).is_ok_and(|config| boots_once(&config)),
         };
         can.then_some(Self(kind))
     }
@@ -54,12 +46,12 @@ impl BootLoader {
         self.forget()?;
         let doing = || format!("have {} booted once", system.display());
         match self.0 {
-            Kind::SystemdBoot => {
+            LoaderKind::SystemdBoot => {
                 let list = bootctl(&["list", "--json=short"])?;
                 let list = serde_json::from_slice(&list).context(doing)?;
                 bootctl(&["set-oneshot", &entry_of_systemd(&list, system).context(doing)?]).map(drop)
             }
-            Kind::Grub => {
+            LoaderKind::Grub => {
                 let config = fs::read_to_string(CONFIG).context(|| format!("read {CONFIG}"))?;
                 let entry = entry_of_grub(&config, system).context(doing)?;
                 grub_editenv(&["set", &format!("next_entry={entry}")])
@@ -70,8 +62,8 @@ impl BootLoader {
     /// Has the next boot be an ordinary one.
     pub fn forget(&self) -> Result<()> {
         match self.0 {
-            Kind::SystemdBoot => bootctl(&["set-oneshot", ""]).map(drop),
-            Kind::Grub => grub_editenv(&["unset", "next_entry"]),
+            LoaderKind::SystemdBoot => bootctl(&["set-oneshot", ""]).map(drop),
+            LoaderKind::Grub => grub_editenv(&["unset", "next_entry"]),
         }
     }
 }

@@ -10,10 +10,16 @@
 
 #[path = "../../../src/webhook/answer.rs"]
 mod answer;
+#[path = "../../../src/config.rs"]
+mod config;
 #[path = "../../../src/error.rs"]
 mod error;
 #[path = "../../../src/webhook/gate.rs"]
 mod gate;
+#[path = "../../../src/json.rs"]
+mod json;
+#[path = "../../../src/names.rs"]
+mod names;
 #[cfg(test)]
 #[path = "../../../src/testing.rs"]
 mod testing;
