@@ -202,28 +202,27 @@ if is_host(server):
         wait_until_at_rest(server, "app")
         server.succeed("ekiben status")
 
-    README = (globals()["PROJECT"] / "README.md").read_text()
-
-    def typed(start, end="```"):
-        """What the README has one type, from `start` on."""
-        return textwrap.dedent(start + README.split(start)[1].split(end)[0])
+    def typed(start, page="README.md"):
+        """What a page has one type, from `start` to the end of the block."""
+        text = (globals()["PROJECT"] / page).read_text()
+        return textwrap.dedent(start + text.split(start)[1].split("```")[0])
 
     CI = {
         "GitHub and Forgejo": typed("    printf 'Authorization: Bearer %s' \"$TOKEN\" |"),
-        "GitLab": typed("      printf 'Authorization: Bearer %s' \"$EKIBEN_TOKEN\" |"),
-        "cron": typed("0 * * * *  ", "\n").removeprefix("0 * * * *  "),
-        "a job that waits": typed("ask() {"),
+        "GitLab": typed("      printf 'Authorization: Bearer %s' \"$EKIBEN_TOKEN\" |", "src/webhook/README.md"),
+        "cron": typed("tr -d '\\r\\n' < /etc/ekiben-header |", "src/webhook/README.md"),
+        "a job that waits": typed("ask() {", "src/webhook/README.md"),
     }
 
     def ci(name, secret_ends, url=URL, limits="--max-time 30 --retry 5"):
-        """Prepares what the README has CI do; returns the command that does it."""
+        """Prepares what the pages have CI do; returns the command that does it."""
         script = CI[name].replace("https://deploy.example.org/ekiben", url).replace("--max-time 30 --retry 5", limits).replace("sleep 5", "sleep 1")
         secret = f"token-app-0123456789{secret_ends}"
         variables = f"export URL={url} TOKEN=$'{secret}' EKIBEN_TOKEN=$'{secret}'"
         client.succeed(f"printf 'Authorization: Bearer {secret}' > /etc/ekiben-header; echo {shlex.quote(variables)} > /tmp/variables; printf %s {shlex.quote(script)} > /tmp/script")
         return "(. /tmp/variables; sh -e /tmp/script)"
 
-    with subtest("the README's lines for CI work with a secret that ends in a line break"):
+    with subtest("the pages' lines for CI work with a secret that ends in a line break"):
         for name in CI:
             for secret_ends in ("", "\\n", "\\r\\n"):
                 said = client.succeed(ci(name, secret_ends)).strip()
@@ -236,7 +235,7 @@ if is_host(server):
             ends(ci("a job that waits", "\\n"))
             assert trouble != "none" or shows(server, "app") == content
 
-    with subtest("the README's lines for CI do not wait for ever, and show the token to nobody"):
+    with subtest("the pages' lines for CI do not wait for ever, and show the token to nobody"):
         # accepts connections, and says nothing
         client.succeed("systemd-run -q python3 -c 'import socket, time; s = socket.create_server((\"\", 8788)); time.sleep(3600)'")
         client.wait_for_open_port(8788)
@@ -333,7 +332,7 @@ if is_host(server):
         )
         server.wait_for_open_port(8787)
         server.fail("systemctl start ekiben-webhook.socket")
-        server.succeed("journalctl --sync; journalctl -u ekiben-webhook.socket -n 5 -o cat | grep -F 'Address already in use'")
+        server.succeed("journalctl --sync; journalctl -u ekiben-webhook.socket -o cat | grep -F 'Address already in use'")
         server.wait_until_succeeds("systemctl is-failed ekiben-webhook.socket")
         server.succeed("systemctl stop scenario-busy")
         server.wait_until_succeeds("systemctl is-active ekiben-webhook.socket")

@@ -1,5 +1,5 @@
 # Measures Ekiben's webhook and two peers, one after the other at the same address of the same host, and
-# prints the tables of the README. ci/bench runs it on the hosts of the scenario `attacks`.
+# prints the tables of ci/README.md. ci/bench runs it on the hosts of the scenario `attacks`.
 #
 # The peers check the same token and ask for the same run by the same file. They sync nothing and are in no
 # sandbox. The attacks, and the client that has to be served meanwhile, are those of the scenario.

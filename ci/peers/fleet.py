@@ -1,5 +1,5 @@
 # Measures a fleet of Ekiben's, and Bento beside it, on the hosts of the scenario `fleet`, and prints the tables
-# of the README: `ci/bench fleet`, with one of them named, prints that one.
+# of ci/README.md: `ci/bench fleet`, with one of them named, prints that one.
 #
 #   polls     what one poll costs the host and its hub: `db` is a host of Ekiben's, `plain` one of Bento's
 #   hub       what a hub of 1, 100 and 1,000 hosts costs
