@@ -17,6 +17,7 @@
         {
           lib,
           rustPlatform,
+          installShellFiles,
           buildFeatures ? [ ],
         }:
         rustPlatform.buildRustPackage {
@@ -30,10 +31,15 @@
               ./Cargo.lock
               ./.clippy.toml
               ./.rustfmt.toml
-              ./src
+              # not what is beside it, which makes no other program
+              (lib.fileset.difference ./src (
+                lib.fileset.fileFilter (file: file.hasExt "md" || file.hasExt "nix") ./src
+              ))
             ];
           };
           cargoLock.lockFile = ./Cargo.lock;
+          nativeBuildInputs = [ installShellFiles ];
+          postInstall = "installManPage src/ekiben.1";
           meta = {
             description = "Keeps a NixOS machine up to date from the inside";
             license = lib.licenses.mit;
