@@ -106,7 +106,7 @@ with subtest("what takes a reboot is rebooted into, when it is time for that"):
 if is_host(web):
     with subtest("whoever boots an older system by hand is not rebooted again"):
         old = web.succeed("readlink -f $(ls -d /nix/var/nix/profiles/system-*-link | sort -V | tail -n 2 | head -n 1)").strip()
-        web.succeed(f"ln -sfn {old} /boot/system; sync")
+        web.succeed(f"{old}/bin/switch-to-configuration boot")
         web.crash()
         web.start()
         assert running(web) == old

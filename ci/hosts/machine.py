@@ -21,6 +21,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import loader
+
 HERE = Path(__file__).resolve().parent
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RETRY_SECONDS = 0.1
@@ -61,13 +63,25 @@ class Machine:
         self.process = None
         self.image = None
         self.kind = None
+        # the systems that the loader has booted, one after the other
+        self.boots = []
+        # those that do not come up, and how often the loader boots such a one by itself, if it counts
+        self.broken = set()
+        self.tries = None
 
     # life
 
-    def start(self, allow_reboot=False):
-        """Boots the host, if it is not running; returns when systemd answers."""
+    def start(self, allow_reboot=False, choose=None):
+        """Boots the host, if it is not running: the system that the boot loader chooses, or `choose`, as by hand in the
+        menu. Where that one does not come up, the power is cycled. Returns when systemd answers."""
         if self.init:
             return
+        system = self._load(choose)
+        while system in self.broken:
+            self.log(f"does not come up with {system}")
+            if len(self.boots) > 100:
+                raise Failure(f"{self.name} boots {system} for ever")
+            system = self._load()
         self.log("boots")
         began = time.monotonic()
         self.cgroup.mkdir(parents=True, exist_ok=True)
@@ -79,7 +93,7 @@ class Machine:
 
         self.process = subprocess.Popen(
             ["unshare", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--pid", "--fork", "--kill-child=KILL",
-             HERE / "boot", self.root, self.disk, self.name, os.ttyname(console_end)],
+             HERE / "boot", self.root, self.disk, self.name, os.ttyname(console_end), system or ""],
             stdin=subprocess.PIPE, stdout=console_end, stderr=console_end, text=True, preexec_fn=enter_cgroup)
         os.close(console_end)
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -91,6 +105,12 @@ class Machine:
         retry("systemd to answer", lambda: self._run(
             "systemctl is-system-running --wait", stderr=subprocess.DEVNULL).stdout.strip() in ("running", "degraded"), 60)
         self.log(f"is up after {time.monotonic() - began:.1f} s")
+
+    def _load(self, choose=None):
+        bad = [system for system in self.broken if self.tries and self.boots.count(system) >= self.tries]
+        system = loader.next_boot(self.disk / "upper/boot/grub", choose, bad)
+        self.boots.append(system)
+        return system
 
     def shutdown(self):
         """Powers the host off, orderly."""
