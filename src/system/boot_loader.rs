@@ -22,6 +22,9 @@ const CONFIG: &str = "/boot/grub/grub.cfg";
 const ENVIRONMENT: &str = "/boot/grub/grubenv";
 /// The only defaults in a configuration that boots an entry once: that one, and NixOS' own.
 const DEFAULTS: [&str; 2] = ["set default=\"${next_entry}\"", "set default="];
+/// Why a system cannot be booted once.
+const NO_ENTRY: &str = "the boot loader has no entry for it";
+const DEFAULT: &str = "the boot loader boots it by default";
 const ZFS_SUPER_MAGIC: FsType = FsType(0x2fc1_2fc1);
 
 /// A boot loader that can.
@@ -78,15 +81,14 @@ fn grub_editenv(arguments: &[&str]) -> Result<()> {
     program.output(|| format!("change {ENVIRONMENT}"), None).map(drop)
 }
 
-/// The entry, in the list of `bootctl`, that boots a system.
+/// The entry, in the list of `bootctl`, that boots a system; by default, another one must be booted.
 fn entry_of_systemd(list: &Value, system: &Path) -> Result<String, &'static str> {
     let entries = list.as_array().map(Vec::as_slice).unwrap_or_default();
-    let entry = entries.iter().find(|entry| entry["options"].as_str().is_some_and(|options| boots(options, system)));
-    match entry.map(|entry| (entry["isDefault"].as_bool(), entry["id"].as_str())) {
-        Some((Some(true), _)) => Err("it is what is booted by default"),
-        Some((_, Some(id))) => Ok(id.into()),
-        _ => Err("the boot loader has no entry for it"),
-    }
+    let (its, others): (Vec<_>, Vec<_>) =
+        entries.iter().partition(|entry| entry["options"].as_str().is_some_and(|options| boots(options, system)));
+    let id = its.first().and_then(|entry| entry["id"].as_str()).ok_or(NO_ENTRY)?;
+    // one may be left out since there are too many
+    if others.iter().any(|entry| entry["isDefault"] == true) { Ok(id.into()) } else { Err(DEFAULT) }
 }
 
 /// The entry of a `grub.cfg` that boots a system: the titles of the submenus that lead to it, and its own.
@@ -94,19 +96,29 @@ fn entry_of_grub(config: &str, system: &Path) -> Result<String, &'static str> {
     if !boots_once(config) {
         return Err("grub.cfg boots no entry once");
     }
-    let mut open: Vec<String> = Vec::new();
+    let mut path: Vec<String> = Vec::new();
+    // how many entries each open menu has had
+    let mut counts = vec![0];
     for line in config.lines().map(str::trim) {
         if line.ends_with('{') {
             let title = line.split('"').nth(1).filter(|_| line.starts_with("submenu ") || line.starts_with("menuentry "));
-            // one that separates no titles
-            open.push(title.unwrap_or_default().replace('>', ">>"));
+            path.push(match (title, counts.last_mut()) {
+                (Some(title), Some(count)) => {
+                    *count += 1;
+                    // GRUB takes the first two of > and an escaped one for the escaped one
+                    if title.starts_with('>') { (*count - 1).to_string() } else { title.replace('>', ">>") }
+                }
+                _ => String::new(),
+            });
+            counts.push(0);
         } else if line == "}" {
-            open.pop();
+            path.pop();
+            counts.truncate(path.len() + 1);
         } else if boots(line, system) {
-            return if open.len() > 1 { Ok(open.join(">")) } else { Err("it is what is booted by default") };
+            return if path.len() > 1 { Ok(path.join(">")) } else { Err(DEFAULT) };
         }
     }
-    Err("the boot loader has no entry for it")
+    Err(NO_ENTRY)
 }
 
 /// Whether a kernel's command line is that of a system.
@@ -137,15 +149,115 @@ fn is_writable_to_grub(directory: &Path) -> bool {
 mod tests {
     use super::*;
 
+    /// What NixOS' install-grub.pl writes where generation 42 is the default, as far as it matters.
+    const GRUB_CFG: &str = r#"
+    if [ "${next_entry}" ]; then
+      set default="${next_entry}"
+      set next_entry=
+      save_env next_entry
+      set boot_once=true
+    else
+      set default=0
+    fi
+
+    function savedefault {
+        if [ -z "${boot_once}"]; then
+        saved_entry="${chosen}"
+        save_env saved_entry
+        fi
+    }
+
+menuentry "NixOS" --class nixos --unrestricted {
+search --set=drive1 --fs-uuid 58990438-98d9-42f9-8520-939c70b59428
+  linux ($drive1)//kernels/b-linux-6.6-bzImage init=/nix/store/b-nixos-system/init loglevel=4
+  initrd ($drive1)//kernels/b-linux-6.6-initrd
+}
+
+submenu "NixOS - All configurations" --class submenu {
+menuentry "NixOS - Configuration 44 (2026-11-27 - 24.05.x)" --class nixos {
+  linux ($drive1)//kernels/d-linux-6.6-bzImage init=/nix/store/d-nixos-system/init loglevel=4
+}
+
+submenu "> NixOS - Configuration 43 (2026-11-27 - 24.05.x)" --class submenu {
+menuentry "NixOS - Configuration 43 - Default (2026-11-27 - 24.05.x)" --class nixos {
+  linux ($drive1)//kernels/c-linux-6.6-bzImage init=/nix/store/c-nixos-system/init loglevel=4
+}
+
+menuentry "NixOS - Configuration 43 - a > b"  {
+  linux ($drive1)//kernels/C-linux-6.6-bzImage init=/nix/store/C-nixos-system/init loglevel=4
+}
+
+}
+menuentry "NixOS - Configuration 42 (2026-11-27 - 24.05.x)" --class nixos {
+  linux ($drive1)//kernels/b-linux-6.6-bzImage init=/nix/store/b-nixos-system/init loglevel=4
+}
+
+}
+submenu "NixOS - Profile 'other'" --class submenu {
+menuentry "NixOS - Configuration 1 (2026-11-27 - 24.05.x)" --class nixos {
+  multiboot ($drive1)//kernels/xen.gz
+  module ($drive1)//kernels/o-linux-6.6-bzImage init=/nix/store/o-nixos-system/init loglevel=4
+}
+
+}
+"#;
+
+    fn in_grub(config: &str, system: &str) -> Result<String, &'static str> {
+        entry_of_grub(config, &Path::new("/nix/store").join(system))
+    }
+
     #[test]
-    fn an_entry_is_found_by_what_it_boots() {
-        let list = serde_json::json!([
-            { "id": "nixos-generation-2.conf", "options": "init=/nix/store/b/init quiet", "isDefault": false },
-            { "id": "nixos-generation-1.conf", "options": "init=/nix/store/a/init quiet", "isDefault": true },
-            { "id": "auto-reboot-to-firmware-setup" },
-        ]);
-        let entry = |system: &str| entry_of_systemd(&list, Path::new(system));
-        assert_eq!(entry("/nix/store/b").unwrap(), "nixos-generation-2.conf");
-        assert!(entry("/nix/store/a").is_err() && entry("/nix/store/c").is_err());
+    fn grub_finds_an_entry_by_the_menus_that_lead_there() {
+        let all = "NixOS - All configurations";
+        for (system, entry) in [
+            ("d-nixos-system", format!("{all}>NixOS - Configuration 44 (2026-11-27 - 24.05.x)")),
+            ("c-nixos-system", format!("{all}>1>NixOS - Configuration 43 - Default (2026-11-27 - 24.05.x)")),
+            ("C-nixos-system", format!("{all}>1>NixOS - Configuration 43 - a >> b")),
+            ("o-nixos-system", "NixOS - Profile 'other'>NixOS - Configuration 1 (2026-11-27 - 24.05.x)".into()),
+        ] {
+            assert_eq!(in_grub(GRUB_CFG, system), Ok(entry), "{system}");
+        }
+        assert_eq!(in_grub(GRUB_CFG, "b-nixos-system"), Err(DEFAULT));
+        for other in ["e-nixos-system", "nixos-system", "d-nixos-system-2"] {
+            assert_eq!(in_grub(GRUB_CFG, other), Err(NO_ENTRY), "{other}");
+        }
+    }
+
+    #[test]
+    fn grub_boots_once_only_what_nothing_overrides_and_nobody_is_asked_about() {
+        assert!(boots_once(GRUB_CFG) && boots_once(&GRUB_CFG.replace("default=0", "default=\"${saved_entry}\"")));
+        for (old, new) in [
+            ("set default=\"${next_entry}\"", ""),
+            ("\nmenuentry \"NixOS\"", "\nset default=2\nmenuentry \"NixOS\""),
+            ("\nmenuentry \"NixOS\"", "\nset superusers=\"root\"\nmenuentry \"NixOS\""),
+        ] {
+            let config = GRUB_CFG.replacen(old, new, 1);
+            assert!(config != GRUB_CFG && !boots_once(&config) && in_grub(&config, "d-nixos-system").is_err(), "{new}");
+        }
+    }
+
+    #[test]
+    fn systemd_boot_finds_an_entry_by_what_it_boots() {
+        let list = |default: &str| {
+            let entry = |id: &str, system: &str| {
+                serde_json::json!({
+                    "type": "type1", "id": id, "path": format!("/boot/loader/entries/{}", id.replace(".conf", "+2-1.conf")),
+                    "options": format!("init=/nix/store/{system}-nixos-system/init loglevel=4"), "isDefault": id == default,
+                })
+            };
+            serde_json::json!([
+                entry("nixos-generation-43.conf", "c"),
+                entry("nixos-generation-43-specialisation-big.conf", "C"),
+                entry("nixos-5f1c.conf", "b"),
+                { "type": "auto", "id": "auto-reboot-to-firmware-setup", "isDefault": false },
+            ])
+        };
+        let find = |default: &str, system: &str| entry_of_systemd(&list(default), Path::new(system));
+        assert_eq!(find("nixos-5f1c.conf", "/nix/store/c-nixos-system"), Ok("nixos-generation-43.conf".into()));
+        assert_eq!(find("nixos-generation-43.conf", "/nix/store/b-nixos-system"), Ok("nixos-5f1c.conf".into()));
+        assert_eq!(find("nixos-5f1c.conf", "/nix/store/b-nixos-system"), Err(DEFAULT));
+        assert_eq!(find("nixos-5f1c.conf", "/nix/store/a-nixos-system"), Err(NO_ENTRY));
+        // the entry that was the default is gone
+        assert_eq!(find("nixos-generation-42.conf", "/nix/store/c-nixos-system"), Err(DEFAULT));
     }
 }
