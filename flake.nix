@@ -96,8 +96,21 @@
             doCheck = false;
           });
           format = pkgs.runCommand "ekiben-format" { } ''
-            ${lib.getExe (nixfmt pkgs)} --check ${./flake.nix} ${./module.nix} ${./nixos-tests}/*.nix
-            ${lib.getExe pkgs.deadnix} --fail ${./flake.nix} ${./module.nix} ${./nixos-tests}
+            cd ${
+              lib.fileset.toSource {
+                root = ./.;
+                fileset = lib.fileset.unions (
+                  map (lib.fileset.fileFilter (file: file.hasExt "nix")) [
+                    ./flake.nix
+                    ./module.nix
+                    ./nixos-tests
+                    ./src
+                  ]
+                );
+              }
+            }
+            find . -name '*.nix' -exec ${lib.getExe (nixfmt pkgs)} --check {} +
+            ${lib.getExe pkgs.deadnix} --fail .
             touch $out
           '';
         }

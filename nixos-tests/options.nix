@@ -382,6 +382,7 @@ let
       ) changes
     );
   file = config: config.environment.etc."ekiben/config.json".source;
+  times = config: lib.findFirst (check: check.name == "ekiben-times") null config.system.checks;
   nothing = evaluate { };
   plain = variant { };
   elsewhere = variant {
@@ -608,17 +609,19 @@ in
 pkgs.runCommand "ekiben-options"
   {
     # these are built with `ekiben check`
-    configurations = map file [
-      predecessor
-      plain
-      elsewhere
-    ];
+    configurations =
+      map file [
+        predecessor
+        plain
+        elsewhere
+      ]
+      ++ [ (times plain) ];
     wrong = lib.concatStringsSep "\n" wrong;
     json = builtins.toJSON plain.services.ekiben.settings;
     passAsFile = [ "json" ];
     inherit reserved;
     # these cannot be built
-    unfit = map (change: pkgs.testers.testBuildFailure (file (variant change))) [
+    unfit = map (change: pkgs.testers.testBuildFailure (times (variant change))) [
       { instances.app.dates = "4 in the morning"; }
       { instances.app.randomizedDelaySec = "soon"; }
     ];

@@ -1,0 +1,350 @@
+# services.ekiben.fleet: this machine as a host of a fleet, which is the instance `fleet`.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    concatStringsSep
+    literalExpression
+    mkEnableOption
+    mkIf
+    mkOption
+    types
+    ;
+  inherit (import ../../module/types.nix { inherit lib; })
+    externalPath
+    flags
+    healthCheck
+    observe
+    operation
+    plainPath
+    timeOfDay
+    ;
+  inherit (import ../../module/sandbox.nix { inherit config pkgs; })
+    networkSandbox
+    offlineSandbox
+    programs
+    ;
+
+  cfg = config.services.ekiben;
+  inherit (cfg) fleet;
+  ekiben = lib.getExe cfg.package;
+
+  server = types.submodule {
+    options = {
+      host = mkOption {
+        type = types.str;
+        example = "hub.example.org";
+        description = "Name or address of the hub.";
+      };
+      port = mkOption {
+        type = types.port;
+        default = 22;
+        description = "The port of its sshd.";
+      };
+      hostKey = mkOption {
+        type = types.singleLineStr;
+        example = "ssh-ed25519 AAAAC3...";
+        description = "Its public host key. Nothing is fetched from a hub that has another one.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = "fleet-${fleet.name}";
+        defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
+        description = "Whom to log in as.";
+      };
+    };
+  };
+
+  # a fleet host is an instance whose repository is its own, and whose commits are the hub's releases
+  fleetInstance = {
+    inherit (fleet)
+      user
+      dates
+      randomizedDelaySec
+      operation
+      observe
+      flags
+      ;
+    flakePath = "/var/lib/ekiben/instances/fleet/repository";
+    flakeRef = "/var/lib/ekiben/instances/fleet/repository#${fleet.name}";
+    inherit (fleet.selfUpdate) inputs;
+    healthChecks = fleet.healthChecks // {
+      hub = {
+        command = "${ekiben} reach fleet";
+        timeout = 40;
+        retries = 2;
+        remote = true;
+      };
+    };
+  };
+
+  reboot = {
+    description = "Reboot into what Ekiben has deployed, if it takes one";
+    restartIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    path = [ config.systemd.package ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart =
+        let
+          inherit (fleet.reboot) kexec window;
+        in
+        concatStringsSep " " (
+          [ "${ekiben} reboot" ]
+          ++ lib.optional kexec "--kexec"
+          ++ lib.optional (window != null) "--between ${window.lower} ${window.upper}"
+        );
+    };
+  };
+
+  identity = "identity:${fleet.identityFile}";
+  # if that is missing, which the program then says
+  noIdentity = "identity:\\n";
+
+  # The files that the hub has for this host. As what manages secrets does: in a switch and at boot before
+  # all other units, when the users are there; also whenever the hub has something new.
+  hasFiles = fleet.fileDirectories != [ ];
+  fleetFiles = {
+    description = "Files from the fleet's hub";
+    wantedBy = [
+      "sysinit.target"
+      "sysinit-reactivation.target"
+    ];
+    before = [
+      "shutdown.target"
+      "sysinit.target"
+      "sysinit-reactivation.target"
+    ];
+    conflicts = [ "shutdown.target" ];
+    after = [
+      "local-fs.target"
+      "systemd-sysusers.service"
+      "systemd-tmpfiles-resetup.service"
+      "systemd-tmpfiles-setup.service"
+    ];
+    unitConfig = {
+      DefaultDependencies = false;
+      RequiresMountsFor = [ "/var/lib/ekiben" ] ++ fleet.fileDirectories;
+    };
+    startLimitIntervalSec = 0;
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} install fleet";
+      # root, to read what the instance's user has fetched, and to hand it over; not to do what root otherwise may
+      CapabilityBoundingSet = "CAP_CHOWN CAP_DAC_READ_SEARCH";
+      ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
+      ReadWritePaths = [
+        "/var/lib/ekiben/files"
+        "/var/lib/ekiben/outbox/fleet"
+      ]
+      ++ map (directory: "-${directory}") fleet.fileDirectories;
+      SystemCallFilter = [
+        "@system-service"
+        "~@privileged"
+        "@chown"
+      ];
+    };
+  };
+
+  # a run's report; what cannot be delivered now waits for the next poll
+  deliver = {
+    description = "Delivery of reports to the fleet's hub";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    startLimitIntervalSec = 0;
+    path = programs;
+    serviceConfig = networkSandbox // {
+      Type = "oneshot";
+      ExecStart = "${ekiben} deliver fleet";
+      LoadCredential = identity;
+      SetCredential = noIdentity;
+      TimeoutStartSec = "10min";
+      User = fleet.user;
+      StateDirectory = "ekiben/instances/fleet";
+      StateDirectoryMode = "0700";
+    };
+  };
+in
+{
+  options.services.ekiben.fleet = {
+    enable = mkEnableOption "this machine as a host of a fleet: it deploys what its hub publishes for it, as the instance `fleet`";
+    name = mkOption {
+      type = types.str;
+      default = config.networking.hostName;
+      defaultText = literalExpression "config.networking.hostName";
+      description = "This machine's name in the fleet.";
+    };
+    hub = mkOption {
+      type = types.either server (types.nonEmptyListOf server);
+      example = literalExpression ''
+        {
+          host = "hub.example.org";
+          hostKey = "ssh-ed25519 AAAAC3...";
+        }
+      '';
+      description = "The hub, or several with the same releases: the next one is asked where one does not answer.";
+    };
+    identityFile = mkOption {
+      type = externalPath;
+      default = "/var/lib/ekiben-identity/key";
+      description = "The private SSH key to log in with. It is read by systemd, so it can be root's only.";
+    };
+    signers = mkOption {
+      type = types.listOf types.singleLineStr;
+      default = [ ];
+      example = [ "ssh-ed25519 AAAAC3..." ];
+      description = ''
+        The public keys of those who may publish. If there are any, a release that none of them has
+        signed is refused: who takes the hub over can then hold back, but not deploy.
+      '';
+    };
+    sshOptions = mkOption {
+      type = types.listOf types.singleLineStr;
+      default = [ ];
+      example = [ "ProxyJump=gate@example.org" ];
+      description = "More options for {command}`sftp -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
+    };
+    user = mkOption {
+      type = types.str;
+      default = "ekiben-fleet";
+      description = "The unprivileged user that fetches, evaluates and builds. The default one is made.";
+    };
+    dates = mkOption {
+      type = types.nullOr types.str;
+      default = "*:0/15";
+      description = "When to ask the hub for something new, in the format of {manpage}`systemd.time(7)`; `null` for never.";
+    };
+    randomizedDelaySec = mkOption {
+      type = types.str;
+      default = "15min";
+      description = "Delay each time by a random time of at most this, so that not all of a fleet come at once.";
+    };
+    fileDirectories = mkOption {
+      type = types.listOf plainPath;
+      default = [ "/var/lib/secrets" ];
+      description = ''
+        The directories below which the hub may put the files that it has for this host
+        ({option}`services.ekiben.hub.hosts.<name>.files`). Where they are missing they are made, for root
+        to write in. What a file holds is the hub's to say even where releases are signed.
+      '';
+    };
+    selfUpdate = {
+      enable = mkEnableOption "updates of flake inputs also where the hub has nothing new";
+      inputs = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "nixpkgs" ];
+        description = "The flake inputs to update; all if empty.";
+      };
+    };
+    healthChecks = mkOption {
+      type = types.attrsOf healthCheck;
+      default = { };
+      description = ''
+        As {option}`services.ekiben.instances.<name>.healthChecks`. One more is always made: whether the
+        hub can be reached.
+      '';
+    };
+    inherit operation observe flags;
+    reboot = {
+      when = mkOption {
+        type = types.enum [
+          "never"
+          "needed"
+        ];
+        default = "never";
+        description = "Whether to reboot when kernel, kernel modules or initrd have changed, or the new system waits for it.";
+      };
+      window = mkOption {
+        type = types.nullOr (
+          types.submodule {
+            options = {
+              lower = timeOfDay "01:00" "The beginning.";
+              upper = timeOfDay "05:00" "The end; may be after midnight.";
+            };
+          }
+        );
+        default = null;
+        description = "The time of day in which to reboot; `null`: at any time.";
+      };
+      kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
+    };
+  };
+
+  config = mkIf fleet.enable {
+    services.ekiben = {
+      enable = lib.mkDefault true;
+      instances.fleet = fleetInstance;
+      settings.instances.fleet.hub = {
+        inherit (fleet)
+          fileDirectories
+          name
+          signers
+          sshOptions
+          ;
+        servers = lib.toList fleet.hub;
+        selfUpdate = fleet.selfUpdate.enable;
+      };
+    };
+    users = mkIf (fleet.user == "ekiben-fleet") {
+      users.ekiben-fleet = {
+        isSystemUser = true;
+        group = "ekiben-fleet";
+      };
+      groups.ekiben-fleet = { };
+    };
+    systemd = {
+      tmpfiles.rules = [
+        "d /var/lib/ekiben/outbox 0755 root root -"
+        "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${fleet.user}.group} -"
+        "d /var/lib/ekiben/files 0700 root root -"
+      ]
+      # one that is there stays as it is
+      ++ map (directory: "d ${directory} :0711 :root :root -") fleet.fileDirectories;
+      services = {
+        ekiben-deliver = deliver;
+        ekiben-fleet = mkIf cfg.enable {
+          # a plain configuration.nix is for the Nixpkgs of this machine
+          environment = mkIf (config.environment.sessionVariables ? NIX_PATH) {
+            inherit (config.environment.sessionVariables) NIX_PATH;
+          };
+          serviceConfig = {
+            LoadCredential = identity;
+            SetCredential = noIdentity;
+          };
+        };
+        ekiben-files = mkIf hasFiles fleetFiles;
+        ekiben-reboot = mkIf (fleet.reboot.when == "needed") reboot;
+      };
+      paths.ekiben-deliver = {
+        description = "Reports for the fleet's hub";
+        wantedBy = [ "paths.target" ];
+        pathConfig.PathChanged = "/var/lib/ekiben/outbox/fleet";
+      };
+      paths.ekiben-files = mkIf hasFiles {
+        description = "Files from the fleet's hub";
+        wantedBy = [ "paths.target" ];
+        # systemd has it come before its service, and that comes before all that units usually come after
+        unitConfig.DefaultDependencies = false;
+        conflicts = [ "shutdown.target" ];
+        before = [ "shutdown.target" ];
+        pathConfig.PathChanged = "/var/lib/ekiben/instances/fleet/files/index.json";
+      };
+      timers = mkIf (fleet.reboot.when == "needed") {
+        ekiben-reboot = {
+          description = "Time to look whether Ekiben needs a reboot";
+          wantedBy = [ "timers.target" ];
+          timerConfig = {
+            OnBootSec = "5min";
+            OnUnitInactiveSec = "5min";
+          };
+        };
+      };
+    };
+  };
+}

@@ -1,0 +1,404 @@
+# services.ekiben.hub: a host of the fleet is here a user that can do nothing but SFTP, in a directory that
+# holds nothing but what is its own.
+{
+  config,
+  lib,
+  pkgs,
+  utils,
+  ...
+}:
+let
+  inherit (lib)
+    concatStringsSep
+    filterAttrs
+    hasPrefix
+    literalExpression
+    mapAttrs
+    mapAttrs'
+    mapAttrsToList
+    mkEnableOption
+    mkIf
+    mkOption
+    nameValuePair
+    optionalAttrs
+    types
+    ;
+  inherit (import ../../module/types.nix { inherit lib; }) externalPath plainPath;
+  inherit (import ../../module/sandbox.nix { inherit config pkgs; }) offlineSandbox;
+
+  cfg = config.services.ekiben;
+  ekiben = lib.getExe cfg.package;
+  inherit (cfg) hub;
+  directories = "${hub.directory}/hosts";
+  # a user, and always a group
+  account = "ekiben-hub";
+  publisher = "ekiben-publisher";
+  # a name that cannot be a user's is refused below, and not by NixOS, which knows no hosts
+  isHostName = name: builtins.match "[a-z0-9_][a-z0-9_-]{0,24}" name != null;
+  hosts = filterAttrs (name: _: isHostName name) hub.hosts;
+  forHosts =
+    function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hosts;
+  keysOf = host: lib.optional (host.publicKey != null) host.publicKey ++ host.publicKeys;
+
+  hostOptions = types.submodule {
+    options = {
+      publicKey = mkOption {
+        type = types.nullOr types.singleLineStr;
+        default = null;
+        example = "ssh-ed25519 AAAAC3... root@web";
+        description = "The key that the host logs in with.";
+      };
+      publicKeys = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        description = "More such keys, for the time in which its key is changed.";
+      };
+      uid = mkOption {
+        type = types.nullOr types.ints.positive;
+        default = null;
+        example = 31000;
+        description = "The number of the host's user on the hub, and of its group; NixOS has enough of its own for some 500 hosts.";
+      };
+      files = mkOption {
+        type = types.attrsOf fileOptions;
+        default = { };
+        example = literalExpression ''
+          {
+            "/var/lib/secrets/database".source = config.age.secrets.web-database.path;
+          }
+        '';
+        description = ''
+          Files that only this host may have, by their paths on the host, which have to be below one of its
+          {option}`services.ekiben.fleet.fileDirectories`. They are in no Nix store, here or there.
+        '';
+      };
+    };
+  };
+
+  fileOptions = types.submodule {
+    options = {
+      source = mkOption {
+        type = externalPath;
+        example = "/run/secrets/web-database";
+        description = ''
+          The file on the hub. Root reads it, so it can be root's alone; the directories and links that
+          lead to it have to be. What it holds anew counts within a minute.
+        '';
+      };
+      mode = mkOption {
+        type = types.strMatching "0[0-7]{3}";
+        default = "0400";
+        description = "Its permissions on the host.";
+      };
+      owner = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its owner on the host.";
+      };
+      group = mkOption {
+        type = types.str;
+        default = "root";
+        description = "Its group on the host.";
+      };
+    };
+  };
+
+  # The kernel counts what a host leaves. Below the mount is a directory of root's: without the mount,
+  # the host can leave nothing. What is lost in a reboot the host sends again.
+  mount = name: {
+    description = "Reports of ${name} that have not been collected";
+    what = "tmpfs";
+    where = "${directories}/${name}/reports";
+    type = "tmpfs";
+    options = concatStringsSep "," [
+      "mode=2770"
+      "uid=fleet-${name}"
+      "gid=${account}"
+      "size=${hub.reports.size}"
+      "nr_inodes=${toString hub.reports.files}"
+      "nodev"
+      "noexec"
+      "nosuid"
+    ];
+    wantedBy = [ "multi-user.target" ];
+    # not a local file system as others: those come before users and directories do
+    after = [ "systemd-tmpfiles-setup.service" ];
+    before = [ "umount.target" ];
+    conflicts = [ "umount.target" ];
+    unitConfig.DefaultDependencies = false;
+  };
+
+  timer = description: interval: {
+    inherit description;
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnBootSec = interval;
+      OnUnitInactiveSec = interval;
+      AccuracySec = "1s";
+    };
+  };
+
+  collect = {
+    description = "Collection of what the hosts of Ekiben's fleet report";
+    after = map (name: "${utils.escapeSystemdPath (mount name).where}.mount") (
+      builtins.attrNames hosts
+    );
+    # a short interval must not end it
+    startLimitIntervalSec = 0;
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
+      User = hub.user;
+      Group = account;
+      ReadWritePaths = hub.directory;
+    };
+  };
+
+  serveFiles = {
+    description = "Files for the hosts of Ekiben's fleet";
+    wantedBy = [ "multi-user.target" ];
+    restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
+    # whoever starts it often, as its timer does, must not end it
+    startLimitIntervalSec = 0;
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
+      # root, to read the sources; not to write where root otherwise may
+      CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
+      ProtectHome = "read-only";
+      # ProtectProc= has systemd mount it anew, and root could write there: to units, for one
+      ReadOnlyPaths = "/run";
+      ReadWritePaths = directories;
+    };
+  };
+
+  assertions =
+    let
+      # without the comment
+      bare =
+        key:
+        builtins.unsafeDiscardStringContext (concatStringsSep " " (lib.take 2 (lib.splitString " " key)));
+      # all at once: each host's with each other's would be a million of a thousand hosts
+      ownersOf = builtins.zipAttrsWith (_: lib.id) (
+        lib.concatLists (
+          mapAttrsToList (name: host: map (key: { ${bare key} = name; }) (lib.unique (keysOf host))) hub.hosts
+        )
+      );
+      unnumbered = lib.length (lib.filter (host: host.uid == null) (builtins.attrValues hub.hosts));
+      isKey =
+        key:
+        builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
+      perHost =
+        name: host:
+        let
+          # with this one, if it has a key
+          owners = lib.genAttrs (lib.concatMap (key: ownersOf.${bare key}) (keysOf host)) (_: null);
+          wrong = lib.filter (key: !isKey key) (keysOf host);
+        in
+        [
+          {
+            assertion = isHostName name;
+            message = "`services.ekiben.hub.hosts.${name}`: this name cannot be part of a user's name. Write one of at most 25 small letters, digits, `_` and `-`.";
+          }
+          {
+            assertion = keysOf host != [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKey`: without a key, the host cannot log in. Write the line that is in its key's `.pub` file.";
+          }
+          {
+            assertion = wrong == [ ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: `${concatStringsSep "` and `" wrong}` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+          }
+          {
+            assertion = keysOf host == [ ] || builtins.attrNames owners == [ name ];
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames owners)} have the same key. Make one of its own for each.";
+          }
+        ]
+        ++ mapAttrsToList (path: _: {
+          assertion =
+            builtins.match "(/[^/]+)+" path != null
+            && lib.intersectLists [ "." ".." ] (lib.splitString "/" path) == [ ]
+            && !hasPrefix "${builtins.storeDir}/" path;
+          message = "`services.ekiben.hub.hosts.${name}.files.\"${path}\"`: a file cannot be there. Write an absolute path outside of the Nix store, without `.` and `..`.";
+        }) host.files;
+    in
+    [
+      {
+        assertion = hub.user == account || config.users.users ? ${hub.user};
+        message = "`services.ekiben.hub.user`: there is no user `${hub.user}`. Write `users.users.${hub.user}.isNormalUser = true;`, or leave the option out.";
+      }
+      {
+        assertion =
+          hub.user != "root"
+          && !lib.elem hub.user ([ publisher ] ++ builtins.attrNames (forHosts (_: _: null)));
+        message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
+      }
+      {
+        assertion = unnumbered <= 500;
+        message = "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for ${toString unnumbered} hosts. Write a `uid` of its own for each, as in `uid = 31000;`.";
+      }
+      {
+        assertion = lib.all isKey hub.publishers;
+        message = "`services.ekiben.hub.publishers`: `${
+          concatStringsSep "` and `" (lib.filter (key: !isKey key) hub.publishers)
+        }` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+      }
+    ]
+    ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
+
+in
+{
+  imports = [ ./sshd.nix ];
+
+  options.services.ekiben.hub = {
+    enable = mkEnableOption "the hub of a fleet, from which other machines fetch what they are to run";
+    hosts = mkOption {
+      type = types.attrsOf hostOptions;
+      default = { };
+      example = literalExpression ''
+        {
+          web.publicKey = "ssh-ed25519 AAAAC3... root@web";
+        }
+      '';
+      description = ''
+        The machines of the fleet. Each logs in to this machine's sshd as the user `fleet-<name>`, and
+        sees nothing but what is its own. The administrator's settings of sshd stay as they are, except
+        that `AllowUsers` and `AllowGroups` do not count for these users; a `Match` block of the
+        administrator's that applies to them, too, comes first.
+
+        A machine that is taken away leaves its directory behind, without its files.
+      '';
+    };
+    repository = mkOption {
+      type = types.nullOr externalPath;
+      default = null;
+      example = "/var/fleet";
+      description = ''
+        The repository with the configurations of all hosts, for {command}`ekiben fleet` in other
+        directories. It belongs to {option}`user`.
+      '';
+    };
+    directory = mkOption {
+      type = plainPath;
+      default = "/var/lib/ekiben-hub";
+      description = ''
+        What the hub serves and has received. All that leads there has to belong to root, and
+        to be writable by nobody else.
+      '';
+    };
+    user = mkOption {
+      type = types.str;
+      default = account;
+      example = "alice";
+      description = "Who may publish here, and see what hosts report: a user that is made for it, or one that is there.";
+    };
+    publishers = mkOption {
+      type = types.listOf types.singleLineStr;
+      default = [ ];
+      example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
+      description = ''
+        The keys of who may publish from other machines, and see there what hosts report: they log in as
+        `ekiben-publisher`, and can do nothing but that. In the `fleet.json` of their repository, `directory`
+        is `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if sshd has another one.
+      '';
+    };
+    reports = {
+      size = mkOption {
+        type = types.strMatching "[1-9][0-9]*[kMG]";
+        default = "8M";
+        description = ''
+          How much a host may leave before it is collected. It is kept in memory, so all hosts together
+          can take this as many times as there are hosts, for as long as nothing is collected.
+        '';
+      };
+      files = mkOption {
+        type = types.ints.between 8 1000000;
+        default = 128;
+        description = "How many files a host may leave before they are collected.";
+      };
+      interval = mkOption {
+        type = types.str;
+        default = "30s";
+        description = "How often to collect, in the format of {manpage}`systemd.time(7)`.";
+      };
+    };
+  };
+
+  config = mkIf hub.enable {
+    inherit assertions;
+    environment = {
+      etc."ekiben/hub.json".text = builtins.toJSON {
+        inherit (hub) directory;
+        hosts = mapAttrs (_: host: host.files) hub.hosts;
+      };
+      systemPackages = [ cfg.package ];
+      # not for root, who would do what another user's files say
+      extraInit = lib.optionalString (hub.repository != null) ''
+        [ "$(id -u)" = 0 ] || export EKIBEN_FLEET=${lib.escapeShellArg hub.repository}
+      '';
+    };
+    users.groups = {
+      ekiben-hosts = { };
+      ${account}.members = [ hub.user ];
+      # who may publish, from here or from elsewhere
+      ${publisher}.members = [ hub.user ];
+    }
+    // forHosts (_: host: { gid = host.uid; });
+    users.users =
+      forHosts (
+        name: host: {
+          isSystemUser = true;
+          inherit (host) uid;
+          description = "Host ${name} of Ekiben's fleet";
+          group = "fleet-${name}";
+          extraGroups = [ "ekiben-hosts" ];
+          home = "${directories}/${name}";
+          # no password, and yet not locked, which sshd without PAM takes for a refusal
+          hashedPassword = "*";
+          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
+          openssh.authorizedKeys.keys = map (key: "restrict ${key}") (keysOf host);
+        }
+      )
+      // optionalAttrs (hub.user == account) {
+        ${account} = {
+          isSystemUser = true;
+          description = "Publisher of Ekiben's fleet";
+          group = account;
+          home = "${hub.directory}/home";
+        };
+      }
+      // optionalAttrs (hub.publishers != [ ]) {
+        ${publisher} = {
+          isSystemUser = true;
+          description = "Publishers of Ekiben's fleet, from elsewhere";
+          group = publisher;
+          home = hub.directory;
+          hashedPassword = "*";
+          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
+          openssh.authorizedKeys.keys = map (key: "restrict ${key}") hub.publishers;
+        };
+      };
+    systemd = {
+      mounts = map mount (builtins.attrNames hosts);
+      services = {
+        ekiben-hub-collect = collect;
+        ekiben-hub-files = serveFiles;
+      };
+      timers = {
+        ekiben-hub-collect = timer "Timer of the collection of reports" hub.reports.interval;
+        # a file can be replaced in so many ways that whoever watches it misses one
+        ekiben-hub-files = timer "Timer of the files for hosts" "1min";
+      };
+      # sshd wants all that leads to a host's directory to be root's, and nobody else's to change
+      tmpfiles.rules = [
+        "d ${hub.directory} 0755 root root -"
+        "d ${hub.directory}/received 0750 ${hub.user} ${publisher} -"
+        "d ${directories} 0750 root ${publisher} -"
+      ]
+      ++ lib.optional (hub.user == account) "d ${hub.directory}/home 0700 ${account} ${account} -"
+      ++ lib.concatMap (name: [
+        "d ${directories}/${name} 0755 root root -"
+        "d ${directories}/${name}/release 0775 ${hub.user} ${publisher} -"
+        # what root makes there gets the host's group
+        "d ${directories}/${name}/files 2750 root fleet-${name} -"
+      ]) (builtins.attrNames hosts);
+    };
+  };
+}

@@ -1,0 +1,95 @@
+# Types and options that several parts of the module share.
+{ lib }:
+let
+  inherit (lib) hasPrefix mkOption types;
+in
+rec {
+  # not types.path: a Nix path would be copied to the store, where everybody can read it
+  externalPath =
+    types.addCheck types.str (path: hasPrefix "/" path && !hasPrefix builtins.storeDir path)
+    // {
+      description = "absolute path outside the Nix store, as a string";
+    };
+  plainPath =
+    types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
+    // {
+      description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
+    };
+
+  # as in src/config.rs, which checks it again
+  isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
+
+  seconds =
+    default: description:
+    mkOption {
+      type = types.ints.positive;
+      inherit default description;
+    };
+
+  timeOfDay =
+    default: description:
+    mkOption {
+      type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
+      inherit default description;
+    };
+
+  operation = mkOption {
+    type = types.enum [
+      "switch"
+      "boot"
+    ];
+    default = "switch";
+    description = "Whether a new system runs at once, or after the next boot.";
+  };
+  observe = mkOption {
+    type = types.ints.unsigned;
+    default = 30;
+    example = 300;
+    description = ''
+      For how many seconds a new system is observed after the switch: only if until then no unit has died and all
+      health checks have gone on passing, it is made what is booted, and has been deployed. 0: not at all.
+    '';
+  };
+  flags = mkOption {
+    type = types.listOf types.str;
+    default = [ ];
+    example = [
+      "--option"
+      "extra-substituters"
+      "https://cache.example.org"
+    ];
+    description = "More arguments for {command}`nix build`.";
+  };
+
+  healthCheck = types.submodule {
+    options = {
+      command = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "curl -fsS http://localhost/";
+        description = "A shell command that has to succeed. It is run as root, with the programs of the running system.";
+      };
+      units = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "postgresql.service" ];
+        description = "Units that have to be active.";
+      };
+      timeout = seconds 30 "How long one attempt may take, in seconds.";
+      retries = mkOption {
+        type = types.ints.unsigned;
+        default = 5;
+        description = "How many more attempts a check has, a second apart.";
+      };
+      remote = mkOption {
+        type = types.bool;
+        default = false;
+        description = ''
+          Whether it asks another machine, which may fail by itself. Such a check has as long as all its
+          attempts may take, and is made once more with the old system put back: if it fails there, too, the
+          new one is not to blame, and is deployed after all.
+        '';
+      };
+    };
+  };
+}

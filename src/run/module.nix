@@ -1,0 +1,529 @@
+# services.ekiben.instances: what this machine deploys, and the units that do it.
+#
+# The units are the state machine and the sandbox. What each directive is for is said where it
+# is missing or surprising; src/ says what the stages do.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    concatStringsSep
+    filterAttrs
+    hasPrefix
+    literalExpression
+    mapAttrs
+    mapAttrs'
+    mapAttrsToList
+    mkOption
+    nameValuePair
+    types
+    ;
+  inherit (import ../module/types.nix { inherit lib; })
+    externalPath
+    flags
+    healthCheck
+    isName
+    observe
+    operation
+    seconds
+    ;
+  inherit (import ../module/sandbox.nix { inherit config pkgs; })
+    growingPauses
+    insistent
+    networkSandbox
+    programs
+    ;
+
+  cfg = config.services.ekiben;
+  inherit (cfg) instances;
+  ekiben = lib.getExe cfg.package;
+  hostName = config.networking.hostName;
+  projects = lib.optionals cfg.webhook.enable (builtins.attrValues cfg.webhook.projects);
+  reserved = lib.splitString "\n" (lib.fileContents ../reserved-names);
+
+  # without needless slashes
+  tidy =
+    path:
+    "/"
+    + concatStringsSep "/" (lib.filter (part: part != "" && part != ".") (lib.splitString "/" path));
+
+  instance = types.submodule (
+    { config, ... }:
+    {
+      options = {
+        flakePath = mkOption {
+          type = externalPath;
+          apply = tidy;
+          example = "/var/nixos-config";
+          description = "The git repository that holds this machine's flake. It belongs to {option}`user`.";
+        };
+        flakeRef = mkOption {
+          type = types.str;
+          apply =
+            reference:
+            let
+              parts = builtins.match "(git\\+file://|path:)?(/[^?#]*)(.*)" reference;
+              part = builtins.elemAt parts;
+            in
+            if parts == null then reference else "${toString (part 0)}${tidy (part 1)}${part 2}";
+          default = "${config.flakePath}#${hostName}";
+          defaultText = literalExpression ''"''${flakePath}#''${config.networking.hostName}"'';
+          example = "/var/nixos-config?dir=hosts#web";
+          description = ''
+            The flake in {option}`flakePath` and its NixOS configuration to deploy, as for
+            {command}`nixos-rebuild --flake`. Without `#name`, the host name is taken.
+          '';
+        };
+        user = mkOption {
+          type = types.str;
+          example = "deploy";
+          description = ''
+            The unprivileged user whose repository this is. Fetching, evaluating and building are
+            done as this user, with the SSH keys, {file}`.netrc` and git configuration of its home.
+          '';
+        };
+        inputs = mkOption {
+          type = types.listOf types.str;
+          default = [ ];
+          example = [ "my-project" ];
+          description = "The flake inputs to update; no other may change. All inputs if empty.";
+        };
+        dates = mkOption {
+          type = types.nullOr types.str;
+          default = "04:40";
+          example = "daily";
+          description = ''
+            When to look for something new without being asked, in the format of
+            {manpage}`systemd.time(7)`; `null` for never.
+          '';
+        };
+        persistent = mkOption {
+          type = types.bool;
+          default = true;
+          description = "Whether to make up for a run that was due while the machine was off.";
+        };
+        randomizedDelaySec = mkOption {
+          type = types.str;
+          default = "0";
+          example = "45min";
+          description = "Delay each run of the timer by a random time of at most this.";
+        };
+        fixedRandomDelay = mkOption {
+          type = types.bool;
+          default = false;
+          description = "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
+        };
+        inherit operation flags;
+        pull = mkOption {
+          type = types.bool;
+          default = false;
+          description = ''
+            Whether to start from the upstream of the branch that is checked out, if that is ahead.
+            A branch and an upstream that both have commits of their own are an error.
+          '';
+        };
+        push = mkOption {
+          type = types.bool;
+          default = false;
+          description = "Whether to push to the upstream what has been deployed. Nothing is ever forced.";
+        };
+        author = mkOption {
+          type = types.strMatching "[^<>\n]+ <[^<>\n]+>";
+          default = "ekiben <ekiben@${hostName}>";
+          defaultText = literalExpression ''"ekiben <ekiben@''${config.networking.hostName}>"'';
+          description = "Author and committer of the commits that update {file}`flake.lock`.";
+        };
+        healthChecks = mkOption {
+          type = types.attrsOf healthCheck;
+          default = { };
+          example = literalExpression ''
+            {
+              site.command = "curl -fsS http://localhost/";
+              database.units = [ "postgresql.service" ];
+            }
+          '';
+          description = ''
+            What tells whether a new system does its work. A check counts only if it passed before the
+            switch; if it does not pass any more after it, the old system is put back.
+          '';
+        };
+        onUnitFailure = mkOption {
+          type = types.enum [
+            "rollback"
+            "keep"
+          ];
+          default = "rollback";
+          description = ''
+            What to do if a unit fails in the switch that had not failed before: put the old system back,
+            or keep the new one and report a warning.
+          '';
+        };
+        rollback = mkOption {
+          type = types.bool;
+          default = true;
+          description = ''
+            Whether to put the old system back when the new one is not well. If not, what has been
+            done so far stays: the new system runs, but the old one may be booted.
+          '';
+        };
+        inherit observe;
+        networkRetries = mkOption {
+          type = types.ints.unsigned;
+          default = 5;
+          description = "How often to try again to fetch when the network fails, after 1 s, 2 s, 4 s and so on.";
+        };
+        timeouts = mkOption {
+          type = types.submodule {
+            options = {
+              prepare = seconds 1800 "For fetching all inputs.";
+              build = seconds 14400 "For evaluating and building.";
+              activate = seconds 1800 "For one activation: of the new system, and of the old one if it is put back.";
+            };
+          };
+          default = { };
+          description = "How long the stages of a run may take, in seconds.";
+        };
+        extraPackages = mkOption {
+          type = types.listOf types.package;
+          default = [ ];
+          example = literalExpression "[ pkgs.git-crypt ]";
+          description = "More programs for {option}`user`'s stages, such as the repository's git filters.";
+        };
+      };
+    }
+  );
+
+  withConfiguration = ref: if lib.hasInfix "#" ref then ref else "${ref}#${hostName}";
+
+  # what systemd would not understand, and then never start, fails here
+  checkedTimes =
+    let
+      expect =
+        name: option: kind: value:
+        lib.escapeShellArgs [
+          "expect"
+          "instances.${name}.${option}"
+          kind
+          value
+        ];
+      ofInstance =
+        name: instance:
+        lib.optionals (instance.dates != null) [
+          (expect name "dates" "calendar" instance.dates)
+          (expect name "randomizedDelaySec" "timespan" instance.randomizedDelaySec)
+        ];
+    in
+    pkgs.runCommand "ekiben-times" { } ''
+      expect() {
+          ${lib.getExe' config.systemd.package "systemd-analyze"} "$2" "$3" > /dev/null ||
+              { echo "\`services.ekiben.$1\` must be as in systemd.time(7), not \`$3\`."; exit 1; }
+      }
+      ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) (
+        concatStringsSep "\n" (lib.concatLists (mapAttrsToList ofInstance instances))
+      )}
+      touch $out
+    '';
+
+  restart = {
+    description = "Restart of %i";
+    # until it has succeeded
+    startLimitIntervalSec = 0;
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "${lib.getExe' config.systemd.package "systemctl"} restart %i";
+      Restart = "on-failure";
+      # what the other unit says is enough
+      LogLevelMax = "crit";
+    }
+    // growingPauses "1s" "10s";
+  };
+
+  path = name: _: {
+    description = "Requests for Ekiben's instance ${name}";
+    wantedBy = [ "paths.target" ];
+    unitConfig = insistent;
+    # each takes one of the few inotify instances that root has
+    pathConfig.PathExists = [
+      "/var/lib/ekiben/queue/${name}"
+      # a run that was cut off
+      "/var/lib/ekiben/runs/${name}.json"
+    ];
+  };
+
+  timer = name: instance: {
+    description = "Timer of Ekiben's instance ${name}";
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnCalendar = instance.dates;
+      Persistent = instance.persistent;
+      RandomizedDelaySec = instance.randomizedDelaySec;
+      FixedRandomDelay = instance.fixedRandomDelay;
+      AccuracySec = "1s";
+    };
+  };
+
+  # the longest that a run can take by itself: there, checked and observed, back, checked, there, and the same again
+  longest =
+    instance:
+    let
+      inherit (instance) timeouts;
+      checks = mapAttrsToList (
+        _: check: (check.retries + 1) * (check.timeout + 1) * 4
+      ) instance.healthChecks;
+    in
+    3600
+    + timeouts.prepare * (instance.networkRetries + 1)
+    + timeouts.build
+    + timeouts.activate * 6
+    + instance.observe * 2
+    + lib.foldl' (a: b: a + b) 0 checks;
+
+  # a run whose switch removed its instance, and that was cut off then, has no unit any more
+  orphans = {
+    description = "End of Ekiben's runs for instances that are gone";
+    wantedBy = [ "multi-user.target" ];
+    unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
+    restartIfChanged = false;
+    path = programs;
+    serviceConfig = {
+      # a switch that starts this must not wait for it: this waits for the switch
+      Type = "exec";
+      ExecStart = "${ekiben} conclude";
+    };
+  };
+
+  # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
+  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${ekiben}";
+
+  service = name: instance: {
+    description = "Deployment by Ekiben's instance ${name}";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    # it survives the switch that it makes
+    restartIfChanged = false;
+    stopIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    # requests are never refused for being many
+    startLimitIntervalSec = 0;
+    path = programs ++ instance.extraPackages;
+    environment =
+      config.nix.envVars
+      // config.networking.proxy.envVars
+      // {
+        # the home is read-only
+        XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
+      };
+    serviceConfig =
+      networkSandbox
+      // growingPauses "500ms" "10s"
+      // {
+        Type = "oneshot";
+        ExecStart = [
+          "${asRoot} begin ${name}"
+          "${ekiben} prepare ${name}"
+          "${ekiben} build ${name}"
+          "${asRoot} activate ${name}"
+        ];
+        # whatever happened; does nothing if activate has done it
+        ExecStopPost = "${asRoot} conclude ${name}";
+        # what could not begin, by its own word (as in src/stages/begin.rs) or by systemd's, has taken no request
+        RestartForceExitStatus = "75 STATE_DIRECTORY CACHE_DIRECTORY CREDENTIALS";
+        SyslogIdentifier = "ekiben";
+        # the stages have limits of their own, which add up to less; a run may have to wait for another's
+        TimeoutStartSec = "${toString (2 * longest instance)}s";
+        # for what ignores that it is to end; conclude takes its own time
+        TimeoutStopSec = "30s";
+        NotifyAccess = "exec";
+        User = instance.user;
+        StateDirectory = "ekiben/instances/${name}";
+        StateDirectoryMode = "0700";
+        CacheDirectory = "ekiben/${name}";
+        CacheDirectoryMode = "0700";
+        ReadWritePaths = [ "-${instance.flakePath}" ];
+      };
+  };
+
+  # NixOS refuses settings that its Nix does not know
+  knowsFsync =
+    config.nix.enable
+    && lib.getName config.nix.package == "nix"
+    && lib.versionAtLeast (lib.getVersion config.nix.package) "2.25";
+
+  forInstances =
+    function: mapAttrs' (name: instance: nameValuePair "ekiben-${name}" (function name instance));
+
+  assertionsOf = name: instance: [
+    {
+      assertion = isName name && !lib.elem name reserved;
+      message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than ${concatStringsSep ", " reserved}.";
+    }
+    {
+      assertion = config.users.users ? ${instance.user};
+      message = "`services.ekiben.instances.${name}.user`: there is no user `${instance.user}`. Write `users.users.${instance.user}.isNormalUser = true;`, or the name of the user that owns ${instance.flakePath}.";
+    }
+    {
+      assertion = lib.all (check: check.command != null || check.units != [ ]) (
+        builtins.attrValues instance.healthChecks
+      );
+      message = "`services.ekiben.instances.${name}.healthChecks`: a check checks nothing. Write a `command`, or the names of `units`.";
+    }
+    {
+      assertion = instance.user != "root";
+      message = "`services.ekiben.instances.${name}.user` must not be `root`.";
+    }
+    {
+      assertion = !lib.elem ".." (lib.splitString "/" instance.flakePath);
+      message = "`services.ekiben.instances.${name}.flakePath` must not have `..` in it.";
+    }
+    {
+      assertion =
+        lib.all (directory: !hasPrefix "${directory}/" "${instance.flakePath}/") unfit
+        && !lib.elem instance.flakePath [
+          "/"
+          "/etc"
+          "/home"
+          "/root"
+          "/var"
+        ];
+      message = "`services.ekiben.instances.${name}.flakePath` must not be `${instance.flakePath}`: write a directory for the repository alone that outlives a boot, such as `/var/nixos-config`.";
+    }
+    {
+      assertion =
+        let
+          home = config.users.users.${instance.user}.home or "/var/empty";
+        in
+        instance.user == "root" || !hasPrefix "${instance.flakePath}/" "${home}/";
+      message = "`services.ekiben.instances.${name}.flakePath` must not be the home of `${instance.user}`: runs may write there. Write a directory in it.";
+    }
+    {
+      assertion = isAllowed "allowed-users" instance.user || isAllowed "trusted-users" instance.user;
+      message = "`nix.settings.allowed-users` must have `${instance.user}` in it, the user of `services.ekiben.instances.${name}`.";
+    }
+    {
+      assertion = lib.all (unit: lib.hasInfix "." unit) (
+        lib.concatMap (check: check.units) (builtins.attrValues instance.healthChecks)
+      );
+      message = "`services.ekiben.instances.${name}.healthChecks` must have units' full names, such as `postgresql.service`.";
+    }
+    {
+      assertion =
+        let
+          reference = builtins.head (builtins.match "([^#?]*).*" instance.flakeRef);
+          directory = lib.removePrefix "git+file://" (lib.removePrefix "path:" reference);
+        in
+        directory == instance.flakePath || hasPrefix "${instance.flakePath}/" directory;
+      message = "`services.ekiben.instances.${name}.flakeRef`: `${instance.flakeRef}` is not in the repository. Write a flake in `flakePath`, as in `${instance.flakePath}#${hostName}`.";
+    }
+  ];
+
+  # where a repository is gone after a boot, or is another in the sandbox
+  unfit = [
+    "/dev"
+    "/proc"
+    "/run"
+    "/sys"
+    "/tmp"
+    "/var/tmp"
+  ];
+
+  groupsOf =
+    user:
+    let
+      account = config.users.users.${user} or { };
+      with' = filterAttrs (_: group: lib.elem user group.members) config.users.groups;
+    in
+    [ (account.group or "") ] ++ (account.extraGroups or [ ]) ++ builtins.attrNames with';
+
+  # whether a setting of Nix names the user
+  isAllowed =
+    setting: user:
+    lib.any (name: lib.elem name (config.nix.settings.${setting} or [ "*" ])) (
+      [
+        "*"
+        user
+      ]
+      ++ map (group: "@${group}") (groupsOf user)
+    );
+
+  # what works, but hardly as it is meant
+  warningsOf =
+    name: instance:
+    let
+      mighty = lib.intersectLists (groupsOf instance.user) [
+        "docker"
+        "incus-admin"
+        "libvirtd"
+        "lxd"
+        "podman"
+        "wheel"
+      ];
+    in
+    lib.optional
+      (lib.any (other: other.flakePath == instance.flakePath && other.user != instance.user) (
+        builtins.attrValues instances
+      ))
+      "`services.ekiben.instances.${name}.user` should be that of all instances with the flakePath `${instance.flakePath}`: git works for its owner only."
+    ++
+      lib.optional (instance.dates == null && !lib.any (project: project.instance == name) projects)
+        "`services.ekiben.instances.${name}` has no trigger but `ekiben trigger ${name}`: set `dates`, or a project of `services.ekiben.webhook`."
+    ++
+      lib.optional (mighty != [ ])
+        "`users.users.${instance.user}` should not be in group `${builtins.head mighty}`: who is can become root, and evaluates `services.ekiben.instances.${name}`."
+    ++ lib.optional (isAllowed "trusted-users" instance.user) "`nix.settings.trusted-users` should not have `${instance.user}` in it: Nix lets those become root.";
+in
+{
+  options.services.ekiben.instances = mkOption {
+    type = types.attrsOf instance;
+    default = { };
+    description = "What this machine deploys. The name becomes part of the units' names: `ekiben-<name>`.";
+    example = literalExpression ''
+      {
+        web = {
+          flakePath = "/var/nixos-config";
+          user = "deploy";
+          inputs = [ "my-project" ];
+        };
+      }
+    '';
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = lib.concatLists (mapAttrsToList assertionsOf instances) ++ [
+      {
+        assertion = config.system.switch.enable or true;
+        message = "`system.switch.enable` must be `true`: Ekiben switches this system.";
+      }
+    ];
+    warnings =
+      lib.concatLists (mapAttrsToList warningsOf instances)
+      ++ lib.optional (instances == { }) "`services.ekiben.instances` is empty: nothing is ever deployed."
+      ++ lib.optional config.system.autoUpgrade.enable "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`: each undoes what the other has deployed.";
+    services.ekiben.settings.instances = mapAttrs (
+      _: instance:
+      removeAttrs instance [
+        "dates"
+        "extraPackages"
+        "fixedRandomDelay"
+        "persistent"
+        "randomizedDelaySec"
+      ]
+      // {
+        flakeRef = withConfiguration instance.flakeRef;
+      }
+    ) instances;
+    system.checks = [ checkedTimes ];
+    # a path that a power cut has left empty would be taken for whole
+    nix.settings = lib.mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
+    systemd = {
+      paths = forInstances path instances;
+      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) instances);
+      services = forInstances service instances // {
+        ekiben = orphans;
+        "ekiben-restart@" = restart;
+      };
+    };
+  };
+}
