@@ -12,7 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::host::poll;
 use crate::git::lockfile::{LockFile, NO_FIT};
-use crate::git::{self, Repository};
+use crate::git::{self, Repository, own};
 use crate::layout::Layout;
 use crate::names::{Branch, ObjectId};
 use crate::nix;
@@ -48,7 +48,7 @@ pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
 fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
     let scratch = layout.scratch()?;
     if instance.hub.is_some() {
-        git::create(instance)?;
+        own::create(instance)?;
     }
     loop {
         let repository = Repository::open(instance)?;

@@ -8,20 +8,22 @@
 //! all else is done; until then its lock is a hard link of a file of ours. Of the locks that git makes
 //! by itself, the ones that were not there before are noted. Going back can be cut off and begun again.
 
+pub mod cut_off;
+
+mod restore;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
-use std::fs::{self, File, Metadata, Permissions};
+use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Result};
 use crate::files;
-use crate::gather::gather;
+use crate::git::savepoint::cut_off::{Changed, CutOff, join, split};
 
 /// The saved files of one fast-forward.
 pub struct Savepoint {
@@ -29,35 +31,6 @@ pub struct Savepoint {
     top: PathBuf,
     git_directory: PathBuf,
 }
-
-/// What the fast-forward changes at a path, from the top of the working tree. A submodule is no file.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Changed {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Whether a file is there before.
-    pub before: bool,
-    /// Whether a file is there afterwards.
-    pub after: bool,
-}
-
-/// A fast-forward that was cut off.
-#[derive(Debug, Default, PartialEq)]
-pub struct CutOff {
-    /// The commit it began at.
-    pub from: String,
-    /// The commit it led to.
-    pub to: String,
-    /// What it changes.
-    pub files: Vec<Changed>,
-    /// The directories that were there, and their permissions.
-    directories: BTreeMap<PathBuf, u32>,
-    /// The reflogs, below the git directory, how long they were, none if they were not there, and of when.
-    reflogs: Vec<(PathBuf, Option<u64>, Duration)>,
-}
-
-/// What a commit has at a path, as git writes it.
-pub type Contents<'a> = &'a dyn Fn(&Path) -> Option<Vec<u8>>;
 
 impl Savepoint {
     /// The savepoint of an instance in a repository, whether it exists or not.
@@ -248,126 +221,6 @@ impl Savepoint {
         self.begun().exists()
     }
 
-    /// The fast-forward that was cut off; an empty one if that was before it was noted.
-    pub fn cut_off(&self) -> Result<CutOff> {
-        let path = self.directory.join("list");
-        match fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound && !self.has_begun() => Ok(CutOff::default()),
-            other => Ok(CutOff::from_bytes(&other.context(|| format!("read {}", path.display()))?)),
-        }
-    }
-
-    /// Puts everything back; `contents` are the new commit's. What somebody else has written since stays.
-    pub fn restore(&self, cut_off: &CutOff, contents: Contents) -> Result<()> {
-        let restore = || -> io::Result<()> {
-            let new = cut_off.files.iter().filter(|file| !file.before && file.after);
-            for path in new.map(|file| &file.path) {
-                if self.is_gits(path, contents) {
-                    files::remove(&self.top.join(path))?;
-                }
-            }
-            let above: BTreeSet<_> = gather(cut_off.files.iter().flat_map(|file| file.path.ancestors()));
-            // the deepest first
-            for path in above.into_iter().rev().filter(|path| !path.as_os_str().is_empty()) {
-                if !cut_off.directories.contains_key(path) && self.at(path).is_some_and(|there| there.is_dir()) {
-                    // one that somebody else uses is not empty
-                    let _ = fs::remove_dir(self.top.join(path));
-                }
-            }
-            for (number, file) in cut_off.files.iter().enumerate().filter(|(_, file)| file.before) {
-                self.restore_file(&self.saved(number), &file.path, cut_off, contents)?;
-            }
-            for path in cut_off.directories.keys() {
-                self.restore_directory(path, cut_off)?;
-            }
-            self.restore_reflogs(cut_off)
-        };
-        restore().context(|| format!("restore files from {}", self.directory.display()))
-    }
-
-    fn restore_file(&self, saved: &Path, path: &Path, cut_off: &CutOff, contents: Contents) -> io::Result<()> {
-        // if it has its name again
-        let Ok(old) = saved.symlink_metadata() else { return Ok(()) };
-        match self.at(path) {
-            Some(there) if is_same(&there, &old) => return Ok(()),
-            Some(there) if there.is_dir() => self.move_away(path)?,
-            Some(_) if !self.is_gits(path, contents) => {
-                log::warn!("{} has been changed since its fast-forward was cut off: that stays.", self.top.join(path).display());
-                return Ok(());
-            }
-            _ => self.restore_directory(path.parent().unwrap_or(Path::new("")), cut_off)?,
-        }
-        rename_if_there(saved, &self.top.join(path))
-    }
-
-    fn restore_directory(&self, path: &Path, cut_off: &CutOff) -> io::Result<()> {
-        match self.at(path) {
-            _ if path.as_os_str().is_empty() => return Ok(()),
-            Some(there) if there.is_dir() => return Ok(()),
-            Some(_) => self.move_away(path)?,
-            None => self.restore_directory(path.parent().unwrap_or(Path::new("")), cut_off)?,
-        }
-        let place = self.top.join(path);
-        fs::create_dir(&place)?;
-        if let Some(&mode) = cut_off.directories.get(path).filter(|mode| **mode != mode_of(&place)) {
-            let set = |mode| fs::set_permissions(&place, Permissions::from_mode(mode));
-            // the sandbox forbids the set-group-id bit
-            set(mode).or_else(|_| set(mode & 0o777))?;
-        }
-        files::sync_parent(&place)
-    }
-
-    /// Takes what somebody else has written in the meantime out of the way.
-    fn move_away(&self, path: &Path) -> io::Result<()> {
-        let place = self.top.join(path);
-        let names = (1..).map(|number| {
-            let mut name = place.clone().into_os_string();
-            name.push(format!(".kept-{number}"));
-            PathBuf::from(name)
-        });
-        let free = names.into_iter().find(|name| name.symlink_metadata().is_err()).ok_or(ErrorKind::AlreadyExists)?;
-        log::warn!("Moved {} to {}: it is in the way of what was there before.", place.display(), free.display());
-        fs::rename(&place, &free)
-    }
-
-    /// A reflog has an entry of a move before the move; of one that never was it is removed.
-    fn restore_reflogs(&self, cut_off: &CutOff) -> io::Result<()> {
-        let entry = format!("{} {} ", cut_off.from, cut_off.to);
-        for (path, length, modified) in &cut_off.reflogs {
-            let path = self.git_directory.join(path);
-            let Ok(bytes) = fs::read(&path) else { continue };
-            let length = length.unwrap_or(0);
-            let new = usize::try_from(length).ok().and_then(|length| bytes.get(length..)).unwrap_or_default();
-            let is_last = new.iter().position(|byte| *byte == b'\n').is_none_or(|end| end + 1 == new.len());
-            let begins = new.starts_with(entry.as_bytes()) || entry.as_bytes().starts_with(new);
-            if new.is_empty() || !begins || !is_last {
-                continue;
-            }
-            let file = File::options().write(true).open(&path)?;
-            file.set_len(length)?;
-            file.set_modified(UNIX_EPOCH + *modified)?;
-            file.sync_all()?;
-        }
-        for (path, ..) in cut_off.reflogs.iter().filter(|(_, length, _)| length.is_none()) {
-            let path = self.git_directory.join(path);
-            if path.metadata().is_ok_and(|metadata| metadata.len() == 0) {
-                files::remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether what is at a path is what git has written there, or the beginning of it.
-    fn is_gits(&self, path: &Path, contents: Contents) -> bool {
-        let place = self.top.join(path);
-        let there = match self.at(path) {
-            Some(there) if there.is_symlink() => fs::read_link(&place).map(|target| target.as_os_str().as_bytes().to_vec()),
-            Some(there) if there.is_file() => fs::read(&place),
-            _ => return false,
-        };
-        there.is_ok_and(|there| contents(path).is_some_and(|new| new.starts_with(&there)))
-    }
-
     /// What is at a path, without following links on the way there.
     fn at(&self, path: &Path) -> Option<Metadata> {
         let above = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty());
@@ -459,40 +312,6 @@ impl Savepoint {
     }
 }
 
-impl CutOff {
-    fn to_bytes(&self) -> Vec<u8> {
-        let mut parts = vec![self.from.clone().into_bytes(), self.to.clone().into_bytes()];
-        let mut add = |what: String, path: &Path| parts.push([what.as_bytes(), b" ", path.as_os_str().as_bytes()].concat());
-        for file in &self.files {
-            add(format!("file {} {}", u8::from(file.before), u8::from(file.after)), &file.path);
-        }
-        for (path, mode) in &self.directories {
-            add(format!("directory {mode} -"), path);
-        }
-        for (path, length, modified) in &self.reflogs {
-            add(format!("reflog {} {}", length.map_or("-".into(), |length| length.to_string()), modified.as_nanos()), path);
-        }
-        parts.join(&0)
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Self {
-        let mut parts = bytes.split(|byte| *byte == 0);
-        let text = |part: Option<&[u8]>| String::from_utf8_lossy(part.unwrap_or_default()).into_owned();
-        let mut cut_off = Self { from: text(parts.next()), to: text(parts.next()), ..Self::default() };
-        for part in parts {
-            let mut words = part.splitn(4, |byte| *byte == b' ');
-            let (kind, one, two) = (text(words.next()), text(words.next()), text(words.next()));
-            let path = PathBuf::from(OsStr::from_bytes(words.next().unwrap_or_default()));
-            match kind.as_str() {
-                "file" => cut_off.files.push(Changed { path, before: one == "1", after: two == "1" }),
-                "directory" => drop(cut_off.directories.insert(path, one.parse().unwrap_or(0o755))),
-                _ => cut_off.reflogs.push((path, one.parse().ok(), Duration::from_nanos(two.parse().unwrap_or_default()))),
-            }
-        }
-        cut_off
-    }
-}
-
 /// Copies an index, if there is one, as it is.
 pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
     let copy = || -> io::Result<()> {
@@ -517,14 +336,6 @@ fn mode_of(path: &Path) -> u32 {
 
 fn is_same(one: &Metadata, other: &Metadata) -> bool {
     one.dev() == other.dev() && one.ino() == other.ino()
-}
-
-fn join<'a>(paths: impl Iterator<Item = &'a OsStr>) -> Vec<u8> {
-    paths.map(OsStr::as_bytes).collect::<Vec<_>>().join(&0)
-}
-
-fn split(bytes: &[u8]) -> impl Iterator<Item = &Path> {
-    bytes.split(|byte| *byte == 0).filter(|path| !path.is_empty()).map(|path| Path::new(OsStr::from_bytes(path)))
 }
 
 /// A file that has its name again was restored before. One that never lost it stays as it is:

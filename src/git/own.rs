@@ -1,0 +1,56 @@
+//! A repository of Ekiben's own, for the releases of a fleet.
+
+use std::fs;
+use std::path::Path;
+
+use crate::config::Instance;
+use crate::error::{Context, Result};
+use crate::files;
+use crate::git::objects::by;
+use crate::git::{ask, git};
+
+/// Makes a repository of our own where there is none yet, with a first commit that holds nothing. It
+/// gets its name when it is whole; what is there without a commit is what an attempt has left.
+pub fn create(instance: &Instance) -> Result<()> {
+    let place = &instance.flake_path;
+    let doing = || format!("make the repository {}", place.display());
+    let (new, git_directory) = (place.join(".new"), place.join(".git"));
+    if !place.is_dir() {
+        files::clear(place).context(doing)?;
+    }
+    files::clear(&new).context(doing)?;
+    if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
+        // nobody else's git is at work there
+        return remove_locks(&git_directory).and_then(|()| take_as_it_is(&git_directory)).context(doing);
+    }
+    fs::create_dir_all(&new).context(doing)?;
+    ask(&new, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
+    take_as_it_is(&new.join(".git")).context(doing)?;
+    let commit = git(&new).args(["commit", "--quiet", "--no-gpg-sign", "--allow-empty", "--message=nothing yet"]);
+    by(&instance.author, commit).output(doing, None)?;
+    let moved = files::clear(&git_directory).and_then(|()| fs::rename(new.join(".git"), &git_directory));
+    moved.and_then(|()| files::sync(place)).and_then(|()| files::clear(&new)).context(doing)
+}
+
+fn remove_locks(directory: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "lock") {
+            files::clear(&path)?;
+        } else if path.is_dir() && !path.is_symlink() {
+            remove_locks(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Has a repository take all files as they are, whatever attributes are committed beside them: what is
+/// checked out is what was published, and never looks edited.
+pub(super) fn take_as_it_is(git_directory: &Path) -> std::io::Result<()> {
+    const ATTRIBUTES: &[u8] = b"* -text !eol !ident !filter !working-tree-encoding\n";
+    let path = git_directory.join("info/attributes");
+    if fs::read(&path).is_ok_and(|there| there == ATTRIBUTES) {
+        return Ok(());
+    }
+    fs::create_dir_all(git_directory.join("info")).and_then(|()| files::write(&path, ATTRIBUTES, 0o644))
+}

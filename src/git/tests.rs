@@ -1,0 +1,333 @@
+//! What holds for the whole room.
+
+use super::*;
+use crate::config::Author;
+use crate::git::own::{create, take_as_it_is};
+use crate::git::savepoint::cut_off::Changed;
+use crate::testing::Directory;
+use std::os::unix::fs::PermissionsExt;
+use std::time::SystemTime;
+
+/// What a pull may change: before, and afterwards.
+const CHANGES: [(&str, &str); 8] = [
+    ("echo 1 > plain; chmod 755 plain", "echo 2 > plain; mkdir -p new/deep/er; echo 2 > new/deep/er/file; echo 2 > top"),
+    ("echo 1 > plain", "rm plain; mkdir -p plain/a/b; echo 2 > plain/a/b/x; echo 2 > plain/c"),
+    ("mkdir -m 700 -p d/e; echo 1 > d/x; echo 1 > d/e/y", "rm -r d; echo 2 > d"),
+    ("echo 1 > plain; ln -s plain link", "rm link; mkdir -p link/y; echo 2 > link/y/z"),
+    ("mkdir d; echo 1 > d/z; ln -s d link", "rm link; mkdir link; echo 2 > link/z; echo 2 > link/new"),
+    ("mkdir -p d/e; echo 1 > d/e/x", "rm -r d; ln -s plain d"),
+    ("mkdir -p a/b/c; echo 1 > a/b/c/only", "rm -r a; mkdir b; echo 2 > b/x"),
+    (
+        "printf 1 > \"$(printf 'odd\\377\\nname')\"; echo 1 > ' file'",
+        "printf 2 > \"$(printf 'odd\\377\\nname')\"; mkdir \"$(printf '\\376')\"; echo 2 > \"$(printf '\\376')\"/x",
+    ),
+];
+
+fn shell(directory: &Path, script: &str) -> String {
+    let program = Program::new("sh").args(["-euc", script]).directory(directory).env("GIT_CONFIG_GLOBAL", "/dev/null");
+    let program = program.env("GIT_AUTHOR_NAME", "a").env("GIT_AUTHOR_EMAIL", "a").env("GIT_COMMITTER_NAME", "a");
+    line(&program.env("GIT_COMMITTER_EMAIL", "a").output(|| script.into(), None).unwrap())
+}
+
+/// A repository that stands before a change, and the commit after it.
+fn repository(directory: &Directory, before: &str, after: &str) -> (Repository, String) {
+    let top = directory.path().to_owned();
+    let commit = "git add -A -f; git commit -qm x";
+    shell(&top, &format!("git init -qb feature/main; mkdir kept; echo 1 > kept/file; {before}; {commit}; {after}; {commit}"));
+    let to = shell(&top, "git rev-parse HEAD");
+    // empty directories are in no commit
+    shell(&top, "git reset -q --hard HEAD^; test ! -e d/e || mkdir -m 700 -p d/empty/one");
+    let head = shell(&top, "git rev-parse HEAD");
+    let git_directory = top.join(".git");
+    (Repository { top, prefix: String::new(), branch: "refs/heads/feature/main".into(), head, git_directory }, to)
+}
+
+type Found = Vec<(PathBuf, u32, SystemTime, Vec<u8>)>;
+
+/// All that there is, but for objects.
+fn snapshot(place: &Path) -> Found {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(place).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = path.symlink_metadata().unwrap();
+        let mut one = |time, contents| found.push((path.clone(), metadata.permissions().mode(), time, contents));
+        if metadata.is_symlink() {
+            one(SystemTime::UNIX_EPOCH, fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes());
+        } else if metadata.is_file() {
+            one(metadata.modified().unwrap(), fs::read(&path).unwrap());
+        } else if !path.ends_with(".git/objects") {
+            one(SystemTime::UNIX_EPOCH, Vec::new());
+            found.extend(snapshot(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Does what a fast-forward does before git changes files.
+fn begin(repository: &Repository, to: &str) -> (Savepoint, Vec<Changed>) {
+    let savepoint = repository.savepoint("app");
+    let files = repository.changed_files(to).unwrap();
+    savepoint.note_locks(&repository.branch).unwrap();
+    savepoint.make(&repository.head, to, &repository.branch, &files).unwrap();
+    savepoint.lock_index().unwrap();
+    savepoint.copy_index().unwrap();
+    savepoint.begin().unwrap();
+    repository.refresh(&savepoint.index());
+    (savepoint, files)
+}
+
+fn read_tree(repository: &Repository, savepoint: &Savepoint, to: &str) {
+    let read = repository.by(&savepoint.index()).args(["read-tree", "-m", "-u", &repository.head, to]);
+    read.output(|| "read".into(), None).unwrap();
+}
+
+#[test]
+fn a_repository_of_our_own_is_made_whatever_is_there() {
+    let directory = Directory::new();
+    let place = directory.path().join("repository");
+    let instance = format!(
+        r#"{{"author": "a <a>", "flags": [], "flakePath": "{0}", "flakeRef": "{0}#x", "healthChecks": {{}}, "inputs": [],
+        "networkRetries": 0, "onUnitFailure": "rollback", "operation": "switch", "pull": false, "push": false, "rollback": true,
+        "timeouts": {{"activate": 1, "build": 1, "prepare": 1}}, "user": "a"}}"#,
+        place.display()
+    );
+    let instance = serde_json::from_str(&instance).unwrap();
+    for left in [
+        "true",
+        "mkdir -p repository/.git; touch repository/.git/config.lock repository/.git/HEAD",
+        "git init -q repository; touch repository/.git/index.lock",
+        "mkdir -p repository/.new/.git/x",
+        "echo > repository",
+        "git init -q x; mv x/.git x/y; mkdir repository; mv x/y repository/.git; mkdir -p repository/.git/HEAD.lock/x",
+    ] {
+        shell(directory.path(), &format!("rm -rf repository; {left}"));
+        create(&instance).unwrap();
+        assert_eq!(shell(&place, "git status --porcelain; git log --format=%s; ls -A"), "nothing yet\n.git");
+        shell(&place, "touch .git/index.lock .git/config.lock .git/refs/heads/main.lock");
+        create(&instance).unwrap();
+        shell(&place, "git commit -q --allow-empty -m x; git config a.b c");
+    }
+    drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+    shell(&place, "git update-ref refs/ekiben/app HEAD; touch .git/refs/ekiben/app.lock");
+    drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+    shell(&place, "git update-ref refs/ekiben/app HEAD; git pack-refs --all");
+    drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
+    assert_eq!(shell(&place, "git for-each-ref refs/ekiben; ls -d .git/ekiben* .git/refs/ekiben 2> /dev/null || true"), "");
+}
+
+#[test]
+fn whatever_upstream_changes_is_followed() {
+    for (before, after) in CHANGES {
+        let directory = Directory::new();
+        let (repository, to) = repository(&directory, before, after);
+        let untouched = snapshot(directory.path());
+        let scratch = Directory::new();
+        repository.check_forward(&to, "app", scratch.path()).unwrap();
+        repository.rehearse_forward(&to, scratch.path()).unwrap();
+        assert_eq!(snapshot(directory.path()), untouched, "{after}");
+        repository.forward(&to, "app").unwrap();
+        assert_eq!(
+            shell(directory.path(), "git status --porcelain; git rev-parse HEAD; ls -d .git/*.lock .git/ekiben* || true"),
+            to,
+            "{after}"
+        );
+    }
+}
+
+#[test]
+fn a_fast_forward_that_is_cut_off_leaves_nothing() {
+    for (number, (before, after)) in CHANGES.into_iter().enumerate() {
+        for cut in if number == 0 { 0..7 } else { 1..4 } {
+            let directory = Directory::new();
+            let (repository, to) = repository(&directory, before, after);
+            // the branch is among the packed refs, as after git gc
+            shell(directory.path(), "git pack-refs --all");
+            let untouched = snapshot(directory.path());
+            let (savepoint, files) = begin(&repository, &to);
+            if cut == 1 {
+                for file in files.iter().filter(|file| file.before).take(1) {
+                    fs::remove_file(directory.path().join(&file.path)).unwrap();
+                }
+            }
+            if cut >= 2 {
+                read_tree(&repository, &savepoint, &to);
+            }
+            let half = files.iter().find(|file| file.after && cut == 3).map(|file| directory.path().join(&file.path));
+            if let Some(half) = half.filter(|half| half.is_file()) {
+                fs::write(half, "").unwrap();
+            }
+            if cut >= 4 {
+                shell(directory.path(), "mkdir -p .git/refs/heads/feature; touch .git/HEAD.lock .git/refs/heads/feature/main.lock");
+            }
+            if cut >= 5 {
+                let entry = format!("{} {to} a <a> 1 +0000\tekiben: fast-forward", repository.head);
+                let entry = if cut == 5 { entry.split_at(50).0.to_owned() } else { entry + "\n" };
+                shell(directory.path(), &format!("printf '{entry}' | tee -a .git/logs/HEAD >> .git/logs/refs/heads/feature/main"));
+            }
+            repository.recover("app").unwrap();
+            let found = snapshot(directory.path());
+            let difference = found.iter().find(|one| !untouched.contains(one)).or(untouched.iter().find(|one| !found.contains(one)));
+            assert_eq!(difference, None, "{after}, {cut}");
+        }
+    }
+}
+
+#[test]
+fn a_fast_forward_that_was_cut_off_at_its_end_is_ended() {
+    let directory = Directory::new();
+    let (mut repository, to) = repository(&directory, CHANGES[0].0, CHANGES[0].1);
+    let (savepoint, _) = begin(&repository, &to);
+    read_tree(&repository, &savepoint, &to);
+    shell(directory.path(), &format!("git update-ref HEAD {to}"));
+    repository.head.clone_from(&to);
+    repository.recover("app").unwrap();
+    assert_eq!(shell(directory.path(), "git status --porcelain; ls -d .git/*.lock .git/ekiben* 2> /dev/null || true"), "");
+}
+
+#[test]
+fn what_somebody_has_written_since_stays() {
+    let directory = Directory::new();
+    let (repository, to) =
+        repository(&directory, "echo 1 > file; echo 1 > plain", "echo 2 > file; rm plain; mkdir plain; echo 2 > plain/x; echo 2 > new");
+    let (savepoint, _) = begin(&repository, &to);
+    read_tree(&repository, &savepoint, &to);
+    shell(directory.path(), "echo mine > file; echo mine > plain/mine; echo mine > new");
+    repository.recover("app").unwrap();
+    assert_eq!(shell(directory.path(), "cat file plain plain.kept-1/mine new"), "mine\n1\nmine\nmine");
+    assert_eq!(shell(directory.path(), "git status --porcelain"), " M file\n?? new\n?? plain.kept-1/");
+    assert!(!savepoint.exists());
+}
+
+#[test]
+fn locks_of_others_stay() {
+    let directory = Directory::new();
+    let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+    shell(directory.path(), "touch .git/packed-refs.lock");
+    begin(&repository, &to);
+    // by hand, and then the user's git takes it
+    shell(directory.path(), "rm .git/index.lock; touch .git/index.lock .git/HEAD.lock");
+    repository.recover("app").unwrap();
+    assert_eq!(shell(directory.path(), "ls .git/*.lock"), ".git/index.lock\n.git/packed-refs.lock");
+    let refused = repository.check_forward(&to, "app", directory.path()).unwrap_err();
+    assert!(refused.to_string().contains("index.lock exists"));
+}
+
+#[test]
+fn what_is_in_the_way_is_named() {
+    for (before, after, edit, named) in [
+        ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig is in the way"),
+        ("mkdir d; echo 1 > d/x; echo .ig > .gitignore", "rm -r d; echo 2 > d", "mkdir d/e; echo mine > d/e/.ig", "d/e/.ig is in the way"),
+        ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d is in the way"),
+        ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d is in the way"),
+        ("echo 1 > x", "echo 2 > x", "echo mine > x", "without touching your edits"),
+    ] {
+        let directory = Directory::new();
+        let (repository, to) = repository(&directory, before, after);
+        shell(directory.path(), edit);
+        let (untouched, scratch) = (snapshot(directory.path()), Directory::new());
+        let refused = repository.check_forward(&to, "app", scratch.path()).unwrap_err();
+        assert!(refused.to_string().contains(named), "{refused}");
+        assert_eq!(snapshot(directory.path()), untouched);
+    }
+}
+
+#[test]
+fn a_file_that_git_was_told_not_to_look_at_can_be_merged_ever_after() {
+    for (bit, tag) in [("--assume-unchanged", "h"), ("--skip-worktree", "S")] {
+        for cut in [false, true] {
+            let directory = Directory::new();
+            let (mut repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+            shell(directory.path(), &format!("git update-index {bit} file"));
+            let scratch = Directory::new();
+            repository.check_forward(&to, "app", scratch.path()).unwrap();
+            if cut {
+                let (savepoint, _) = begin(&repository, &to);
+                read_tree(&repository, &savepoint, &to);
+                repository.recover("app").unwrap();
+                assert_eq!(shell(directory.path(), "git ls-files -v file"), format!("{tag} file"));
+            } else {
+                repository.forward(&to, "app").unwrap();
+                shell(directory.path(), "git update-index --no-skip-worktree --really-refresh; git reset -q --hard HEAD^");
+                shell(directory.path(), &format!("git update-index {bit} file"));
+                repository.head = shell(directory.path(), "git rev-parse HEAD");
+                // refused in the very moment: git has not changed anything
+                repository
+                    .savepoint("app")
+                    .make(&repository.head, &to, &repository.branch, &repository.changed_files(&to).unwrap())
+                    .unwrap();
+                repository.recover("app").unwrap();
+            }
+            shell(directory.path(), &format!("git merge -q --ff-only {to}; test $(cat file) = 2"));
+        }
+    }
+}
+
+#[test]
+fn the_lock_file_is_clean_if_git_says_so() {
+    let scratch = Directory::new();
+    for (set_up, edit) in [
+        ("true", ""),
+        (
+            "git config core.autocrlf true; printf '{\\r\\n}\\r\\n' > flake.lock; git -c core.autocrlf=false commit -qam crlf; touch flake.lock",
+            "",
+        ),
+        ("echo >> flake.lock", "has uncommitted changes"),
+        ("git update-index --assume-unchanged flake.lock; echo >> flake.lock", "has uncommitted changes"),
+        ("git update-index --skip-worktree flake.lock", ""),
+        ("git update-index --skip-worktree flake.lock; echo >> flake.lock", "has uncommitted changes"),
+        ("echo >> flake.lock; git add .", "has staged changes"),
+        ("rm flake.lock", "has uncommitted changes"),
+        ("rm flake.lock; ln -s kept flake.lock", "is no regular file"),
+    ] {
+        let directory = Directory::new();
+        let (repository, _) = repository(&directory, "echo '{}' > flake.lock", "true > x");
+        shell(directory.path(), set_up);
+        let untouched = snapshot(directory.path());
+        match repository.check_lock_file_is_clean(scratch.path()) {
+            Ok(()) => assert_eq!(edit, "", "{set_up}"),
+            Err(error) => assert!(!edit.is_empty() && error.to_string().contains(edit), "{set_up}: {error}"),
+        }
+        assert_eq!(snapshot(directory.path()), untouched);
+    }
+}
+
+#[test]
+fn the_reason_is_what_git_said_up_to_its_death() {
+    let said = |text: &str| reason(&text.lines().map(String::from).collect::<Vec<_>>()).unwrap_or_default();
+    assert_eq!(
+        said(
+            "Host key verification failed.\r\nfatal: Could not read from remote repository.\n\nPlease make sure you have the correct access rights"
+        ),
+        "Host key verification failed; fatal: Could not read from remote repository"
+    );
+    assert_eq!(said("error: insufficient permission for x\nhint: y\nerror: z"), "error: insufficient permission for x; error: z");
+    assert_eq!(said("no"), "");
+}
+
+#[test]
+fn what_is_committed_comes_out_as_it_went_in_whatever_it_says_of_itself() {
+    let place = Directory::new();
+    let (top, source, out) = (place.path().join("repository"), place.path().join("source"), place.path().join("out"));
+    let script = "git init -qb main repository; cd repository; git commit -qm nothing --allow-empty; git rev-parse HEAD";
+    let head = shell(place.path(), script);
+    shell(
+        place.path(),
+        r"mkdir -p source/sub/deep out; cd source
+        printf '* text eol=crlf ident export-subst\nsub export-ignore\nwide working-tree-encoding=UTF-16\n* filter=no\n' > .gitattributes
+        printf 'export-ignore' > sub/.gitattributes; echo '*' > .gitignore; printf 'a\r\nb\n' > sub/deep/mixed
+        echo '$Id: x$ $Format:%H$' > says; echo wide > wide; touch run; chmod +x run; echo x > 'a b'",
+    );
+    let (git_directory, branch) = (top.join(".git"), "refs/heads/main".into());
+    let repository = Repository { git_directory, prefix: String::new(), branch, head: head.clone(), top };
+    let author = Author { name: "a".into(), mail: "a".into() };
+    let commit = repository.commit_directory(&head, &source, "release", &author, 0, &place.path().join("index")).unwrap();
+    fs::write(place.path().join("out.index.lock"), "").unwrap();
+    repository.export(&commit, &out).unwrap();
+    let found = shell(place.path(), "diff -r source out; find out -newermt @1; find out -executable -type f; ls");
+    assert_eq!(found, "out/run\nindex\nout\nrepository\nsource");
+    // nor does it look edited when it is checked out
+    take_as_it_is(&repository.git_directory).unwrap();
+    repository.forward(&commit, "app").unwrap();
+    assert_eq!(shell(place.path(), "diff -r -x .git source repository; git -C repository status --porcelain"), "");
+}

@@ -1,0 +1,103 @@
+//! What a branch follows: fetching it, and pushing what is deployed.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::git::{LOOK_LIMIT, NETWORK_LIMIT, Repository, unlock};
+
+/// What a branch follows. What it was when it was seen last is kept in a file, by which a commit that is
+/// withdrawn is told from one that has not been sent yet.
+struct Upstream {
+    remote: String,
+    branch: String,
+    last: Option<String>,
+}
+
+impl Upstream {
+    fn remember(&self, memory: &Path, commit: &str) -> Result<()> {
+        let text = format!("{} {} {commit}", self.remote, self.branch);
+        if fs::read_to_string(memory).is_ok_and(|known| known == text) {
+            return Ok(());
+        }
+        files::write(memory, text.as_bytes(), 0o600).context(|| format!("write {}", memory.display()))
+    }
+}
+
+impl Repository {
+    /// Fetches the branch's upstream into `reference`. Returns the commit to start from: the
+    /// upstream's, or HEAD where that is ahead. `memory` is a file: see [`Upstream`].
+    pub fn fetch_upstream(&self, reference: &str, memory: &Path, instance: &str) -> Result<String> {
+        let upstream = self.upstream(memory)?;
+        let Upstream { remote, branch, .. } = &upstream;
+        unlock(&self.git_directory, reference);
+        let fetch =
+            self.git().args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet", "--no-tags", "--no-prune", "--no-prune-tags"]);
+        let fetch =
+            fetch.args(["--recurse-submodules=no", "--no-write-fetch-head", "--refmap=", remote, &format!("+{branch}:{reference}")]);
+        self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
+        let theirs = self.ask(["rev-parse", reference])?;
+        let doing = || format!("pull {branch} from {remote}");
+        if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head) {
+            let what = format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch);
+            return Err(what).context(doing);
+        }
+        let base = if self.contains(&theirs, &self.head) {
+            theirs.clone()
+        } else if self.contains(&self.head, &theirs) {
+            self.head.clone()
+        } else {
+            return Err(format!("{} has other commits; merge or rebase them", self.branch)).context(doing);
+        };
+        upstream.remember(memory, &theirs)?;
+        Ok(base)
+    }
+
+    /// Sends a commit to the branch's upstream, unless that has withdrawn some of it. Never overwrites
+    /// what others have sent.
+    pub fn push(&self, commit: &str, memory: &Path, instance: &str) -> Result<()> {
+        let upstream = self.upstream(memory)?;
+        let Upstream { remote, branch, .. } = &upstream;
+        let doing = || format!("push {commit} to {branch} of {remote}");
+        let mut push = self.git().args(["push", "--quiet"]);
+        if upstream.last.is_some() {
+            let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
+            let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
+            listed.success()?;
+            if self.contains(commit, &theirs) {
+                if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit) {
+                    return Err(format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch))
+                        .context(doing);
+                }
+                // it must still be there by then; what comes after it is no force
+                push = push.arg(format!("--force-with-lease={branch}:{theirs}"));
+            }
+        }
+        let push = push.args([remote, &format!("{commit}:{branch}")]);
+        // git remembers what it has sent
+        let sent = self.ask(["rev-parse", "--symbolic-full-name", "@{upstream}"]).unwrap_or_else(|_| self.branch.clone());
+        self.guarded(instance, &sent, || push.run(NETWORK_LIMIT, doing)?.success())?;
+        upstream.remember(memory, commit)
+    }
+
+    /// The newest commit of `ours` that the upstream has had before, and has no longer.
+    fn withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str) -> Option<String> {
+        let common = self.ask(["merge-base", upstream.last.as_deref()?, ours]).ok()?;
+        (!self.contains(theirs, &common)).then_some(common)
+    }
+
+    fn upstream(&self, memory: &Path) -> Result<Upstream> {
+        let name = self.branch.trim_start_matches("refs/heads/");
+        let setting = |what: &str| self.ask(["config", "--get", &format!("branch.{name}.{what}")]);
+        let (Ok(remote), Ok(branch)) = (setting("remote"), setting("merge")) else {
+            return Err(Error::new(format!(
+                "Failed to find the upstream of {name}: it has none; set it with git branch --set-upstream-to"
+            )));
+        };
+        let known = fs::read_to_string(memory).unwrap_or_default();
+        let last = known.strip_prefix(&format!("{remote} {branch} ")).map(String::from);
+        let last = last.or_else(|| self.ask(["rev-parse", "--verify", "--quiet", &format!("{name}@{{upstream}}")]).ok());
+        Ok(Upstream { remote, branch, last })
+    }
+}
