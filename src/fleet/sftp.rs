@@ -13,7 +13,8 @@ use crate::config::{Hub, Server};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::LARGE;
-use crate::program::{Conversation, Program};
+use crate::program::Program;
+use crate::program::conversation::Conversation;
 use crate::text;
 
 /// What sftp puts before a line that it repeats.

@@ -3,20 +3,19 @@
 //! What a program says goes on to the journal as it is said, and its last lines are kept for the
 //! report of a failure.
 
-use std::collections::VecDeque;
+pub mod conversation;
+
+mod limited;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 
-use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, User, pipe2};
+use nix::sys::signal::Signal;
+use nix::unistd::User;
 
 use crate::error::{Context, Error, Result};
 use crate::{output, text};
@@ -29,15 +28,6 @@ const LINE_BYTES: usize = 4 * text::LINE;
 const TAIL_BYTES: usize = TAIL_LINES * LINE_BYTES;
 /// The most that a program may write for us to work on.
 const OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
-/// How long a program may tidy up after it was asked to end, and how long its end may take.
-const GRACE: Duration = Duration::from_secs(10);
-/// How often a silent program is looked after.
-const TICK: Duration = Duration::from_millis(200);
-/// The same for one that is about to end.
-const ENDING_TICK: Duration = Duration::from_millis(2);
-/// How long what a program has left behind is listened to.
-const ECHO: Duration = Duration::from_secs(1);
-
 /// What is said of a program that had no chance to tidy up.
 pub const KILLED: &str = "was ended by signal";
 
@@ -229,96 +219,6 @@ impl Program {
         }
         Ok(child)
     }
-
-    /// Starts the program for a conversation, line by line; its errors go to `errors`, if that is given.
-    pub fn talk(mut self, errors: Option<File>) -> Result<Conversation> {
-        if let Some(file) = errors {
-            self.command.stderr(file);
-        }
-        let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        let mut child = child.context(|| format!("run {}", self.name))?;
-        match (child.stdin.take(), child.stdout.take()) {
-            (Some(input), Some(output)) => Ok(Conversation { child, input, output: BufReader::new(output) }),
-            _ => Err(Error::new(format!("Failed to talk to {}", self.name))),
-        }
-    }
-
-    /// Runs the program to its end, or until `limit` has passed, which is an error; `doing` completes
-    /// "Failed to". What it leaves behind in its process group is ended, too. Its own failure is no error
-    /// yet: see [`Exited::success`].
-    pub fn run(self, limit: Duration, doing: impl Fn() -> String) -> Result<Exited> {
-        self.run_within(limit, &doing)
-    }
-
-    fn run_within(mut self, limit: Duration, doing: &dyn Fn() -> String) -> Result<Exited> {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context(doing)?;
-        let mut reader = File::from(reader);
-        let errors = writer.try_clone().context(doing)?;
-        let deadline = Instant::now() + limit;
-        let child = self.command.stdout(writer).stderr(errors).process_group(0).spawn();
-        // our ends of the pipe would keep it open
-        self.command = Command::new("");
-        let mut child = child.context(|| format!("run {}", self.name))?;
-        let mut tail = Tail { watched: self.watched, ..Tail::default() };
-        let mut ended = None;
-        loop {
-            let heard = tail.follow(&mut reader).context(doing)?;
-            if ended.is_none() {
-                ended = child.try_wait().context(doing)?.map(|status| (status, Instant::now()));
-            }
-            match (heard, ended) {
-                (Heard::Something, Some((_, since))) if since.elapsed() < ECHO => {}
-                (_, Some((status, _))) => {
-                    end(&mut child);
-                    let lines = tail.finish();
-                    return Ok(Exited { status, tail: lines, seen: tail.seen, doing: doing(), reason: self.reason });
-                }
-                (Heard::End, None) => std::thread::sleep(ENDING_TICK),
-                _ => {}
-            }
-            if ended.is_none() && Instant::now() >= deadline {
-                end(&mut child);
-                let message = format!("Failed to {}: timed out after {} s", doing(), limit.as_secs());
-                return Err(Error::new(message).with_tail(tail.finish()));
-            }
-        }
-    }
-}
-
-/// A program that is asked and answers.
-pub struct Conversation {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Conversation {
-    /// Says a line.
-    pub fn say(&mut self, line: &str) -> io::Result<()> {
-        writeln!(self.input, "{line}")
-    }
-
-    /// Waits for a line; none if the program has closed its output.
-    pub fn hear(&mut self) -> io::Result<Option<String>> {
-        let mut line = String::new();
-        let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;
-        Ok((count > 0).then_some(line))
-    }
-
-    /// Says a line and waits for the answer; another one is an error.
-    pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
-        self.say(line)?;
-        let answer = self.hear()?.unwrap_or_default();
-        if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
-    }
-
-    /// Ends the conversation; an exit status other than 0 is an error.
-    pub fn end(self) -> io::Result<()> {
-        let Self { mut child, input, .. } = self;
-        drop(input);
-        let status = child.wait()?;
-        if status.success() { Ok(()) } else { Err(io::Error::other(describe(status))) }
-    }
 }
 
 impl Exited {
@@ -380,22 +280,6 @@ fn end_of(mut stream: impl Read) -> Vec<u8> {
     kept
 }
 
-/// Ends what there is of a program and its children, first politely.
-fn end(child: &mut Child) {
-    let Ok(group) = child.id().try_into().map(Pid::from_raw) else { return };
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let deadline = Instant::now() + GRACE;
-        let mut there = killpg(group, signal).is_ok();
-        while there && Instant::now() < deadline {
-            std::thread::sleep(ENDING_TICK);
-            // one that nobody has waited for still counts
-            let _ = child.try_wait();
-            there = killpg(group, None).is_ok();
-        }
-    }
-    let _ = child.wait();
-}
-
 /// The line that says best why a program failed.
 fn reason(tail: &[String]) -> Option<String> {
     let said = tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))?;
@@ -410,68 +294,10 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// What came of waiting for output.
-enum Heard {
-    Something,
-    Nothing,
-    End,
-}
-
-/// The last lines of an output.
-#[derive(Default)]
-struct Tail {
-    lines: VecDeque<String>,
-    partial: Vec<u8>,
-    watched: &'static [&'static str],
-    seen: Vec<String>,
-}
-
-impl Tail {
-    /// Waits a moment for output and passes it on.
-    fn follow(&mut self, reader: &mut File) -> io::Result<Heard> {
-        let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
-        let mut ready = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut ready, timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(Heard::Nothing),
-            Ok(_) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let mut buffer = [0; 8192];
-        let count = reader.read(&mut buffer)?;
-        for &byte in &buffer[..count] {
-            if byte == b'\n' {
-                self.end_line();
-            } else if self.partial.len() < LINE_BYTES {
-                self.partial.push(byte);
-            }
-        }
-        Ok(if count > 0 { Heard::Something } else { Heard::End })
-    }
-
-    fn end_line(&mut self) {
-        if self.lines.len() == TAIL_LINES {
-            self.lines.pop_front();
-        }
-        // ssh ends its lines as for a terminal
-        let line = text::line(String::from_utf8_lossy(&self.partial).trim_end_matches('\r'));
-        log::info!("{line}");
-        if self.seen.len() < TAIL_LINES && self.watched.iter().any(|words| line.contains(words)) {
-            self.seen.push(line.clone());
-        }
-        self.lines.push_back(line);
-        self.partial.clear();
-    }
-
-    fn finish(&mut self) -> Vec<String> {
-        if !self.partial.is_empty() {
-            self.end_line();
-        }
-        std::mem::take(&mut self.lines).into()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn shell(script: &str) -> Program {
@@ -504,7 +330,7 @@ mod tests {
 
     /// Whether the process of this number, which the program has said last, is there.
     fn is_there(ended: &Exited) -> bool {
-        nix::sys::signal::kill(Pid::from_raw(ended.tail.last().unwrap().parse().unwrap()), None).is_ok()
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(ended.tail.last().unwrap().parse().unwrap()), None).is_ok()
     }
 
     #[test]

@@ -1,0 +1,90 @@
+//! Building hosts, publishing them, and trying one out.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+use nix::unistd::geteuid;
+
+use crate::error::{Context, Result};
+use crate::fleet::hub::command::{Fleet, exit};
+use crate::fleet::hub::{collect, publish, push};
+use crate::nix::set_profile;
+use crate::system;
+
+/// How long an activation may take, in seconds.
+const SWITCH: u64 = 1800;
+
+impl Fleet<'_> {
+    pub(super) fn build(&self, what: &str, wanted: &[&str]) -> Result<ExitCode> {
+        let activates = what == "test" || what == "switch";
+        let target = self.arguments.options.get("--target");
+        match target {
+            Some(target) if activates && wanted.len() == 1 => push::check(target)?,
+            Some(_) => return Err("it is for test and switch of one host").context(|| "understand --target".into()),
+            None if activates => check_own(what, wanted)?,
+            None => {}
+        }
+        let repository = self.repository()?;
+        let (hosts, found) = self.hosts(&repository, wanted)?;
+        let built = OnceLock::new();
+        let well = self.each(&repository, &hosts, |host, say| {
+            say("evaluating");
+            let system = repository.evaluate(host)?;
+            if what != "dry-build" {
+                say("building");
+                repository.build(host, &system)?;
+            }
+            let said = system.toplevel.to_string();
+            // of the only one, if it is to be activated
+            let _ = built.set(system.toplevel);
+            Ok(said)
+        })?;
+        if let (true, true, Some(toplevel)) = (well, activates, built.get()) {
+            if let Some(target) = target {
+                return push::push(toplevel.path(), what, target).map(|()| exit(found));
+            }
+            let _turn = system::Turn::take()?;
+            return activate(toplevel.path(), what == "switch").map(|()| exit(found));
+        }
+        Ok(exit(well && found))
+    }
+
+    pub(super) fn deploy(&self, wanted: &[&str]) -> Result<ExitCode> {
+        let _turn = self.hub.turn()?;
+        // what is known to have arrived counts for the sequence numbers
+        collect::take_in(&self.hub, wanted)?;
+        let repository = self.repository()?;
+        let (hosts, found) = self.hosts(&repository, wanted)?;
+        let (build, key) = (!self.arguments.has("--no-build"), self.settings.signing_key.as_deref());
+        let well = self.each(&repository, &hosts, |host, say| {
+            let released = publish::deploy(&self.hub, &repository, host, build, key, say)?;
+            Ok(released.map_or("unchanged".into(), |sequence| format!("release {sequence} published")))
+        })?;
+        Ok(exit(well && found))
+    }
+}
+
+/// Fails unless the one host that is named is this very machine, and this process may switch it.
+fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
+    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read this machine's name".into())?;
+    let own = own.trim_end();
+    let refuse = |why: String| Err(why).context(|| format!("{what} the configuration"));
+    match wanted {
+        [host] if *host != own => refuse(format!("{host:?} is not this machine, which is {own:?}: deploy it")),
+        [_] if !geteuid().is_root() => refuse("it takes root".into()),
+        [_] => Ok(()),
+        _ => refuse(format!("expected one host, this machine's own {own:?}")),
+    }
+}
+
+/// Has this machine run a system, and, if that is to last, boot it; not what has been refused, or has broken off.
+fn activate(system: &Path, to_last: bool) -> Result<()> {
+    let activated = system::switch_to(system, "test", SWITCH, &format!("activate {}", system.display()))?;
+    // some unit may have failed, and some systems wait for a boot
+    if to_last && matches!(activated.status.code(), Some(0 | 4 | 100)) {
+        set_profile(system)?;
+        system::switch_to(system, "boot", SWITCH, "install the boot loader")?.success()?;
+    }
+    activated.success()
+}

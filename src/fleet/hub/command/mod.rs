@@ -1,0 +1,196 @@
+//! `ekiben fleet`: which words lead to which function, on the hub.
+
+mod build;
+mod reports;
+mod update;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use ::nix::sys::stat::{Mode, umask};
+
+use crate::error::{Context, Error, Result};
+use crate::fleet::hub::jobs::{Board, parallel};
+use crate::fleet::hub::repository::{FleetRepository, Host, Settings, find, select};
+use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::{collect, guide, status};
+use crate::output;
+
+const HELP: &str = "\
+Publishes NixOS configurations to a fleet of hosts, and shows how they are.
+
+Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
+
+  init                                begin a repository here
+  build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
+                                      evaluate; or build; or build this machine's own and activate it, or that of
+                                      another one, over SSH
+  deploy [--no-build] [--jobs N] [HOST...]
+                                      build what has changed, and publish it
+  status [--json] [--once] [HOST...]  how the hosts are
+  log HOST [RUN]                      what a host's last run, or that run, said
+  diff [HOST...]                      what differs between the running and the repository's systems
+  flake-update [INPUT...] [HOST...]   update the flakes' inputs
+  bootstrap HOST                      what to do for a new host
+  collect                             take in what the hosts have reported
+
+Options:
+  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or what the working directory is in)
+  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); of a hub elsewhere
+                     sftp://[user@]host[:port][/path], with what this user's ssh knows
+";
+
+/// The options that each command takes besides those that all take.
+const OPTIONS: [(&str, &[&str]); 9] = [
+    ("init", &[]),
+    ("build", &["--jobs", "--target"]),
+    ("deploy", &["--jobs", "--no-build"]),
+    ("status", &["--json", "--once"]),
+    ("log", &[]),
+    ("diff", &[]),
+    ("flake-update", &[]),
+    ("bootstrap", &[]),
+    ("collect", &[]),
+];
+/// How many lines of a failing build's log are shown, and how much of one line of any.
+const LINES: usize = 10;
+/// A command line, in parts.
+struct Arguments<'a> {
+    words: Vec<&'a str>,
+    options: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Arguments<'a> {
+    fn parse(arguments: &[&'a str]) -> Result<Self> {
+        let (mut words, mut options) = (Vec::new(), BTreeMap::new());
+        let mut rest = arguments.iter();
+        while let Some(&word) = rest.next() {
+            let value = match word {
+                "--repository" | "--directory" | "--jobs" | "--target" => {
+                    rest.next().ok_or("it needs a value").context(|| format!("understand {word}"))?
+                }
+                _ => "",
+            };
+            if word.starts_with('-') {
+                options.insert(word, value);
+            } else {
+                words.push(word);
+            }
+        }
+        let command = words.first().copied().unwrap_or_default();
+        let taken = OPTIONS.iter().find(|(name, _)| *name == command).map_or(&[][..], |(_, taken)| taken);
+        let all = ["--repository", "--directory", "--help", "-h"];
+        match options.keys().find(|option| !all.contains(option) && !taken.contains(option)) {
+            Some(option) => Err(Error::new(format!("Failed to understand {option:?}: see ekiben fleet --help"))),
+            None => Ok(Self { words, options }),
+        }
+    }
+
+    fn has(&self, option: &str) -> bool {
+        self.options.contains_key(option)
+    }
+
+    fn jobs(&self) -> Result<usize> {
+        let number = |text: &&str| text.parse().ok().filter(|number| *number > 0);
+        match self.options.get("--jobs") {
+            Some(text) => number(text).ok_or(format!("expected a number, found {text:?}")).context(|| "understand --jobs".into()),
+            None => Ok(std::thread::available_parallelism().map_or(2, usize::from)),
+        }
+    }
+}
+
+/// Where the fleet is.
+struct Fleet<'a> {
+    place: Option<PathBuf>,
+    settings: Settings,
+    hub: ServedDirectory,
+    arguments: &'a Arguments<'a>,
+}
+
+/// Does what these words say.
+pub fn command(arguments: &[&str]) -> Result<ExitCode> {
+    // the hosts' own sftp servers have to read what is published
+    umask(Mode::from_bits_truncate(0o022));
+    let arguments = Arguments::parse(arguments)?;
+    if arguments.has("--help") || arguments.has("-h") || matches!(arguments.words[..], [] | ["help"]) {
+        return print(HELP);
+    }
+    let here = std::env::current_dir().context(|| "find the working directory".into())?;
+    let named = arguments.options.get("--repository").map(PathBuf::from).or_else(|| std::env::var_os("EKIBEN_FLEET").map(PathBuf::from));
+    if arguments.words == ["init"] {
+        let made = guide::init(&named.unwrap_or(here))?;
+        return print(&made.into_iter().map(|path| path + " is new.\n").collect::<String>());
+    }
+    let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
+    let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+    let hub = ServedDirectory::new(arguments.options.get("--directory").map_or(&settings.directory, Path::new))?;
+    let fleet = Fleet { place, settings, hub, arguments: &arguments };
+    match arguments.words[..] {
+        ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
+        ["build", ref hosts @ ..] => fleet.build("build", hosts),
+        ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
+        ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub does so by itself")),
+        ["collect"] => collect::collect(&fleet.hub).map(|()| ExitCode::SUCCESS),
+        ["status", ref hosts @ ..] => {
+            let (json, once) = (arguments.has("--json"), arguments.has("--once"));
+            status::status(&fleet.hub, fleet.settings.silent_after, hosts, json, once)
+        }
+        ["log", host] => fleet.log(host, None),
+        ["log", host, run] => fleet.log(host, Some(run)),
+        ["diff", ref hosts @ ..] => fleet.diff(hosts),
+        ["flake-update", ref words @ ..] => fleet.flake_update(words),
+        ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, fleet.hub.is_elsewhere(), host)?),
+        _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben fleet --help", arguments.words.join(" ")))),
+    }
+}
+
+fn print(text: &str) -> Result<ExitCode> {
+    output::print(text).map(|()| ExitCode::SUCCESS)
+}
+
+impl Fleet<'_> {
+    fn repository(&self) -> Result<FleetRepository> {
+        let place = self.place.as_deref().ok_or("there is no fleet.json here or above; see --repository and ekiben fleet init");
+        FleetRepository::open(place.context(|| "find the fleet's repository".into())?, &self.settings)
+    }
+
+    /// The hosts of these names, all if there are none, and whether all could be looked at that may
+    /// be meant.
+    fn hosts(&self, repository: &FleetRepository, wanted: &[&str]) -> Result<(Vec<Host>, bool)> {
+        let (hosts, failed) = repository.hosts(self.arguments.jobs()?)?;
+        for error in &failed {
+            log::error!("{error}.");
+        }
+        Ok((select(hosts, |host| &host.name, wanted)?, failed.is_empty() || !wanted.is_empty()))
+    }
+
+    /// Does `work` for hosts, several at once; says what came of each. Returns whether all went well.
+    fn each(
+        &self,
+        repository: &FleetRepository,
+        hosts: &[Host],
+        work: impl Fn(&Host, &dyn Fn(&str)) -> Result<String> + Sync,
+    ) -> Result<bool> {
+        let board = Board::new();
+        let done = parallel(hosts, self.arguments.jobs()?, |host| {
+            let done = work(host, &|what| board.begin(&host.name, what));
+            let said = match &done {
+                Ok(said) => said.clone(),
+                Err(error) => {
+                    let tail = error.tail.iter().skip(error.tail.len().saturating_sub(LINES));
+                    let tail: String = tail.map(|line| "\n  | ".to_owned() + line).collect();
+                    let log = if tail.is_empty() { String::new() } else { format!("\n  see {}", repository.log(&host.name).display()) };
+                    format!("{error}.{tail}{log}")
+                }
+            };
+            board.end(&host.name, &said);
+            done.is_ok()
+        });
+        Ok(done.into_iter().all(|well| well))
+    }
+}
+
+fn exit(well: bool) -> ExitCode {
+    if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,77 @@
+//! What a host has reported, and in what it differs.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+use crate::error::{Context, Result};
+use crate::fleet::LARGE;
+use crate::fleet::hub::collect;
+use crate::fleet::hub::command::{Fleet, exit};
+use crate::fleet::hub::repository::select;
+use crate::names::RunId;
+use crate::nix::nix;
+use crate::program::Program;
+use crate::text;
+
+const LINE_BYTES: u64 = 64 * 1024;
+
+impl Fleet<'_> {
+    pub(super) fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
+        collect::take_in(&self.hub, &[host])?;
+        let host = select(self.hub.hosts()?, |name| name, &[host])?.remove(0);
+        let doing = || format!("show a log of {host}");
+        let run = if let Some(run) = run {
+            RunId::try_from(run).context(doing)?
+        } else {
+            self.hub.take_in_file(&self.hub.index_file(&host))?;
+            self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
+        };
+        let path = self.hub.received(&host).join(format!("{run}.log.gz"));
+        self.hub.take_in_file(&path)?;
+        if !path.exists() {
+            return Err(format!("there is none of run {run}")).context(doing);
+        }
+        let mut gzip = Command::new("gzip").arg("-dc").arg(path).stdout(Stdio::piped()).spawn().context(doing)?;
+        // piece by piece, and not for ever: a small file can be a long log
+        let mut lines = BufReader::new(gzip.stdout.take().ok_or("gzip has no output").context(doing)?);
+        let (mut piece, mut left, mut output) = (Vec::new(), LARGE, std::io::stdout().lock());
+        while (&mut lines).take(LINE_BYTES).read_until(b'\n', &mut piece).context(doing)? > 0 {
+            let (line, end) = piece.strip_suffix(b"\n").map_or((&piece[..], ""), |line| (line, "\n"));
+            if write!(output, "{}{end}", text::line(&String::from_utf8_lossy(line))).is_err() {
+                break;
+            }
+            left = left.saturating_sub(piece.len() as u64);
+            if left == 0 {
+                log::warn!("The log has more than {LARGE} bytes; the rest is left out.");
+                break;
+            }
+            piece.clear();
+        }
+        drop(lines);
+        gzip.wait().context(doing)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    pub(super) fn diff(&self, wanted: &[&str]) -> Result<ExitCode> {
+        collect::take_in(&self.hub, wanted)?;
+        let repository = self.repository()?;
+        let (hosts, found) = self.hosts(&repository, wanted)?;
+        let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));
+        let well = self.each(&repository, &hosts, |host, say| {
+            say("comparing");
+            let Some((heartbeat, _)) = self.hub.heartbeat(&host.name)? else { return Ok("nothing has been heard of it".into()) };
+            let Some(old) = heartbeat.system else { return Ok("it does not know what it runs".into()) };
+            let new = repository.evaluate(host)?.toplevel;
+            if old == new {
+                return Ok("runs just that".into());
+            }
+            if let Some(missing) = [&old, &new].into_iter().find(|path| !path.path().exists()) {
+                return Ok(format!("{missing} is not in this machine's store"));
+            }
+            let program = if nvd { Program::new("nvd").arg("diff") } else { nix().args(["store", "diff-closures"]) };
+            let said = program.arg(old.path()).arg(new.path()).output(|| format!("compare {}", host.name), None)?;
+            Ok(format!("{old} -> {new}\n{}", String::from_utf8_lossy(&said).trim_end()))
+        })?;
+        Ok(exit(well && found))
+    }
+}

@@ -1,0 +1,59 @@
+//! A program that is asked and answers, line by line.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+
+use crate::error::{Context, Error, Result};
+use crate::program::{LINE_BYTES, Program, describe};
+
+/// A program that is asked and answers.
+pub struct Conversation {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Program {
+    /// Starts the program for a conversation, line by line; its errors go to `errors`, if that is given.
+    pub fn talk(mut self, errors: Option<File>) -> Result<Conversation> {
+        if let Some(file) = errors {
+            self.command.stderr(file);
+        }
+        let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut child = child.context(|| format!("run {}", self.name))?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(input), Some(output)) => Ok(Conversation { child, input, output: BufReader::new(output) }),
+            _ => Err(Error::new(format!("Failed to talk to {}", self.name))),
+        }
+    }
+}
+
+impl Conversation {
+    /// Says a line.
+    pub fn say(&mut self, line: &str) -> io::Result<()> {
+        writeln!(self.input, "{line}")
+    }
+
+    /// Waits for a line; none if the program has closed its output.
+    pub fn hear(&mut self) -> io::Result<Option<String>> {
+        let mut line = String::new();
+        let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;
+        Ok((count > 0).then_some(line))
+    }
+
+    /// Says a line and waits for the answer; another one is an error.
+    pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
+        self.say(line)?;
+        let answer = self.hear()?.unwrap_or_default();
+        if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
+    }
+
+    /// Ends the conversation; an exit status other than 0 is an error.
+    pub fn end(self) -> io::Result<()> {
+        let Self { mut child, input, .. } = self;
+        drop(input);
+        let status = child.wait()?;
+        if status.success() { Ok(()) } else { Err(io::Error::other(describe(status))) }
+    }
+}
