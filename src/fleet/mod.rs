@@ -24,7 +24,6 @@ pub mod host;
 pub mod hub;
 
 mod archive;
-mod pack;
 mod sftp;
 mod sha256;
 mod temporary;

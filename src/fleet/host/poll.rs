@@ -15,13 +15,14 @@ use serde::de::DeserializeOwned;
 use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::archive::unpack::unpack;
 use crate::fleet::host::outbox;
 use crate::fleet::host::release;
 use crate::fleet::host::secrets;
 use crate::fleet::host::seen;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, archive, sha256};
+use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
@@ -76,7 +77,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
         return Ok((manifest.release, repository.head.clone()));
     }
     let source = scratch.path().join("source");
-    archive::unpack(&tarball, &source)?;
+    unpack(&tarball, &source)?;
     let message = release::message(&manifest)?;
     let index = scratch.path().join("index");
     // releases that were never deployed would stay for ever

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{Manifest, archive};
+use crate::fleet::Manifest;
+use crate::fleet::archive::unpack::make_anew;
 use crate::git::Repository;
 use crate::nix::Source;
 
@@ -34,7 +35,7 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, build: imp
             Err(error) => log::info!("{error}; evaluating it here."),
         }
     }
-    archive::make_anew(directory)?;
+    make_anew(directory)?;
     repository.export(commit, directory)?;
     let result = match &manifest.attr {
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),

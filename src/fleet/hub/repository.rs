@@ -16,11 +16,12 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::SMALL;
+use crate::fleet::archive::pack::{self, Origin};
+use crate::fleet::archive::unpack::unpack;
 use crate::fleet::hub::jobs;
 use crate::fleet::hub::served;
-use crate::fleet::pack::Origin;
 use crate::fleet::temporary::{Temporary, home};
-use crate::fleet::{SMALL, archive, pack};
 use crate::json;
 use crate::names::{HostName, Sha256, StorePath};
 use crate::nix::nix;
@@ -259,7 +260,7 @@ impl FleetRepository {
     pub fn with_unpacked<T>(&self, source: &Packed, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         let place = self.scratch.path().join(name);
         let directory = place.join("configuration");
-        let done = archive::unpack(&source.archive, &directory).and_then(|()| then(&directory));
+        let done = unpack(&source.archive, &directory).and_then(|()| then(&directory));
         let _ = fs::remove_dir_all(place);
         done
     }

@@ -1,8 +1,6 @@
 //! Archives: from a directory to the same bytes each time.
 //!
-//! An archive holds files, each with its contents and whether it can be executed, and nothing else:
-//! no links, owners, times or empty directories. Where a link leads to is what is packed, if that is in
-//! the repository: what is published is no secret any more.
+//! Where a link leads to is what is packed, if that is in the repository: what is published is no secret any more.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -142,7 +140,7 @@ pub fn pack(directory: &Path, mut files: Vec<PathBuf>, origin: &Origin, file: &P
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::archive;
+    use crate::fleet::archive::unpack::unpack;
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
 
@@ -175,7 +173,7 @@ mod tests {
         otherwise.reverse();
         assert_eq!(packed(&one, &archive).unwrap(), pack(&two, otherwise, &origin, &place.path().join("b.tar.gz")).unwrap());
         let unpacked = place.path().join("unpacked");
-        archive::unpack(&archive, &unpacked).unwrap();
+        unpack(&archive, &unpacked).unwrap();
         let mut found = files(&unpacked, &Origin::new(&unpacked, None).unwrap()).unwrap();
         found.sort();
         assert_eq!(found, ["-a", "b c", "sub/file"].map(PathBuf::from));
