@@ -40,7 +40,7 @@ with subtest("an edited lock file stops the run before it starts"):
     deploy(machine, "git reset -q; git checkout -q flake.lock; mv flake.lock away")
     refused("flake.lock: it has uncommitted changes; commit or restore it")
     deploy(machine, "ln -s away flake.lock")
-    refused("flake.lock: it is no regular file; commit or restore it")
+    refused("flake.lock: it is not a regular file; commit or restore it")
     deploy(machine, "rm flake.lock; mv away flake.lock")
 
 with subtest("so does whatever git is in the middle of"):
@@ -48,13 +48,13 @@ with subtest("so does whatever git is in the middle of"):
     deploy(machine, "! git merge side")
     refused("a merge is in progress; finish or abort it")
     deploy(machine, "git merge --abort; ! git rebase side")
-    refused("HEAD is detached; check a branch out")
+    refused("HEAD is detached; check out a branch")
     deploy(machine, "git rebase --abort; ! git cherry-pick side")
     refused("a cherry-pick is in progress; finish or abort it")
     deploy(machine, "git cherry-pick --abort; git bisect start")
     refused("a bisect is in progress; finish or abort it")
     deploy(machine, "git bisect reset; git checkout -q --detach")
-    refused("HEAD is detached; check a branch out")
+    refused("HEAD is detached; check out a branch")
     deploy(machine, "git checkout -q main")
 
 with subtest("so does a repository that is none, has no commit, or is not the whole of one"):

@@ -140,9 +140,9 @@ with subtest("from a third machine, without root, a release is published, follow
     becomes("new machine")
     follows(first)
     assert "activating the configuration" in desk.succeed(fleet("log web"))
-    assert "runs just that" in desk.succeed(fleet("diff"))
+    assert "up to date" in desk.succeed(fleet("diff"))
     assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
-    assert "by itself" in desk.fail(fleet("collect"))
+    assert "on its own" in desk.fail(fleet("collect"))
     # the key of the desk's own sshd is no hub's
     assert "ssh-ed25519 ... (the hub's" in desk.succeed(fleet("bootstrap db"))
     # somebody else, as their ssh is configured
@@ -304,7 +304,7 @@ with subtest("of two who publish at once, one does, and the other is told"):
     succeeded, said = ended("alice")
     assert succeeded and published(said) > number, said
     succeeded, said = ended("deploy")
-    assert not succeeded and "somebody else has published for it meanwhile; deploy again" in said, said
+    assert not succeeded and "another release was published in the meantime; deploy again" in said, said
     follows(content)
     assert published(desk.succeed(fleet("deploy"))) > number
     follows(other)
@@ -317,7 +317,7 @@ with subtest("who has been silent for too long publishes nothing any more"):
     assert newer > number
     go_on_as("alice")
     succeeded, said = ended("alice")
-    assert not succeeded and "somebody else has published for it meanwhile; deploy again" in said, said
+    assert not succeeded and "another release was published in the meantime; deploy again" in said, said
     assert manifest()["sequence"] == newer
     follows(content)
 
@@ -329,7 +329,7 @@ with subtest("no number is given twice, whoever publishes when"):
             begin(user, "deploy", "")
         for user in ("alice", "deploy"):
             succeeded, said = ended(user)
-            assert succeeded or "somebody else has published for it meanwhile" in said, said
+            assert succeeded or "another release was published in the meantime" in said, said
             numbers += [published(said)] if succeeded else []
     assert len(set(numbers)) == len(numbers) and manifest()["sequence"] == max(numbers) > numbers[0] == min(numbers), numbers
     assert len(numbers) > 4
@@ -346,16 +346,16 @@ with subtest("a directory that is synced in any order: the host waits for what i
     # the manifest first
     desk.succeed(sftp(f"put {local}/manifest.json {RELEASE.removeprefix(HUB)}/manifest.json"))
     result = poll()
-    assert result["result"] == "failed" and result["stage"] == "prepare" and "not what its manifest says" in result["error"], result
+    assert result["result"] == "failed" and result["stage"] == "prepare" and "the archive does not match the manifest" in result["error"], result
     # then half of the archive, in its place
     desk.succeed(f"head -c 2000 {local}/{new}.tar.gz > /tmp/half", sftp(f"put /tmp/half hosts/web/release/{new}.tar.gz"))
     result = poll()
-    assert result["result"] == "failed" and "not what its manifest says" in result["error"], result
+    assert result["result"] == "failed" and "the archive does not match the manifest" in result["error"], result
     assert shows(web, "app") == before
     # then all of it, while the host is at it: within the run that has just found half of it
     follow(web, "fleet")
     web.succeed("systemctl start --no-block ekiben-fleet")
-    wait_until_said(web, "fleet", "not what its manifest says")
+    wait_until_said(web, "fleet", "the archive does not match the manifest")
     desk.succeed(sftp(f"put {local}/{new}.tar.gz hosts/web/release/{new}.tar.gz"))
     wait_until_at_rest(web, "fleet")
     if last_run(web, "fleet")["result"] != "deployed":

@@ -53,7 +53,7 @@ with subtest("files arrive as they are declared, and nobody else can read them")
     web.fail("grep -Rs 'first plain' /etc /run/current-system/")
 
 with subtest("one that cannot be put in its place is told, and does not keep the others waiting"):
-    tells('Failed to put "/var/lib/secrets/deep/er/token" in its place: there is no user "app"')
+    tells('Failed to install "/var/lib/secrets/deep/er/token": there is no user "app"')
     web.require_unit_state("ekiben-files.service", "failed")
     hub.succeed("mkdir -p /srv/status/hosts; cd /srv/status; test -e fleet.json || ekiben fleet init")
     hub.succeed("systemctl start ekiben-hub-collect.service")
@@ -101,7 +101,7 @@ with subtest("what somebody has written stays, until it is moved away"):
     serve("plain", "third plain")
     ask()
     assert web.succeed(f"cat {SECRETS}/plain") == "mine\n"
-    tells("what is there is not what Ekiben has put there")
+    tells("the file was not installed by Ekiben")
     web.succeed(f"mv {SECRETS}/plain /root/mine")
     ask()
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
@@ -117,7 +117,7 @@ with subtest("the hub serves nothing that somebody else could have chosen"):
         if source == "/srv/agenix/plain":
             assert code == 0, said
         else:
-            assert code != 0 and "belongs to nobody, who could have it lead anywhere" in said, said
+            assert code != 0 and "is owned by nobody, who could redirect it" in said, said
     ask()
     is_there(f"{SECRETS}/plain", "fourth plain", "400 root:root")
     hub.succeed("systemctl start ekiben-hub-files.service")
@@ -219,7 +219,7 @@ with subtest("a hub that has much to be told of does not keep itself from being 
     hub.succeed("rm /root/evil")
     offer(*[{"path": f"/etc/{'evil' * 50}/{number}"} for number in range(256)])
     ask()
-    tells("Failed to put")
+    tells("Failed to install")
     assert int(hub.succeed(f"stat -c %s {HOST}/reports/heartbeat.json")) < 262144
 
 with subtest("directories that were made for a file go with it; others, and what is in them, stay"):

@@ -77,7 +77,7 @@ for host in HOSTS:
 
 with subtest("init makes a repository, and changes nothing that is there"):
     write(hub, "/srv/fleet/README.md", "mine")
-    assert "fleet.json is new" in hub.succeed(fleet("init"))
+    assert "Created /srv/fleet/fleet.json." in hub.succeed(fleet("init"))
     assert hub.succeed(fleet("init")) == ""
     assert hub.succeed("cat /srv/fleet/README.md") == "mine"
     settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))
@@ -211,15 +211,15 @@ with subtest("A link that leads out of the repository is named and publishes not
     made = "find /srv/own-hub /var/lib/ekiben-hub -name '*.tar.gz' | sort | xargs sha256sum"
     before = hub.succeed(made)
     for make, why in (
-        ("ln -s /home/deploy/secret odd", "it leads to /home/deploy/secret, which is not in the repository"),
-        ("ln -s $(realpath --relative-to=. /home/deploy/secret) odd", "which is not in the repository"),
-        ("ln -s $(realpath --relative-to=. /home/deploy) odd", "which is not in the repository"),
-        ("ln -s /nix/store odd", "which is not in the repository"),
-        ("ln -s $(git rev-parse --show-toplevel)/.git/config odd", "which is not in the repository"),
-        ("ln -s nowhere odd", "it is a link to nowhere, which is not there"),
-        ("touch $'odd\\nname'", "there may be no line break"),
+        ("ln -s /home/deploy/secret odd", "link to /home/deploy/secret, outside of the repository"),
+        ("ln -s $(realpath --relative-to=. /home/deploy/secret) odd", "outside of the repository"),
+        ("ln -s $(realpath --relative-to=. /home/deploy) odd", "outside of the repository"),
+        ("ln -s /nix/store odd", "outside of the repository"),
+        ("ln -s $(git rev-parse --show-toplevel)/.git/config odd", "outside of the repository"),
+        ("ln -s nowhere odd", "dangling link to nowhere"),
+        ("touch $'odd\\nname'", "line breaks, control characters and backslashes are not allowed"),
         ("touch odd; chmod 0 odd", "Permission denied"),
-        ("cp /home/deploy/key odd", "it is the key that releases are signed with"),
+        ("cp /home/deploy/key odd", "it is the key that signs releases"),
     ):
         hub.succeed(as_deploy(f"cd /srv/fleet/hosts/web; {make}"))
         said = hub.fail(fleet("deploy web"))
@@ -241,7 +241,7 @@ with subtest("A host that the hub does not serve is named"):
     flake("new", "new")
     hub.succeed(fleet("flake-update"))
     said = hub.fail(fleet("deploy new"))
-    assert "add it to services.ekiben.hub.hosts" in said, said
+    assert "add the host to services.ekiben.hub.hosts" in said, said
     hub.succeed("rm -r /srv/fleet/hosts/new")
 
 with subtest("A number is higher than any that the host has seen, and never jumps, whatever the hub or a host says"):
@@ -265,7 +265,7 @@ with subtest("A number is higher than any that the host has seen, and never jump
         hub.succeed(as_deploy(f"rm {release}/manifest.json; {command}"))
         assert published(hub.succeed(fleet("deploy web"))) == ["web"]
 
-with subtest("status tells how the hosts are"):
+with subtest("status shows the state of the hosts"):
     released = {key: manifest("web")[key] for key in ("id", "sequence")}
     assert set(states(hub).values()) == {"new machine", "rebuild pending"}, states(hub)
     for host in HOSTS:
@@ -309,10 +309,10 @@ with subtest("Nobody obeys a file of somebody else's, and nobody but the hub's u
         for command in ("status --once", "build dry-build", "deploy", "collect", "log x", "diff", "bootstrap x"):
             for place in ("cd /tmp/planted/mine", "export EKIBEN_FLEET=/tmp/planted", "cd /tmp/planted"):
                 said = hub.fail(as_deploy(f"{place}; ekiben fleet {command} 2>&1"))
-                assert "/tmp/planted" in said and "belongs to nobody, and this is deploy" in said and "--repository" in said, said
+                assert "/tmp/planted" in said and "owned by nobody, not by deploy" in said and "--repository" in said, said
     hub.succeed("chown -R deploy /tmp/planted", "rm /tmp/evil/hosts/x/reports; ln -s /root/precious /tmp/evil/hosts/x/reports")
     for place in ("cd /tmp/planted/mine", "export EKIBEN_FLEET=/srv/fleet; cd /", "cd /srv/fleet"):
-        assert "belongs to deploy, and this is root" in hub.fail(f"{place}; ekiben fleet status --once 2>&1")
+        assert "owned by deploy, not by root" in hub.fail(f"{place}; ekiben fleet status --once 2>&1")
     # nor is anything taken or removed where a hub of somebody else's leads to
     for who in ("deploy", "root"):
         hub.execute(f"runuser -u {who} -- sh -c 'cd /; ekiben fleet status --once --directory /tmp/evil'")
@@ -322,13 +322,13 @@ with subtest("Nobody obeys a file of somebody else's, and nobody but the hub's u
     hub.succeed(as_deploy(f"rm -r {SERVED}/received/db"))
     beat("db")
     hub.succeed(f"cd /; ekiben fleet status --once --directory {SERVED} db")
-    assert "belongs to deploy, who alone can" in hub.fail(f"cd /; ekiben fleet collect --directory {SERVED} 2>&1")
+    assert "owned by deploy, who alone can collect" in hub.fail(f"cd /; ekiben fleet collect --directory {SERVED} 2>&1")
     hub.succeed(f"test ! -e {SERVED}/received/db")
     assert states(hub)["db"] == "up to date"
 
 with subtest("diff compares what runs with what would be deployed"):
     said = hub.succeed(fleet("diff"))
-    assert "hub: runs just that" in said and f"web2: /nix/store/{'x' * 32}-x is not in this machine's store" in said, said
+    assert "hub: up to date" in said and f"web2: /nix/store/{'x' * 32}-x is not in the store of this machine" in said, said
     beat("web", system=manifest("hub")["toplevel"])
     assert f"{manifest('hub')['toplevel']} -> {manifest('web')['toplevel']}" in hub.succeed(fleet("diff web"))
 
@@ -396,9 +396,9 @@ with subtest("A deploy that is killed leaves the old release or the new one"):
 with subtest("This machine's own configuration can be activated"):
     assert "is not this machine" in hub.fail(fleet("build switch web"))
     assert "expected one host" in hub.fail(fleet("build test"))
-    assert "it takes root" in hub.fail(fleet("build test hub"))
+    assert "must be run as root" in hub.fail(fleet("build test hub"))
     if is_host(hub):
-        assert "belongs to deploy, and this is root" in hub.fail("cd /srv/fleet; ekiben fleet build switch hub 2>&1")
+        assert "owned by deploy, not by root" in hub.fail("cd /srv/fleet; ekiben fleet build switch hub 2>&1")
         hub.succeed("cp -r /srv/fleet /root/fleet; chown -R root /root/fleet; cd /root/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
         # first for now, then for good
         assert hub.succeed("cat /tmp/switched").split() == ["test", "boot"]

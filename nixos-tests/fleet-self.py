@@ -112,4 +112,4 @@ if is_host(web):
         assert running(web) == old
         web.succeed("systemctl start ekiben-reboot.service", "systemctl is-system-running --wait || true")
         assert web.succeed("systemctl list-jobs") == "No jobs running.\n"
-        assert "it is not done again" in web.succeed("journalctl -b -o cat -u ekiben-reboot")
+        assert "not rebooting again" in web.succeed("journalctl -b -o cat -u ekiben-reboot")

@@ -40,13 +40,13 @@ with subtest("one host of three is changed: it alone has something to do"):
     web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; chown -R --reference={own} {own}/fetched {own}/repository")
     assert states(hub) == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
-    assert "db: runs just that" in said and "plain: runs just that" in said and f"web: {running(web)} -> /nix/store/" in said, said
+    assert "db: up to date" in said and "plain: up to date" in said and f"web: {running(web)} -> /nix/store/" in said, said
     assert [poll(machine)["result"] for machine in HOSTS.values()] == ["unchanged", "unchanged", "deployed"]
     assert shows(web, "app") == content
     becomes(hub, "web", "up to date")
 
 with subtest("what is published makes no other system: that is said"):
-    write(hub, "/srv/fleet/hosts/web/note", "of no account")
+    write(hub, "/srv/fleet/hosts/web/note", "a note")
     hub.succeed(fleet("deploy web"))
     assert states(hub)["web"] == "sync pending", states(hub)
     before = running(web)

@@ -86,7 +86,7 @@ NOTES = (
     ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"00000000000000000000000000000000\"/' notes.json", "there is no proposal"),
     ("of no run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"..\"/' notes.json", "expected the identifier of a run"),
     ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"0000000000000000000000000000000000000000\"/' notes.json", "Failed to"),
-    ("of no commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "expected the hash of an object of git"),
+    ("of no commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "expected the name of a git object"),
     ("of no branch", "sed -i 's#\"branch\":\"[^\"]*\"#\"branch\":\"--force\"#' notes.json", "expected a branch"),
     ("of a stage of root's", "sed -i 's/\"stage\":\"[a-z]*\"/\"stage\":\"conclude\"/' notes.json", "not for these stages to say"),
 )
@@ -113,10 +113,10 @@ for place in some(machine, ("flake.lock", "index", "notes.json", "candidate"), 1
 
 with subtest("flake.lock of the repository is a link"):
     deploy(machine, "cp flake.lock /tmp/flake.lock; ln -sf /root/secret flake.lock; git commit -qam link")
-    attempt(None, "true", "is no regular file")
+    attempt(None, "true", "is not a regular file")
     deploy(machine, "git reset -q --hard HEAD~1")
     deploy(machine, "rm flake.lock; mkfifo flake.lock")
-    attempt(None, "true", "is no regular file")
+    attempt(None, "true", "is not a regular file")
     deploy(machine, "rm flake.lock; git restore flake.lock")
     works()
 

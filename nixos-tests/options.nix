@@ -557,7 +557,7 @@ let
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))
-    (expect "needless slashes are of no account" (
+    (expect "needless slashes are ignored" (
       (variant {
         instances.app = {
           flakePath = "/var//nixos-config/";

@@ -3,7 +3,7 @@ let
   common = (import ./deployment.nix).instance // {
     networkRetries = 2;
     healthChecks = {
-      # of no account: it did not pass before
+      # ignored: it did not pass before
       never.command = "false";
       app = {
         # as a program that is not served any more says it, and as the network would

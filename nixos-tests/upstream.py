@@ -70,7 +70,7 @@ with subtest("an edit that a pulled commit would overwrite stops the run"):
     deploy(server, "echo mine > greeting")
     before = digest(server)
     ended = run(server, "follower")
-    assert ended["result"] == "failed" and "without touching your edits" in ended["error"], ended
+    assert ended["result"] == "failed" and "without changing your edits" in ended["error"], ended
     assert digest(server) == before
     deploy(server, "git checkout -q greeting")
 
@@ -78,7 +78,7 @@ with subtest("a branch that has gone another way than its upstream is left to it
     deploy(server, "git commit -q --allow-empty -m mine")
     before = digest(server)
     ended = run(server, "follower")
-    assert ended["result"] == "failed" and "has other commits; merge or rebase them" in ended["error"], ended
+    assert ended["result"] == "failed" and "and its upstream have diverged; merge or rebase them" in ended["error"], ended
     assert digest(server) == before
     deploy(server, "git reset -q --keep HEAD^")
 
@@ -121,12 +121,12 @@ if is_host(server):
         for _ in range(2):
             before = (digest(server), running(server), generation(server), upstream_is())
             ended = run(server, "follower")
-            assert (ended["result"], ended["stage"]) == ("failed", "prepare") and f"it has withdrawn {withdrawn}" in ended["error"], ended
+            assert (ended["result"], ended["stage"]) == ("failed", "prepare") and f"the upstream no longer has {withdrawn}" in ended["error"], ended
             assert (digest(server), running(server), generation(server), upstream_is()) == before
         # where nothing is remembered, what the user's git knows counts
         server.succeed("rm /var/lib/ekiben/instances/follower/upstream")
         deploy(server, "git update-ref refs/remotes/origin/main HEAD")
-        assert "it has withdrawn" in run(server, "follower")["error"]
+        assert "the upstream no longer has" in run(server, "follower")["error"]
         deploy(server, "git fetch -q; git reset -q --keep origin/main")
         ended = run(server, "follower")
         assert ended["result"] in ("deployed", "unchanged"), ended

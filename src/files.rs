@@ -161,16 +161,16 @@ pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let (above, metadata) = (File::from(directory.try_clone()?).metadata()?, File::from(entry.try_clone()?).metadata()?);
         let is_file = !metadata.is_dir() && !metadata.is_symlink();
         if !is_file && ![0, geteuid().as_raw()].contains(&metadata.uid()) {
-            return refuse(format!("belongs to {}, who could have it lead anywhere", user_name(metadata.uid())));
+            return refuse(format!("is owned by {}, who could redirect it", user_name(metadata.uid())));
         }
         if metadata.is_dir() && metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0 {
-            return refuse("can be changed by others, who could have it lead anywhere".into());
+            return refuse("is writable by others, who could redirect it".into());
         }
         if metadata.is_symlink() {
             let target = PathBuf::from(readlinkat(&entry, "")?);
             links += 1;
             if links > 40 {
-                return refuse("is one link too many".into());
+                return refuse("has too many levels of links".into());
             }
             if target.is_absolute() {
                 way.truncate(1);
@@ -179,7 +179,7 @@ pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         } else if metadata.is_dir() {
             way.push((place, entry));
         } else if above.mode() & 0o002 != 0 {
-            return refuse("is where everybody can put files".into());
+            return refuse("is world-writable".into());
         } else if left.is_empty() {
             return read_regular(open(directory, &part, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
         } else {
@@ -345,7 +345,7 @@ mod tests {
             for name in ["current", "generation"] {
                 std::os::unix::fs::lchown(at(name), Some(1), None).unwrap();
                 let error = read("current/secret").unwrap_err().to_string();
-                assert!(error.contains(&format!("{} belongs to", at(name).display())), "{error}");
+                assert!(error.contains(&format!("{} is owned by", at(name).display())), "{error}");
                 std::os::unix::fs::lchown(at(name), Some(0), None).unwrap();
             }
             read("current/secret").unwrap();

@@ -45,22 +45,22 @@ Keeps a NixOS machine up to date from the inside.
 Usage: ekiben [--config FILE] COMMAND
 
   trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
-  status [--json] [INSTANCE]   show how the instances are, or one of them in detail; without --json, fail if
-                               one is not well: its last run or a unit has failed, or no run takes its request
+  status [--json] [INSTANCE]   show the state of the instances, or of one in detail; without --json, fail if one
+                               is not well: its last run or a unit has failed, or no run takes its request
   check FILE                   check a configuration file
-  forget-releases [INSTANCE]   take the next release of the fleet's hub, whatever its number is
+  forget-releases [INSTANCE]   accept the next release of the fleet's hub, whatever its number
 
-  fleet COMMAND                publish to a fleet of hosts, and see how they are: ekiben fleet --help
+  fleet COMMAND                publish to a fleet of hosts, and show their state: ekiben fleet --help
 
 What the units run:
   webhook
   fleet files FILE
   begin | prepare | build | activate | conclude | deliver INSTANCE
-  install INSTANCE             puts the hub's files for this machine in their places
-  reach INSTANCE               fails if the instance's hub cannot be reached
+  install INSTANCE             install the hub's files for this machine
+  reach INSTANCE               fail if the instance's hub cannot be reached
   reboot [--kexec] [--between LOWER UPPER]
-                               reboot if what was deployed takes that
-  conclude                     ends runs of instances that are gone
+                               reboot if the deployed system needs it
+  conclude                     end the runs of instances that are gone
 
 Options:
   --config FILE   the configuration (default: /etc/ekiben/config.json)
@@ -142,7 +142,7 @@ fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -
     if let Some(instance) = configured(file, name)? {
         return stage(&layout, &instance);
     }
-    log::warn!("{name} is not configured any more: there is nothing to do.");
+    log::warn!("Instance {name} is no longer configured; nothing to do.");
     Ok(())
 }
 

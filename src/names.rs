@@ -77,7 +77,7 @@ name!(
     ObjectId,
     |text| {
         let is_one = digits(text, 40) || digits(text, 64);
-        is_one.then_some(()).ok_or_else(|| format!("expected the hash of an object of git, found {text:?}"))
+        is_one.then_some(()).ok_or_else(|| format!("expected the name of a git object, found {text:?}"))
     }
 );
 
@@ -214,7 +214,7 @@ fn digits(text: &str, count: usize) -> bool {
 pub fn host_name(name: &str) -> Result<(), String> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
     if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
-        return Err(format!("expected a host name of at most 25 small letters, digits, _ and -, found {name:?}"));
+        return Err(format!("expected a host name of at most 25 lowercase letters, digits, _ and -, found {name:?}"));
     }
     Ok(())
 }

@@ -186,7 +186,7 @@ impl Session {
 
     /// Ends the session.
     pub fn close(self) -> Result<()> {
-        self.sftp.end().context(|| format!("take leave of the hub at {}", self.server))
+        self.sftp.end().context(|| format!("close the session with the hub at {}", self.server))
     }
 
     /// Has sftp do something; returns what it printed.
@@ -228,7 +228,7 @@ impl Session {
                     size += line.len();
                     if size > PRINTED {
                         return Err(Error::new(format!(
-                            "Failed to talk to the hub at {}: it prints more than {PRINTED} bytes",
+                            "Failed to talk to the hub at {}: its output has more than {PRINTED} bytes",
                             self.server
                         )));
                     }
@@ -238,7 +238,7 @@ impl Session {
             }
         }
         let said: Vec<String> = self.complaint()?.lines().map(text::line).collect();
-        let why = said.iter().rev().find(|line| !line.starts_with("Connection closed")).map_or("it hung up", String::as_str);
+        let why = said.iter().rev().find(|line| !line.starts_with("Connection closed")).map_or("connection closed", String::as_str);
         let error = Error::new(format!("Failed to talk to the hub at {}: {}", self.server, why.trim().trim_end_matches('.')))
             .with_tail(said.clone());
         // anything else may be gone another time
@@ -256,7 +256,7 @@ fn line(command: &str, words: &[&str]) -> Result<String, String> {
     let quoted = |word: &&str| format!(" \"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""));
     let line = command.to_owned() + &words.iter().map(quoted).collect::<String>();
     match words.iter().find(|word| word.is_empty() || word.chars().any(char::is_control)) {
-        Some(word) => Err(format!("{word:?} is no name")),
+        Some(word) => Err(format!("{word:?} is not a valid name")),
         None if line.len() > LINE => Err(format!("{:?} is too long", words[0])),
         None => Ok(line),
     }

@@ -25,19 +25,19 @@ impl Repository {
         let new = files.iter().filter(|file| !file.before && file.after);
         if let Some(path) = new.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
             let path = path.display();
-            return Err(Error::new(format!("Failed to go from {} to {commit}: {path} is in the way; move or commit it", self.head)));
+            return Err(Error::new(format!("Failed to fast-forward from {} to {commit}: {path} would be overwritten; move or commit it", self.head)));
         }
         let index = self.git_directory.join("index");
         let lock = index.with_extension("lock");
         if lock.symlink_metadata().is_ok() {
-            let what = "another git is at work there, or has left that file behind; remove it then";
+            let what = "another git process is running, or has left the file behind; in that case remove it";
             return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", index.display(), lock.display())));
         }
         savepoint.check(&self.branch, &files)?;
         let index = self.copy_of_index(scratch)?;
         self.refresh(&index);
         let check = self.by(&index).args(["read-tree", "-n", "-m", "-u", &self.head, commit]);
-        check.output(|| format!("go from {} to {commit} without touching your edits", self.head), None).map(drop)
+        check.output(|| format!("fast-forward from {} to {commit} without changing your edits", self.head), None).map(drop)
     }
 
     /// Goes from HEAD to `commit` in an empty directory, as git will do in the working tree: that shows
@@ -73,7 +73,7 @@ impl Repository {
                 savepoint.begin()?;
                 self.refresh(&savepoint.index());
                 let read = self.by(&savepoint.index()).args(["read-tree", "-m", "-u", &self.head, commit]);
-                let read = read.output(|| format!("go from {} to {commit}", self.head), None);
+                let read = read.output(|| format!("fast-forward from {} to {commit}", self.head), None);
                 // git looks before it changes anything; what the user has done meanwhile is to stay
                 begun = !read.as_ref().is_err_and(is_refusal);
                 read?;
@@ -85,7 +85,7 @@ impl Repository {
         match forwarded {
             Err(error) if begun => match self.ask(["rev-parse", "--verify", "--quiet", &self.branch]) {
                 // the reflog may have failed
-                Ok(now) if now == commit => log::warn!("{error}; but the branch has been moved."),
+                Ok(now) if now == commit => log::warn!("{error}; the branch has been moved all the same."),
                 Ok(_) => return self.go_back(&savepoint).and(Err(error)),
                 // nobody knows: that is for the next run to find out
                 Err(_) => return Err(error),

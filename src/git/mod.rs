@@ -94,7 +94,7 @@ impl Repository {
         }
         let not_now = |why: &str| Err(Error::new(format!("Failed to start from {place}: {why}")));
         let Ok(branch) = ask(directory, ["symbolic-ref", "HEAD"], String::new) else {
-            return not_now("HEAD is detached; check a branch out");
+            return not_now("HEAD is detached; check out a branch");
         };
         if branch.contains('\u{fffd}') {
             return not_now("the name of its branch is not UTF-8; rename the branch");
@@ -151,7 +151,7 @@ impl Repository {
             return edited("has staged changes");
         }
         let uncommitted = match (fs::symlink_metadata(self.top.join(&path)), staged) {
-            (Ok(metadata), _) if !metadata.is_file() => return edited("is no regular file"),
+            (Ok(metadata), _) if !metadata.is_file() => return edited("is not a regular file"),
             (there, None) => there.is_ok(),
             // a sparse checkout may leave it out
             (Err(_), Some(_)) => !self.ask(["ls-files", "-t", "--", &path])?.starts_with('S'),

@@ -13,7 +13,7 @@ use crate::git::{ask, git};
 /// gets its name when it is whole; what is there without a commit is what an attempt has left.
 pub fn create(instance: &Instance) -> Result<()> {
     let place = &instance.flake_path;
-    let doing = || format!("make the repository {}", place.display());
+    let doing = || format!("create the repository {}", place.display());
     let (new, git_directory) = (place.join(".new"), place.join(".git"));
     if !place.is_dir() {
         files::clear(place).context(doing)?;

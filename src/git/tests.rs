@@ -216,10 +216,10 @@ fn locks_of_others_stay() {
 #[test]
 fn what_is_in_the_way_is_named() {
     for (before, after, edit, named) in [
-        ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig is in the way"),
-        ("mkdir d; echo 1 > d/x; echo .ig > .gitignore", "rm -r d; echo 2 > d", "mkdir d/e; echo mine > d/e/.ig", "d/e/.ig is in the way"),
-        ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d is in the way"),
-        ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d is in the way"),
+        ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig would be overwritten"),
+        ("mkdir d; echo 1 > d/x; echo .ig > .gitignore", "rm -r d; echo 2 > d", "mkdir d/e; echo mine > d/e/.ig", "d/e/.ig would be overwritten"),
+        ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d would be overwritten"),
+        ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d would be overwritten"),
         ("echo 1 > x", "echo 2 > x", "echo mine > x", "without touching your edits"),
     ] {
         let directory = Directory::new();
@@ -278,7 +278,7 @@ fn the_lock_file_is_clean_if_git_says_so() {
         ("git update-index --skip-worktree flake.lock; echo >> flake.lock", "has uncommitted changes"),
         ("echo >> flake.lock; git add .", "has staged changes"),
         ("rm flake.lock", "has uncommitted changes"),
-        ("rm flake.lock; ln -s kept flake.lock", "is no regular file"),
+        ("rm flake.lock; ln -s kept flake.lock", "is not a regular file"),
     ] {
         let directory = Directory::new();
         let (repository, _) = repository(&directory, "echo '{}' > flake.lock", "true > x");

@@ -40,7 +40,7 @@ impl Repository {
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
         if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head) {
-            let what = format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch);
+            let what = format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch);
             return Err(what).context(doing);
         }
         let base = if self.contains(&theirs, &self.head) {
@@ -48,7 +48,7 @@ impl Repository {
         } else if self.contains(&self.head, &theirs) {
             self.head.clone()
         } else {
-            return Err(format!("{} has other commits; merge or rebase them", self.branch)).context(doing);
+            return Err(format!("{} and its upstream have diverged; merge or rebase them", self.branch)).context(doing);
         };
         upstream.remember(memory, &theirs)?;
         Ok(base)
@@ -67,7 +67,7 @@ impl Repository {
             listed.success()?;
             if self.contains(commit, &theirs) {
                 if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit) {
-                    return Err(format!("it has withdrawn {withdrawn}, which {} still has; reset or rebase it", self.branch))
+                    return Err(format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch))
                         .context(doing);
                 }
                 // it must still be there by then; what comes after it is no force

@@ -262,7 +262,7 @@ pub fn current_generation() -> Result<Option<Generation>> {
     let doing = || format!("read {SYSTEM_PROFILE}");
     let Ok(link) = fs::read_link(profile) else { return Ok(None) };
     let number = link.file_name().and_then(|name| name.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
-    let number = number.ok_or_else(|| format!("{} is no generation", link.display())).context(doing)?;
+    let number = number.ok_or_else(|| format!("{} is not a generation", link.display())).context(doing)?;
     Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
 }
 
@@ -300,7 +300,7 @@ pub fn restore_profile(old: Option<&Generation>) -> Result<()> {
     if current_generation()?.as_ref() == old {
         return Ok(());
     }
-    let doing = || format!("go back to {}", old.map_or("no generation".into(), |old| format!("generation {}", old.number)));
+    let doing = || format!("roll back to {}", old.map_or("no generation".into(), |old| format!("generation {}", old.number)));
     let Some(old) = old else { return crate::files::remove(Path::new(SYSTEM_PROFILE)).context(doing) };
     let link = PathBuf::from(format!("{SYSTEM_PROFILE}-{}-link", old.number));
     if fs::symlink_metadata(&link).is_err() {

@@ -47,11 +47,11 @@ pub fn reboot(options: &[&str]) -> Result<()> {
     let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
     let mark = Path::new(REBOOTED);
     if fs::read(mark).is_ok_and(|system| Path::new(OsStr::from_bytes(&system)) == next) {
-        log::info!("This machine has been rebooted for {} once, and runs something else: it is not done again.", next.display());
+        log::info!("This machine was already rebooted for {} and runs another system; not rebooting again.", next.display());
         return Ok(());
     }
     files::write(mark, next.as_os_str().as_bytes(), 0o644).context(|| format!("write {REBOOTED}"))?;
-    log::warn!("Rebooting: what has been deployed takes that.");
+    log::warn!("Rebooting into the deployed system.");
     // what has not begun may be tried again
     by(kexec).inspect_err(|_| drop(files::remove(mark)))
 }
@@ -63,7 +63,7 @@ fn by(kexec: bool) -> Result<()> {
     let by_kexec = || systemctl(&["start", "prepare-kexec.service"]).and_then(|()| systemctl(&["kexec"]));
     match kexec.then(by_kexec) {
         Some(Ok(())) => return Ok(()),
-        Some(Err(error)) => log::warn!("{error}; rebooting by the firmware."),
+        Some(Err(error)) => log::warn!("{error}; falling back to a full reboot."),
         None => {}
     }
     systemctl(&["reboot"])

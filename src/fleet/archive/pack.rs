@@ -38,13 +38,12 @@ impl Origin {
         let doing = || format!("pack {}", path.display());
         let target = match path.canonicalize() {
             Err(error) if error.kind() == ErrorKind::NotFound && path.is_symlink() => {
-                return Err(format!("it is a link to {}, which is not there", fs::read_link(path).unwrap_or_default().display()))
-                    .context(doing);
+                return Err(format!("dangling link to {}", fs::read_link(path).unwrap_or_default().display())).context(doing);
             }
             other => other.context(doing)?,
         };
         let inside = target.strip_prefix(&self.repository).is_ok_and(|below| below.iter().all(|part| !part.eq_ignore_ascii_case(".git")));
-        let why = || format!("it leads to {}, which is not in the repository {}", target.display(), self.repository.display());
+        let why = || format!("link to {}, outside of the repository {}", target.display(), self.repository.display());
         if inside { Ok(()) } else { Err(why()).context(doing) }
     }
 
@@ -52,7 +51,7 @@ impl Origin {
     fn check(&self, path: &Path) -> Result<()> {
         let doing = || format!("pack {path:?}");
         if path.as_os_str().as_bytes().iter().any(|byte| byte.is_ascii_control() || *byte == b'\\') {
-            return Err("there may be no line break, control character or backslash in its name").context(doing);
+            return Err("line breaks, control characters and backslashes are not allowed in names").context(doing);
         }
         self.check_inside(path)?;
         let mut file = File::open(path).context(doing)?;
@@ -60,9 +59,9 @@ impl Origin {
         file.by_ref().take(FIRST_LINE).read_to_end(&mut beginning).context(doing)?;
         if beginning.windows(PRIVATE.len()).any(|part| part == PRIVATE) {
             if self.key.as_ref().is_some_and(|key| fs::read(path).is_ok_and(|contents| contents == *key)) {
-                return Err("it is the key that releases are signed with, and what is published others can read").context(doing);
+                return Err("it is the key that signs releases, and others can read what is published").context(doing);
             }
-            log::warn!("{} is a private key: what is published can be read by others, at the hub and on the host.", path.display());
+            log::warn!("{} is a private key; others can read what is published, on the hub and on the host.", path.display());
         }
         Ok(())
     }
@@ -83,7 +82,7 @@ fn walk(top: &Path, below: &Path, origin: &Origin, above: &mut Vec<(u64, u64)>, 
     let metadata = fs::metadata(&place).context(doing)?;
     let identity = (metadata.dev(), metadata.ino());
     if above.contains(&identity) {
-        return Err("a link leads back to where it is").context(doing);
+        return Err("a link leads to a directory above it").context(doing);
     }
     above.push(identity);
     for entry in fs::read_dir(&place).context(doing)? {
@@ -186,13 +185,13 @@ mod tests {
         let (outside, secret) = (secret.path().to_owned(), secret.path().join("secret"));
         fs::write(&secret, "").unwrap();
         for (target, why) in [
-            ("..", "leads back"),
-            ("nowhere", "it is a link to nowhere, which is not there"),
-            ("/dev/null", "not in the repository"),
-            (secret.to_str().unwrap(), "not in the repository"),
-            (outside.to_str().unwrap(), "not in the repository"),
-            ("../.git/config", "not in the repository"),
-            ("../.git", "not in the repository"),
+            ("..", "leads to a directory above it"),
+            ("nowhere", "dangling link to nowhere"),
+            ("/dev/null", "outside of the repository"),
+            (secret.to_str().unwrap(), "outside of the repository"),
+            (outside.to_str().unwrap(), "outside of the repository"),
+            ("../.git/config", "outside of the repository"),
+            ("../.git", "outside of the repository"),
         ] {
             let _ = fs::remove_dir_all(place.path());
             fs::create_dir_all(place.path().join("sub")).unwrap();
@@ -226,7 +225,7 @@ mod tests {
         let origin = Origin::new(place.path(), Some(&key)).unwrap();
         let archive = place.path().join("a.tar.gz");
         let error = pack(place.path(), vec!["host/note".into()], &origin, &archive).unwrap_err().to_string();
-        assert!(error.contains("host/note") && error.contains("releases are signed"), "{error}");
+        assert!(error.contains("host/note") && error.contains("the key that signs releases"), "{error}");
         // somebody else's is a matter of theirs
         fs::write(place.path().join("other"), "-----BEGIN PRIVATE KEY-----\ny\n").unwrap();
         pack(place.path(), vec!["other".into()], &origin, &archive).unwrap();

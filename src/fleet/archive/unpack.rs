@@ -90,7 +90,7 @@ fn read(archive: &Path, mut each: impl FnMut(&Entry, &mut dyn Read) -> io::Resul
         let mut stream = output.take(UNPACKED);
         let mut names = Names::default();
         let ended = |stream: &io::Take<_>| {
-            if stream.limit() == 0 { format!("it has more than {UNPACKED} bytes") } else { "it ends too early".into() }
+            if stream.limit() == 0 { format!("it has more than {UNPACKED} bytes") } else { "unexpected end of the archive".into() }
         };
         while let Some(entry) = next(&mut stream, &mut names).map_err(|why| why.unwrap_or_else(|| ended(&stream)))? {
             let mut contents = (&mut stream).take(entry.size);
@@ -328,7 +328,7 @@ mod tests {
             ("a size of its own", vec![entry(b"pax", b'x', b"20 size=99999999999\n"), entry(b"a", b'0', b"")], "of type 'x'"),
             ("a global header", vec![entry(b"pax", b'g', b"")], "of type 'g'"),
             ("holes", vec![entry(b"a", b'S', b"")], "of type 'S'"),
-            ("8 GiB that are not there", vec![sized_entry(b"a", b'0', "77777777777", b"")], "it ends too early"),
+            ("8 GiB that are not there", vec![sized_entry(b"a", b'0', "77777777777", b"")], "unexpected end of the archive"),
             ("a size that is not a number", vec![sized_entry(b"a", b'0', "+1", b"x")], "expected a size"),
             ("a size in another notation", vec![sized_entry(b"a", b'0', "\u{7f}\0\0\0\0\0\0\0\0\0\0", b"")], "expected a size"),
         ] {

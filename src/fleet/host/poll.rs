@@ -123,7 +123,7 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
         }
         files::clear(tarball).context(doing)?;
     }
-    Err("what the hub sends is not what its manifest says").context(doing).map_err(Error::transient)
+    Err("the archive does not match the manifest").context(doing).map_err(Error::transient)
 }
 
 /// Reads a manifest that somebody else wrote.
@@ -131,7 +131,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
     let signed: Signed = read_foreign(place)?;
     if !hub.signers.is_empty() {
-        let signature = signed.signature.ok_or("it is not signed").context(doing)?;
+        let signature = signed.signature.ok_or("not signed").context(doing)?;
         let (signers, file) = (scratch.join("signers"), scratch.join("manifest.sig"));
         let lines: Vec<_> = hub.signers.iter().map(|key| format!("fleet {key}")).collect();
         fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
@@ -140,9 +140,9 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     }
     let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
     let wrong = if manifest.format != FORMAT {
-        format!("its format is {}, this Ekiben knows {FORMAT}", manifest.format)
+        format!("unsupported format {}, expected {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {
-        format!("it is of {:?}, this is {}", &*manifest.host, hub.name)
+        format!("it is for host {:?}, this is {}", &*manifest.host, hub.name)
     } else {
         return Ok(manifest);
     };
@@ -166,7 +166,7 @@ pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
 /// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
 /// is, asks as the instance's user.
 pub fn reach(name: &str, instance: &Instance) -> Result<()> {
-    let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: it has none")))?;
+    let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: the instance has no hub")))?;
     if geteuid().is_root() {
         let ourselves = Program::ourselves_as(&instance.user)?.args(["reach", name]);
         return ourselves.output(|| "reach the hub".into(), None).map(drop);
@@ -246,7 +246,7 @@ fn identity(layout: &Layout) -> Result<PathBuf> {
     let path = own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity");
     if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
         return Err(Error::new(
-            "Failed to read this host's private key: there is no key in the file that `services.ekiben.fleet.identityFile` names",
+            "Failed to read the private key of this host: the file of `services.ekiben.fleet.identityFile` is missing or empty",
         ));
     }
     Ok(path)

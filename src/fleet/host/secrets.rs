@@ -61,7 +61,7 @@ pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<(
             return files::write(&layout.own(INDEX), &contents, 0o600).context(doing);
         }
     }
-    Err("what the hub has is not what its index says").context(doing).map_err(Error::transient)
+    Err("the file does not match the index").context(doing).map_err(Error::transient)
 }
 
 /// Fetches the files that are not there yet. Returns whether all are there then.
@@ -89,7 +89,7 @@ fn read_index(contents: &[u8]) -> Result<(Vec<Served>, Vec<String>)> {
     }
     let (mut served, mut failed) = (Vec::new(), Vec::new());
     for entry in entries {
-        match json::from_value(&entry).context(|| "accept a file of the hub's".into()) {
+        match json::from_value(&entry).context(|| "accept a file from the hub".into()) {
             Ok(file) => served.push(file),
             Err(error) => failed.push(error.to_string()),
         }
@@ -136,16 +136,16 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
     let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("\n");
     let told = if failed.is_empty() { files::remove(&trouble) } else { files::write(&trouble, text.as_bytes(), 0o640) };
     told.context(|| format!("write {}", trouble.display()))?;
-    if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to put {} of the hub's files in their places", failed.len()))) }
+    if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to install {} of the hub's files", failed.len()))) }
 }
 
 /// Puts a file in its place, unless it is there; `before` are the files that are ours.
 fn place(layout: &Layout, hub: &Hub, served: &Served, before: &[Served]) -> Result<bool> {
     let path: &Path = served.path.as_ref();
-    let doing = || format!("put {path:?} in its place");
+    let doing = || format!("install {path:?}");
     let contents = files::read_foreign_below(&layout.own(""), format!("files/{}", served.file), SMALL).context(doing)?;
     if sha256::of(&contents)? != served.sha256 {
-        return Err("it is not what the hub says it is").context(doing);
+        return Err("the file does not match the index").context(doing);
     }
     let mode = served.mode.into();
     let owner = User::from_name(&served.owner).context(doing)?;
@@ -162,7 +162,7 @@ fn place(layout: &Layout, hub: &Hub, served: &Served, before: &[Served]) -> Resu
                 return Ok(true);
             }
         } else if !before.iter().any(|old| old.path == served.path && old.sha256 == there) {
-            return Err("what is there is not what Ekiben has put there; move it away to get the hub's").context(doing);
+            return Err("the file was not installed by Ekiben; move it away to have it replaced").context(doing);
         }
     }
     let new = path.with_file_name(NEW);
@@ -170,7 +170,7 @@ fn place(layout: &Layout, hub: &Hub, served: &Served, before: &[Served]) -> Resu
     // in this order: without the owner's privileges, only the owner can do the former
     let handed_over = fs::set_permissions(&new, Permissions::from_mode(mode)).and_then(|()| chown(&new, Some(owner), Some(group)));
     handed_over.and_then(|()| fs::rename(&new, path)).and_then(|()| files::sync_parent(path)).context(doing)?;
-    log::info!("{} is in its place.", path.display());
+    log::info!("Installed {}.", path.display());
     Ok(true)
 }
 
@@ -180,12 +180,12 @@ fn remove(served: &Served, hub: &Hub) -> Result<bool> {
     let doing = || format!("remove {path:?}");
     let directories = directories(path, hub).and_then(|directories| {
         let other = directories.iter().find(|directory| !directory.symlink_metadata().is_ok_and(|metadata| is_roots(&metadata)));
-        other.map_or(Ok(directories.clone()), |other| Err(format!("{} is not root's directory", other.display())))
+        other.map_or(Ok(directories.clone()), |other| Err(format!("{} is not a directory owned by root", other.display())))
     });
     let directories = match directories {
         Ok(directories) => directories,
         Err(error) => {
-            log::warn!("{} stays, if it is there: {error}.", path.display());
+            log::warn!("Keeping {}: {error}.", path.display());
             return Ok(false);
         }
     };
@@ -201,9 +201,9 @@ fn remove(served: &Served, hub: &Hub) -> Result<bool> {
                     break;
                 }
             }
-            log::info!("{} is removed: the hub has it no more.", path.display());
+            log::info!("Removed {}: no longer offered by the hub.", path.display());
         }
-        Some(_) => log::warn!("The hub has {} no more; it stays, since somebody has changed it.", path.display()),
+        Some(_) => log::warn!("Keeping {}: no longer offered by the hub, but changed on this host.", path.display()),
     }
     Ok(false)
 }
@@ -213,7 +213,7 @@ fn is_there(path: &Path) -> Result<Option<Sha256>, String> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Ok(metadata) if metadata.is_file() => sha256::of_file(path).map(Some).map_err(|error| error.to_string()),
-        Ok(_) => Err("what is there is not a file".into()),
+        Ok(_) => Err("not a regular file".into()),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -246,7 +246,7 @@ fn make_directory(directory: &Path) -> Result<(), String> {
     if is_roots(&fs::symlink_metadata(directory).map_err(why)?) {
         return Ok(());
     }
-    Err(format!("{} is not a directory that nobody but root can change", directory.display()))
+    Err(format!("{} is not a directory that only root can change", directory.display()))
 }
 
 fn is_roots(metadata: &Metadata) -> bool {

@@ -33,7 +33,7 @@ pub fn check(layout: &Layout, release: &Release, committed: Option<Release>, now
     let highest = now + DAY;
     if u64::from(release.sequence) > highest {
         return if now < SET {
-            let why = "this machine's clock is not set, so nobody knows whether that number can be; a later run tries again";
+            let why = "this machine's clock is not set, so the number cannot be checked; a later run tries again";
             Err(why).context(doing).map_err(Error::transient)
         } else {
             Err(format!("expected a number of at most {highest}, which is tomorrow by this machine's clock")).context(doing)
@@ -41,7 +41,10 @@ pub fn check(layout: &Layout, release: &Release, committed: Option<Release>, now
     }
     match newest(layout, committed)? {
         Some(newest) if newest.sequence > release.sequence || newest.sequence == release.sequence && newest.id != release.id => {
-            let why = format!("release {} of {} has been seen before; the hub went back, or somebody replays", newest.sequence, newest.id);
+            let why = format!(
+                "release {} of {} has been seen before; the hub was restored from a backup, or replays a release",
+                newest.sequence, newest.id
+            );
             Err(why).context(doing)
         }
         _ => Ok(()),
@@ -56,7 +59,7 @@ pub fn remember(layout: &Layout, release: &Release) -> Result<()> {
 /// The newest release that is known, `committed` among them, but for those that have been forgotten.
 pub fn newest(layout: &Layout, committed: Option<Release>) -> Result<Option<Release>> {
     let seen = files::read_json(&layout.own(SEEN))
-        .map_err(|error| Error::new(format!("{error}; root may have the instance forget it: ekiben forget-releases {}", layout.name())))?;
+        .map_err(|error| Error::new(format!("{error}; run `ekiben forget-releases {}` as root", layout.name())))?;
     let forgotten: Vec<Release> = files::read_json(&layout.forgotten())?.unwrap_or_default();
     let known = reported(layout).into_iter().chain(committed).chain(seen).filter(|release| !forgotten.contains(release));
     Ok(known.max_by_key(|release| release.sequence))
@@ -76,17 +79,17 @@ pub fn forget(name: &str, instance: &Instance) -> Result<()> {
     let layout = Layout::new(name);
     let doing = || format!("forget the releases of {name}");
     if instance.hub.is_none() {
-        return Err("it has no hub").context(doing);
+        return Err("the instance has no hub").context(doing);
     }
     if !geteuid().is_root() {
-        return Err("it must be run as root").context(doing);
+        return Err("must be run as root").context(doing);
     }
     // what lies in the user's files is for the user to read, and to remove
     let own = Program::ourselves_as(&instance.user)?.args(["forget-own-releases", name]).output(doing, None)?;
     let own: Vec<Release> = serde_json::from_slice(&own).context(doing)?;
     let releases: Vec<_> = own.into_iter().take(OWN).chain(reported(&layout)).collect();
     files::write_json(&layout.forgotten(), &releases, 0o644)?;
-    print(&format!("{name} takes the next release of its hub, whatever number that has.\n"))
+    print(&format!("{name} will accept the next release of its hub, whatever its number.\n"))
 }
 
 /// The user's part of that: says which releases are in the instance's own files.
@@ -143,7 +146,7 @@ mod tests {
 
         // of an earlier version, or of somebody else's making
         write(&layout.own(SEEN), &json!({"id": "a".repeat(64), "sequence": u64::MAX}));
-        assert!(refusal(9, "f", None).unwrap().ends_with("ekiben forget-releases fleet"));
+        assert!(refusal(9, "f", None).unwrap().ends_with("run `ekiben forget-releases fleet` as root"));
     }
 
     #[test]

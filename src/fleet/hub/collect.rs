@@ -117,10 +117,10 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
     match take(received, host, name, &path, time.min(SystemTime::now()), index)? {
         Taken::Yes => {}
         Taken::NotYet if is_young => return Ok(()),
-        Taken::NotYet => log::warn!("Dropped {name:?} of {host}: what belongs to it did not arrive."),
+        Taken::NotYet => log::warn!("Dropped {name:?} of {host}: its report is missing."),
         Taken::No(why) => log::warn!("Dropped {name:?} of {host}: {why}."),
         Taken::Never(why) => {
-            log::warn!("Passed over {name:?} of {host}: {why}.");
+            log::warn!("Skipped {name:?} of {host}: {why}.");
             return Ok(());
         }
     }
@@ -138,7 +138,7 @@ fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemT
     let run = |end| name.strip_suffix(end).and_then(|run| RunId::try_from(run).ok());
     let (log, report) = (run(LOG), run(REPORT));
     if name != HEARTBEAT && report.is_none() && log.is_none() {
-        return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("nobody asked for it".into()) });
+        return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("unexpected file name".into()) });
     }
     let bytes = match files::read_foreign(path, if log.is_some() { LARGE } else { SMALL }) {
         Ok(bytes) => bytes,

@@ -9,7 +9,7 @@ use crate::names::host_name;
 
 const README: &str = "\
 Each directory of `hosts` is a NixOS configuration: a `flake.nix` with one or more `nixosConfigurations`, or a
-`configuration.nix`. `ekiben fleet deploy` publishes what has changed; `ekiben fleet status` shows how the hosts are.
+`configuration.nix`. `ekiben fleet deploy` publishes what has changed; `ekiben fleet status` shows the state of the hosts.
 ";
 
 /// Makes a repository, or what one lacks; returns what was made. Nothing that is there is changed.
@@ -32,7 +32,7 @@ pub fn init(directory: &Path) -> Result<Vec<String>> {
 
 /// What to do on a new host, and on the hub, which may be this machine.
 pub fn bootstrap(settings: &Settings, hub_is_elsewhere: bool, host: &str) -> Result<String> {
-    host_name(host).context(|| "think of a new host".into())?;
+    host_name(host).context(|| "accept the host name".into())?;
     let key = |path: &Path| {
         let text = fs::read_to_string(path).ok()?;
         // without its comment

@@ -81,13 +81,11 @@ fn next(before: Option<Sequence>, heard: impl Iterator<Item = Sequence>, now: u6
     let highest = Sequence::try_from(now + DAY)?;
     let (near, far): (Vec<_>, Vec<_>) = heard.partition(|number| *number < highest);
     if let Some(number) = far.iter().max() {
-        log::warn!(
-            "The host has seen release {number}, which is out of reach: it refuses all others until root runs `ekiben forget-releases` there."
-        );
+        log::warn!("The host has seen release {number}, which no later one can exceed: run `ekiben forget-releases` there, as root.");
     }
     let before = before.into_iter().chain(near).max().map(Sequence::next).transpose()?;
     let next = before.max(Some(now.try_into()?)).filter(|next| *next <= highest);
-    next.ok_or_else(|| "the last release has a number more than a day ahead of this machine's clock; set the clock right".into())
+    next.ok_or_else(|| "the number of the last release is more than a day ahead of this machine's clock; set the clock".into())
 }
 
 /// Whether a release is one of this fleet's: signed with its key, if it has one, and named by its contents.
@@ -104,7 +102,7 @@ fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<b
     let known = Program::new("ssh-keygen").args(["-l", "-f"]).arg(key).output(doing, None)?;
     let known = String::from_utf8_lossy(&known);
     let print = known.split(' ').nth(1).filter(|print| print.starts_with("SHA256:"));
-    let print = print.ok_or("expected a key of ssh-keygen's").context(doing)?;
+    let print = print.ok_or("unexpected output of ssh-keygen").context(doing)?;
     fs::write(scratch, signature).context(|| format!("write {}", scratch.display()))?;
     let check = Program::new("ssh-keygen").args(["-Y", "check-novalidate", "-n", NAMESPACE, "-s"]).arg(scratch);
     let said = check.output(|| "check a signature".into(), Some(signed.manifest.as_bytes()));
@@ -115,7 +113,7 @@ fn sign(text: &str, key: &Path) -> Result<String> {
     let doing = || format!("sign with {}", key.display());
     let sign = Program::new("ssh-keygen").args(["-Y", "sign", "-n", NAMESPACE, "-f"]).arg(key);
     let signature = sign.output(doing, Some(text.as_bytes()))?;
-    String::from_utf8(signature).map_err(|_| Error::new(format!("Failed to {}: ssh-keygen said something odd", doing())))
+    String::from_utf8(signature).map_err(|_| Error::new(format!("Failed to {}: ssh-keygen returned invalid UTF-8", doing())))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::fleet::temporary::Temporary;
 use crate::names::{HostName, Sha256};
 
 /// Why a release is not published that is not on top of the last one.
-pub const MEANWHILE: &str = "somebody else has published for it meanwhile; deploy again";
+pub const MEANWHILE: &str = "another release was published in the meantime; deploy again";
 /// What the hub is called by whoever publishes.
 pub const SCHEME: &str = "sftp://";
 /// How long it may take to fetch what is known of the hosts, and to send one release.
@@ -93,7 +93,10 @@ impl Elsewhere {
     pub fn publish(&self, host: &HostName, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let path = format!("hosts/{host}/release");
-        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "think of a name".into())?.trim_end().to_owned();
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid")
+            .context(|| "read /proc/sys/kernel/random/uuid".into())?
+            .trim_end()
+            .to_owned();
         let mut release = Publication { session: self.open(SEND)?, host: host.clone(), local: self.place().join(&path), path, id };
         release.send(archive, &release.local.join(archive))?;
         release.rename_sent(archive)?;
@@ -176,14 +179,16 @@ impl Publication {
                 Err(error) => return Err(self.or_meanwhile(CLAIM, error)),
             }
             match self.read(CLAIM)? {
-                None if tries >= TRIES => return Err(Error::new(format!("Failed to publish {host}: the hub makes no link {claim}"))),
+                None if tries >= TRIES => {
+                    return Err(Error::new(format!("Failed to publish {host}: the hub cannot create the link {claim}")));
+                }
                 None => tries += 1,
                 Some(found) if found != other => {
                     log::info!("{host} is being published by {}; waiting ...", String::from_utf8_lossy(&found));
                     (other, since) = (found, Instant::now());
                 }
                 Some(_) if since.elapsed() > STALE => {
-                    log::warn!("Whoever was publishing {host} has not been heard of for {} s.", STALE.as_secs());
+                    log::warn!("The other publisher of {host} has not responded for {} s; continuing.", STALE.as_secs());
                     self.clear(CLAIM)?;
                 }
                 Some(_) => {}

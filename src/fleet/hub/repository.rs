@@ -75,9 +75,9 @@ fn check_owner(path: &Path, metadata: &Metadata) -> Result<()> {
     let (owner, user) = (metadata.uid(), geteuid().as_raw());
     let why = if ![user, 0].contains(&owner) {
         let (owner, user) = (files::user_name(owner), files::user_name(user));
-        format!("it belongs to {owner}, and this is {user}; run this as {owner}, give it to {user}, or name another with --repository")
+        format!("owned by {owner}, not by {user}; run this as {owner}, change the owner, or use --repository")
     } else if metadata.mode() & 0o002 != 0 {
-        "everybody may write there; use a directory that is this user's alone to change".into()
+        "world-writable; remove the permission with chmod o-w".into()
     } else {
         return Ok(());
     };
@@ -156,7 +156,7 @@ impl FleetRepository {
         let mut names = Vec::new();
         for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))? {
             let entry = entry.context(|| format!("read {}", hosts.display()))?;
-            let name = entry.file_name().into_string().map_err(|name| format!("its name is {name:?}"));
+            let name = entry.file_name().into_string().map_err(|name| format!("its name {name:?} is not UTF-8"));
             names.push(format!("hosts/{}", name.context(|| format!("read {:?}", entry.path()))?));
         }
         names.sort();
@@ -314,7 +314,8 @@ fn tell_apart(hosts: Vec<Host>) -> Result<Vec<Host>> {
             continue;
         }
         if let Some(other) = found.get(&host.name) {
-            let message = format!("Failed to tell hosts apart: {} is in {} and in {}", host.name, other.source.place, host.source.place);
+            let message =
+                format!("Failed to list the hosts: {} is defined in {} and in {}", host.name, other.source.place, host.source.place);
             return Err(Error::new(message));
         }
         found.insert(host.name.clone(), host);
@@ -377,7 +378,7 @@ mod tests {
         for path in [place.path().to_owned(), place.path().join("fleet.json")] {
             let before = fs::metadata(&path).unwrap().permissions();
             fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
-            assert!(Settings::read(place.path()).unwrap_err().to_string().contains("everybody may write there"));
+            assert!(Settings::read(place.path()).unwrap_err().to_string().contains("world-writable"));
             fs::set_permissions(&path, before).unwrap();
         }
         fs::create_dir_all(place.path().join("hosts/web")).unwrap();
@@ -419,7 +420,7 @@ mod tests {
         assert!(select(hosts(), |host| &host.name, &["w"]).is_err());
         let twice = hosts().into_iter().chain([host("web", ".", Some("web"))]).chain([host("web2", "hosts/web2", Some("web2"))]).collect();
         let error = tell_apart(twice).err().unwrap().to_string();
-        assert_eq!(error, "Failed to tell hosts apart: web2 is in hosts/pair and in hosts/web2");
+        assert_eq!(error, "Failed to list the hosts: web2 is defined in hosts/pair and in hosts/web2");
         // a module of the repository's flake
         let both = tell_apart(hosts().into_iter().chain([host("web", ".", Some("web"))]).collect()).unwrap();
         assert_eq!(both.iter().map(|host| host.source.place.as_str()).collect::<Vec<_>>(), ["hosts/we", ".", "hosts/pair"]);

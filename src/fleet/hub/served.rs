@@ -65,7 +65,7 @@ impl ServedDirectory {
         if owner == geteuid().as_raw() {
             Ok(())
         } else {
-            Err(format!("it belongs to {}, who alone can", files::user_name(owner))).context(doing)
+            Err(format!("owned by {}, who alone can collect", files::user_name(owner))).context(doing)
         }
     }
 
@@ -129,7 +129,7 @@ impl ServedDirectory {
     /// Fails unless the hub serves this host.
     pub fn check(&self, host: &HostName) -> Result<()> {
         let place = self.directory.join("hosts").join(host);
-        let why = || format!("the hub has no {}; add it to services.ekiben.hub.hosts", place.display());
+        let why = || format!("{} does not exist; add the host to services.ekiben.hub.hosts", place.display());
         if place.is_dir() { Ok(()) } else { Err(why()).context(|| format!("publish {host}")) }
     }
 
@@ -161,9 +161,9 @@ impl ServedDirectory {
         };
         match parsed {
             Ok((Some(manifest), signed)) => Ok(Some((manifest, signed))),
-            Ok((None, _)) => Err("its format is another").context(doing),
+            Ok((None, _)) => Err("unsupported format").context(doing),
             Err(why) => {
-                log::warn!("Passed over {}: {}.", path.display(), text::line(&why));
+                log::warn!("Ignoring {}: {}.", path.display(), text::line(&why));
                 Ok(None)
             }
         }
@@ -176,7 +176,7 @@ impl ServedDirectory {
         let Some(text) = read(&path).context(doing)? else { return Ok(None) };
         let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).context(doing)?;
         let heartbeat: Heartbeat = json::parse_foreign(&text).context(doing)?;
-        if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it is of another host").context(doing) }
+        if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").context(doing) }
     }
 
     /// The file that tells a host which of its reports have arrived; publishers may write there.
@@ -205,16 +205,16 @@ impl ServedDirectory {
             // or the hub's user could not write there ever after
             let above = fs::metadata(&self.directory).context(doing)?;
             if above.uid() != geteuid().as_raw() {
-                return Err(format!("{} is not this user's", self.directory.display())).context(doing);
+                return Err(format!("{} does not belong to this user", self.directory.display())).context(doing);
             }
             fs::create_dir(&directory).context(doing)?;
         }
         match files::lock(&directory, FlockArg::LockExclusiveNonblock) {
             Ok(Some(turn)) => return Ok(turn),
-            Ok(None) => log::info!("Somebody else is publishing; waiting ..."),
+            Ok(None) => log::info!("Another user is publishing; waiting ..."),
             Err(error) => return Err(error),
         }
-        files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for whoever is publishing"))
+        files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for another publisher"))
     }
 }
 
@@ -238,5 +238,5 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
         return Ok((None, signed));
     }
     let manifest: Manifest = json::parse_foreign(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
-    if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is of {}", manifest.host)) }
+    if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is for host {}", manifest.host)) }
 }

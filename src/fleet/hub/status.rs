@@ -38,7 +38,7 @@ pub enum HostState {
     /// That did not run well, and the host went back.
     RolledBack,
     /// Nor could it go back.
-    NeedsAHand,
+    RollbackFailed,
     /// It runs the published release, with inputs it has updated by itself.
     AutoUpdated,
     /// It runs the published release, and took more than one run to.
@@ -68,7 +68,7 @@ impl HostState {
             _ if is_published(&heartbeat.running) => Self::Building,
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
-            Some(Outcome::Stuck) => Self::NeedsAHand,
+            Some(Outcome::Stuck) => Self::RollbackFailed,
             _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
             _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
             _ if deployed => Self::UpToDate,
@@ -78,7 +78,7 @@ impl HostState {
     }
 
     fn is_well(self) -> bool {
-        !matches!(self, Self::Silent | Self::Failing | Self::RolledBack | Self::NeedsAHand)
+        !matches!(self, Self::Silent | Self::Failing | Self::RolledBack | Self::RollbackFailed)
     }
 }
 
@@ -91,7 +91,7 @@ impl fmt::Display for HostState {
             Self::Building => "building",
             Self::Failing => "failing",
             Self::RolledBack => "rolled back",
-            Self::NeedsAHand => "needs a hand",
+            Self::RollbackFailed => "rollback failed",
             Self::AutoUpdated => "auto updated",
             Self::ExtraRuns => "extra runs",
             Self::UpToDate => "up to date",
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_state_follows_from_releases() {
         use HostState::{
-            AutoUpdated, Building, ExtraRuns, Failing, NeedsAHand, NewMachine, NotDeployed, RebuildPending, RolledBack, Silent,
+            AutoUpdated, Building, ExtraRuns, Failing, RollbackFailed, NewMachine, NotDeployed, RebuildPending, RolledBack, Silent,
             SyncPending, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
@@ -302,7 +302,7 @@ mod tests {
             (Failing, Heartbeat { last: Some(last(None, Outcome::Failed)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(None, Outcome::Failed)), ..new() }),
             (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
-            (NeedsAHand, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
+            (RollbackFailed, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
         ] {
             assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
