@@ -276,7 +276,7 @@ with subtest("cut off at any moment, a release is not there, and the next try me
         stays(last)
         said = desk.succeed(fleet("deploy"))
         assert published(said) > number, said
-        assert ("has not been heard of for 30 s" in said) == (at == '-rename *manifest.json"'), said
+        assert ("has not responded for 30 s" in said) == (at == '-rename *manifest.json"'), said
         follows(content)
         last = content
         assert hub.succeed(f"ls {RELEASE} | grep -v -e json -e 'gz$' || true") == ""

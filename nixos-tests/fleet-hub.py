@@ -114,7 +114,7 @@ with subtest("A name is matched whole"):
     said = hub.fail(fleet("build we"))
     assert "there is db, hub, plain, web, web2" in said, said
     flake("twice", "db")
-    assert "db is in hosts/pair and in hosts/twice" in hub.fail(fleet("build"))
+    assert "db is defined in hosts/pair and in hosts/twice" in hub.fail(fleet("build"))
     hub.succeed("rm -r /srv/fleet/hosts/twice")
 
 with subtest("deploy publishes all once, and then what has changed"):
