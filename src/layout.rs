@@ -65,7 +65,7 @@ impl Layout {
         // whose directories are the removed ones
         let restart = Program::as_root("systemctl").args(["try-restart", "--no-block", "ekiben-webhook.service"]);
         for program in [make, restart] {
-            if let Err(error) = program.output(|| format!("make {} again", self.root.display()), None) {
+            if let Err(error) = program.output(|| format!("recreate {}", self.root.display()), None) {
                 log::warn!("{error}.");
             }
         }
@@ -134,7 +134,7 @@ impl Layout {
     /// A directory for what nobody needs later, empty: whatever has been left in its place is removed.
     pub fn scratch(&self) -> Result<PathBuf> {
         let path = self.own("scratch");
-        files::make_directory(&path).context(|| format!("make {}", path.display()))?;
+        files::make_directory(&path).context(|| format!("create {}", path.display()))?;
         Ok(path)
     }
 

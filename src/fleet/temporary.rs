@@ -25,7 +25,7 @@ impl Temporary {
     /// The same among what is in `directory`.
     pub fn below(directory: &Path) -> Result<Self> {
         let all = directory.join("fleet");
-        fs::create_dir_all(&all).context(|| format!("make {}", all.display()))?;
+        fs::create_dir_all(&all).context(|| format!("create {}", all.display()))?;
         // one at a time: a directory that another has just made is not locked yet
         let _turn = lock(&all, FlockArg::LockExclusive)?;
         for left in fs::read_dir(&all).context(|| format!("read {}", all.display()))?.flatten() {
@@ -33,7 +33,7 @@ impl Temporary {
                 let _ = fs::remove_dir_all(left.path());
             }
         }
-        let path = mkdtemp(&all.join("XXXXXX")).context(|| format!("make a directory in {}", all.display()))?;
+        let path = mkdtemp(&all.join("XXXXXX")).context(|| format!("create a directory in {}", all.display()))?;
         let lock = lock(&path, FlockArg::LockExclusiveNonblock)?;
         Ok(Self { path, _lock: lock })
     }

@@ -36,7 +36,7 @@ const PULSE: Duration = Duration::from_secs(10);
 /// Listens until it is asked to end.
 pub fn webhook(webhook: &Webhook) -> Result<()> {
     // no other process of this user, and no core dump, shall see the tokens
-    set_dumpable(false).context(|| "make this process unreadable".into())?;
+    set_dumpable(false).context(|| "protect the memory of this process".into())?;
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);

@@ -57,7 +57,7 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
 /// Removes the reports that the hub has, by what the instance's user was told, those that are too many, and
 /// whatever else is no report.
 fn tidy(layout: &Layout) -> Result<()> {
-    let doing = || format!("tidy {}", layout.outbox().display());
+    let doing = || format!("clean up {}", layout.outbox().display());
     let received = files::read_foreign(&layout.own("received.json"), SMALL).ok();
     let received: Received = received.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
     let mut kept = waiting(layout)?;

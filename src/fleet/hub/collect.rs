@@ -61,7 +61,7 @@ pub fn take_in(hub: &ServedDirectory, wanted: &[&str]) -> Result<()> {
 fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     let (reports, received) = (hub.reports(host), hub.received(host));
     let doing = || format!("collect from {}", reports.display());
-    fs::create_dir_all(&received).context(|| format!("make {}", received.display()))?;
+    fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;
     // what is taken and removed below is in this very directory, whatever becomes of the path
     let opened = hub.open_reports(host).context(doing)?;

@@ -15,7 +15,7 @@ Each directory of `hosts` is a NixOS configuration: a `flake.nix` with one or mo
 /// Makes a repository, or what one lacks; returns what was made. Nothing that is there is changed.
 pub fn init(directory: &Path) -> Result<Vec<String>> {
     let hosts = directory.join("hosts");
-    fs::create_dir_all(&hosts).context(|| format!("make {}", hosts.display()))?;
+    fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
     let settings = serde_json::to_string_pretty(&Settings::default()).context(|| "write fleet.json".into())? + "\n";
     let mut made = Vec::new();
     for (name, text) in [("hosts/.gitkeep", ""), ("README.md", README), ("fleet.json", &settings)] {

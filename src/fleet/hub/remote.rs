@@ -72,7 +72,7 @@ impl Elsewhere {
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
             for (directory, file) in [(format!("hosts/{host}/release"), "manifest.json"), (format!("received/{host}"), "heartbeat.json")] {
                 let local = self.place().join(&directory);
-                fs::create_dir_all(&local).context(|| format!("make {}", local.display()))?;
+                fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
                 if wanted.is_empty() || wanted.contains(&&*host) {
                     session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
                 }

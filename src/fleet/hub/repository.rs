@@ -143,7 +143,7 @@ impl FleetRepository {
     pub fn open(directory: &Path, settings: &Settings) -> Result<Self> {
         let state = home("XDG_STATE_HOME", ".local/state")?;
         for name in ["logs", "evaluated", "systems"] {
-            fs::create_dir_all(state.join(name)).context(|| format!("make {}", state.join(name).display()))?;
+            fs::create_dir_all(state.join(name)).context(|| format!("create {}", state.join(name).display()))?;
         }
         let origin = Origin::new(directory, settings.signing_key.as_deref())?;
         Ok(Self { directory: directory.to_owned(), origin, flags: settings.flags.clone(), state, scratch: Temporary::new()? })

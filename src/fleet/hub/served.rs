@@ -200,7 +200,7 @@ impl ServedDirectory {
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
     pub fn turn(&self) -> Result<Flock<File>> {
         let directory = self.directory.join("received");
-        let doing = || format!("make {}", directory.display());
+        let doing = || format!("create {}", directory.display());
         if !directory.exists() {
             // or the hub's user could not write there ever after
             let above = fs::metadata(&self.directory).context(doing)?;

@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_state_follows_from_releases() {
         use HostState::{
-            AutoUpdated, Building, ExtraRuns, Failing, RollbackFailed, NewMachine, NotDeployed, RebuildPending, RolledBack, Silent,
+            AutoUpdated, Building, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, RollbackFailed, RolledBack, Silent,
             SyncPending, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
