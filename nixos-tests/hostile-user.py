@@ -88,7 +88,7 @@ NOTES = (
     ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"0000000000000000000000000000000000000000\"/' notes.json", "Failed to"),
     ("of no commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "expected the name of a git object"),
     ("of no branch", "sed -i 's#\"branch\":\"[^\"]*\"#\"branch\":\"--force\"#' notes.json", "expected a branch"),
-    ("of a stage of root's", "sed -i 's/\"stage\":\"[a-z]*\"/\"stage\":\"conclude\"/' notes.json", "not for these stages to say"),
+    ("of a stage of root's", "sed -i 's/\"stage\":\"[a-z]*\"/\"stage\":\"conclude\"/' notes.json", "not valid for this stage"),
 )
 for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES, 7)), ("notes are", "notes.json", some(machine, NOTES, 3))):
     for what, make, words in cases:

@@ -42,7 +42,7 @@ impl Error {
 
     /// Whether the network or the other side is to blame, by what the failing program said.
     pub fn is_of_network(&self) -> bool {
-        // without a word of why, if it was hung up on
+        // without a reason, where the connection was closed
         self.says(&NETWORK) || self.tail.first().is_some_and(|line| line.contains("Could not read from remote repository"))
     }
 

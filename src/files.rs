@@ -292,7 +292,7 @@ mod tests {
             assert_eq!(read(odd, 1), None, "{odd}");
         }
         assert!(read_foreign(&trusted.join("theirs/link"), 1).is_err());
-        // whoever says which directory is trusted may have a link to it
+        // a trusted directory may be named by a link
         assert_eq!(read_foreign(&trusted.join("within/file"), 1).unwrap(), b"x");
     }
 

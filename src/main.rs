@@ -159,7 +159,7 @@ fn layout(name: &str) -> Result<Layout> {
 /// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it. They may
 /// hold what others have written, so all are made fit to show.
 fn start_logging() {
-    // of whoever has started this, its standard error may be another: see systemd.exec(5)
+    // standard error may be another than the parent's: see systemd.exec(5)
     let of = |file: std::fs::Metadata| format!("{}:{}", file.dev(), file.ino());
     let journal =
         std::env::var("JOURNAL_STREAM").is_ok_and(|stream| std::fs::metadata("/proc/self/fd/2").is_ok_and(|file| of(file) == stream));

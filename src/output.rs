@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::error::{Context, Result};
 use crate::text::{is_shown, lines};
 
-/// Shows lines on standard output; whoever reads it may have read enough.
+/// Shows lines on standard output; a reader that has gone is no error.
 pub fn print(text: &str) -> Result<()> {
     write_out(&lines(text))
 }

@@ -61,7 +61,7 @@ fn replaced(letter: char) -> char {
     if letter == '\t' { ' ' } else { REPLACEMENT }
 }
 
-/// Masks the passwords of URLs, whoever is named where a name is one (`https://token@host`), values of
+/// Masks the passwords of URLs, user names that are secrets (`https://token@host`), values of
 /// parameters that sound like secrets, what follows `Bearer` and `Basic`, and access tokens of Nix.
 fn masked(text: &str) -> String {
     let mut rest = text;

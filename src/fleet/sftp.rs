@@ -2,7 +2,7 @@
 //!
 //! To a host, the hub is whom its configuration says, by its pinned key, or there is no session; to
 //! people, whom their own ssh knows. A hub that is silent or slow, or sends more than it may, ends
-//! the session, never the patience of whoever asked.
+//! the session, never the patience of the caller.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -127,7 +127,7 @@ impl Session {
     fn receive(&mut self, command: &str, remote: &str, local: &Path) -> Result<bool> {
         let complaint = self.ask(command, &[remote, &path(local)])?.complaint;
         let ends = |complaint: &str, words: &str| complaint.trim_end().trim_end_matches('.').ends_with(words);
-        // as much as there may be of it is no use to anybody, as whoever reads it will find
+        // a file that is too large is of no use, as its reader will find
         if complaint.is_empty() || ends(&complaint, "File too large") {
             return Ok(local.exists());
         }
@@ -251,7 +251,7 @@ fn path(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A line that sftp reads as this command with these words, whoever chose them; none if there is none.
+/// A line that sftp reads as this command with these words, whoever chose them; `None` if there is none.
 fn line(command: &str, words: &[&str]) -> Result<String, String> {
     let quoted = |word: &&str| format!(" \"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""));
     let line = command.to_owned() + &words.iter().map(quoted).collect::<String>();

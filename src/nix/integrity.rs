@@ -2,7 +2,7 @@
 //! kernel, which may take half a minute to write them: after a power cut a path may be known, but empty.
 //!
 //! So what is activated is made durable first; and after a run that a power cut has ended, what has come
-//! into the store since it began is looked at, and what is damaged is taken away, to be made anew.
+//! into the store since it began is looked at, and what is damaged is removed, to be recreated.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -41,7 +41,7 @@ pub fn mend(since: u64) -> Result<()> {
     let entries = fs::read_dir(STORE).context(|| format!("list {STORE}"))?.flatten();
     let new = entries.filter(|entry| entry.metadata().is_ok_and(|metadata| metadata.ctime() >= since)).map(|entry| entry.path());
     let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
-    // what is not valid is made anew whenever it is needed
+    // what is not valid is recreated when it is needed
     let invalid = ask(&["--check-validity", "--print-invalid"], &new)?;
     let damaged: BTreeSet<_> = gather(new.difference(&invalid).filter(|path| !is_intact(path)).cloned());
     if damaged.is_empty() {

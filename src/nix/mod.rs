@@ -56,7 +56,7 @@ fn update(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: 
     let doing = || format!("update {}", if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") });
     let update = cache.give(nix()).reason(reason).args(["flake", "update"]).args(inputs).args(["--flake", flake]);
     let update = update.arg("--output-lock-file").arg(scratch).watch_for(STALE);
-    // whoever does not answer may answer another time
+    // a server that does not answer may answer another time
     let ended = update.run(limit, doing).map_err(Error::transient)?;
     match ended.seen.first().cloned() {
         Some(stale) if ended.status.success() => {

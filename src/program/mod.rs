@@ -211,7 +211,7 @@ impl Program {
             std::thread::spawn(move || {
                 let (mut output, mut line) = (BufReader::new(output), Vec::new());
                 while (&mut output).take(LINE_BYTES as u64).read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                    // whoever reads this may be gone
+                    // the reader may be gone
                     let _ = output::print(&format!("{}\n", String::from_utf8_lossy(&line).trim_end_matches('\n')));
                     line.clear();
                 }

@@ -75,7 +75,7 @@ impl Notes {
     /// Reads the notes of this run.
     pub fn read(layout: &Layout) -> Result<Self> {
         let notes = Self::read_of(layout, &run_id()?)?;
-        notes.ok_or("they are of another run").context(|| format!("read {}", layout.notes().display()))
+        notes.ok_or("they belong to another run").context(|| format!("read {}", layout.notes().display()))
     }
 
     /// Reads the notes of a run as a stranger's; none if there are none of that run.
@@ -90,7 +90,7 @@ impl Notes {
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if !of_user(notes.stage) || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
         {
-            return Err(Error::new("what they say is not for these stages to say")).context(doing);
+            return Err(Error::new("their contents are not valid for this stage")).context(doing);
         }
         Ok((notes.run == *run).then_some(notes))
     }

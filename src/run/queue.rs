@@ -1,6 +1,6 @@
 //! Requests on disk: one file per instance, named after it.
 //!
-//! Whoever may write the queue's directory (the webhook, root, the members of group ekiben) may
+//! A user who may write the queue's directory (the webhook, root, the members of group ekiben) may
 //! ask for a run; a request that is on disk will be served, whatever restarts in between. The
 //! file holds a number that grows with every request, so that somebody who waits can tell
 //! whether a run came after his own.
@@ -49,7 +49,7 @@ pub fn request(layout: &Layout, after: u64) -> Result<u64> {
     for _ in 0..TRIES {
         match find(&path, served) {
             Found::Request(number) => {
-                // whoever has made it may not have synced it yet
+                // its creator may not have synced it yet
                 match files::sync(&path) {
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     synced => synced.and_then(|()| files::sync_parent(&path)).context(doing)?,

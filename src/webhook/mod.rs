@@ -99,7 +99,7 @@ fn own(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// What the program is for.
+/// Answers a request: a request for a run, the state of an instance, or a refusal.
 fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64) -> Answer {
     if request.target.split('?').next() != Some(path) {
         return Answer::refusal(404, "not found");

@@ -47,7 +47,7 @@ impl Origin {
         if inside { Ok(()) } else { Err(why()).context(doing) }
     }
 
-    /// Fails unless a file may be published, and can be read by whoever unpacks it.
+    /// Fails unless a file may be published, and can be read where it is unpacked.
     fn check(&self, path: &Path) -> Result<()> {
         let doing = || format!("pack {path:?}");
         if path.as_os_str().as_bytes().iter().any(|byte| byte.is_ascii_control() || *byte == b'\\') {

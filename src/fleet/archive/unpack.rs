@@ -38,7 +38,7 @@ struct Entry {
     size: u64,
 }
 
-/// Unpacks an archive into a directory, which is made anew. Fails, and leaves nothing, if there is
+/// Unpacks an archive into a directory, which is recreated. Fails, and leaves nothing, if there is
 /// anything in the archive but files and directories with names that stay below it.
 pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
     make_anew(directory)?;

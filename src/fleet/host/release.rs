@@ -15,7 +15,7 @@ pub fn message(manifest: &Manifest) -> Result<String> {
     Ok(format!("release {}\n\n{text}\n", manifest.release.sequence))
 }
 
-/// The manifest of the release that a commit is, or is made from; none if whoever made the commit has
+/// The manifest of the release that a commit is, or is made from; `None` if the author of the commit has
 /// written something else there.
 pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
     let message = repository.message(commit, "^release [0-9]+$")?;

@@ -53,7 +53,7 @@ pub fn collect(hub: &ServedDirectory) -> Result<()> {
 pub fn take_in(hub: &ServedDirectory, wanted: &[&str]) -> Result<()> {
     match hub.elsewhere() {
         Some(elsewhere) => elsewhere.fetch(wanted),
-        // whoever may only look sees what was collected before
+        // a user who may only read sees what was collected before
         None => collect(hub).or(Ok(())),
     }
 }

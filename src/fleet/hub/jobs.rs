@@ -61,7 +61,7 @@ impl Board {
         if self.terminal {
             text.extend(lines.iter().map(|(name, what)| format!("{name}: {what} ...\n")));
         }
-        // whoever looked on may be gone
+        // the reader may be gone
         let mut output = std::io::stdout().lock();
         let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());
     }

@@ -1,5 +1,5 @@
 //! A system for a machine that cannot, or cannot yet, fetch it by itself: copied there and activated over
-//! SSH, by whoever this user may log in as.
+//! SSH, as a user whom this one may log in as.
 
 use std::path::Path;
 use std::time::Duration;

@@ -20,7 +20,7 @@ use crate::names::{HostName, Sha256};
 
 /// Why a release is not published that is not on top of the last one.
 pub const MEANWHILE: &str = "another release was published in the meantime; deploy again";
-/// What the hub is called by whoever publishes.
+/// What a publisher calls the hub.
 pub const SCHEME: &str = "sftp://";
 /// How long it may take to fetch what is known of the hosts, and to send one release.
 const FETCH: Duration = Duration::from_secs(600);
@@ -146,7 +146,7 @@ impl Publication {
         }
     }
 
-    /// Removes a file, if whoever sent it has not done so meanwhile.
+    /// Removes a file, unless its sender has done so.
     fn clear(&mut self, name: &str) -> Result<()> {
         let removed = self.session.remove(&self.remote(name));
         if removed.is_err() && !self.session.list(&self.path)?.iter().any(|there| there == name) { Ok(()) } else { removed }
@@ -205,7 +205,7 @@ impl Publication {
     /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
     fn replace(&mut self, archive: &str, kept: &[String]) -> Result<()> {
         let (there, id) = (self.session.list(&self.path)?, self.id.clone());
-        // whoever is behind this one, however late, finds nothing to put into place
+        // a publisher that comes later, however late, finds nothing to put into place
         for name in there.iter().filter(|name| is_sent(name) && !name.starts_with(&id)) {
             self.clear(name)?;
         }

@@ -1,7 +1,7 @@
-//! How the hosts are, seen from the hub.
+//! The state of the hosts, as the hub sees it.
 //!
-//! A state follows from what is published and what the host said last, release by release. No host's
-//! clock counts: it is by those of the hub, and of whoever looks, that a host is silent.
+//! A state follows from what is published and what the host reported last, release by release. No host's
+//! clock counts: the clocks of the hub and of the reader decide whether a host is silent.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -228,7 +228,7 @@ impl Savepoint {
         self.top.join(path).symlink_metadata().ok().filter(|_| reached)
     }
 
-    /// What is in the way of a path that the fast-forward makes anew; what it removes is not.
+    /// What is in the way of a path that the fast-forward creates; what it removes is not.
     pub fn in_the_way(&self, path: &Path, removed: &BTreeSet<&Path>) -> Option<PathBuf> {
         let foreign = |path: &Path| !removed.contains(path);
         let above: Vec<_> = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
@@ -325,7 +325,7 @@ pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
 
 /// What a file has in common with no other, and with no later one of its name.
 fn identity(path: &Path) -> String {
-    // without the device, which some file systems number anew at each boot
+    // without the device, whose number changes at each boot on some file systems
     path.symlink_metadata()
         .map_or("none".into(), |metadata| format!("{} {} {} {}", metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
 }
