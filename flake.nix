@@ -60,6 +60,7 @@
         # for tests only: see src/fault.rs
         ekiben-fault-points = pkgs.callPackage package { buildFeatures = [ "fault-points" ]; };
         default = ekiben;
+        docs = import ./src/module/page.nix { inherit self nixpkgs pkgs; };
       });
 
       overlays.default = final: _: { ekiben = final.callPackage package { }; };
@@ -85,6 +86,12 @@
         // {
           options = import ./nixos-tests/options.nix { inherit self nixpkgs pkgs; };
           rendered = scenarios.renderedCheck pkgs;
+          docs =
+            pkgs.runCommand "ekiben-docs" { page = self.packages.${pkgs.stdenv.hostPlatform.system}.docs; }
+              ''
+                diff -u ${./src/options.md} $page || { echo "src/options.md is not current: run ci/render"; exit 1; }
+                touch $out
+              '';
           clippy = self.packages.${pkgs.stdenv.hostPlatform.system}.default.overrideAttrs (old: {
             pname = "ekiben-clippy";
             nativeBuildInputs = (old.nativeBuildInputs or [ ]) ++ [

@@ -42,9 +42,10 @@ in
     settings = lib.mkOption {
       inherit (format) type;
       default = { };
+      example.instances.web.observe = 300;
       description = ''
-        What {file}`/etc/ekiben/config.json` holds: the other options fill it in, and the program reads nothing else.
-        A build fails if the program would refuse it.
+        The contents of {file}`/etc/ekiben/config.json`. The other options fill it in, and the program reads nothing else.
+        The build fails if the program would refuse it.
       '';
     };
   };

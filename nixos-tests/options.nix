@@ -116,22 +116,23 @@ let
   };
 
   mistakes = {
-    "`services.ekiben.webhook.projects.web.instance`: there is no instance `nix`. Write one of `services.ekiben.instances`: app." =
+    "`services.ekiben.webhook.projects.web.instance` must be one of `services.ekiben.instances`, not `nix`." =
       {
         webhook.projects.web.instance = "nix";
       };
-    "`services.ekiben.webhook.projects.web.tokenFile`: other and web have the same token file `/run/token`. Write one of its own for each." =
+    "`services.ekiben.webhook.projects.web.tokenFile`: other and web have the same token file `/run/token`." =
       {
         webhook.projects.other = project;
       };
-    "`services.ekiben.instances.app.flakeRef`: `/etc/nixos#host` is not in the repository. Write a flake in `flakePath`, as in `/var/nixos-config#host`." =
+    "`services.ekiben.instances.app.flakeRef` must be below `/var/nixos-config`, not `/etc/nixos#host`." =
       {
         instances.app.flakeRef = "/etc/nixos#host";
       };
-    "`services.ekiben.instances.app.flakeRef`: `/var/nixos-config-2#host` is not in the repository." = {
-      instances.app.flakeRef = "/var/nixos-config-2#host";
-    };
-    "`services.ekiben.instances.app.user`: there is no user `nobody-here`. Write `users.users.nobody-here.isNormalUser = true;`" =
+    "`services.ekiben.instances.app.flakeRef` must be below `/var/nixos-config`, not `/var/nixos-config-2#host`." =
+      {
+        instances.app.flakeRef = "/var/nixos-config-2#host";
+      };
+    "`services.ekiben.instances.app.user`: user `nobody-here` does not exist; set `users.users.nobody-here.isNormalUser = true;`" =
       {
         instances.app.user = "nobody-here";
       };
@@ -141,7 +142,7 @@ let
     "`services.ekiben.instances.app.flakePath` must not have `..` in it." = {
       instances.app.flakePath = "/var/../etc/nixos";
     };
-    "`services.ekiben.instances.app.flakePath` must not be `/tmp/config`: write a directory" = {
+    "`services.ekiben.instances.app.flakePath` must not be `/tmp/config`: use a directory" = {
       instances.app.flakePath = "/tmp/config";
     };
     "`services.ekiben.instances.app.flakePath` must not be `/run/config`:" = {
@@ -150,7 +151,7 @@ let
     "`services.ekiben.instances.app.flakePath` must not be `/`:" = {
       instances.app.flakePath = "//";
     };
-    "`services.ekiben.instances.app.flakePath` must not be the home of `deploy`: runs may write there." =
+    "`services.ekiben.instances.app.flakePath` must not be the home of `deploy`: use a directory in it." =
       {
         instances.app.flakePath = "/home/deploy/";
       };
@@ -167,75 +168,76 @@ let
     "`services.caddy.enable` must be `true` where `services.ekiben.webhook.caddy` is set." = {
       webhook.caddy = "deploy.example.org";
     };
-    "`services.ekiben.instances.web/2`: this name cannot be part of a unit's name. Write one of letters, digits" =
-      {
-        instances."web/2" = instance;
-      };
-    "`services.ekiben.hub.hosts.Web`: this name cannot be part of a user's name. Write one of at most 25 small letters" =
-      hubOf { Web.publicKey = key "a"; };
-    "`services.ekiben.hub.hosts.a-name-of-twenty-six-chars`: this name cannot be part of a user's name." =
-      hubOf { a-name-of-twenty-six-chars.publicKey = key "a"; };
-    "`services.ekiben.hub.hosts.-web`: this name cannot be part of a user's name." = hubOf {
+    "`services.ekiben.instances.web/2` must be named by letters, digits" = {
+      instances."web/2" = instance;
+    };
+    "`services.ekiben.hub.hosts.Web` must be named by at most 25 lowercase letters" = hubOf {
+      Web.publicKey = key "a";
+    };
+    "`services.ekiben.hub.hosts.a-name-of-twenty-six-chars` must be named by at most 25" = hubOf {
+      a-name-of-twenty-six-chars.publicKey = key "a";
+    };
+    "`services.ekiben.hub.hosts.-web` must be named by at most 25" = hubOf {
       "-web".publicKey = key "a";
     };
-    "`services.ekiben.hub.hosts.web.publicKey`: without a key, the host cannot log in. Write the line" =
+    "`services.ekiben.hub.hosts.web.publicKey` must be set: without a key, the host cannot log in." =
       hubOf
         { web = { }; };
-    "`services.ekiben.hub.hosts.web.publicKeys`: `no-pty ${key "a"}` is not a public key and nothing but a public key. Write the line" =
+    "`services.ekiben.hub.hosts.web.publicKeys` must be lines of `.pub` files, not `no-pty ${key "a"}`." =
       hubOf { web.publicKey = "no-pty ${key "a"}"; };
-    "`services.ekiben.hub.hosts.web.publicKeys`: `/etc/key.pub` is not a public key and nothing but a public key." =
-      hubOf { web.publicKeys = [ "/etc/key.pub" ]; };
-    "`services.ekiben.hub.hosts.web.publicKeys`: db and web have the same key. Make one of its own for each." =
-      hubOf {
-        web.publicKey = "${key "a"} root@web";
-        db.publicKeys = [
-          (key "b")
-          "${key "a"} root@db"
-        ];
-      };
-    "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for 501 hosts. Write a `uid`" =
-      hubOf (
-        lib.genAttrs (map (number: "h${toString number}") (lib.range 1 501)) (name: {
-          publicKey = key name;
-        })
-      );
-    "`services.ekiben.hub.hosts.web.files.\"/etc/../secret\"`: a file cannot be there. Write an absolute path outside" =
-      hubOf {
-        web = {
-          publicKey = key "a";
-          files."/etc/../secret".source = "/run/secret";
+    "`services.ekiben.hub.hosts.web.publicKeys` must be lines of `.pub` files, not `/etc/key.pub`." =
+      hubOf
+        { web.publicKeys = [ "/etc/key.pub" ]; };
+    "`services.ekiben.hub.hosts.web.publicKeys`: db and web have the same key." = hubOf {
+      web.publicKey = "${key "a"} root@web";
+      db.publicKeys = [
+        (key "b")
+        "${key "a"} root@db"
+      ];
+    };
+    "`services.ekiben.hub.hosts`: 501 hosts are more than NixOS has uids for; set `uid`" = hubOf (
+      lib.genAttrs (map (number: "h${toString number}") (lib.range 1 501)) (name: {
+        publicKey = key name;
+      })
+    );
+    "`services.ekiben.hub.hosts.web.files.\"/etc/../secret\"` must be an absolute path outside" =
+      hubOf
+        {
+          web = {
+            publicKey = key "a";
+            files."/etc/../secret".source = "/run/secret";
+          };
         };
-      };
-    "`services.ekiben.hub.hosts.web.files.\"secret\"`: a file cannot be there." = hubOf {
+    "`services.ekiben.hub.hosts.web.files.\"secret\"` must be an absolute path outside" = hubOf {
       web = {
         publicKey = key "a";
         files.secret.source = "/run/secret";
       };
     };
-    "`services.ekiben.hub.publishers`: `no-pty ${key "b"}` is not a public key and nothing but a public key." =
-      lib.recursiveUpdate (hubOf { }) { hub.publishers = [ "no-pty ${key "b"}" ]; };
-    "`services.ekiben.hub.user`: there is no user `nobody-here`. Write `users.users.nobody-here.isNormalUser = true;`" =
+    "`services.ekiben.hub.publishers` must be lines of `.pub` files, not `no-pty ${key "b"}`." =
+      lib.recursiveUpdate (hubOf { })
+        { hub.publishers = [ "no-pty ${key "b"}" ]; };
+    "`services.ekiben.hub.user`: user `nobody-here` does not exist; set `users.users.nobody-here.isNormalUser = true;`" =
       {
         hub = {
           enable = true;
           user = "nobody-here";
         };
       };
-    "`services.ekiben.hub.user`: `root` must not publish" = {
+    "`services.ekiben.hub.user` must not be `root`" = {
       hub = {
         enable = true;
         user = "root";
       };
     };
-    "`services.ekiben.hub.user`: `fleet-web` must not publish" = lib.recursiveUpdate (hubOf {
+    "`services.ekiben.hub.user` must not be `fleet-web`" = lib.recursiveUpdate (hubOf {
       web.publicKey = key "a";
     }) { hub.user = "fleet-web"; };
-    "`services.ekiben.webhook.projects.a b`: this name cannot be a credential's. Write one of letters, digits" =
-      {
-        webhook.projects."a b" = project // {
-          tokenFile = "/run/other";
-        };
+    "`services.ekiben.webhook.projects.a b` must be named by letters, digits" = {
+      webhook.projects."a b" = project // {
+        tokenFile = "/run/other";
       };
+    };
   };
 
   # mistakes that other options make
@@ -573,7 +575,7 @@ let
     (saying failures variant (
       lib.listToAttrs (
         map (name: {
-          name = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name.";
+          name = "`services.ekiben.instances.${name}` must be named by letters";
           value.instances.${name} = instance;
         }) ownUnits
       )

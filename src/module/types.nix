@@ -46,8 +46,9 @@ rec {
     default = 30;
     example = 300;
     description = ''
-      For how many seconds a new system is observed after the switch: only if until then no unit has died and all
-      health checks have gone on passing, it is made what is booted, and has been deployed. 0: not at all.
+      For how many seconds a new system is observed after the switch. Only if no unit dies and all health
+      checks keep passing until then, it becomes the system to boot, and has been deployed. `0`
+      disables this.
     '';
   };
   flags = mkOption {
@@ -67,7 +68,7 @@ rec {
         type = types.nullOr types.str;
         default = null;
         example = "curl -fsS http://localhost/";
-        description = "A shell command that has to succeed. It is run as root, with the programs of the running system.";
+        description = "A shell command that has to succeed. It runs as root, with the programs of the running system.";
       };
       units = mkOption {
         type = types.listOf types.str;
@@ -79,15 +80,15 @@ rec {
       retries = mkOption {
         type = types.ints.unsigned;
         default = 5;
-        description = "How many more attempts a check has, a second apart.";
+        description = "How often to retry the check, a second apart.";
       };
       remote = mkOption {
         type = types.bool;
         default = false;
         description = ''
-          Whether it asks another machine, which may fail by itself. Such a check has as long as all its
-          attempts may take, and is made once more with the old system put back: if it fails there, too, the
-          new one is not to blame, and is deployed after all.
+          Whether the check asks another machine, which may fail by itself. It then has the time of all
+          attempts together, and is repeated with the old system: if it fails there, too, the new
+          one is deployed after all.
         '';
       };
     };

@@ -81,15 +81,19 @@ let
           type = types.str;
           example = "deploy";
           description = ''
-            The unprivileged user whose repository this is. Fetching, evaluating and building are
-            done as this user, with the SSH keys, {file}`.netrc` and git configuration of its home.
+            The unprivileged user who owns the repository. Fetching, evaluating and building are done as
+            this user, with the SSH keys, {file}`.netrc` and git configuration of its home.
           '';
         };
         inputs = mkOption {
           type = types.listOf types.str;
           default = [ ];
           example = [ "my-project" ];
-          description = "The flake inputs to update; no other may change. All inputs if empty.";
+          description = ''
+            The flake inputs to update; all of them if empty. `app/nixpkgs` names an input of an input; of
+            an input that follows another one, that one is updated. A run fails if any other input would
+            change.
+          '';
         };
         dates = mkOption {
           type = types.nullOr types.str;
@@ -103,13 +107,13 @@ let
         persistent = mkOption {
           type = types.bool;
           default = true;
-          description = "Whether to make up for a run that was due while the machine was off.";
+          description = "Whether to catch up on a run that was due while the machine was off.";
         };
         randomizedDelaySec = mkOption {
           type = types.str;
           default = "0";
           example = "45min";
-          description = "Delay each run of the timer by a random time of at most this.";
+          description = "Delay each run of the timer by a random time of up to this.";
         };
         fixedRandomDelay = mkOption {
           type = types.bool;
@@ -146,8 +150,8 @@ let
             }
           '';
           description = ''
-            What tells whether a new system does its work. A check counts only if it passed before the
-            switch; if it does not pass any more after it, the old system is put back.
+            Checks of a new system. A check counts only if it passed before the switch; if it fails after
+            it, the old system is put back.
           '';
         };
         onUnitFailure = mkOption {
@@ -157,34 +161,34 @@ let
           ];
           default = "rollback";
           description = ''
-            What to do if a unit fails in the switch that had not failed before: put the old system back,
-            or keep the new one and report a warning.
+            What to do if a unit fails in the switch that had not failed before: roll back, or keep the new
+            system and report a warning.
           '';
         };
         rollback = mkOption {
           type = types.bool;
           default = true;
           description = ''
-            Whether to put the old system back when the new one is not well. If not, what has been
-            done so far stays: the new system runs, but the old one may be booted.
+            Whether to roll back to the old system if the new one fails. If not, the new one keeps running,
+            but the old one may still be the one to boot.
           '';
         };
         inherit observe;
         networkRetries = mkOption {
           type = types.ints.unsigned;
           default = 5;
-          description = "How often to try again to fetch when the network fails, after 1 s, 2 s, 4 s and so on.";
+          description = "How often to retry a fetch if the network fails, after 1 s, 2 s, 4 s and so on.";
         };
         timeouts = mkOption {
           type = types.submodule {
             options = {
-              prepare = seconds 1800 "For fetching all inputs.";
-              build = seconds 14400 "For evaluating and building.";
-              activate = seconds 1800 "For one activation: of the new system, and of the old one if it is put back.";
+              prepare = seconds 1800 "For fetching all inputs, in seconds.";
+              build = seconds 14400 "For evaluating and building, in seconds.";
+              activate = seconds 1800 "For one activation, in seconds: of the new system, and of the old one if it is put back.";
             };
           };
           default = { };
-          description = "How long the stages of a run may take, in seconds.";
+          description = "How long the stages of a run may take.";
         };
         extraPackages = mkOption {
           type = types.listOf types.package;
@@ -358,17 +362,17 @@ let
   assertionsOf = name: instance: [
     {
       assertion = isName name && !lib.elem name reserved;
-      message = "`services.ekiben.instances.${name}`: this name cannot be part of a unit's name. Write one of letters, digits, `_` and `-`, other than ${concatStringsSep ", " reserved}.";
+      message = "`services.ekiben.instances.${name}` must be named by letters, digits, `_` and `-`, and other than ${concatStringsSep ", " reserved}.";
     }
     {
       assertion = config.users.users ? ${instance.user};
-      message = "`services.ekiben.instances.${name}.user`: there is no user `${instance.user}`. Write `users.users.${instance.user}.isNormalUser = true;`, or the name of the user that owns ${instance.flakePath}.";
+      message = "`services.ekiben.instances.${name}.user`: user `${instance.user}` does not exist; set `users.users.${instance.user}.isNormalUser = true;`.";
     }
     {
       assertion = lib.all (check: check.command != null || check.units != [ ]) (
         builtins.attrValues instance.healthChecks
       );
-      message = "`services.ekiben.instances.${name}.healthChecks`: a check checks nothing. Write a `command`, or the names of `units`.";
+      message = "`services.ekiben.instances.${name}.healthChecks` must each have a `command` or `units`.";
     }
     {
       assertion = instance.user != "root";
@@ -388,7 +392,7 @@ let
           "/root"
           "/var"
         ];
-      message = "`services.ekiben.instances.${name}.flakePath` must not be `${instance.flakePath}`: write a directory for the repository alone that outlives a boot, such as `/var/nixos-config`.";
+      message = "`services.ekiben.instances.${name}.flakePath` must not be `${instance.flakePath}`: use a directory of its own that outlives a boot, such as `/var/nixos-config`.";
     }
     {
       assertion =
@@ -396,7 +400,7 @@ let
           home = config.users.users.${instance.user}.home or "/var/empty";
         in
         instance.user == "root" || !hasPrefix "${instance.flakePath}/" "${home}/";
-      message = "`services.ekiben.instances.${name}.flakePath` must not be the home of `${instance.user}`: runs may write there. Write a directory in it.";
+      message = "`services.ekiben.instances.${name}.flakePath` must not be the home of `${instance.user}`: use a directory in it.";
     }
     {
       assertion = isAllowed "allowed-users" instance.user || isAllowed "trusted-users" instance.user;
@@ -415,7 +419,7 @@ let
           directory = lib.removePrefix "git+file://" (lib.removePrefix "path:" reference);
         in
         directory == instance.flakePath || hasPrefix "${instance.flakePath}/" directory;
-      message = "`services.ekiben.instances.${name}.flakeRef`: `${instance.flakeRef}` is not in the repository. Write a flake in `flakePath`, as in `${instance.flakePath}#${hostName}`.";
+      message = "`services.ekiben.instances.${name}.flakeRef` must be below `${instance.flakePath}`, not `${instance.flakeRef}`.";
     }
   ];
 

@@ -39,12 +39,12 @@ let
       extraTokenFiles = mkOption {
         type = types.listOf externalPath;
         default = [ ];
-        description = "Files with more tokens of this project, for the time in which its token is changed.";
+        description = "Files with more tokens of this project, to change its token without a gap.";
       };
       instance = mkOption {
         type = types.str;
         example = "my-project";
-        description = "The instance that this project's token starts.";
+        description = "The instance that this project's token asks to run.";
       };
     };
   };
@@ -180,11 +180,11 @@ let
   assertionsOf = name: project: [
     {
       assertion = isName name;
-      message = "`services.ekiben.webhook.projects.${name}`: this name cannot be a credential's. Write one of letters, digits, `_` and `-`.";
+      message = "`services.ekiben.webhook.projects.${name}` must be named by letters, digits, `_` and `-`.";
     }
     {
       assertion = instances ? ${project.instance};
-      message = "`services.ekiben.webhook.projects.${name}.instance`: there is no instance `${project.instance}`. Write one of `services.ekiben.instances`: ${concatStringsSep ", " (builtins.attrNames instances)}.";
+      message = "`services.ekiben.webhook.projects.${name}.instance` must be one of `services.ekiben.instances`, not `${project.instance}`.";
     }
     (
       let
@@ -192,7 +192,7 @@ let
       in
       {
         assertion = builtins.attrNames others == [ name ];
-        message = "`services.ekiben.webhook.projects.${name}.tokenFile`: ${concatStringsSep " and " (builtins.attrNames others)} have the same token file `${project.tokenFile}`. Write one of its own for each.";
+        message = "`services.ekiben.webhook.projects.${name}.tokenFile`: ${concatStringsSep " and " (builtins.attrNames others)} have the same token file `${project.tokenFile}`.";
       }
     )
   ];
@@ -270,7 +270,7 @@ in
       type = types.nullOr types.str;
       default = null;
       example = "deploy.example.org";
-      description = "The same for {option}`services.caddy`.";
+      description = "As {option}`nginx`, for a virtual host of {option}`services.caddy`.";
     };
     path = mkOption {
       type = types.strMatching "/[^?#%\" \\]*";
@@ -280,7 +280,7 @@ in
     projects = mkOption {
       type = types.attrsOf project;
       default = { };
-      description = "Who may start what: a token for each project that pushes here.";
+      description = "The projects that may ask for runs, each with a token of its own.";
       example = literalExpression ''
         {
           my-project = {

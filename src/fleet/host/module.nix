@@ -43,18 +43,18 @@ let
       port = mkOption {
         type = types.port;
         default = 22;
-        description = "The port of its sshd.";
+        description = "The port of the hub's sshd.";
       };
       hostKey = mkOption {
         type = types.singleLineStr;
         example = "ssh-ed25519 AAAAC3...";
-        description = "Its public host key. Nothing is fetched from a hub that has another one.";
+        description = "The public host key of the hub. Nothing is fetched from a hub with another one.";
       };
       user = mkOption {
         type = types.str;
         default = "fleet-${fleet.name}";
         defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
-        description = "Whom to log in as.";
+        description = "The user to log in as.";
       };
     };
   };
@@ -180,27 +180,30 @@ in
       description = "This machine's name in the fleet.";
     };
     hub = mkOption {
-      type = types.either server (types.nonEmptyListOf server);
+      # with the options of a server, which `either` does not show by itself
+      type = types.either server (types.nonEmptyListOf server) // {
+        inherit (server) getSubOptions;
+      };
       example = literalExpression ''
         {
           host = "hub.example.org";
           hostKey = "ssh-ed25519 AAAAC3...";
         }
       '';
-      description = "The hub, or several with the same releases: the next one is asked where one does not answer.";
+      description = "The hub, or several with the same releases: if one does not answer, the next one is asked.";
     };
     identityFile = mkOption {
       type = externalPath;
       default = "/var/lib/ekiben-identity/key";
-      description = "The private SSH key to log in with. It is read by systemd, so it can be root's only.";
+      description = "The private SSH key to log in with. It is read by systemd, so it can be readable by root only.";
     };
     signers = mkOption {
       type = types.listOf types.singleLineStr;
       default = [ ];
       example = [ "ssh-ed25519 AAAAC3..." ];
       description = ''
-        The public keys of those who may publish. If there are any, a release that none of them has
-        signed is refused: who takes the hub over can then hold back, but not deploy.
+        The public keys of the publishers. If not empty, only releases that one of them has signed are
+        accepted: a hub that is taken over can withhold releases, but not make them.
       '';
     };
     sshOptions = mkOption {
@@ -212,7 +215,7 @@ in
     user = mkOption {
       type = types.str;
       default = "ekiben-fleet";
-      description = "The unprivileged user that fetches, evaluates and builds. The default one is made.";
+      description = "The unprivileged user that fetches, evaluates and builds. The default one is created.";
     };
     dates = mkOption {
       type = types.nullOr types.str;
@@ -222,15 +225,15 @@ in
     randomizedDelaySec = mkOption {
       type = types.str;
       default = "15min";
-      description = "Delay each time by a random time of at most this, so that not all of a fleet come at once.";
+      description = "Delay each poll by a random time of up to this, so that the hosts of a fleet do not come at once.";
     };
     fileDirectories = mkOption {
       type = types.listOf plainPath;
       default = [ "/var/lib/secrets" ];
       description = ''
-        The directories below which the hub may put the files that it has for this host
-        ({option}`services.ekiben.hub.hosts.<name>.files`). Where they are missing they are made, for root
-        to write in. What a file holds is the hub's to say even where releases are signed.
+        The directories below which the hub may install files for this host
+        ({option}`services.ekiben.hub.hosts.<name>.files`). Missing ones are created, writable by
+        root only. These files are not signed, even where releases are.
       '';
     };
     selfUpdate = {
@@ -246,7 +249,7 @@ in
       type = types.attrsOf healthCheck;
       default = { };
       description = ''
-        As {option}`services.ekiben.instances.<name>.healthChecks`. One more is always made: whether the
+        As {option}`services.ekiben.instances.<name>.healthChecks`. There is always one more: whether the
         hub can be reached.
       '';
     };
@@ -258,19 +261,19 @@ in
           "needed"
         ];
         default = "never";
-        description = "Whether to reboot when kernel, kernel modules or initrd have changed, or the new system waits for it.";
+        description = "Whether to reboot if kernel, kernel modules or initrd have changed, or if the new system takes effect only then.";
       };
       window = mkOption {
         type = types.nullOr (
           types.submodule {
             options = {
-              lower = timeOfDay "01:00" "The beginning.";
-              upper = timeOfDay "05:00" "The end; may be after midnight.";
+              lower = timeOfDay "01:00" "The beginning of the window.";
+              upper = timeOfDay "05:00" "The end of the window; may be after midnight.";
             };
           }
         );
         default = null;
-        description = "The time of day in which to reboot; `null`: at any time.";
+        description = "The time of day in which to reboot; `null` for any time.";
       };
       kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
     };

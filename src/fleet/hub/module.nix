@@ -51,13 +51,13 @@ let
       publicKeys = mkOption {
         type = types.listOf types.singleLineStr;
         default = [ ];
-        description = "More such keys, for the time in which its key is changed.";
+        description = "More such keys, to change the key without a gap.";
       };
       uid = mkOption {
         type = types.nullOr types.ints.positive;
         default = null;
         example = 31000;
-        description = "The number of the host's user on the hub, and of its group; NixOS has enough of its own for some 500 hosts.";
+        description = "The uid of the host's user on the hub, and the gid of its group. NixOS allocates uids for about 500 hosts.";
       };
       files = mkOption {
         type = types.attrsOf fileOptions;
@@ -68,8 +68,8 @@ let
           }
         '';
         description = ''
-          Files that only this host may have, by their paths on the host, which have to be below one of its
-          {option}`services.ekiben.fleet.fileDirectories`. They are in no Nix store, here or there.
+          Files for this host only, by their paths on the host, which have to be below one of its
+          {option}`services.ekiben.fleet.fileDirectories`. They are never in a Nix store.
         '';
       };
     };
@@ -81,24 +81,24 @@ let
         type = externalPath;
         example = "/run/secrets/web-database";
         description = ''
-          The file on the hub. Root reads it, so it can be root's alone; the directories and links that
-          lead to it have to be. What it holds anew counts within a minute.
+          The file on the hub. It is read as root; the directories and links that lead to it have to belong
+          to root. Changes are served within a minute.
         '';
       };
       mode = mkOption {
         type = types.strMatching "0[0-7]{3}";
         default = "0400";
-        description = "Its permissions on the host.";
+        description = "The permissions on the host.";
       };
       owner = mkOption {
         type = types.str;
         default = "root";
-        description = "Its owner on the host.";
+        description = "The owner on the host.";
       };
       group = mkOption {
         type = types.str;
         default = "root";
-        description = "Its group on the host.";
+        description = "The group on the host.";
       };
     };
   };
@@ -196,19 +196,19 @@ let
         [
           {
             assertion = isHostName name;
-            message = "`services.ekiben.hub.hosts.${name}`: this name cannot be part of a user's name. Write one of at most 25 small letters, digits, `_` and `-`.";
+            message = "`services.ekiben.hub.hosts.${name}` must be named by at most 25 lowercase letters, digits, `_` and `-`.";
           }
           {
             assertion = keysOf host != [ ];
-            message = "`services.ekiben.hub.hosts.${name}.publicKey`: without a key, the host cannot log in. Write the line that is in its key's `.pub` file.";
+            message = "`services.ekiben.hub.hosts.${name}.publicKey` must be set: without a key, the host cannot log in.";
           }
           {
             assertion = wrong == [ ];
-            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: `${concatStringsSep "` and `" wrong}` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys` must be lines of `.pub` files, not `${concatStringsSep "` and `" wrong}`.";
           }
           {
             assertion = keysOf host == [ ] || builtins.attrNames owners == [ name ];
-            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames owners)} have the same key. Make one of its own for each.";
+            message = "`services.ekiben.hub.hosts.${name}.publicKeys`: ${concatStringsSep " and " (builtins.attrNames owners)} have the same key.";
           }
         ]
         ++ mapAttrsToList (path: _: {
@@ -216,29 +216,29 @@ let
             builtins.match "(/[^/]+)+" path != null
             && lib.intersectLists [ "." ".." ] (lib.splitString "/" path) == [ ]
             && !hasPrefix "${builtins.storeDir}/" path;
-          message = "`services.ekiben.hub.hosts.${name}.files.\"${path}\"`: a file cannot be there. Write an absolute path outside of the Nix store, without `.` and `..`.";
+          message = "`services.ekiben.hub.hosts.${name}.files.\"${path}\"` must be an absolute path outside of the Nix store, without `.` and `..`.";
         }) host.files;
     in
     [
       {
         assertion = hub.user == account || config.users.users ? ${hub.user};
-        message = "`services.ekiben.hub.user`: there is no user `${hub.user}`. Write `users.users.${hub.user}.isNormalUser = true;`, or leave the option out.";
+        message = "`services.ekiben.hub.user`: user `${hub.user}` does not exist; set `users.users.${hub.user}.isNormalUser = true;`.";
       }
       {
         assertion =
           hub.user != "root"
           && !lib.elem hub.user ([ publisher ] ++ builtins.attrNames (forHosts (_: _: null)));
-        message = "`services.ekiben.hub.user`: `${hub.user}` must not publish: root has nothing to do with what hosts send, and hosts must not change what others fetch. Write the name of an unprivileged user, or leave the option out.";
+        message = "`services.ekiben.hub.user` must not be `${hub.user}`: use an unprivileged user other than those of hosts and publishers.";
       }
       {
         assertion = unnumbered <= 500;
-        message = "`services.ekiben.hub.hosts`: NixOS has 600 numbers for the users of all services, too few for ${toString unnumbered} hosts. Write a `uid` of its own for each, as in `uid = 31000;`.";
+        message = "`services.ekiben.hub.hosts`: ${toString unnumbered} hosts are more than NixOS has uids for; set `uid` for each, such as `uid = 31000;`.";
       }
       {
         assertion = lib.all isKey hub.publishers;
-        message = "`services.ekiben.hub.publishers`: `${
+        message = "`services.ekiben.hub.publishers` must be lines of `.pub` files, not `${
           concatStringsSep "` and `" (lib.filter (key: !isKey key) hub.publishers)
-        }` is not a public key and nothing but a public key. Write the line that is in the key's `.pub` file, as in `ssh-ed25519 AAAA...`.";
+        }`.";
       }
     ]
     ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
@@ -258,12 +258,11 @@ in
         }
       '';
       description = ''
-        The machines of the fleet. Each logs in to this machine's sshd as the user `fleet-<name>`, and
-        sees nothing but what is its own. The administrator's settings of sshd stay as they are, except
-        that `AllowUsers` and `AllowGroups` do not count for these users; a `Match` block of the
-        administrator's that applies to them, too, comes first.
+        The hosts of the fleet. Each logs in to sshd as the user `fleet-<name>`, and sees only its own
+        directory. Other settings of sshd are unchanged, but `AllowUsers` and `AllowGroups` do not
+        apply to these users, and an earlier `Match` block that applies to them takes precedence.
 
-        A machine that is taken away leaves its directory behind, without its files.
+        The directory of a host that is removed here stays, without its files.
       '';
     };
     repository = mkOption {
@@ -271,32 +270,32 @@ in
       default = null;
       example = "/var/fleet";
       description = ''
-        The repository with the configurations of all hosts, for {command}`ekiben fleet` in other
-        directories. It belongs to {option}`user`.
+        The fleet's repository, for {command}`ekiben fleet` in other directories. It belongs to
+        {option}`user`.
       '';
     };
     directory = mkOption {
       type = plainPath;
       default = "/var/lib/ekiben-hub";
       description = ''
-        What the hub serves and has received. All that leads there has to belong to root, and
-        to be writable by nobody else.
+        Where the hub keeps releases and reports. All directories above it have to belong to root, and to be
+        writable by root only.
       '';
     };
     user = mkOption {
       type = types.str;
       default = account;
       example = "alice";
-      description = "Who may publish here, and see what hosts report: a user that is made for it, or one that is there.";
+      description = "The user who may publish here and read what hosts report. The default one is created.";
     };
     publishers = mkOption {
       type = types.listOf types.singleLineStr;
       default = [ ];
       example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
       description = ''
-        The keys of who may publish from other machines, and see there what hosts report: they log in as
-        `ekiben-publisher`, and can do nothing but that. In the `fleet.json` of their repository, `directory`
-        is `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if sshd has another one.
+        SSH keys that may publish and read what hosts report from other machines, as the user
+        `ekiben-publisher`, who can do nothing else. Set `directory` in `fleet.json` to
+        `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if needed.
       '';
     };
     reports = {
@@ -304,8 +303,8 @@ in
         type = types.strMatching "[1-9][0-9]*[kMG]";
         default = "8M";
         description = ''
-          How much a host may leave before it is collected. It is kept in memory, so all hosts together
-          can take this as many times as there are hosts, for as long as nothing is collected.
+          How much a host may leave before it is collected. It is kept in memory: all hosts together can
+          take this much each.
         '';
       };
       files = mkOption {
