@@ -25,7 +25,10 @@ impl Repository {
         let new = files.iter().filter(|file| !file.before && file.after);
         if let Some(path) = new.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
             let path = path.display();
-            return Err(Error::new(format!("Failed to fast-forward from {} to {commit}: {path} would be overwritten; move or commit it", self.head)));
+            return Err(Error::new(format!(
+                "Failed to fast-forward from {} to {commit}: {path} would be overwritten; move or commit it",
+                self.head
+            )));
         }
         let index = self.git_directory.join("index");
         let lock = index.with_extension("lock");

@@ -217,7 +217,12 @@ fn locks_of_others_stay() {
 fn what_is_in_the_way_is_named() {
     for (before, after, edit, named) in [
         ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig would be overwritten"),
-        ("mkdir d; echo 1 > d/x; echo .ig > .gitignore", "rm -r d; echo 2 > d", "mkdir d/e; echo mine > d/e/.ig", "d/e/.ig would be overwritten"),
+        (
+            "mkdir d; echo 1 > d/x; echo .ig > .gitignore",
+            "rm -r d; echo 2 > d",
+            "mkdir d/e; echo mine > d/e/.ig",
+            "d/e/.ig would be overwritten",
+        ),
         ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d would be overwritten"),
         ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d would be overwritten"),
         ("echo 1 > x", "echo 2 > x", "echo mine > x", "without touching your edits"),

@@ -21,7 +21,7 @@ impl Fleet<'_> {
         let target = self.arguments.options.get("--target");
         match target {
             Some(target) if activates && wanted.len() == 1 => push::check(target)?,
-            Some(_) => return Err("it is for test and switch of one host").context(|| "understand --target".into()),
+            Some(_) => return Err("only valid with `build test HOST` and `build switch HOST`").context(|| "understand --target".into()),
             None if activates => check_own(what, wanted)?,
             None => {}
         }
@@ -67,12 +67,12 @@ impl Fleet<'_> {
 
 /// Fails unless the one host that is named is this very machine, and this process may switch it.
 fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
-    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read this machine's name".into())?;
+    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
     let own = own.trim_end();
     let refuse = |why: String| Err(why).context(|| format!("{what} the configuration"));
     match wanted {
-        [host] if *host != own => refuse(format!("{host:?} is not this machine, which is {own:?}: deploy it")),
-        [_] if !geteuid().is_root() => refuse("it takes root".into()),
+        [host] if *host != own => refuse(format!("{host:?} is not this machine, which is {own:?}; use ekiben fleet deploy")),
+        [_] if !geteuid().is_root() => refuse("must be run as root".into()),
         [_] => Ok(()),
         _ => refuse(format!("expected one host, this machine's own {own:?}")),
     }

@@ -18,27 +18,27 @@ use crate::fleet::hub::{collect, guide, status};
 use crate::output;
 
 const HELP: &str = "\
-Publishes NixOS configurations to a fleet of hosts, and shows how they are.
+Publishes NixOS configurations to a fleet of hosts, and shows their state.
 
 Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
 
-  init                                begin a repository here
+  init                                create a fleet repository
   build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
-                                      evaluate; or build; or build this machine's own and activate it, or that of
-                                      another one, over SSH
+                                      evaluate, or build; test and switch activate the system of one host, on this
+                                      machine or over SSH
   deploy [--no-build] [--jobs N] [HOST...]
                                       build what has changed, and publish it
-  status [--json] [--once] [HOST...]  how the hosts are
-  log HOST [RUN]                      what a host's last run, or that run, said
-  diff [HOST...]                      what differs between the running and the repository's systems
-  flake-update [INPUT...] [HOST...]   update the flakes' inputs
-  bootstrap HOST                      what to do for a new host
-  collect                             take in what the hosts have reported
+  status [--json] [--once] [HOST...]  show the state of the hosts; fail if one is not well
+  log HOST [RUN]                      show the log of the last run on a host, or of that run
+  diff [HOST...]                      show what differs between the running systems and the repository
+  flake-update [INPUT...] [HOST...]   update the inputs of the flakes
+  bootstrap HOST                      print how to add a host
+  collect                             collect the reports of the hosts
 
 Options:
-  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or what the working directory is in)
-  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); of a hub elsewhere
-                     sftp://[user@]host[:port][/path], with what this user's ssh knows
+  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of the working directory)
+  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); for a hub elsewhere
+                     sftp://[user@]host[:port][/path], with the ssh configuration of this user
 ";
 
 /// The options that each command takes besides those that all take.
@@ -68,7 +68,7 @@ impl<'a> Arguments<'a> {
         while let Some(&word) = rest.next() {
             let value = match word {
                 "--repository" | "--directory" | "--jobs" | "--target" => {
-                    rest.next().ok_or("it needs a value").context(|| format!("understand {word}"))?
+                    rest.next().ok_or("value missing").context(|| format!("understand {word}"))?
                 }
                 _ => "",
             };
@@ -108,7 +108,7 @@ struct Fleet<'a> {
     arguments: &'a Arguments<'a>,
 }
 
-/// Does what these words say.
+/// Runs `ekiben fleet` with these arguments.
 pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     // the hosts' own sftp servers have to read what is published
     umask(Mode::from_bits_truncate(0o022));
@@ -120,7 +120,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let named = arguments.options.get("--repository").map(PathBuf::from).or_else(|| std::env::var_os("EKIBEN_FLEET").map(PathBuf::from));
     if arguments.words == ["init"] {
         let made = guide::init(&named.unwrap_or(here))?;
-        return print(&made.into_iter().map(|path| path + " is new.\n").collect::<String>());
+        return print(&made.into_iter().map(|path| "Created ".to_owned() + &path + ".\n").collect::<String>());
     }
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
@@ -130,7 +130,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
         ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
-        ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub does so by itself")),
+        ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub collects on its own")),
         ["collect"] => collect::collect(&fleet.hub).map(|()| ExitCode::SUCCESS),
         ["status", ref hosts @ ..] => {
             let (json, once) = (arguments.has("--json"), arguments.has("--once"));
@@ -151,7 +151,8 @@ fn print(text: &str) -> Result<ExitCode> {
 
 impl Fleet<'_> {
     fn repository(&self) -> Result<FleetRepository> {
-        let place = self.place.as_deref().ok_or("there is no fleet.json here or above; see --repository and ekiben fleet init");
+        let place =
+            self.place.as_deref().ok_or("there is no fleet.json here or in a directory above; see --repository and ekiben fleet init");
         FleetRepository::open(place.context(|| "find the fleet's repository".into())?, &self.settings)
     }
 

@@ -24,12 +24,12 @@ impl Fleet<'_> {
             RunId::try_from(run).context(doing)?
         } else {
             self.hub.take_in_file(&self.hub.index_file(&host))?;
-            self.hub.index(&host)?.reports.pop().ok_or("none has arrived").context(doing)?
+            self.hub.index(&host)?.reports.pop().ok_or("no report has arrived").context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
         self.hub.take_in_file(&path)?;
         if !path.exists() {
-            return Err(format!("there is none of run {run}")).context(doing);
+            return Err(format!("no log of run {run} has arrived")).context(doing);
         }
         let mut gzip = Command::new("gzip").arg("-dc").arg(path).stdout(Stdio::piped()).spawn().context(doing)?;
         // piece by piece, and not for ever: a small file can be a long log
@@ -59,14 +59,14 @@ impl Fleet<'_> {
         let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));
         let well = self.each(&repository, &hosts, |host, say| {
             say("comparing");
-            let Some((heartbeat, _)) = self.hub.heartbeat(&host.name)? else { return Ok("nothing has been heard of it".into()) };
-            let Some(old) = heartbeat.system else { return Ok("it does not know what it runs".into()) };
+            let Some((heartbeat, _)) = self.hub.heartbeat(&host.name)? else { return Ok("no heartbeat has arrived".into()) };
+            let Some(old) = heartbeat.system else { return Ok("its heartbeat names no system".into()) };
             let new = repository.evaluate(host)?.toplevel;
             if old == new {
-                return Ok("runs just that".into());
+                return Ok("up to date".into());
             }
             if let Some(missing) = [&old, &new].into_iter().find(|path| !path.path().exists()) {
-                return Ok(format!("{missing} is not in this machine's store"));
+                return Ok(format!("{missing} is not in the store of this machine"));
             }
             let program = if nvd { Program::new("nvd").arg("diff") } else { nix().args(["store", "diff-closures"]) };
             let said = program.arg(old.path()).arg(new.path()).output(|| format!("compare {}", host.name), None)?;
