@@ -95,13 +95,13 @@ with subtest("what takes a reboot is rebooted into, when it is time for that"):
         web.wait_for_unit("multi-user.target")
     assert shows(web, "app") == "three"
     said = web.succeed("journalctl -o cat -u ekiben-reboot")
-    assert said.count("Rebooting: ") == 1 and ("Failed to start prepare-kexec.service" in said) == shares_kernel, said
+    assert said.count("Rebooting into ") == 1 and ("Failed to start prepare-kexec.service" in said) == shares_kernel, said
     web.succeed("chown -R ekiben-fleet /srv/app")
     assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
     becomes(hub, "web", "auto updated")
     # nothing to reboot into
     web.succeed("systemctl start ekiben-reboot.service")
-    assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting: ") == 1
+    assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting into ") == 1
 
 if is_host(web):
     with subtest("whoever boots an older system by hand is not rebooted again"):

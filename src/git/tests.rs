@@ -225,7 +225,7 @@ fn what_is_in_the_way_is_named() {
         ),
         ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d would be overwritten"),
         ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d would be overwritten"),
-        ("echo 1 > x", "echo 2 > x", "echo mine > x", "without touching your edits"),
+        ("echo 1 > x", "echo 2 > x", "echo mine > x", "without changing your edits"),
     ] {
         let directory = Directory::new();
         let (repository, to) = repository(&directory, before, after);
