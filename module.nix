@@ -50,18 +50,17 @@ in
     };
   };
 
-  config = lib.mkIf cfg.enable {
-    environment = {
+  config = {
+    environment = lib.mkIf (cfg.enable || cfg.hub.enable) {
       etc."ekiben/config.json".source = pkgs.runCommand "ekiben-config.json" { } ''
         cp ${format.generate "config.json" cfg.settings} $out
         ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) "${lib.getExe cfg.package} check $out"}
       '';
       systemPackages = [ cfg.package ];
     };
-    services.ekiben.settings.webhook = lib.mkDefault null;
-    users.groups.ekiben = { };
+    users.groups = lib.mkIf cfg.enable { ekiben = { }; };
     # as in src/layout.rs
-    systemd.tmpfiles.rules = [
+    systemd.tmpfiles.rules = lib.mkIf cfg.enable [
       "d /var/lib/ekiben 0755 root root -"
       "d /var/lib/ekiben/queue 2770 root ekiben -"
       "d /var/lib/ekiben/runs 0700 root root -"

@@ -111,8 +111,8 @@ with subtest("the hub serves nothing that somebody else could have chosen"):
     hub.succeed("systemctl stop ekiben-hub-files.timer", "mkdir -p /srv/agenix.d/1; echo fourth plain > /srv/agenix.d/1/plain; chown nobody /srv/agenix.d/1/plain; ln -sfn /srv/agenix.d/1 /srv/agenix")
     hub.succeed("install -d -o nobody /srv/nobody /srv/nobody/own; ln -s /etc/shadow /srv/nobody/plain; ln -s /root/secrets /srv/nobody/dir; ln -s /srv/nobody/plain /srv/link; ln -s /etc/shadow /srv/theirs; chown -h nobody /srv/theirs")
     for source in ("/srv/nobody/plain", "/srv/nobody/dir/plain", "/srv/link", "/srv/theirs", "/srv/nobody/own/../plain", "/srv/agenix/plain"):
-        hub.succeed(f"jq '.hosts.web[\"{SECRETS}/plain\"].source = \"{source}\"' /etc/ekiben/hub.json > /root/hub.json")
-        code, said = hub.execute("ekiben fleet files /root/hub.json 2>&1")
+        hub.succeed(f"jq '.hub.files.web[\"{SECRETS}/plain\"].source = \"{source}\"' /etc/ekiben/config.json > /root/config.json")
+        code, said = hub.execute("ekiben fleet files /root/config.json 2>&1")
         hub.fail(f"grep -rs ^root: {HOST}/files")
         if source == "/srv/agenix/plain":
             assert code == 0, said
@@ -125,9 +125,9 @@ with subtest("the hub serves nothing that somebody else could have chosen"):
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
 
 with subtest("what the hub has no more is removed; not what somebody has changed"):
-    hub.succeed("jq 'del(.hosts.web.files?) | .hosts.web |= del(.[\"/var/lib/secrets/plain\"], .[\"/run/fleet-secrets/volatile\"])' /etc/ekiben/hub.json > /root/hub.json")
+    hub.succeed("jq '.hub.files.web |= del(.[\"/var/lib/secrets/plain\"], .[\"/run/fleet-secrets/volatile\"])' /etc/ekiben/config.json > /root/config.json")
     web.succeed("echo mine > /run/fleet-secrets/volatile")
-    hub.succeed("systemctl stop ekiben-hub-files.timer; ekiben fleet files /root/hub.json")
+    hub.succeed("systemctl stop ekiben-hub-files.timer; ekiben fleet files /root/config.json")
     ask()
     web.fail(f"test -e {SECRETS}/plain")
     assert web.succeed("cat /run/fleet-secrets/volatile") == "mine\n"

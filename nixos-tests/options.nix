@@ -460,7 +460,6 @@ let
       && ours nothing.systemd.units == { }
       && !(nothing.users.groups ? ekiben)
       && !(nothing.environment.etc ? "ekiben/config.json")
-      && !(nothing.environment.etc ? "ekiben/hub.json")
       && !nothing.services.openssh.enable
     ))
     (expect "the published example works under its old name" (failures predecessor == [ ]))

@@ -99,9 +99,7 @@ let
       units = lib.filterAttrs (
         unit: _: lib.hasInfix "ekiben" unit || lib.hasPrefix "scenario" unit
       ) config.systemd.units;
-      etc = lib.filterAttrs (
-        file: _: lib.hasPrefix "scenario/" file || file == "ekiben/hub.json"
-      ) config.environment.etc;
+      etc = lib.filterAttrs (file: _: lib.hasPrefix "scenario/" file) config.environment.etc;
       isOurs = name: lib.hasPrefix "ekiben" name || lib.hasPrefix "fleet-" name;
       user =
         user:
@@ -190,7 +188,7 @@ let
       // lib.concatMapAttrs (
         name: service: lib.optionalAttrs (isOurs name) { "etc/pam.d/${name}" = service.text; }
       ) config.security.pam.services
-      // lib.optionalAttrs config.services.ekiben.enable {
+      // lib.optionalAttrs (config.environment.etc ? "ekiben/config.json") {
         "etc/ekiben/config.json" = builtins.toJSON config.services.ekiben.settings;
       }
     );

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::json;
-use crate::names::HostName;
+use crate::names::{Account, FilePath, HostName, Mode};
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -24,12 +24,17 @@ const RESERVED: &str = include_str!("reserved-names");
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Config {
     /// The webhook, if this machine has one.
+    #[serde(default)]
     pub webhook: Option<Webhook>,
+    /// The hub that this machine is, if it is one.
+    #[serde(default)]
+    pub hub: Option<Offers>,
     /// What boots this machine, where it may be able to boot a system once.
     #[allow(dead_code)]
     #[serde(default)]
     pub boot_loader: Option<LoaderKind>,
     /// What this machine deploys, by name.
+    #[serde(default)]
     pub instances: BTreeMap<String, Instance>,
 }
 
@@ -53,6 +58,30 @@ pub struct Project {
     pub token_file: PathBuf,
     /// Where it reads more of them.
     pub extra_token_files: Vec<PathBuf>,
+}
+
+/// What the hub has for single hosts.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Offers {
+    /// The hub's directory.
+    pub directory: PathBuf,
+    /// The files of each host, by their paths there.
+    pub files: BTreeMap<HostName, BTreeMap<FilePath, Offer>>,
+}
+
+/// One file of one host.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Offer {
+    /// Where it is on the hub.
+    pub source: PathBuf,
+    /// Its permissions on the host.
+    pub mode: Mode,
+    /// Its owner there.
+    pub owner: Account,
+    /// Its group there.
+    pub group: Account,
 }
 
 /// One thing this machine deploys.
@@ -404,5 +433,15 @@ mod tests {
             assert!(instance_name(name).is_err(), "{name}");
         }
         assert_eq!(instance_name("web"), Ok(()));
+    }
+
+    #[test]
+    fn what_the_hub_has_for_a_host_is_checked() {
+        let config = |host: &str, path: &str| {
+            let file = r#"{"source": "/a", "mode": "0400", "owner": "root", "group": "root"}"#;
+            Config::parse(&format!(r#"{{"hub": {{"directory": "/srv", "files": {{"{host}": {{"{path}": {file}}}}}}}}}"#))
+        };
+        assert!(config("web", "/x").is_ok());
+        assert!(config("..", "/x").is_err() && config("web", "/../x").unwrap_err().contains("hub.files"));
     }
 }

@@ -98,7 +98,10 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["forget-releases", name] => seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
         ["forget-releases"] => config().and_then(|config| seen::forget("fleet", config.instance("fleet")?)),
-        ["fleet", "files", file] => offer::serve(Path::new(file)),
+        ["fleet", "files", file] => {
+            let config = Config::read(Path::new(file))?;
+            offer::serve(&config.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?)
+        }
         ["fleet", rest @ ..] => return command::command(rest),
         ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
         // by another exit status, its unit knows that the request is still there

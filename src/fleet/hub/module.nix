@@ -156,11 +156,11 @@ let
   serveFiles = {
     description = "Files for the hosts of Ekiben's fleet";
     wantedBy = [ "multi-user.target" ];
-    restartTriggers = [ config.environment.etc."ekiben/hub.json".source ];
+    restartTriggers = [ config.environment.etc."ekiben/config.json".source ];
     # whoever starts it often, as its timer does, must not end it
     startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
-      ExecStart = "${ekiben} fleet files /etc/ekiben/hub.json";
+      ExecStart = "${ekiben} fleet files /etc/ekiben/config.json";
       # root, to read the sources; not to write where root otherwise may
       CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
       ProtectHome = "read-only";
@@ -321,18 +321,15 @@ in
   };
 
   config = mkIf hub.enable {
-    inherit assertions;
-    environment = {
-      etc."ekiben/hub.json".text = builtins.toJSON {
-        inherit (hub) directory;
-        hosts = mapAttrs (_: host: host.files) hub.hosts;
-      };
-      systemPackages = [ cfg.package ];
-      # not for root, who would do what another user's files say
-      extraInit = lib.optionalString (hub.repository != null) ''
-        [ "$(id -u)" = 0 ] || export EKIBEN_FLEET=${lib.escapeShellArg hub.repository}
-      '';
+    services.ekiben.settings.hub = {
+      inherit (hub) directory;
+      files = mapAttrs (_: host: host.files) hosts;
     };
+    inherit assertions;
+    # not for root, who would do what another user's files say
+    environment.extraInit = lib.optionalString (hub.repository != null) ''
+      [ "$(id -u)" = 0 ] || export EKIBEN_FLEET=${lib.escapeShellArg hub.repository}
+    '';
     users.groups = {
       ekiben-hosts = { };
       ${account}.members = [ hub.user ];

@@ -6,49 +6,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde::Deserialize;
-
+use crate::config::{Offer, Offers};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::{SMALL, Served, sha256};
-use crate::json;
-use crate::names::host_name;
-use crate::names::{Account, FilePath, Mode};
+use crate::names::FilePath;
 
 const INDEX: &str = "index.json";
 /// For the host's group, which the directory hands on.
 const MODE: u32 = 0o640;
 
-/// What `services.ekiben.hub` says of files.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Offers {
-    /// The hub's directory.
-    directory: PathBuf,
-    /// The files of each host, by their paths there.
-    hosts: BTreeMap<String, BTreeMap<FilePath, Offer>>,
-}
-
-/// One file of one host.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Offer {
-    /// Where it is on the hub.
-    source: PathBuf,
-    /// As in [`Served`].
-    mode: Mode,
-    /// As in [`Served`].
-    owner: Account,
-    /// As in [`Served`].
-    group: Account,
-}
-
-/// Serves to each host what the file `config` says; trouble with one does not keep the others waiting.
-pub fn serve(config: &Path) -> Result<()> {
-    let doing = || format!("read {}", config.display());
-    let hub: Offers = json::parse(&fs::read_to_string(config).context(doing)?).context(doing)?;
+/// Serves to each host what it is to have; trouble with one does not keep the others waiting.
+pub fn serve(hub: &Offers) -> Result<()> {
     let hosts = hub.directory.join("hosts");
     let mut failed = 0;
     let mut one = |host: &str, wanted: &BTreeMap<FilePath, Offer>| {
@@ -57,13 +28,13 @@ pub fn serve(config: &Path) -> Result<()> {
             failed += 1;
         }
     };
-    for (host, wanted) in &hub.hosts {
+    for (host, wanted) in &hub.files {
         one(host, wanted);
     }
     // hosts that are gone leave nothing secret behind
     for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))?.flatten() {
         let host = entry.file_name().to_string_lossy().into_owned();
-        if !hub.hosts.contains_key(&host) && entry.path().join("files").is_dir() {
+        if hub.files.keys().all(|known| **known != *host) && entry.path().join("files").is_dir() {
             one(&host, &BTreeMap::new());
         }
     }
@@ -71,7 +42,6 @@ pub fn serve(config: &Path) -> Result<()> {
 }
 
 fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> Result<()> {
-    host_name(host).context(|| "serve files".into())?;
     let directory = hosts.join(host).join("files");
     let mut index = Vec::new();
     for (path, Offer { source, mode, owner, group }) in wanted {
@@ -107,10 +77,8 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
 
-    fn serve_text(directory: &Path, hosts: &str) -> Result<()> {
-        let config = directory.join("hub.json");
-        fs::write(&config, format!(r#"{{"directory": "{}", "hosts": {hosts}}}"#, directory.display())).unwrap();
-        serve(&config)
+    fn serve_text(directory: &Path, files: &str) -> Result<()> {
+        serve(&serde_json::from_str(&format!(r#"{{"directory": "{}", "files": {files}}}"#, directory.display())).unwrap())
     }
 
     fn source(directory: &Path, name: &str) -> String {
@@ -152,14 +120,5 @@ mod tests {
         serve_text(directory, &format!(r#"{{"a": {{"/x": {two}}}, "b": {{}}}}"#)).unwrap();
         assert_eq!(fs::read_dir(directory.join("hosts/a/files")).unwrap().count(), 2);
         assert_ne!(index(directory, "a")[0].sha256, first[0].sha256);
-    }
-
-    #[test]
-    fn no_host_leads_out_of_the_directory() {
-        let scratch = Directory::new();
-        fs::create_dir_all(scratch.path().join("hosts")).unwrap();
-        fs::create_dir_all(scratch.path().join("files")).unwrap();
-        serve_text(scratch.path(), r#"{"..": {}}"#).unwrap_err();
-        assert!(!scratch.path().join("files/index.json").exists());
     }
 }
