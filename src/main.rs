@@ -38,6 +38,8 @@ use crate::run::notes::Proposal;
 use crate::run::{status, trigger};
 use crate::stages::branch::{self, Fate};
 use crate::stages::{activate, begin, build, conclude, prepare, reboot};
+#[cfg(feature = "fault-points")]
+use crate::system::boot_loader::BootLoader;
 
 const HELP: &str = "\
 Keeps a NixOS machine up to date from the inside.
@@ -133,6 +135,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         }
         #[cfg(feature = "fault-points")]
         ["fault-points"] => print(&fault::POINTS.map(|point| format!("{point}\n")).concat()),
+        #[cfg(feature = "fault-points")]
+        ["boot-once", system @ ..] => {
+            let loader = BootLoader::of(config()?.boot_loader).ok_or_else(|| Error::new("Failed to boot once: the boot loader cannot"))?;
+            system.first().map_or_else(|| loader.forget(), |system| loader.boot_once(Path::new(system)))
+        }
         _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben --help", arguments.join(" ")))),
     };
     done.map(|()| ExitCode::SUCCESS)
