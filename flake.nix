@@ -39,7 +39,10 @@
           };
           cargoLock.lockFile = ./Cargo.lock;
           nativeBuildInputs = [ installShellFiles ];
-          postInstall = "installManPage src/ekiben.1";
+          postInstall = ''
+            installManPage src/ekiben.1
+            installShellCompletion src/completions/ekiben.{bash,fish,zsh}
+          '';
           meta = {
             description = "Keeps a NixOS machine up to date from the inside";
             license = lib.licenses.mit;

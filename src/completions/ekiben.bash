@@ -1,0 +1,32 @@
+# Completions of ekiben(1) for bash.
+
+# the first column of a table; what is below it is indented, or ends in a colon
+_ekiben_names() {
+    "$@" 2> /dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+}
+
+_ekiben() {
+    local word=${COMP_WORDS[COMP_CWORD]} before="${COMP_WORDS[*]:1:COMP_CWORD-1}" words= options=
+    local instances="_ekiben_names ekiben status" hosts="_ekiben_names ekiben fleet status --once"
+    case $before in
+        "") words="trigger status check forget-releases fleet" options="--config --help --version" ;;
+        check | *--config | *--repository | *--directory)
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            return ;;
+        trigger*) words=$($instances) options="--wait" ;;
+        status*) words=$($instances) options="--json" ;;
+        forget-releases) words=$($instances) ;;
+        fleet)
+            words="init build deploy status log diff flake-update bootstrap collect"
+            options="--repository --directory --help" ;;
+        "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
+        "fleet build"*) words=$($hosts) options="--jobs --target" ;;
+        "fleet deploy"*) words=$($hosts) options="--no-build --jobs" ;;
+        "fleet status"*) words=$($hosts) options="--json --once" ;;
+        "fleet log" | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
+    esac
+    [[ $word != -* ]] || words=$options
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+}
+
+complete -F _ekiben ekiben

@@ -1,0 +1,43 @@
+# Completions of ekiben(1) for fish.
+
+# the first column of a table; what is below it is indented, or ends in a colon
+function __ekiben_names
+    $argv 2>/dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+end
+
+# whether the words before this one begin with these
+function __ekiben_after
+    set -l words (commandline -opc)[2..]
+    test "$words[1..$(count $argv)]" = "$argv"
+end
+
+function __ekiben_first
+    test (count (commandline -opc)) = 1
+end
+
+complete -c ekiben -f
+complete -c ekiben -n __ekiben_first -a "trigger status check forget-releases fleet"
+complete -c ekiben -n __ekiben_first -l config -r -F
+complete -c ekiben -n __ekiben_first -l help
+complete -c ekiben -n __ekiben_first -l version
+complete -c ekiben -n "__ekiben_after trigger" -l wait
+complete -c ekiben -n "__ekiben_after status" -l json
+for command in trigger status forget-releases
+    complete -c ekiben -n "__ekiben_after $command" -a "(__ekiben_names ekiben status)"
+end
+complete -c ekiben -n "__ekiben_after check" -F
+complete -c ekiben -n "__ekiben_after fleet; and test (count (commandline -opc)) = 2" \
+    -a "init build deploy status log diff flake-update bootstrap collect"
+complete -c ekiben -n "__ekiben_after fleet" -l repository -r -F
+complete -c ekiben -n "__ekiben_after fleet" -l directory -r -F
+complete -c ekiben -n "__ekiben_after fleet build" -a "dry-build build test switch"
+complete -c ekiben -n "__ekiben_after fleet build" -l target -x
+complete -c ekiben -n "__ekiben_after fleet deploy" -l no-build
+for command in build deploy
+    complete -c ekiben -n "__ekiben_after fleet $command" -l jobs -x
+end
+complete -c ekiben -n "__ekiben_after fleet status" -l json
+complete -c ekiben -n "__ekiben_after fleet status" -l once
+for command in build deploy status log diff flake-update
+    complete -c ekiben -n "__ekiben_after fleet $command" -a "(__ekiben_names ekiben fleet status --once)"
+end

@@ -1,0 +1,33 @@
+#compdef ekiben
+# Completions of ekiben(1) for zsh.
+
+# the first column of a table; what is below it is indented, or ends in a colon
+_ekiben_names() {
+    "$@" 2> /dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+}
+
+_ekiben() {
+    local before="${words[2,CURRENT-1]}"
+    local -a instances=(_ekiben_names ekiben status) hosts=(_ekiben_names ekiben fleet status --once) found options
+    case $before in
+        "")
+            found=(trigger status check forget-releases fleet)
+            options=(--config --help --version) ;;
+        check | *--config | *--repository | *--directory) _files; return ;;
+        trigger*) found=($($instances)) options=(--wait) ;;
+        status*) found=($($instances)) options=(--json) ;;
+        forget-releases) found=($($instances)) ;;
+        fleet)
+            found=(init build deploy status log diff flake-update bootstrap collect)
+            options=(--repository --directory --help) ;;
+        "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
+        "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
+        "fleet deploy"*) found=($($hosts)) options=(--no-build --jobs) ;;
+        "fleet status"*) found=($($hosts)) options=(--json --once) ;;
+        "fleet log" | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
+    esac
+    [[ ${words[CURRENT]} != -* ]] || found=($options)
+    compadd -- $found
+}
+
+_ekiben "$@"
