@@ -88,7 +88,7 @@ pub struct Offer {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Instance {
-    /// Where releases come from; none if this machine's administrator commits to the repository.
+    /// Where releases come from; `None` if this machine's administrator commits to the repository.
     #[serde(default)]
     pub hub: Option<Hub>,
     /// The repository.

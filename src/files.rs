@@ -49,7 +49,7 @@ pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> 
     write(path, &serde_json::to_vec_pretty(value).context(doing)?, mode).context(doing)
 }
 
-/// Reads a JSON file that nobody else can have written; none if it is not there.
+/// Reads a JSON file that nobody else can have written; `None` if it is not there.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let doing = || format!("read {}", path.display());
     match fs::read(path) {
@@ -215,7 +215,7 @@ fn read_regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
     Ok(contents)
 }
 
-/// Locks a directory, which needs no right to write there; none if another has it.
+/// Locks a directory, which needs no right to write there; `None` if another has it.
 pub fn lock(directory: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
     let doing = || format!("lock {}", directory.display());
     match Flock::lock(File::open(directory).context(doing)?, how) {

@@ -69,7 +69,7 @@ pub struct Manifest {
     pub sha256: Sha256,
     /// The size of the archive in bytes.
     pub size: u64,
-    /// The attribute of `nixosConfigurations` to build; none for a plain `configuration.nix`.
+    /// The attribute of `nixosConfigurations` to build; `None` for a plain `configuration.nix`.
     pub attr: Option<HostName>,
     /// What it was built to on the hub, if it was.
     pub toplevel: Option<StorePath>,

@@ -21,7 +21,7 @@ pub struct LockFile {
 }
 
 impl LockFile {
-    /// Parses the bytes of a lock file; none at all stand for a flake without inputs.
+    /// Parses the bytes of a lock file; `None` at all stand for a flake without inputs.
     pub fn parse(bytes: Option<&[u8]>) -> Result<Self> {
         let doing = || "read flake.lock".into();
         let Some(bytes) = bytes else { return Ok(Self { nodes: Map::new(), root: String::new() }) };

@@ -256,7 +256,7 @@ pub fn before_root(layout: &Layout, what: &str) -> String {
     format!("{}.{what}", layout.name())
 }
 
-/// The generation that the system profile points to; none if it has never been set.
+/// The generation that the system profile points to; `None` if it has never been set.
 pub fn current_generation() -> Result<Option<Generation>> {
     let profile = Path::new(SYSTEM_PROFILE);
     let doing = || format!("read {SYSTEM_PROFILE}");

@@ -35,7 +35,7 @@ impl Conversation {
         writeln!(self.input, "{line}")
     }
 
-    /// Waits for a line; none if the program has closed its output.
+    /// Waits for a line; `None` if the program has closed its output.
     pub fn hear(&mut self) -> io::Result<Option<String>> {
         let mut line = String::new();
         let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;

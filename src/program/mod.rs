@@ -1,6 +1,6 @@
 //! Other programs: run with an environment of ours, and with an end.
 //!
-//! What a program says goes on to the journal as it is said, and its last lines are kept for the
+//! What a program prints goes on to the journal at once, and its last lines are kept for the
 //! report of a failure.
 
 pub mod conversation;

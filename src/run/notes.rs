@@ -78,7 +78,7 @@ impl Notes {
         notes.ok_or("they belong to another run").context(|| format!("read {}", layout.notes().display()))
     }
 
-    /// Reads the notes of a run as a stranger's; none if there are none of that run.
+    /// Reads the notes of a run as a stranger's; `None` if there are none of that run.
     pub fn read_of(layout: &Layout, run: &RunId) -> Result<Option<Self>> {
         let path = layout.notes();
         let doing = || format!("read {}", path.display());

@@ -25,7 +25,7 @@ pub struct Tokens {
 }
 
 impl Token {
-    /// Pads a token to the fixed width; none if it is too long.
+    /// Pads a token to the fixed width; `None` if it is too long.
     fn new(text: &[u8]) -> Option<Self> {
         let mut padded = [0; LONGEST + 2];
         padded.get_mut(..text.len()).filter(|_| text.len() <= LONGEST)?.copy_from_slice(text);

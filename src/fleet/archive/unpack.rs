@@ -107,7 +107,7 @@ fn read(archive: &Path, mut each: impl FnMut(&Entry, &mut dyn Read) -> io::Resul
     })
 }
 
-/// The next entry; none at the end. An error says what is wrong; none if the bytes have come to an end.
+/// The next entry; `None` at the end. An error says what is wrong; `None` if the bytes have come to an end.
 fn next(stream: &mut impl Read, names: &mut Names) -> Result<Option<Entry>, Option<String>> {
     let mut block = || {
         let mut block = [0; BLOCK];

@@ -37,7 +37,7 @@ const DEPTH: usize = 16;
 const SAID: usize = 20;
 
 /// Fetches what the hub has for this host and tells root by replacing the index. Where the hub has
-/// no index, everything stays as it is.
+/// no index, everything is left unchanged.
 pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<()> {
     let kept = layout.own("files");
     let doing = || "fetch files".to_owned();

@@ -223,7 +223,7 @@ impl Publication {
         Ok(())
     }
 
-    /// What a file says now; none if it is not there.
+    /// What a file says now; `None` if it is not there.
     fn read(&mut self, name: &str) -> Result<Option<Vec<u8>>> {
         let local = self.local.join("now");
         if !self.session.fetch(&self.remote(name), &local)? {
@@ -244,7 +244,7 @@ fn is_archive(name: &str) -> bool {
     name.strip_suffix(".tar.gz").is_some_and(|id| Sha256::try_from(id).is_ok())
 }
 
-/// The server, and the path of the directory there; none for the one that the server begins in.
+/// The server, and the path of the directory there; `None` for the one that the server begins in.
 fn parse(url: &str) -> Result<(String, String), &'static str> {
     let rest = url.strip_prefix(SCHEME).unwrap_or_default();
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));

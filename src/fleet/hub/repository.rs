@@ -108,7 +108,7 @@ pub struct Packed {
 pub struct Host {
     /// Its name.
     pub name: HostName,
-    /// The attribute of its flake's `nixosConfigurations`; none for a plain `configuration.nix`.
+    /// The attribute of its flake's `nixosConfigurations`; `None` for a plain `configuration.nix`.
     pub attr: Option<HostName>,
     /// Where its configuration is.
     pub source: Arc<Packed>,

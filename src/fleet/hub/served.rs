@@ -148,7 +148,7 @@ impl ServedDirectory {
         self.directory.join("received").join(host)
     }
 
-    /// What is published for a host; none if that is no release of that host's, and so of no use to it.
+    /// What is published for a host; `None` if that is no release of that host's, and so of no use to it.
     pub fn manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
         let path = self.release(host).join(MANIFEST);
         let doing = || format!("read {}", path.display());
@@ -218,7 +218,7 @@ impl ServedDirectory {
     }
 }
 
-/// Reads a file in which anything may be; none if it is not there.
+/// Reads a file in which anything may be; `None` if it is not there.
 fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
     match files::read_foreign(path, SMALL) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

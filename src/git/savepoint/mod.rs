@@ -312,7 +312,7 @@ impl Savepoint {
     }
 }
 
-/// Copies an index, if there is one, as it is.
+/// Copies an index, if there is one, unchanged.
 pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
     let copy = || -> io::Result<()> {
         files::clear(to)?;
@@ -338,7 +338,7 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     one.dev() == other.dev() && one.ino() == other.ino()
 }
 
-/// A file that has its name again was restored before. One that never lost it stays as it is:
+/// A file that has its name again was restored before. One that never lost it is left unchanged:
 /// rename(2) does nothing between two names of the same file.
 fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
     match fs::rename(from, to) {
