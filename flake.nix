@@ -17,7 +17,6 @@
         {
           lib,
           rustPlatform,
-          installShellFiles,
           buildFeatures ? [ ],
         }:
         rustPlatform.buildRustPackage {
@@ -38,10 +37,11 @@
             ];
           };
           cargoLock.lockFile = ./Cargo.lock;
-          nativeBuildInputs = [ installShellFiles ];
           postInstall = ''
-            installManPage src/ekiben.1
-            installShellCompletion src/completions/ekiben.{bash,fish,zsh}
+            install -Dm644 -t $out/share/man/man1 src/ekiben.1
+            install -Dm644 src/completions/ekiben.bash $out/share/bash-completion/completions/ekiben
+            install -Dm644 -t $out/share/fish/vendor_completions.d src/completions/ekiben.fish
+            install -Dm644 src/completions/ekiben.zsh $out/share/zsh/site-functions/_ekiben
           '';
           meta = {
             description = "Keeps a NixOS machine up to date from the inside";
@@ -89,10 +89,14 @@
         // {
           options = import ./nixos-tests/options.nix { inherit self nixpkgs pkgs; };
           rendered = scenarios.renderedCheck pkgs;
+          # the page of all options is current, and the package has its man page and completions
           docs =
-            pkgs.runCommand "ekiben-docs" { page = self.packages.${pkgs.stdenv.hostPlatform.system}.docs; }
+            pkgs.runCommand "ekiben-docs"
+              { inherit (self.packages.${pkgs.stdenv.hostPlatform.system}) ekiben docs; }
               ''
-                diff -u ${./src/options.md} $page || { echo "src/options.md is not current: run ci/render"; exit 1; }
+                diff -u ${./src/options.md} $docs || { echo "src/options.md is not current: run ci/render"; exit 1; }
+                cd $ekiben/share
+                ls man/man1/ekiben.1* bash-completion/completions/ekiben fish/vendor_completions.d/ekiben.fish zsh/site-functions/_ekiben
                 touch $out
               '';
           clippy = self.packages.${pkgs.stdenv.hostPlatform.system}.default.overrideAttrs (old: {
