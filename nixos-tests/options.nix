@@ -343,6 +343,9 @@ let
     author = {
       instances.app.author = "me";
     };
+    rebootWindow = {
+      instances.app.rebootWindow.lower = "1 am";
+    };
     unknown = {
       instances.app.input = [ "app" ];
     };
@@ -555,6 +558,71 @@ let
       &&
         builtins.match ".*Match User deploy.*Match Group ekiben-hosts.*" hub.services.openssh.extraConfig
         != null
+    ))
+    (expect "reboots are allowed by the names of system.autoUpgrade, too" (
+      let
+        window = {
+          lower = "02:00";
+          upper = "04:00";
+        };
+        ours = {
+          reboot = {
+            when = "needed";
+            inherit window;
+          };
+        };
+        theirs = {
+          allowReboot = true;
+          rebootWindow = window;
+        };
+        of =
+          names:
+          evaluate {
+            services.ekiben = lib.recursiveUpdate working {
+              instances.app = names;
+              fleet = names // {
+                enable = true;
+                hub = {
+                  host = "hub";
+                  hostKey = key "b";
+                };
+              };
+            };
+          };
+        policies =
+          config: lib.mapAttrs (_: instance: instance.reboot) config.services.ekiben.settings.instances;
+        expected = {
+          when = "needed";
+          inherit window;
+          kexec = false;
+        };
+      in
+      lib.all
+        (
+          names:
+          policies (of names) == {
+            app = expected;
+            fleet = expected;
+          }
+          && failures (of names) == [ ]
+        )
+        [
+          ours
+          theirs
+        ]
+      && !(plain.systemd.timers ? ekiben-reboot)
+      && (variant { instances.app.allowReboot = true; }).systemd.timers ? ekiben-reboot
+      && !(variant { instances.app.allowReboot = false; }).systemd.services ? ekiben-reboot
+    ))
+    (expect "the program is told which boot loader there is" (
+      let
+        loader =
+          name:
+          (beside { boot.loader.${name}.enable = lib.mkForce true; }).services.ekiben.settings.bootLoader;
+      in
+      !(plain.services.ekiben.settings ? bootLoader)
+      && loader "systemd-boot" == "systemd-boot"
+      && loader "grub" == "grub"
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))

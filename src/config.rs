@@ -122,6 +122,42 @@ pub struct Instance {
     pub network_retries: u32,
     /// What the stages may take.
     pub timeouts: Timeouts,
+    /// Whether, and when, it may have the machine rebooted.
+    #[serde(default)]
+    pub reboot: Reboot,
+}
+
+/// A policy for reboots.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Reboot {
+    /// Whether at all.
+    pub when: When,
+    /// The time of day for it; none if that does not matter.
+    pub window: Option<Window>,
+    /// Do without the firmware where that works.
+    pub kexec: bool,
+}
+
+/// When to do what not everybody wants.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum When {
+    /// Never.
+    #[default]
+    Never,
+    /// When it is needed.
+    Needed,
+}
+
+/// A time of day, between two times like `01:00`; midnight may lie between them.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// The beginning.
+    pub lower: String,
+    /// The end.
+    pub upper: String,
 }
 
 /// The hub of a fleet that this machine belongs to.
@@ -291,6 +327,12 @@ impl Instance {
         }
         if let Some(hub) = &self.hub {
             hub.check().map_err(|what| format!("hub.{what}"))?;
+        }
+        if let Some(Window { lower, upper }) = &self.reboot.window {
+            let is_time = |text: &str| matches!(text.as_bytes(), [b'0'..=b'2', b'0'..=b'9', b':', b'0'..=b'5', b'0'..=b'9']);
+            if !is_time(lower) || !is_time(upper) {
+                return Err(format!("reboot.window: expected times like 01:00, found {lower:?} and {upper:?}"));
+            }
         }
         if self.user.is_empty() || self.user == "root" {
             return Err(format!("user: expected a user other than root, found {:?}", self.user));

@@ -60,8 +60,7 @@ What the units run:
   begin | prepare | build | activate | conclude | deliver INSTANCE
   install INSTANCE             install the hub's files for this machine
   reach INSTANCE               fail if the instance's hub cannot be reached
-  reboot [--kexec] [--between LOWER UPPER]
-                               reboot if the deployed system needs it
+  reboot                       reboot if the deployed system needs it, and its instance permits it
   conclude                     end the runs of instances that are gone
 
 Options:
@@ -122,7 +121,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             stage(file, name, |layout, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(layout, hub)))
         }
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
-        ["reboot", options @ ..] => reboot::reboot(options),
+        ["reboot"] => reboot::reboot(&config()?),
         ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user

@@ -30,7 +30,12 @@ let
       null
       ""
     ]
-    || !(options.${name} ? default || options.${name} ? example || options.${name}.readOnly)
+    || !(
+      options.${name} ? default
+      || options.${name} ? example
+      || options.${name}.readOnly
+      || lib.hasPrefix "Alias of" options.${name}.description
+    )
   ) (lib.attrNames options);
 
   # what Nixpkgs' Markdown has beyond others'
@@ -50,6 +55,8 @@ let
         "${plain (lib.removeSuffix "\n" option.description)}\n"
         "Type: ${option.type}"
       ]
+      # of an alias, there is no more to say
+      ++ lib.optional (!(option ? default || option ? example)) ""
       ++ lib.optional (option ? default) (value "Default" option.default)
       # of what is on or off, there is no more to say
       ++ lib.optional (option ? example && option.type != "boolean") (value "Example" option.example)

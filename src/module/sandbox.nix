@@ -1,5 +1,9 @@
 # What the module has all parts' services have in common: programs, pauses, sandboxes.
-{ config, pkgs }:
+{
+  config,
+  lib,
+  pkgs,
+}:
 rec {
   programs = [
     config.nix.package
@@ -9,7 +13,9 @@ rec {
     pkgs.gzip
     pkgs.util-linux
     pkgs.xz
-  ];
+  ]
+  # to boot a system once
+  ++ lib.optional config.boot.loader.grub.enable pkgs.grub2;
 
   growingPauses = first: last: {
     RestartSec = first;

@@ -2,6 +2,13 @@
 { lib }:
 let
   inherit (lib) hasPrefix mkOption types;
+
+  timeOfDay =
+    default: description:
+    mkOption {
+      type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
+      inherit default description;
+    };
 in
 rec {
   # not types.path: a Nix path would be copied to the store, where everybody can read it
@@ -23,13 +30,6 @@ rec {
     default: description:
     mkOption {
       type = types.ints.positive;
-      inherit default description;
-    };
-
-  timeOfDay =
-    default: description:
-    mkOption {
-      type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
       inherit default description;
     };
 
@@ -61,6 +61,59 @@ rec {
     ];
     description = "More arguments for {command}`nix build`.";
   };
+
+  reboot = {
+    when = mkOption {
+      # a boolean by its other name
+      type = types.coercedTo types.bool (may: if may then "needed" else "never") (
+        types.enum [
+          "never"
+          "needed"
+        ]
+      );
+      default = "never";
+      example = "needed";
+      description = ''
+        Whether to reboot if kernel, kernel modules or initrd have changed, or if the new system takes effect only then:
+        once for a system, and once back if it is not well.
+      '';
+    };
+    window = mkOption {
+      type = types.nullOr (
+        types.submodule {
+          options = {
+            lower = timeOfDay "01:00" "The beginning of the window.";
+            upper = timeOfDay "05:00" "The end of the window; may be after midnight.";
+          };
+        }
+      );
+      default = null;
+      example = {
+        lower = "01:00";
+        upper = "05:00";
+      };
+      description = "The time of day in which to reboot; `null` for any time.";
+    };
+    kexec = lib.mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
+  };
+  # what `system.autoUpgrade` calls them
+  rebootAliases =
+    prefix:
+    lib.mapAttrsToList
+      (
+        name: option:
+        lib.mkAliasOptionModule (prefix ++ [ name ]) (
+          prefix
+          ++ [
+            "reboot"
+            option
+          ]
+        )
+      )
+      {
+        allowReboot = "when";
+        rebootWindow = "window";
+      };
 
   healthCheck = types.submodule {
     options = {

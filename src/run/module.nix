@@ -17,6 +17,7 @@ let
     mapAttrs
     mapAttrs'
     mapAttrsToList
+    mkIf
     mkOption
     nameValuePair
     types
@@ -28,9 +29,11 @@ let
     isName
     observe
     operation
+    reboot
+    rebootAliases
     seconds
     ;
-  inherit (import ../module/sandbox.nix { inherit config pkgs; })
+  inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     growingPauses
     insistent
     networkSandbox
@@ -53,6 +56,7 @@ let
   instance = types.submodule (
     { config, ... }:
     {
+      imports = rebootAliases [ ];
       options = {
         flakePath = mkOption {
           type = externalPath;
@@ -173,7 +177,7 @@ let
             but the old one may still be the one to boot.
           '';
         };
-        inherit observe;
+        inherit observe reboot;
         networkRetries = mkOption {
           type = types.ints.unsigned;
           default = 5;
@@ -230,6 +234,27 @@ let
       )}
       touch $out
     '';
+
+  # one for the machine: which instance's policy it is that counts, the program finds out
+  mayReboot = lib.any (instance: instance.reboot.when == "needed") (builtins.attrValues instances);
+  rebootService = {
+    description = "Reboot into what Ekiben has deployed, if it takes one";
+    restartIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    path = programs;
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "${ekiben} reboot";
+    };
+  };
+  rebootTimer = {
+    description = "Time to look whether Ekiben needs a reboot";
+    wantedBy = [ "timers.target" ];
+    timerConfig = {
+      OnBootSec = "5min";
+      OnUnitInactiveSec = "5min";
+    };
+  };
 
   restart = {
     description = "Restart of %i";
@@ -494,7 +519,7 @@ in
     '';
   };
 
-  config = lib.mkIf cfg.enable {
+  config = mkIf cfg.enable {
     assertions = lib.concatLists (mapAttrsToList assertionsOf instances) ++ [
       {
         assertion = config.system.switch.enable or true;
@@ -505,14 +530,23 @@ in
       lib.concatLists (mapAttrsToList warningsOf instances)
       ++ lib.optional (instances == { }) "`services.ekiben.instances` is empty: nothing is ever deployed."
       ++ lib.optional config.system.autoUpgrade.enable "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`: each undoes what the other has deployed.";
+    services.ekiben.settings.bootLoader =
+      let
+        inherit (config.boot) loader;
+      in
+      mkIf (loader.systemd-boot.enable || loader.grub.enable) (
+        lib.mkDefault (if loader.systemd-boot.enable then "systemd-boot" else "grub")
+      );
     services.ekiben.settings.instances = mapAttrs (
       _: instance:
       removeAttrs instance [
+        "allowReboot"
         "dates"
         "extraPackages"
         "fixedRandomDelay"
         "persistent"
         "randomizedDelaySec"
+        "rebootWindow"
       ]
       // {
         flakeRef = withConfiguration instance.flakeRef;
@@ -520,12 +554,15 @@ in
     ) instances;
     system.checks = [ checkedTimes ];
     # a path that a power cut has left empty would be taken for whole
-    nix.settings = lib.mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
+    nix.settings = mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
     systemd = {
       paths = forInstances path instances;
-      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) instances);
+      timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) instances) // {
+        ekiben-reboot = mkIf mayReboot rebootTimer;
+      };
       services = forInstances service instances // {
         ekiben = orphans;
+        ekiben-reboot = mkIf mayReboot rebootService;
         "ekiben-restart@" = restart;
       };
     };

@@ -1,59 +1,109 @@
-//! Rebooting into what has been deployed, if it takes that, at a time when it may be; once for each system.
+//! Rebooting, where what has been deployed takes that, at a time when it may be; never twice for the same reason.
 
-use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::error::{Context, Error, Result};
+use crate::config::{Config, Instance, Reboot, When, Window};
+use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
+use crate::run::status::Status;
 use crate::system;
 
-/// Holds the name of the system that this machine was rebooted into last.
+/// What this machine was rebooted for, a line each, the last one at the end.
 const REBOOTED: &str = "/var/lib/ekiben/rebooted";
+/// How many of them are remembered.
+const REMEMBERED: usize = 100;
 
 /// Whether what is booted next differs from what runs, or was booted, in what only a reboot changes.
 pub fn is_needed() -> bool {
-    let at = |path: &str| fs::canonicalize(path).ok();
-    let next = |what: &str| at(&format!("{SYSTEM_PROFILE}/{what}"));
-    let booted = system::named_by("/run/booted-system").ok();
-    let booted = |what: &str| booted.as_ref().and_then(|booted| fs::canonicalize(booted.join(what)).ok());
-    let differ = |what: &&str| booted(what).is_some_and(|booted| next(what) != Some(booted));
-    system::current().ok() != at(SYSTEM_PROFILE) || ["initrd", "kernel", "kernel-modules"].iter().any(differ)
+    let next = fs::canonicalize(SYSTEM_PROFILE).ok();
+    system::current().ok() != next || next.is_some_and(|next| boots_another(&next))
 }
 
-/// Reboots, if that is needed, no run is under way and it is the time for it. Does so once for a system: if another
-/// one has been booted all the same, by hand or since this one does not come up, that is to stay. Options: `--kexec`, to
-/// do without the firmware where that works, and `--between LOWER UPPER`, times like `01:00`.
-pub fn reboot(options: &[&str]) -> Result<()> {
-    let (kexec, window) = match options {
-        ["--kexec", window @ ..] => (true, window),
-        window => (false, window),
-    };
-    let is_time = match window {
-        [] => true,
-        ["--between", lower, upper] => {
-            let now = Program::new("date").arg("+%H:%M").output(|| "tell the time".into(), None)?;
-            is_between(lower, upper, String::from_utf8_lossy(&now).trim())
-        }
-        _ => return Err(Error::new(format!("Failed to understand {options:?}"))),
-    };
-    if !is_needed() || !is_time || !Layout::new("").with_journal().is_empty() {
-        return Ok(());
-    }
+/// Whether what has booted is not what this system would boot.
+fn boots_another(system: &Path) -> bool {
+    let booted = system::named_by("/run/booted-system").ok();
+    let of = |system: &Path, what| fs::canonicalize(system.join(what)).ok();
+    ["initrd", "kernel", "kernel-modules"].iter().any(|what| {
+        let booted = booted.as_ref().and_then(|booted| of(booted, what));
+        booted.is_some_and(|booted| of(system, what) != Some(booted))
+    })
+}
+
+/// What an instance has to do with a reboot.
+struct Part<'a> {
+    policy: &'a Reboot,
+    /// What it has deployed waits for a boot.
+    waits: bool,
+    /// What it has had booted runs, and is not to.
+    failed: bool,
+    /// The profile has what it has deployed.
+    deployed: bool,
+}
+
+/// A system to boot, or one not to go on with.
+#[derive(Debug, PartialEq)]
+enum Way {
+    Forward,
+    Back,
+}
+
+/// Reboots, if something waits for that, no run is under way, and whoever has deployed it may have it now. Does so once for
+/// a system, and once back from one. What another hand has booted or switched to stays.
+pub fn reboot(config: &Config) -> Result<()> {
     let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
-    let mark = Path::new(REBOOTED);
-    if fs::read(mark).is_ok_and(|system| Path::new(OsStr::from_bytes(&system)) == next) {
-        log::info!("This machine was already rebooted for {} and runs another system; not rebooting again.", next.display());
+    let running = system::current()?;
+    let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
+    let Some((way, policy)) = decide(&parts, running == next, boots_another(&next)) else { return Ok(()) };
+    if !Layout::new("").with_journal().is_empty() || !is_time(policy.window.as_ref())? {
         return Ok(());
     }
-    files::write(mark, next.as_os_str().as_bytes(), 0o644).context(|| format!("write {REBOOTED}"))?;
-    log::warn!("Rebooting into the deployed system.");
+    let (mark, system) = match way {
+        Way::Forward => (next.display().to_string(), &next),
+        Way::Back => (format!("from {}", running.display()), &running),
+    };
+    let rebooted = fs::read_to_string(REBOOTED).unwrap_or_default();
+    if rebooted.lines().any(|line| line == mark) {
+        log::info!("This machine was already rebooted for {}; not rebooting again.", system.display());
+        return Ok(());
+    }
+    let mut lines: Vec<_> = rebooted.lines().rev().take(REMEMBERED - 1).collect();
+    lines.reverse();
+    lines.push(&mark);
+    let remember = |lines: &str| files::write(Path::new(REBOOTED), lines.as_bytes(), 0o644).context(|| format!("write {REBOOTED}"));
+    remember(&lines.join("\n"))?;
+    match way {
+        Way::Forward => log::warn!("Rebooting into the deployed system."),
+        Way::Back => log::warn!("Rebooting into the previous system: the deployed one is not well."),
+    }
     // what has not begun may be tried again
-    by(kexec).inspect_err(|_| drop(files::remove(mark)))
+    by(policy.kexec).inspect_err(|_| drop(remember(&rebooted)))
+}
+
+fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> Part<'a> {
+    let status = Status::read(&Layout::new(name));
+    let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
+    let waits = deployed && running != next && status.runs.first().is_some_and(|run| run.reboot_needed);
+    Part { policy: &instance.reboot, waits, failed: false, deployed }
+}
+
+/// Which way to reboot, if at all, and by whose policy: that of whoever is concerned; if that is nobody, of any that permits.
+fn decide<'a>(parts: &[Part<'a>], runs_next: bool, boots_another: bool) -> Option<(Way, &'a Reboot)> {
+    let way = if runs_next {
+        boots_another.then_some(Way::Forward)?
+    } else if parts.iter().any(|part| part.failed) {
+        Way::Back
+    } else {
+        parts.iter().any(|part| part.waits).then_some(Way::Forward)?
+    };
+    let is_concerned = |part: &&Part| if way == Way::Back { part.failed } else { part.waits || part.deployed };
+    let is_known = parts.iter().any(|part| is_concerned(&part));
+    let mut policies = parts.iter().filter(|part| !is_known || is_concerned(part)).map(|part| part.policy);
+    let policy = policies.find(|policy| policy.when == When::Needed)?;
+    Some((way, policy))
 }
 
 /// Reboots now.
@@ -67,6 +117,12 @@ fn by(kexec: bool) -> Result<()> {
         None => {}
     }
     systemctl(&["reboot"])
+}
+
+fn is_time(window: Option<&Window>) -> Result<bool> {
+    let Some(window) = window else { return Ok(true) };
+    let now = Program::new("date").arg("+%H:%M").output(|| "tell the time".into(), None)?;
+    Ok(is_between(&window.lower, &window.upper, String::from_utf8_lossy(&now).trim()))
 }
 
 /// Whether it is that time of day; midnight may lie between the two.
@@ -84,5 +140,31 @@ mod tests {
         assert!(!is_between("01:00", "05:00", "05:00") && !is_between("01:00", "05:00", "00:59"));
         assert!(is_between("22:00", "02:00", "23:59") && is_between("22:00", "02:00", "00:00"));
         assert!(!is_between("22:00", "02:00", "02:00") && !is_between("22:00", "02:00", "21:59"));
+    }
+
+    #[test]
+    fn it_is_rebooted_for_what_was_deployed_by_the_policy_of_who_has_deployed_it() {
+        let [may, may_not] = [When::Needed, When::Never].map(|when| Reboot { when, ..Reboot::default() });
+        let part = |policy, what: &str| Part { policy, waits: what == "waits", failed: what == "failed", deployed: what == "deployed" };
+        let way = |parts: &[Part], runs_next, boots_another| decide(parts, runs_next, boots_another).map(|(way, _)| way);
+        let [waits, failed, deployed, idle] = ["waits", "failed", "deployed", ""].map(|what| part(&may, what));
+
+        assert_eq!(way(&[waits], false, true), Some(Way::Forward));
+        assert_eq!(way(&[failed], false, true), Some(Way::Back));
+        // switched to, with another kernel; by another hand, too
+        assert_eq!(way(&[deployed], true, true), Some(Way::Forward));
+        assert_eq!(way(&[idle], true, true), Some(Way::Forward));
+        // another hand has booted something else
+        for what in ["deployed", ""] {
+            assert_eq!(way(&[part(&may, what)], false, true), None, "{what}");
+        }
+        assert_eq!(way(&[part(&may, "deployed")], true, false), None);
+        // another instance's policy is none for this one's
+        for what in ["waits", "failed"] {
+            assert_eq!(way(&[part(&may_not, what), part(&may, "")], false, true), None, "{what}");
+            assert!(way(&[part(&may_not, ""), part(&may, what)], false, true).is_some(), "{what}");
+        }
+        assert_eq!(way(&[part(&may_not, "deployed"), part(&may, "")], true, true), None);
+        assert_eq!(way(&[part(&may_not, ""), part(&may, "")], true, true), Some(Way::Forward));
     }
 }

@@ -19,7 +19,7 @@ let
     types
     ;
   inherit (import ../module/types.nix { inherit lib; }) externalPath isName;
-  inherit (import ../module/sandbox.nix { inherit config pkgs; }) growingPauses insistent sandbox;
+  inherit (import ../module/sandbox.nix { inherit config lib pkgs; }) growingPauses insistent sandbox;
 
   cfg = config.services.ekiben;
   inherit (cfg) instances webhook;

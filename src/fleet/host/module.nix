@@ -7,7 +7,6 @@
 }:
 let
   inherit (lib)
-    concatStringsSep
     literalExpression
     mkEnableOption
     mkIf
@@ -21,9 +20,10 @@ let
     observe
     operation
     plainPath
-    timeOfDay
+    reboot
+    rebootAliases
     ;
-  inherit (import ../../module/sandbox.nix { inherit config pkgs; })
+  inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     networkSandbox
     offlineSandbox
     programs
@@ -67,6 +67,7 @@ let
       randomizedDelaySec
       operation
       observe
+      reboot
       flags
       ;
     flakePath = "/var/lib/ekiben/instances/fleet/repository";
@@ -79,25 +80,6 @@ let
         retries = 2;
         remote = true;
       };
-    };
-  };
-
-  reboot = {
-    description = "Reboot into what Ekiben has deployed, if it takes one";
-    restartIfChanged = false;
-    unitConfig.X-StopOnRemoval = false;
-    path = [ config.systemd.package ];
-    serviceConfig = {
-      Type = "oneshot";
-      ExecStart =
-        let
-          inherit (fleet.reboot) kexec window;
-        in
-        concatStringsSep " " (
-          [ "${ekiben} reboot" ]
-          ++ lib.optional kexec "--kexec"
-          ++ lib.optional (window != null) "--between ${window.lower} ${window.upper}"
-        );
     };
   };
 
@@ -171,6 +153,12 @@ let
   };
 in
 {
+  imports = rebootAliases [
+    "services"
+    "ekiben"
+    "fleet"
+  ];
+
   options.services.ekiben.fleet = {
     enable = mkEnableOption "this machine as a host of a fleet: it deploys what its hub publishes for it, as the instance `fleet`";
     name = mkOption {
@@ -253,30 +241,12 @@ in
         hub can be reached.
       '';
     };
-    inherit operation observe flags;
-    reboot = {
-      when = mkOption {
-        type = types.enum [
-          "never"
-          "needed"
-        ];
-        default = "never";
-        description = "Whether to reboot if kernel, kernel modules or initrd have changed, or if the new system takes effect only then.";
-      };
-      window = mkOption {
-        type = types.nullOr (
-          types.submodule {
-            options = {
-              lower = timeOfDay "01:00" "The beginning of the window.";
-              upper = timeOfDay "05:00" "The end of the window; may be after midnight.";
-            };
-          }
-        );
-        default = null;
-        description = "The time of day in which to reboot; `null` for any time.";
-      };
-      kexec = mkEnableOption "a reboot by {command}`systemctl kexec`, where that works";
-    };
+    inherit
+      operation
+      observe
+      reboot
+      flags
+      ;
   };
 
   config = mkIf fleet.enable {
@@ -322,7 +292,6 @@ in
           };
         };
         ekiben-files = mkIf hasFiles fleetFiles;
-        ekiben-reboot = mkIf (fleet.reboot.when == "needed") reboot;
       };
       paths.ekiben-deliver = {
         description = "Reports for the fleet's hub";
@@ -337,16 +306,6 @@ in
         conflicts = [ "shutdown.target" ];
         before = [ "shutdown.target" ];
         pathConfig.PathChanged = "/var/lib/ekiben/instances/fleet/files/index.json";
-      };
-      timers = mkIf (fleet.reboot.when == "needed") {
-        ekiben-reboot = {
-          description = "Time to look whether Ekiben needs a reboot";
-          wantedBy = [ "timers.target" ];
-          timerConfig = {
-            OnBootSec = "5min";
-            OnUnitInactiveSec = "5min";
-          };
-        };
       };
     };
   };

@@ -24,7 +24,7 @@ let
     types
     ;
   inherit (import ../../module/types.nix { inherit lib; }) externalPath plainPath;
-  inherit (import ../../module/sandbox.nix { inherit config pkgs; }) offlineSandbox;
+  inherit (import ../../module/sandbox.nix { inherit config lib pkgs; }) offlineSandbox;
 
   cfg = config.services.ekiben;
   ekiben = lib.getExe cfg.package;
