@@ -139,7 +139,7 @@ let
     "`services.ekiben.instances.app.user` must not be `root`." = {
       instances.app.user = "root";
     };
-    "`services.ekiben.instances.app.flakePath` must not have `..` in it." = {
+    "`services.ekiben.instances.app.flakePath` must not contain `..`." = {
       instances.app.flakePath = "/var/../etc/nixos";
     };
     "`services.ekiben.instances.app.flakePath` must not be `/tmp/config`: use a directory" = {
@@ -155,7 +155,7 @@ let
       {
         instances.app.flakePath = "/home/deploy/";
       };
-    "`services.ekiben.instances.app.healthChecks` must have units' full names, such as `postgresql.service`." =
+    "`services.ekiben.instances.app.healthChecks` must name units in full, such as `postgresql.service`." =
       {
         instances.app.healthChecks.database.units = [ "postgresql" ];
       };
@@ -245,7 +245,7 @@ let
     "`system.switch.enable` must be `true`: Ekiben switches this system." = {
       system.switch.enable = false;
     };
-    "`nix.settings.allowed-users` must have `deploy` in it, the user of `services.ekiben.instances.app`." =
+    "`nix.settings.allowed-users` must contain `deploy`, the user of `services.ekiben.instances.app`." =
       {
         nix.settings.allowed-users = [ "@wheel" ];
       };
@@ -279,25 +279,25 @@ let
       {
         networking.firewall.allowedTCPPorts = [ 8787 ];
       };
-    "`services.nginx.virtualHosts.\"deploy.example.org\"` has no TLS: everybody on the way can read the tokens." =
+    "`services.nginx.virtualHosts.\"deploy.example.org\"` has no TLS, so tokens are sent in the clear:" =
       {
         services.ekiben.webhook.nginx = "deploy.example.org";
         services.nginx.enable = true;
       };
-    "`services.ekiben.webhook.caddy` has no TLS: everybody on the way can read the tokens." = {
+    "`services.ekiben.webhook.caddy` has no TLS, so tokens are sent in the clear:" = {
       services.ekiben.webhook.caddy = "http://deploy.example.org";
       services.caddy.enable = true;
     };
     "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`" = {
       system.autoUpgrade.enable = true;
     };
-    "`users.users.deploy` should not be in group `wheel`: who is can become root" = {
+    "`users.users.deploy` should not be in group `wheel`, whose members can become root" = {
       users.users.deploy.extraGroups = [ "wheel" ];
     };
-    "`users.users.deploy` should not be in group `docker`: who is can become root" = {
+    "`users.users.deploy` should not be in group `docker`, whose members can become root" = {
       users.groups.docker.members = [ "deploy" ];
     };
-    "`nix.settings.trusted-users` should not have `deploy` in it: Nix lets those become root." = {
+    "`nix.settings.trusted-users` should not contain `deploy`: trusted users can become root." = {
       nix.settings.trusted-users = [ "@users" ];
     };
   };

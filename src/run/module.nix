@@ -405,7 +405,7 @@ let
     }
     {
       assertion = !lib.elem ".." (lib.splitString "/" instance.flakePath);
-      message = "`services.ekiben.instances.${name}.flakePath` must not have `..` in it.";
+      message = "`services.ekiben.instances.${name}.flakePath` must not contain `..`.";
     }
     {
       assertion =
@@ -429,13 +429,13 @@ let
     }
     {
       assertion = isAllowed "allowed-users" instance.user || isAllowed "trusted-users" instance.user;
-      message = "`nix.settings.allowed-users` must have `${instance.user}` in it, the user of `services.ekiben.instances.${name}`.";
+      message = "`nix.settings.allowed-users` must contain `${instance.user}`, the user of `services.ekiben.instances.${name}`.";
     }
     {
       assertion = lib.all (unit: lib.hasInfix "." unit) (
         lib.concatMap (check: check.units) (builtins.attrValues instance.healthChecks)
       );
-      message = "`services.ekiben.instances.${name}.healthChecks` must have units' full names, such as `postgresql.service`.";
+      message = "`services.ekiben.instances.${name}.healthChecks` must name units in full, such as `postgresql.service`.";
     }
     {
       assertion =
@@ -500,8 +500,8 @@ let
         "`services.ekiben.instances.${name}` has no trigger but `ekiben trigger ${name}`: set `dates`, or a project of `services.ekiben.webhook`."
     ++
       lib.optional (mighty != [ ])
-        "`users.users.${instance.user}` should not be in group `${builtins.head mighty}`: who is can become root, and evaluates `services.ekiben.instances.${name}`."
-    ++ lib.optional (isAllowed "trusted-users" instance.user) "`nix.settings.trusted-users` should not have `${instance.user}` in it: Nix lets those become root.";
+        "`users.users.${instance.user}` should not be in group `${builtins.head mighty}`, whose members can become root: it evaluates `services.ekiben.instances.${name}`."
+    ++ lib.optional (isAllowed "trusted-users" instance.user) "`nix.settings.trusted-users` should not contain `${instance.user}`: trusted users can become root.";
 in
 {
   options.services.ekiben.instances = mkOption {

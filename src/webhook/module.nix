@@ -232,10 +232,10 @@ let
             virtualHost.addSSL || virtualHost.enableSSL or false || virtualHost.forceSSL || virtualHost.onlySSL
           )
         )
-        "`services.nginx.virtualHosts.\"${webhook.nginx}\"` has no TLS: everybody on the way can read the tokens. Set `forceSSL` and `enableACME`."
-    ++
-      lib.optional (webhook.caddy != null && hasPrefix "http://" webhook.caddy)
-        "`services.ekiben.webhook.caddy` has no TLS: everybody on the way can read the tokens. Leave `http://` out.";
+        "`services.nginx.virtualHosts.\"${webhook.nginx}\"` has no TLS, so tokens are sent in the clear: set `forceSSL` and `enableACME`."
+    ++ lib.optional (
+      webhook.caddy != null && hasPrefix "http://" webhook.caddy
+    ) "`services.ekiben.webhook.caddy` has no TLS, so tokens are sent in the clear: remove `http://`.";
 in
 {
   options.services.ekiben.webhook = {
