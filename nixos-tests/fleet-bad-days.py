@@ -282,7 +282,7 @@ with subtest("the hub's host key is another one: refused, said, nothing fetched,
 
 for what, how, words in (
     ("is not signed", {"key": None}, "not signed"),
-    ("is signed by somebody else", {"key": "other"}, "verify the signature"),
+    ("is signed by somebody else", {"key": "other"}, "signed by none of `signers`"),
     ("is another host's", {"host": "db"}, 'it is for host "db", this is web'),
     ("is of another format", {"format": 2}, "unsupported format 2"),
     ("names a way out", {"id": "../../" + "a" * 58}, "expected a SHA-256"),
@@ -294,12 +294,19 @@ for what, how, words in (
         archive(next(COUNT))
         offer(**how)
         refuses(words)
+        if "sign" in what or what == "goes back":
+            # in the session that is open, whatever it runs
+            assert words in heartbeat()["refused"], heartbeat()
+            hub.succeed("systemctl start ekiben-hub-collect.service")
+            assert "refusing" in hub.fail(f"ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web")
+            deploys(next(COUNT))
+            assert heartbeat()["refused"] is None, heartbeat()
 
 with subtest("a manifest that was changed after it was signed is refused"):
     archive(next(COUNT))
     offer()
     hub.succeed(f"sed -i 's/1700000000/1700000001/' {HOST}/release/manifest.json")
-    refuses("verify the signature")
+    refuses("signed by none of `signers`")
 
 for what, add in (
     ("a link out", "ln -s /etc/passwd link"),

@@ -52,7 +52,7 @@ def newer(before):
 
 def published(said):
     """Which hosts have got a release, by what was said of it."""
-    return re.findall("^([a-z0-9]+): release [0-9]{10} published$", said, re.M)
+    return re.findall("^([a-z0-9]+): release [0-9]{10} published\\b", said, re.M)
 
 
 def beat(host, **changes):
@@ -132,9 +132,13 @@ with subtest("deploy publishes all once, and then what has changed"):
     # a key that comes later does not sign what is published, but what is in the repository
     identifier, before = manifest("web")["id"], numbers()
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
-    hub.succeed(fleet("deploy web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
+    served = hub.succeed(f"cat {SERVED}/hosts/web/release/manifest.json")
+    assert "its release is signed, and fleet.json has no signingKey" in hub.fail(fleet("deploy web"))
+    assert hub.succeed(f"cat {SERVED}/hosts/web/release/manifest.json") == served
+    hub.succeed(fleet("deploy --unsigned web"), f"jq -e '.signature == null' {SERVED}/hosts/web/release/manifest.json")
     write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
-    hub.succeed(fleet("deploy web"), f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
+    assert "published: the same, signed again" in hub.succeed(fleet("deploy web"))
+    hub.succeed(f"jq -e '.signature != null' {SERVED}/hosts/web/release/manifest.json")
     # and so does another key in its place, once
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -C 'one more key' -f /home/deploy/other"))
     for name in ("other", "key"):

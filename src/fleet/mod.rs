@@ -121,6 +121,9 @@ pub struct Heartbeat {
     /// Why files of the hub are not in their places.
     #[serde(default)]
     pub files: Option<String>,
+    /// Why it does not accept what the hub offers, if it does not.
+    #[serde(default)]
+    pub refused: Option<String>,
 }
 
 /// How a run has ended, in short.

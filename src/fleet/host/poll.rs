@@ -38,6 +38,10 @@ const REACH: Duration = Duration::from_secs(30);
 const DELIVERY: Duration = Duration::from_secs(300);
 /// The heartbeat that the hub has taken last.
 const TOLD: &str = "heartbeat.json";
+/// What it means that ssh-keygen fails.
+const BY_NOBODY: &str = "Failed to accept the hub's manifest: signed by none of `signers`";
+/// Why what the hub offers was refused, if it was.
+const REFUSED: &str = "refused";
 
 /// Asks the hub for its release, with what it has not been told yet. Returns the release, and the
 /// commit to start from: HEAD, if the release is in it, or a new one on top.
@@ -60,10 +64,14 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
         tell(&mut session, None);
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
-    let manifest = read_manifest(&place, hub, scratch.path())?;
-    let release = &manifest.release;
     let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
-    seen::check(layout, release, committed.clone(), now())?;
+    let accepted = read_manifest(&place, hub, scratch.path()).and_then(|manifest| {
+        seen::check(layout, &manifest.release, committed.clone(), now())?;
+        Ok(manifest)
+    });
+    note_refusal(layout, accepted.as_ref().err())?;
+    let manifest = accepted.inspect_err(|_| tell(&mut session, None))?;
+    let release = &manifest.release;
     let known = committed.is_some_and(|committed| committed.id == release.id);
     let tarball = layout.own(&manifest.archive());
     remove_archives(layout, Some(&tarball).filter(|_| !known))?;
@@ -88,6 +96,18 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let published = manifest.published.min(u64::from(u32::MAX));
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;
     Ok((manifest.release, commit))
+}
+
+/// Writes down why what the hub offers is refused, or that it is not.
+fn note_refusal(layout: &Layout, error: Option<&Error>) -> Result<()> {
+    let path = layout.own(REFUSED);
+    match error {
+        // the next poll may well accept the same
+        Some(error) if error.is_transient() => Ok(()),
+        Some(error) => files::write(&path, error.to_string().as_bytes(), 0o644),
+        None => files::remove(&path),
+    }
+    .context(|| format!("write {}", path.display()))
 }
 
 /// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
@@ -136,7 +156,8 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
         let lines: Vec<_> = hub.signers.iter().map(|key| format!("fleet {key}")).collect();
         fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
         let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
-        verify.arg("-s").arg(file).output(|| "verify the signature of the hub's manifest".into(), Some(signed.manifest.as_bytes()))?;
+        let verified = verify.arg("-s").arg(file).output(|| "verify its signature".into(), Some(signed.manifest.as_bytes()));
+        verified.map_err(|error| if error.to_string().contains("exited") { Error::new(BY_NOBODY) } else { error })?;
     }
     let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
     let wrong = if manifest.format != FORMAT {
@@ -234,6 +255,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat
         self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
         reboot_needed: reboot::is_needed(),
         files: fs::read_to_string(layout.trouble_with_files()).ok(),
+        refused: fs::read_to_string(layout.own(REFUSED)).ok(),
         seen,
     }
 }

@@ -19,27 +19,43 @@ use crate::system::now;
 /// How far a number may be ahead of the clock, in seconds.
 const DAY: u64 = 24 * 60 * 60;
 
+/// How releases are published.
+pub struct Manner<'a> {
+    /// Whether they are built before.
+    pub build: bool,
+    /// What they are signed with.
+    pub key: Option<&'a Path>,
+    /// Whether one without a signature may follow one with it.
+    pub unsigned: bool,
+}
+
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
-/// before that, if so asked for. Returns the release's sequence number. `say` is told what is being done.
+/// before that, if so asked for. Returns the release's sequence number, and whether it differs from the one before in
+/// nothing but who has signed it. `say` is told what is being done.
 pub fn deploy(
     hub: &ServedDirectory,
     repository: &FleetRepository,
     host: &Host,
-    build: bool,
-    key: Option<&Path>,
+    manner: &Manner,
     say: impl Fn(&str),
-) -> Result<Option<Sequence>> {
+) -> Result<Option<(Sequence, bool)>> {
     hub.check(&host.name)?;
+    let key = manner.key;
     let old = hub.manifest(&host.name)?;
+    if key.is_none() && !manner.unsigned && old.as_ref().is_some_and(|(_, signed)| signed.signature.is_some()) {
+        let why = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
+        return Err(why).context(|| format!("publish {}", host.name));
+    }
     let is_ours = old.as_ref().map(|old| is_ours(old, key, &repository.scratch(&host.name))).transpose()?;
-    let ours = old.as_ref().filter(|_| is_ours == Some(true)).map(|(ours, _)| ours);
     say("evaluating");
     let system = repository.evaluate(host)?;
     let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
-    if ours.is_some_and(|ours| (&ours.sha256, &ours.attr, &ours.toplevel) == (&source.sha256, attr, &toplevel)) {
+    let is_same = old.as_ref().is_some_and(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
+    if is_same && is_ours == Some(true) {
         return Ok(None);
     }
-    if build {
+    let ours = old.as_ref().filter(|_| is_ours == Some(true)).map(|(ours, _)| ours);
+    if manner.build {
         say("building");
         repository.build(host, &system)?;
     }
@@ -64,7 +80,7 @@ pub fn deploy(
     let place = hub.release(&host.name).join(manifest.archive());
     files::write(&place, &archive, 0o644).context(|| format!("write {}", place.display()))?;
     hub.publish(&manifest, &Signed { manifest: text, signature }, old.as_ref())?;
-    Ok(Some(sequence))
+    Ok(Some((sequence, is_same)))
 }
 
 /// What a release is called that consists of these.

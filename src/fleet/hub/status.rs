@@ -31,6 +31,8 @@ pub enum HostState {
     NewMachine,
     /// It has not been heard of for long.
     Silent,
+    /// It does not accept what it is offered.
+    Refusing,
     /// It is at work on the published release.
     Building,
     /// That could not be built, or was not tried any further.
@@ -65,6 +67,7 @@ impl HostState {
         let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
         match result {
             _ if age > silent_after => Self::Silent,
+            _ if heartbeat.refused.is_some() => Self::Refusing,
             _ if is_published(&heartbeat.running) => Self::Building,
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
@@ -78,7 +81,7 @@ impl HostState {
     }
 
     fn is_well(self) -> bool {
-        !matches!(self, Self::Silent | Self::Failing | Self::RolledBack | Self::RollbackFailed)
+        !matches!(self, Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed)
     }
 }
 
@@ -88,6 +91,7 @@ impl fmt::Display for HostState {
             Self::NotDeployed => "not deployed",
             Self::NewMachine => "new machine",
             Self::Silent => "silent",
+            Self::Refusing => "refusing",
             Self::Building => "building",
             Self::Failing => "failing",
             Self::RolledBack => "rolled back",
@@ -201,7 +205,7 @@ fn table(shown: &BTreeMap<HostName, Row>, now: u64) -> String {
     for (shown, line) in [None].into_iter().chain(shown.values().map(Some)).zip(table::lines(&rows)) {
         text.extend([&line, "\n"]);
         let heartbeat = shown.filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
-        let error = heartbeat.and_then(|heartbeat| heartbeat.last.as_ref()?.error.as_ref());
+        let error = heartbeat.and_then(|beat| beat.refused.as_ref().or_else(|| beat.last.as_ref()?.error.as_ref()));
         let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
         for line in error.into_iter().chain(files).flat_map(|said| said.lines()) {
             text.extend(["  ", line, "\n"]);
@@ -258,6 +262,7 @@ mod tests {
             self_updated: false,
             reboot_needed: false,
             files: None,
+            refused: None,
         }
     }
 
@@ -268,8 +273,8 @@ mod tests {
     #[test]
     fn a_state_follows_from_releases() {
         use HostState::{
-            AutoUpdated, Building, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, RollbackFailed, RolledBack, Silent,
-            SyncPending, UpToDate,
+            AutoUpdated, Building, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing, RollbackFailed, RolledBack,
+            Silent, SyncPending, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
             HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10))
@@ -301,6 +306,9 @@ mod tests {
             (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Failed)), ..old() }),
             (Failing, Heartbeat { last: Some(last(None, Outcome::Failed)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(None, Outcome::Failed)), ..new() }),
+            // whatever it runs
+            (Refusing, Heartbeat { refused: Some("not signed".into()), ..new() }),
+            (Refusing, Heartbeat { refused: Some("not signed".into()), ..old() }),
             (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
             (RollbackFailed, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),

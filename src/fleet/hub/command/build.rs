@@ -8,7 +8,8 @@ use nix::unistd::geteuid;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::command::{Fleet, exit};
-use crate::fleet::hub::{collect, publish, push};
+use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::{collect, push};
 use crate::nix::set_profile;
 use crate::system;
 
@@ -56,10 +57,15 @@ impl Fleet<'_> {
         collect::take_in(&self.hub, wanted)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
-        let (build, key) = (!self.arguments.has("--no-build"), self.settings.signing_key.as_deref());
+        let has = |option| self.arguments.has(option);
+        let manner = Manner { build: !has("--no-build"), key: self.settings.signing_key.as_deref(), unsigned: has("--unsigned") };
         let well = self.each(&repository, &hosts, |host, say| {
-            let released = publish::deploy(&self.hub, &repository, host, build, key, say)?;
-            Ok(released.map_or("unchanged".into(), |sequence| format!("release {sequence} published")))
+            let released = publish::deploy(&self.hub, &repository, host, &manner, say)?;
+            Ok(match released {
+                None => "unchanged".into(),
+                Some((sequence, false)) => format!("release {sequence} published"),
+                Some((sequence, true)) => format!("release {sequence} published: the same, signed again"),
+            })
         })?;
         Ok(exit(well && found))
     }

@@ -26,7 +26,7 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
                                       evaluate, or build; test and switch activate the system of one host, on this
                                       machine or over SSH
-  deploy [--no-build] [--jobs N] [HOST...]
+  deploy [--no-build] [--unsigned] [--jobs N] [HOST...]
                                       build what has changed, and publish it
   status [--json] [--once] [HOST...]  show the state of the hosts; fail if one is not well
   log HOST [RUN]                      show the log of the last run on a host, or of that run
@@ -39,13 +39,14 @@ Options:
   --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of the working directory)
   --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); for a hub elsewhere
                      sftp://[user@]host[:port][/path], with the ssh configuration of this user
+  --unsigned         have releases without a signature follow those that have one
 ";
 
 /// The options that each command takes besides those that all take.
 const OPTIONS: [(&str, &[&str]); 9] = [
     ("init", &[]),
     ("build", &["--jobs", "--target"]),
-    ("deploy", &["--jobs", "--no-build"]),
+    ("deploy", &["--jobs", "--no-build", "--unsigned"]),
     ("status", &["--json", "--once"]),
     ("log", &[]),
     ("diff", &[]),
