@@ -45,7 +45,7 @@ let
     let
       text = lib.removeSuffix "\n" (value.text or (lib.generators.toPretty { } value));
     in
-    if lib.hasInfix "\n" text then "\n${name}:\n\n```nix\n${text}\n```\n" else "\n${name}: `${text}`\n";
+    if lib.hasInfix "\n" text then "\n${name}:\n\n```nix\n${text}\n```" else "\n${name}: `${text}`";
 
   section =
     name: option:
@@ -53,7 +53,7 @@ let
       [
         "## ${lib.removePrefix "services.ekiben." name}\n"
         "${plain (lib.removeSuffix "\n" option.description)}\n"
-        "Type: ${option.type}"
+        "Type: ${lib.removeSuffix "\n" option.type}"
       ]
       # of an alias, there is no more to say
       ++ lib.optional (!(option ? default || option ? example)) ""
@@ -65,7 +65,7 @@ in
 lib.throwIf (wrong != [ ]) "without a description, or an example: ${toString wrong}" (
   pkgs.writeText "ekiben-options.md" (
     "# Options\n\nAll of them are below `services.ekiben`. Made by `nix build .#docs`.\n\n"
-    + lib.concatStringsSep "\n" (lib.mapAttrsToList section options)
+    + lib.concatStringsSep "\n\n" (lib.mapAttrsToList section options)
     + "\n"
   )
 )
