@@ -47,12 +47,12 @@ impl BootLoader {
     /// it anyway.
     pub fn boot_once(&self, system: &Path) -> Result<()> {
         self.forget()?;
-        let doing = || format!("have {} booted once", system.display());
+        let doing = || format!("boot {} once", system.display());
         match self.0 {
             LoaderKind::SystemdBoot => {
-                let list = bootctl(&["list", "--json=short"])?;
+                let list = bootctl(&["list", "--json=short"], "list the entries of the boot loader")?;
                 let list = serde_json::from_slice(&list).context(doing)?;
-                bootctl(&["set-oneshot", &entry_of_systemd(&list, system).context(doing)?]).map(drop)
+                set_one_shot(&entry_of_systemd(&list, system).context(doing)?)
             }
             LoaderKind::Grub => {
                 let config = fs::read_to_string(CONFIG).context(|| format!("read {CONFIG}"))?;
@@ -65,15 +65,20 @@ impl BootLoader {
     /// Has the next boot be an ordinary one.
     pub fn forget(&self) -> Result<()> {
         match self.0 {
-            LoaderKind::SystemdBoot => bootctl(&["set-oneshot", ""]).map(drop),
+            LoaderKind::SystemdBoot => set_one_shot(""),
             LoaderKind::Grub => grub_editenv(&["unset", "next_entry"]),
         }
     }
 }
 
-fn bootctl(arguments: &[&str]) -> Result<Vec<u8>> {
+fn bootctl(arguments: &[&str], doing: &str) -> Result<Vec<u8>> {
     let program = Program::as_root("bootctl").keep_env("SYSTEMD_ESP_PATH").keep_env("SYSTEMD_XBOOTLDR_PATH").args(arguments);
-    program.output(|| format!("have bootctl {}", arguments[0]), None)
+    program.output(|| doing.into(), None)
+}
+
+/// None, if it is empty.
+fn set_one_shot(entry: &str) -> Result<()> {
+    bootctl(&["set-oneshot", entry], "set the boot loader's entry for one boot").map(drop)
 }
 
 fn grub_editenv(arguments: &[&str]) -> Result<()> {
@@ -94,7 +99,7 @@ fn entry_of_systemd(list: &Value, system: &Path) -> Result<String, &'static str>
 /// The entry of a `grub.cfg` that boots a system: the titles of the submenus that lead to it, and its own.
 fn entry_of_grub(config: &str, system: &Path) -> Result<String, &'static str> {
     if !boots_once(config) {
-        return Err("grub.cfg boots no entry once");
+        return Err("grub.cfg cannot boot an entry once");
     }
     let mut path: Vec<String> = Vec::new();
     // how many entries each open menu has had
