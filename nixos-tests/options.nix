@@ -614,15 +614,39 @@ let
       && (variant { instances.app.allowReboot = true; }).systemd.timers ? ekiben-reboot
       && !(variant { instances.app.allowReboot = false; }).systemd.services ? ekiben-reboot
     ))
-    (expect "the program is told which boot loader there is" (
+    (expect "the program knows the boot loader, where that may boot a system once" (
       let
         loader =
-          name:
-          (beside { boot.loader.${name}.enable = lib.mkForce true; }).services.ekiben.settings.bootLoader;
+          loader: (beside { boot = { inherit loader; }; }).services.ekiben.settings.bootLoader or null;
+        grub = grub: loader { grub = lib.mkForce ({ enable = true; } // grub); };
+        esp =
+          (beside {
+            boot.loader = {
+              systemd-boot.enable = true;
+              systemd-boot.xbootldrMountPoint = "/boot";
+              efi.efiSysMountPoint = "/efi";
+            };
+          }).systemd.services.ekiben-app.environment;
       in
-      !(plain.services.ekiben.settings ? bootLoader)
-      && loader "systemd-boot" == "systemd-boot"
-      && loader "grub" == "grub"
+      loader { } == null
+      && loader { systemd-boot.enable = true; } == "systemd-boot"
+      && grub { device = "/dev/sda"; } == "grub"
+      && grub { mirroredBoots = [ ]; } == null
+      &&
+        grub {
+          mirroredBoots =
+            map
+              (path: {
+                inherit path;
+                devices = [ "nodev" ];
+              })
+              [
+                "/boot"
+                "/boot2"
+              ];
+        } == null
+      && esp.SYSTEMD_ESP_PATH == "/efi"
+      && esp.SYSTEMD_XBOOTLDR_PATH == "/boot"
     ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))

@@ -28,6 +28,7 @@ let
     "gnugrep"
     "gnused"
     "gnutar"
+    "grub2"
     "gzip"
     "nix"
     "openssh"

@@ -4,6 +4,9 @@
   lib,
   pkgs,
 }:
+let
+  inherit (config.boot.loader) efi grub systemd-boot;
+in
 rec {
   programs = [
     config.nix.package
@@ -14,8 +17,18 @@ rec {
     pkgs.util-linux
     pkgs.xz
   ]
-  # to boot a system once
-  ++ lib.optional config.boot.loader.grub.enable pkgs.grub2;
+  # its grub-editenv
+  ++ lib.optional grub.enable pkgs.grub2;
+
+  # where bootctl finds the boot loader's partitions
+  bootEnvironment = lib.optionalAttrs systemd-boot.enable (
+    {
+      SYSTEMD_ESP_PATH = efi.efiSysMountPoint;
+    }
+    // lib.optionalAttrs (systemd-boot.xbootldrMountPoint != null) {
+      SYSTEMD_XBOOTLDR_PATH = systemd-boot.xbootldrMountPoint;
+    }
+  );
 
   growingPauses = first: last: {
     RestartSec = first;

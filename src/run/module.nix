@@ -34,6 +34,7 @@ let
     seconds
     ;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
+    bootEnvironment
     growingPauses
     insistent
     networkSandbox
@@ -44,6 +45,7 @@ let
   inherit (cfg) instances;
   ekiben = lib.getExe cfg.package;
   hostName = config.networking.hostName;
+  loader = config.boot.loader;
   projects = lib.optionals cfg.webhook.enable (builtins.attrValues cfg.webhook.projects);
   reserved = lib.splitString "\n" (lib.fileContents ../reserved-names);
 
@@ -341,6 +343,7 @@ let
     environment =
       config.nix.envVars
       // config.networking.proxy.envVars
+      // bootEnvironment
       // {
         # the home is read-only
         XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
@@ -530,13 +533,14 @@ in
       lib.concatLists (mapAttrsToList warningsOf instances)
       ++ lib.optional (instances == { }) "`services.ekiben.instances` is empty: nothing is ever deployed."
       ++ lib.optional config.system.autoUpgrade.enable "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`: each undoes what the other has deployed.";
+    # what may be able to boot a system once; of several disks with GRUB, it is not known which one is booted
     services.ekiben.settings.bootLoader =
-      let
-        inherit (config.boot) loader;
-      in
-      mkIf (loader.systemd-boot.enable || loader.grub.enable) (
-        lib.mkDefault (if loader.systemd-boot.enable then "systemd-boot" else "grub")
-      );
+      if loader.systemd-boot.enable then
+        lib.mkDefault "systemd-boot"
+      else
+        lib.mkIf (loader.grub.enable && map (boot: boot.path) loader.grub.mirroredBoots == [ "/boot" ]) (
+          lib.mkDefault "grub"
+        );
     services.ekiben.settings.instances = mapAttrs (
       _: instance:
       removeAttrs instance [
