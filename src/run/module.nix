@@ -244,6 +244,7 @@ let
     restartIfChanged = false;
     unitConfig.X-StopOnRemoval = false;
     path = programs;
+    environment = bootEnvironment;
     serviceConfig = {
       Type = "oneshot";
       ExecStart = "${ekiben} reboot";
