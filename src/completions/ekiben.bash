@@ -21,7 +21,7 @@ _ekiben() {
             options="--repository --directory --help" ;;
         "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
         "fleet build"*) words=$($hosts) options="--jobs --target" ;;
-        "fleet deploy"*) words=$($hosts) options="--no-build --jobs" ;;
+        "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --jobs" ;;
         "fleet status"*) words=$($hosts) options="--json --once" ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
     esac

@@ -33,6 +33,7 @@ complete -c ekiben -n "__ekiben_after fleet" -l directory -r -F
 complete -c ekiben -n "__ekiben_after fleet build" -a "dry-build build test switch"
 complete -c ekiben -n "__ekiben_after fleet build" -l target -x
 complete -c ekiben -n "__ekiben_after fleet deploy" -l no-build
+complete -c ekiben -n "__ekiben_after fleet deploy" -l unsigned
 for command in build deploy
     complete -c ekiben -n "__ekiben_after fleet $command" -l jobs -x
 end

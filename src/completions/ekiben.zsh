@@ -22,7 +22,7 @@ _ekiben() {
             options=(--repository --directory --help) ;;
         "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
         "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
-        "fleet deploy"*) found=($($hosts)) options=(--no-build --jobs) ;;
+        "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --jobs) ;;
         "fleet status"*) found=($($hosts)) options=(--json --once) ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
     esac
