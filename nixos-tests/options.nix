@@ -632,6 +632,12 @@ let
       && loader { systemd-boot.enable = true; } == "systemd-boot"
       && grub { device = "/dev/sda"; } == "grub"
       && grub { mirroredBoots = [ ]; } == null
+      && grub { device = "nodev"; } == null
+      &&
+        grub {
+          device = "nodev";
+          efiSupport = true;
+        } == "grub"
       &&
         grub {
           mirroredBoots =

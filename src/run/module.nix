@@ -46,6 +46,14 @@ let
   ekiben = lib.getExe cfg.package;
   hostName = config.networking.hostName;
   loader = config.boot.loader;
+  # of several disks, it is not known which one is booted; a GRUB that NixOS does not install has its files elsewhere
+  grubBootsOnce =
+    let
+      inherit (loader.grub) efiSupport enable mirroredBoots;
+    in
+    enable
+    && map (boot: boot.path) mirroredBoots == [ "/boot" ]
+    && (efiSupport || lib.concatMap (boot: boot.devices) mirroredBoots != [ "nodev" ]);
   projects = lib.optionals cfg.webhook.enable (builtins.attrValues cfg.webhook.projects);
   reserved = lib.splitString "\n" (lib.fileContents ../reserved-names);
 
@@ -534,14 +542,12 @@ in
       lib.concatLists (mapAttrsToList warningsOf instances)
       ++ lib.optional (instances == { }) "`services.ekiben.instances` is empty: nothing is ever deployed."
       ++ lib.optional config.system.autoUpgrade.enable "`system.autoUpgrade.enable` should be `false` beside `services.ekiben`: each undoes what the other has deployed.";
-    # what may be able to boot a system once; of several disks with GRUB, it is not known which one is booted
+    # what may be able to boot a system once
     services.ekiben.settings.bootLoader =
       if loader.systemd-boot.enable then
         lib.mkDefault "systemd-boot"
       else
-        lib.mkIf (loader.grub.enable && map (boot: boot.path) loader.grub.mirroredBoots == [ "/boot" ]) (
-          lib.mkDefault "grub"
-        );
+        lib.mkIf grubBootsOnce (lib.mkDefault "grub");
     services.ekiben.settings.instances = mapAttrs (
       _: instance:
       removeAttrs instance [
