@@ -304,7 +304,7 @@ with subtest("a journal or status that makes no sense is set aside"):
         wait_until_idle(machine, "app")
         assert last_run(machine, "app")["result"] in ("deployed", "unchanged"), last_run(machine, "app")
         machine.succeed("test -e /var/lib/ekiben/runs/app.json.unreadable; rm /var/lib/ekiben/runs/app.json.unreadable")
-    machine.succeed("journalctl -u ekiben-app -o cat | grep -F 'Set the journal'")
+    machine.succeed("journalctl -u ekiben-app -o cat | grep -F 'Ignoring unreadable journal'")
     publish(machine, "app", str(next(COUNT)))
     assert run(machine, "app")["result"] == "deployed"
     check_deployed(machine, "app")

@@ -30,7 +30,7 @@ def end(machine, result, *words):
         said = "journalctl -u ekiben-app -o json --output-fields=MESSAGE | jq -rs"
         return int(machine.succeed(f"{said} 'map(select(.MESSAGE | tostring | test(\"{what}\"))) | last.__REALTIME_TIMESTAMP'")) / 1e6
 
-    return when("^Going back|^Run ended") - when("^Observing")
+    return when("^Going back|^Run ended: deployed") - when("^Observing")
 
 
 def wait_for_old_system(machine):
@@ -90,5 +90,5 @@ with subtest("a machine that is shut down meanwhile puts nothing back on its way
 with subtest("a run that is stopped meanwhile puts the old system back"):
     begin(late, "stopped")
     late.succeed("systemctl stop --no-block ekiben-app.service")
-    end(late, "rolledBack", "it was ended by signal")
+    end(late, "rolledBack", "the run was terminated by signal")
     assert (running(late), generation(late)) == before[late]

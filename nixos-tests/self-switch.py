@@ -188,7 +188,7 @@ with subtest("a switch that would end its own run is refused, and nothing is cha
 for variant, words in (
     ("removed", "does not have the instance app"),
     ("renamed", "does not have the instance app"),
-    ("disabled", "this machine will not update itself any more"),
+    ("disabled", "this machine will no longer update itself"),
 ):
     with subtest(f"a switch leaves the instance {variant}"):
         asked = switch(variant)

@@ -163,9 +163,9 @@ impl Run {
         match serde_json::from_slice::<Self>(&bytes) {
             Ok(run) if run.format == FORMAT => Ok(Some(run)),
             other => {
-                let why = other.err().map_or("its format is another".into(), |error| error.to_string());
+                let why = other.err().map_or("unsupported format".into(), |error| error.to_string());
                 let aside = path.with_extension("json.unreadable");
-                log::error!("Set the journal {} aside as {}: {why}.", path.display(), aside.display());
+                log::error!("Ignoring unreadable journal {} (kept as {}): {why}.", path.display(), aside.display());
                 fs::rename(path, &aside).context(|| format!("set {} aside", path.display()))?;
                 Ok(None)
             }

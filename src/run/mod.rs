@@ -82,7 +82,7 @@ impl fmt::Display for Outcome {
             Self::StartedOver => "started over",
             Self::Failed => "failed",
             Self::RolledBack => "rolled back",
-            Self::Stuck => "STUCK, needs a hand",
+            Self::Stuck => "rollback failed",
         })
     }
 }

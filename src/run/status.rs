@@ -180,8 +180,8 @@ impl Status {
         match status {
             Ok(status) if status.format == FORMAT => status,
             other => {
-                let why = other.err().unwrap_or_else(|| "its format is another".into());
-                log::warn!("Passed over the status {}: {why}.", path.display());
+                let why = other.err().unwrap_or_else(|| "unsupported format".into());
+                log::warn!("Ignoring unreadable status file {}: {why}.", path.display());
                 Self::default()
             }
         }

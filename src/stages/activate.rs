@@ -283,7 +283,7 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
         return Err(error);
     }
     log::warn!("The check fails with the old system, too; keeping the new one.");
-    run.warnings.push(format!("{error}; it was the same with the old system, so the new one stays"));
+    run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
     run.passed = local;
     run.enter(Phase::Switching, layout)?;
     switch(layout, run, system, before)?;
@@ -299,8 +299,8 @@ fn missing_from(system: &Path, instance: &str) -> Option<String> {
         .filter_map(|name| Some(name.strip_prefix("ekiben-")?.strip_suffix(".path")?.to_owned()))
         .collect();
     if instances.is_empty() {
-        return Some("the new system does not have Ekiben, or no instance of it: this machine will not update itself any more".into());
+        return Some("the new system has no instance of Ekiben: this machine will no longer update itself".into());
     }
     let is_gone = !instances.iter().any(|name| name == instance);
-    is_gone.then(|| format!("the new system does not have the instance {instance}: it will not run any more"))
+    is_gone.then(|| format!("the new system does not have the instance {instance}: it will no longer run"))
 }

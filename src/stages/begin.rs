@@ -37,10 +37,10 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut run = Run::new(run_id()?, instance.clone());
     match conclude::go_back_again(layout) {
         Ok(false) => {}
-        Ok(true) => run.warnings.push("the roll back of an earlier run, which had failed, has been completed".into()),
+        Ok(true) => run.warnings.push("the rollback of an earlier run, which had failed, is complete".into()),
         Err(error) => {
             log::error!("{error}.");
-            run.warnings.push(format!("the roll back of an earlier run has failed again: {error}"));
+            run.warnings.push(format!("the rollback of an earlier run failed again: {error}"));
         }
     }
     let began = Instant::now();
@@ -54,7 +54,7 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
             return Err(error);
         }
         if pause == PAUSES[0] {
-            log::error!("{error}; trying again until that is mended.");
+            log::error!("{error}; retrying until it succeeds.");
             let _ = sd_notify::notify(&[NotifyState::Status(&format!("Waiting: {error}."))]);
         }
         thread::sleep(pause);

@@ -65,7 +65,7 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
     let Some(run) = Run::load(layout)? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
-            _ => Status::report_unopened(layout, "it could not begin; see the journal of its unit"),
+            _ => Status::report_unopened(layout, "the run could not start; see the journal of its unit"),
         };
     };
     if is_at_work(layout, &run)? {
@@ -143,7 +143,7 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
     }
     Run::end(layout)?;
     if let Some(failure) = run.failure.filter(|_| result != Outcome::Deployed) {
-        return Err(Error::new(format!("Run {result} in stage {}: {}", failure.stage, failure.message)));
+        return Err(Error::new(format!("Run ended: {result} in stage {}: {}", failure.stage, failure.message)));
     }
     log::info!("Run ended: {result}.");
     Ok(())
@@ -261,10 +261,10 @@ fn cut_off(run: &Run) -> Failure {
     let message = match service_result().as_str() {
         _ if took_down && run.phase == Phase::Observing => "the machine went down while the new system was being observed".into(),
         _ if took_down => "the machine went down while the new system was being activated".into(),
-        "timeout" => "it took too long".into(),
-        "signal" | "core-dump" => format!("it was ended by signal {}", exit_status()),
+        "timeout" => "the run took too long".into(),
+        "signal" | "core-dump" => format!("the run was terminated by signal {}", exit_status()),
         "oom-kill" => "the machine ran out of memory".into(),
-        _ => "it was cut off".into(),
+        _ => "the run was interrupted".into(),
     };
     Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
 }
@@ -322,7 +322,7 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     let Some(before) = run.before.clone() else { return result };
     if !run.instance.rollback && run.failure.is_some() {
         run.warnings
-            .push(format!("rollback is off: what the run has done so far stays; before, this machine ran {}", before.system.display()));
+            .push(format!("rollback is disabled: what the run has done so far stays; the old system is {}", before.system.display()));
         return result;
     }
     log::warn!("Going back to {} ...", before.system.display());
@@ -346,7 +346,7 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
         }
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
-            let message = format!("{first}going back failed: {error}; this machine needs a hand");
+            let message = format!("{first}Failed to roll back: {error}; manual intervention is required");
             run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
             Outcome::Stuck
         }
@@ -379,7 +379,7 @@ fn excuse(run: &mut Run, same: &Worse) {
         run.blamed.iter().all(|name| same.contains_key(name)).then(|| failed_to_start(same))
     };
     if let (Some(error), Some(failure)) = (why, &mut run.failure) {
-        failure.message = format!("{}; with the old system it is the same: {error}", failure.message);
+        failure.message = format!("{}; the old system fails, too: {error}", failure.message);
         failure.transient = true;
     }
 }
@@ -477,7 +477,7 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
     if !is_by_hand {
         if run.returns >= RETURNS {
             let system = before.system.display();
-            return Err(Error::new(format!("Failed to go back to {system}, {RETURNS} times: this machine needs a hand")));
+            return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); manual intervention is required")));
         }
         run.returns += 1;
         run.keep_stuck(layout)?;

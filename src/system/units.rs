@@ -164,7 +164,7 @@ impl Restarts {
         let since = format!("--since=@{}", self.since);
         let ends = [ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}"));
         let ask = journalctl().args(["--output=json", "--output-fields=MESSAGE_ID", &since, "_PID=1", &format!("UNIT={name}")]).args(ends);
-        let synced = journalctl().arg("--sync").output(|| "have the journal written".into(), None);
+        let synced = journalctl().arg("--sync").output(|| "flush the journal".into(), None);
         let said = synced.and_then(|_| ask.output(|| "read the journal".into(), None)).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
         said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)

@@ -211,7 +211,7 @@ impl Savepoint {
             return self.install_index();
         }
         if self.index().exists() {
-            log::warn!("{} has been changed since its fast-forward was cut off; see git status.", index.display());
+            log::warn!("{} has been changed since its fast-forward was interrupted; see git status.", index.display());
         }
         Ok(())
     }

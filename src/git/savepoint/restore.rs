@@ -62,7 +62,7 @@ impl Savepoint {
             Some(there) if is_same(&there, &old) => return Ok(()),
             Some(there) if there.is_dir() => self.move_away(path)?,
             Some(_) if !self.is_gits(path, contents) => {
-                log::warn!("{} has been changed since its fast-forward was cut off: that stays.", self.top.join(path).display());
+                log::warn!("{} has been changed since its fast-forward was interrupted: that stays.", self.top.join(path).display());
                 return Ok(());
             }
             _ => self.restore_directory(path.parent().unwrap_or(Path::new("")), cut_off)?,
@@ -96,7 +96,7 @@ impl Savepoint {
             PathBuf::from(name)
         });
         let free = names.into_iter().find(|name| name.symlink_metadata().is_err()).ok_or(ErrorKind::AlreadyExists)?;
-        log::warn!("Moved {} to {}: it is in the way of what was there before.", place.display(), free.display());
+        log::warn!("Moved {} to {}: it was in the way of the rollback.", place.display(), free.display());
         fs::rename(&place, &free)
     }
 
