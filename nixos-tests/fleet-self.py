@@ -75,8 +75,10 @@ with subtest("inputs are updated between releases, and the hub says so"):
 with subtest("what takes a reboot is rebooted into, when it is time for that"):
     web.succeed(f"echo three > /srv/app/content; echo reboot > /srv/app/trouble; {git} add .; {git} commit -qam three")
     ended = poll(web)
-    assert ended["result"] == "deployed" and ended["rebootNeeded"], ended
-    becomes(hub, "web", "auto updated, reboot needed")
+    assert ended["result"] == "awaitingBoot" and ended["rebootNeeded"], ended
+    becomes(hub, "web", "awaiting boot")
+    assert poll(web)["result"] == "awaitingBoot"
+    becomes(hub, "web", "awaiting boot")
     assert shows(web, "app") == "two"
     now, later = web.succeed("date +%H:%M").strip(), web.succeed("date +%H:%M -d '+2 hours'").strip()
     for other in (f'.window = {{"lower": "{later}", "upper": "{now}"}}', '.when = "never"'):

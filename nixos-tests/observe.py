@@ -72,7 +72,7 @@ with subtest("no time is added where nothing is switched"):
     assert run(again, "app")["result"] == "unchanged"
     publish(again, "app", "later", trouble="reboot")
     ended = run(again, "app")
-    assert ended["result"] == "deployed" and ended["rebootNeeded"] and ended["finished"] - ended["started"] < 20, ended
+    assert ended["result"] == "awaitingBoot" and ended["rebootNeeded"] and ended["finished"] - ended["started"] < 20, ended
 
 with subtest("a machine that dies while its new system is observed boots the old one"):
     begin(early, "crashed")

@@ -30,7 +30,6 @@ pub struct Config {
     #[serde(default)]
     pub hub: Option<Offers>,
     /// What boots this machine, where it may be able to boot a system once.
-    #[allow(dead_code)]
     #[serde(default)]
     pub boot_loader: Option<LoaderKind>,
     /// What this machine deploys, by name.
@@ -267,7 +266,7 @@ pub struct Author {
 }
 
 /// A boot loader that may be able to boot a system once.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LoaderKind {
     /// By an EFI variable.

@@ -1,9 +1,10 @@
 //! Places between two steps at which a test can hold a run, to kill it there or to cut the power.
 //! Only builds with the feature `fault-points` have them.
 
-/// All places, in the order in which a run that succeeds, and then one that goes back, meets them.
+/// All places, in the order in which a run that succeeds, then one that goes back, and then one that has waited for a
+/// boot meets them.
 #[cfg(feature = "fault-points")]
-pub const POINTS: [&str; 27] = [
+pub const POINTS: [&str; 30] = [
     "begin: journal opened",
     "begin: request taken",
     "prepare: begun",
@@ -31,6 +32,9 @@ pub const POINTS: [&str; 27] = [
     "back: begun",
     "back: profile restored",
     "back: system restored",
+    "boot: begun",
+    "boot: well",
+    "boot: boot loader set",
 ];
 
 /// Holds this process if `/run/ekiben-fault` names this place, until that file also says "go on: <place>".

@@ -41,17 +41,22 @@ impl Layout {
 
     /// Those of all instances that anything is known of.
     pub fn with_status(&self) -> Vec<Self> {
-        self.with_file_in("status")
+        self.with_file_in("status", ".json")
     }
 
     /// Those of all instances with a journal.
     pub fn with_journal(&self) -> Vec<Self> {
-        self.with_file_in("runs")
+        self.with_file_in("runs", ".json")
     }
 
-    fn with_file_in(&self, directory: &str) -> Vec<Self> {
+    /// Those of all instances with a system that waits for a boot.
+    pub fn with_trial(&self) -> Vec<Self> {
+        self.with_file_in("runs", ".trial")
+    }
+
+    fn with_file_in(&self, directory: &str, suffix: &str) -> Vec<Self> {
         let files = fs::read_dir(self.root.join(directory)).into_iter().flatten().flatten();
-        let names = files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".json")?.to_owned()));
+        let names = files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(suffix)?.to_owned()));
         names.map(|name| Self::below(&self.root, &name)).collect()
     }
 
@@ -89,6 +94,11 @@ impl Layout {
     /// The journal of a run that could not be put back.
     pub fn stuck(&self) -> PathBuf {
         self.root.join("runs").join(format!("{}.stuck", self.name))
+    }
+
+    /// The journal of a run that has ended until the next boot.
+    pub fn trial(&self) -> PathBuf {
+        self.root.join("runs").join(format!("{}.trial", self.name))
     }
 
     /// What everybody may know.

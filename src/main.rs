@@ -37,7 +37,7 @@ use crate::output::print;
 use crate::run::notes::Proposal;
 use crate::run::{status, trigger};
 use crate::stages::branch::{self, Fate};
-use crate::stages::{activate, begin, build, conclude, prepare, reboot};
+use crate::stages::{activate, begin, boot, build, conclude, prepare, reboot};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 
@@ -46,7 +46,7 @@ Keeps a NixOS machine up to date from the inside.
 
 Usage: ekiben [--config FILE] COMMAND
 
-  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails
+  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails (75: a boot decides)
   status [--json] [INSTANCE]   show the state of the instances, or of one in detail; without --json, fail if one
                                is not well: its last run or a unit has failed, or no run takes its request
   check FILE                   check a configuration file
@@ -61,6 +61,7 @@ What the units run:
   install INSTANCE             install the hub's files for this machine
   reach INSTANCE               fail if the instance's hub cannot be reached
   reboot                       reboot if the deployed system needs it, and its instance permits it
+  boot                         judge what has waited for this boot
   conclude                     end the runs of instances that are gone
 
 Options:
@@ -91,7 +92,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
-        ["trigger", "--wait", name] => trigger::trigger_and_wait(&config()?, name),
+        ["trigger", "--wait", name] => return trigger::trigger_and_wait(&config()?, name),
         ["status", "--json"] => return status::show(&config()?, None, true),
         ["status", "--json", name] | ["status", name, "--json"] => return status::show(&config()?, Some(name), true),
         ["status"] => return status::show(&config()?, None, false),
@@ -114,7 +115,10 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         }
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
-        ["activate", name] => activate::activate(&layout(name)?, configured(file, name)?.is_some()),
+        ["activate", name] => {
+            let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
+            activate::activate(&layout(name)?, config.as_ref())
+        }
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, poll::deliver),
         ["install", name] => {
@@ -122,6 +126,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         }
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),
+        ["boot"] => return Ok(boot::boot()),
         ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
@@ -156,8 +161,11 @@ fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -
 }
 
 fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {
-    let config = file.exists().then(|| Config::read(file)).transpose()?;
-    Ok(config.and_then(|mut config| config.instances.remove(name)))
+    Ok(read_if_there(file)?.and_then(|mut config| config.instances.remove(name)))
+}
+
+fn read_if_there(file: &Path) -> Result<Option<Config>> {
+    file.exists().then(|| Config::read(file)).transpose()
 }
 
 fn layout(name: &str) -> Result<Layout> {

@@ -71,9 +71,10 @@ class Machine:
 
     # life
 
-    def start(self, allow_reboot=False, choose=None):
+    def start(self, allow_reboot=False, choose=None, wait=True):
         """Boots the host, if it is not running: the system that the boot loader chooses, or `choose`, as by hand in the
-        menu. Where that one does not come up, the power is cycled. Returns when systemd answers."""
+        menu. Where that one does not come up, the power is cycled. Returns when systemd has started all, or, if `wait` is
+        not set, answers."""
         if self.init:
             return
         system = self._load(choose)
@@ -102,8 +103,9 @@ class Machine:
         self._plug_in()
         self.process.stdin.write("go\n")
         self.process.stdin.close()
+        states = ("running", "degraded") if wait else ("running", "degraded", "starting")
         retry("systemd to answer", lambda: self._run(
-            "systemctl is-system-running --wait", stderr=subprocess.DEVNULL).stdout.strip() in ("running", "degraded"), 60)
+            f"systemctl is-system-running {'--wait' if wait else ''}", stderr=subprocess.DEVNULL).stdout.strip() in states, 60)
         self.log(f"is up after {time.monotonic() - began:.1f} s")
 
     def _load(self, choose=None):

@@ -28,6 +28,12 @@ impl Repository {
         self.ask(["rev-parse", &format!("{commit}^{{tree}}")])
     }
 
+    /// Whether two commits are the same but for who made them, and when.
+    pub fn is_same(&self, commit: &str, other: &str) -> bool {
+        let contents = |commit: &str| self.ask(["rev-parse", &format!("{commit}^{{tree}}"), &format!("{commit}^@")]).ok();
+        contents(commit).is_some_and(|contents_of_it| contents(other) == Some(contents_of_it))
+    }
+
     /// Makes a commit on top of `base` in which only the lock file differs, and returns its name.
     /// `scratch` is a file for a private index.
     pub fn commit_lock_file(&self, base: &str, lock: &[u8], message: &str, author: &Author, scratch: &Path) -> Result<String> {

@@ -284,6 +284,17 @@ fn number_of(link: &OsStr) -> Option<u64> {
     link.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok()
 }
 
+/// The systems that there are generations of.
+pub fn systems() -> Result<Vec<PathBuf>> {
+    Ok(generations()?.into_values().filter_map(|link| fs::canonicalize(link).ok()).collect())
+}
+
+/// The latest generation of a system.
+pub fn generation_of(system: &Path) -> Option<u64> {
+    let generations = generations().ok()?;
+    generations.into_iter().rev().find(|(_, link)| fs::read_link(link).is_ok_and(|target| target == system)).map(|(number, _)| number)
+}
+
 /// The highest number of a generation.
 pub fn last_generation() -> Result<Option<u64>> {
     Ok(generations()?.keys().next_back().copied())

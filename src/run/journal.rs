@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Instance;
+use crate::config::{Instance, LoaderKind};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
@@ -39,6 +39,8 @@ pub enum Phase {
     Persisting,
     /// The candidate runs, is healthy and will be booted: only the branch is behind.
     Persisted,
+    /// The next boot will bring the candidate, or has: it is to prove itself there.
+    AwaitingBoot,
     /// What was before is being put back.
     Returning,
 }
@@ -114,8 +116,17 @@ pub struct Run {
     pub result: Option<Outcome>,
     /// What should be said about a run that went well.
     pub warnings: Vec<String>,
-    /// Whether the candidate takes effect only with the next boot.
+    /// Whether only a boot brings the candidate, and takes it away.
     pub reboot_needed: bool,
+    /// What boots this machine, where it may be able to boot a system once.
+    #[serde(default)]
+    pub boot_loader: Option<LoaderKind>,
+    /// Whether the candidate is booted once, and what was before by default.
+    #[serde(default)]
+    pub boots_once: bool,
+    /// Whether this is the journal of a run that has ended until the next boot.
+    #[serde(skip)]
+    is_trial: bool,
 }
 
 impl Run {
@@ -142,6 +153,9 @@ impl Run {
             result: None,
             warnings: Vec::new(),
             reboot_needed: false,
+            boot_loader: None,
+            boots_once: false,
+            is_trial: false,
         }
     }
 
@@ -153,6 +167,11 @@ impl Run {
     /// Reads the journal of the run that could not be put back, if the last one could not.
     pub fn load_stuck(layout: &Layout) -> Result<Option<Self>> {
         Self::load_from(&layout.stuck())
+    }
+
+    /// Reads the journal of the run that has ended until the next boot, if there is one.
+    pub fn load_trial(layout: &Layout) -> Result<Option<Self>> {
+        Ok(Self::load_from(&layout.trial())?.map(|run| Self { is_trial: true, ..run }))
     }
 
     fn load_from(path: &Path) -> Result<Option<Self>> {
@@ -174,7 +193,7 @@ impl Run {
 
     /// Writes the journal; when this returns, it will be there after a crash.
     pub fn save(&self, layout: &Layout) -> Result<()> {
-        files::write_json(&layout.journal(), self, 0o600)
+        files::write_json(&if self.is_trial { layout.trial() } else { layout.journal() }, self, 0o600)
     }
 
     /// Enters a phase, durably, or not at all.
@@ -183,10 +202,19 @@ impl Run {
         self.save(layout).inspect_err(|_| self.phase = before)
     }
 
-    /// Removes the journal: the run has ended.
-    pub fn end(layout: &Layout) -> Result<()> {
-        let path = layout.journal();
-        files::remove(&path).context(|| format!("remove {}", path.display()))
+    /// Removes the journal: the run has ended. So has what waited for a boot, if this has come to change what is booted.
+    pub fn end(&self, layout: &Layout) -> Result<()> {
+        let files = [(layout.trial(), self.reboot_needed), (layout.journal(), !self.is_trial)];
+        for (path, _) in files.iter().filter(|(_, is_over)| *is_over) {
+            files::remove(path).context(|| format!("remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the journal until the next boot: the run has ended until then.
+    pub fn await_boot(layout: &Layout) -> Result<()> {
+        let (journal, trial) = (layout.journal(), layout.trial());
+        fs::rename(&journal, &trial).and_then(|()| files::sync_parent(&trial)).context(|| format!("rename {}", journal.display()))
     }
 
     /// Keeps the journal as that of a run that could not be put back: the next one tries again.

@@ -31,6 +31,8 @@ pub enum Stage {
     Observe,
     /// Make it the branch and report.
     Conclude,
+    /// Look whether it has booted, and is well.
+    Boot,
 }
 
 impl fmt::Display for Stage {
@@ -42,6 +44,7 @@ impl fmt::Display for Stage {
             Self::Activate => "activate",
             Self::Observe => "observe",
             Self::Conclude => "conclude",
+            Self::Boot => "boot",
         })
     }
 }
@@ -60,10 +63,14 @@ pub enum Trigger {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
-    /// The machine runs, or will boot, what the run proposed, and it is the branch.
+    /// The machine runs what the run proposed, and it is the branch.
     Deployed,
+    /// The next boot brings what the run proposed, and decides.
+    AwaitingBoot,
     /// Nothing was new.
     Unchanged,
+    /// The same, but the machine runs something else than what was deployed last.
+    Drifted,
     /// The branch moved; another run starts from there.
     StartedOver,
     /// It failed before anything was changed.
@@ -78,7 +85,9 @@ impl fmt::Display for Outcome {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
             Self::Deployed => "deployed",
+            Self::AwaitingBoot => "awaiting boot",
             Self::Unchanged => "unchanged",
+            Self::Drifted => "drifted",
             Self::StartedOver => "started over",
             Self::Failed => "failed",
             Self::RolledBack => "rolled back",

@@ -249,6 +249,7 @@ let
   mayReboot = lib.any (instance: instance.reboot.when == "needed") (builtins.attrValues instances);
   rebootService = {
     description = "Reboot into what Ekiben has deployed, if it takes one";
+    after = [ "ekiben-boot.service" ];
     restartIfChanged = false;
     unitConfig.X-StopOnRemoval = false;
     path = programs;
@@ -321,10 +322,39 @@ let
     + instance.observe * 2
     + lib.foldl' (a: b: a + b) 0 checks;
 
+  # what has waited for a boot is judged, and then only deployed
+  boot = {
+    description = "Judgement of what Ekiben has had waiting for a boot";
+    wantedBy = [ "multi-user.target" ];
+    # not only what it starts is to be there, but all of it
+    after = [
+      "multi-user.target"
+      "network-online.target"
+    ];
+    wants = [ "network-online.target" ];
+    # with boot counting, one that fails is no good boot
+    requiredBy = [ "boot-complete.target" ];
+    before = [ "boot-complete.target" ];
+    restartIfChanged = false;
+    unitConfig.X-StopOnRemoval = false;
+    path = programs;
+    serviceConfig = {
+      Type = "oneshot";
+      RemainAfterExit = true;
+      ExecStart = "+${ekiben} boot";
+      Restart = "on-abnormal";
+      SyslogIdentifier = "ekiben";
+    };
+  };
+
   # a run whose switch removed its instance, and that was cut off then, has no unit any more
   orphans = {
     description = "End of Ekiben's runs for instances that are gone";
     wantedBy = [ "multi-user.target" ];
+    after = [
+      "ekiben-boot.service"
+      "multi-user.target"
+    ];
     unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
     restartIfChanged = false;
     path = programs;
@@ -341,7 +371,10 @@ let
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
-    after = [ "network-online.target" ];
+    after = [
+      "network-online.target"
+      "ekiben-boot.service"
+    ];
     # it survives the switch that it makes
     restartIfChanged = false;
     stopIfChanged = false;
@@ -573,6 +606,7 @@ in
       };
       services = forInstances service instances // {
         ekiben = orphans;
+        ekiben-boot = boot;
         ekiben-reboot = mkIf mayReboot rebootService;
         "ekiben-restart@" = restart;
       };

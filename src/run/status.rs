@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::UNIX_EPOCH;
 
@@ -18,12 +18,13 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::gather::gather;
 use crate::layout::Layout;
+use crate::nix;
 use crate::program::Program;
 use crate::run::Release;
 use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::{Failure, Outcome, Stage, Trigger};
-use crate::system::now;
+use crate::system::{self, now};
 use crate::{output, table};
 
 /// How many ended runs are remembered.
@@ -50,6 +51,8 @@ pub struct Status {
     pub served: u64,
     /// What was deployed last.
     pub deployed: Option<Deployed>,
+    /// What waits for the next boot.
+    pub awaiting: Option<Awaiting>,
     /// What could not be built or did not run, and is not tried again by the timer.
     pub bad: Option<Bad>,
     /// The last run that tried to deploy a release of a fleet's hub.
@@ -88,6 +91,18 @@ pub struct Deployed {
     pub release: Option<Release>,
     /// What was new in it.
     pub summary: Option<String>,
+    /// In which boot it was switched to, if it has not booted itself since.
+    #[serde(default)]
+    not_booted_since: Option<String>,
+}
+
+/// A commit that the next boot of this machine brings.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Awaiting {
+    /// The commit.
+    pub commit: String,
+    /// The system it was built to.
+    pub system: PathBuf,
 }
 
 /// A try to deploy a release.
@@ -272,10 +287,11 @@ impl Status {
                 let Instance { flake_ref, flags, .. } = options;
                 let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
                 let (release, summary) = (ended.release.clone(), ended.summary.clone());
-                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary });
+                let not_booted_since = (!run.reboot_needed).then(system::boot_id);
+                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since });
                 status.bad = None;
             }
-            (Outcome::Unchanged, _) => status.bad = None,
+            (Outcome::Unchanged | Outcome::Drifted, _) => status.bad = None,
             (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
                 if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
                     && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
@@ -287,9 +303,16 @@ impl Status {
             }
             _ => {}
         }
-        if ended.release.is_some() && ended.result != Outcome::Unchanged && ended.stage != Some(Stage::Prepare) {
+        let awaiting = run.candidate.clone().zip(ended.commit.clone()).map(|(system, commit)| Awaiting { commit, system });
+        status.awaiting = match ended.result {
+            Outcome::AwaitingBoot => awaiting,
+            _ => status.awaiting.filter(|_| !run.reboot_needed && layout.trial().exists()),
+        };
+        if ended.release.is_some() && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
             let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
-            status.tried = Some(Tried { count: 1 + earlier.map_or(0, |tried| tried.count), run: ended.clone() });
+            // what has waited for a boot since is the same one
+            let count = earlier.map_or(1, |tried| tried.count + u32::from(tried.run.result != Outcome::AwaitingBoot));
+            status.tried = Some(Tried { count, run: ended.clone() });
         }
         status.remember(ended);
         status.write(layout)?;
@@ -331,6 +354,43 @@ impl Ended {
             reboot_needed: run.reboot_needed,
         }
     }
+
+    /// Whether it has found nothing to do.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.result, Outcome::Unchanged | Outcome::Drifted)
+    }
+}
+
+/// Notes, after a boot, that what was deployed has booted; says so if something else has.
+pub fn note_boot(layout: &Layout) -> Result<()> {
+    let running = system::current()?;
+    for layout in layout.with_status() {
+        let mut status = Status::read(&layout);
+        let deployed = status.deployed.as_mut().filter(|deployed| system::is_of(&deployed.system, &running));
+        if deployed.is_some_and(|deployed| deployed.not_booted_since.take().is_some()) {
+            status.write(&layout)?;
+        }
+    }
+    if let Some(drift) = drift(layout) {
+        log::warn!("This machine {drift}.");
+    }
+    Ok(())
+}
+
+/// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
+/// deployed.
+pub fn drift(layout: &Layout) -> Option<String> {
+    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(layout).into_iter().max_by_key(|deployed| deployed.number)?;
+    let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
+    let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
+    let (how, but) = match not_booted_since {
+        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot"),
+        None if is_booted => (", chosen at boot", ""),
+        _ => (", switched to by another hand", ""),
+    };
+    let name =
+        |system: &Path| nix::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"));
+    Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.
@@ -463,7 +523,8 @@ fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, reque
     let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
     let waits = requested.filter(|since| is_idle && is_old(since));
     let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
-    let cut_off = status.running.as_ref().filter(|running| is_idle && is_old(&running.started));
+    // a boot is judged by another unit
+    let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
     let cut_off = cut_off.map(|_| format!("nothing has ended the run that was cut off; run systemctl start ekiben-{name}"));
     failed.chain(waits).chain(cut_off).collect()
 }
@@ -513,8 +574,12 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
             add("bad", &format!("{}, tried {}, last {}: {}", bad.commit, times(bad.tries), ago(bad.tried, now), bad.error));
         }
         if run.reboot_needed {
-            add("reboot", "needed: the new system runs after it");
+            let which = if shown.status.has_failed() { "old" } else { "new" };
+            add("reboot", &format!("needed: the {which} system runs after it"));
         }
+    }
+    if let Some(awaiting) = &shown.status.awaiting {
+        add("awaiting", &format!("the next boot: {}", awaiting.commit));
     }
     lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
     lines.join("\n") + "\n"
@@ -526,7 +591,8 @@ impl Details {
         let (request, status) = (layout.request(), Status::read(&layout));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
-        let problems = problems(name, units, &status, since, now());
+        let mut problems = problems(name, units, &status, since, now());
+        problems.extend(drift(&layout));
         Self {
             well: problems.is_empty() && !status.has_failed(),
             problems,

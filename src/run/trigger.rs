@@ -1,6 +1,7 @@
 //! `ekiben trigger`: a request by somebody at this machine, who need not be root but a member of group
 //! ekiben.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,6 +16,8 @@ use crate::run::Outcome;
 use crate::run::queue;
 use crate::run::status::{Ended, Status};
 
+/// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
+const AWAITING_BOOT: u8 = 75;
 /// Between two looks at the status.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -26,7 +29,7 @@ pub fn trigger(config: &Config, name: &str) -> Result<()> {
 
 /// Asks for a run and waits for its end, with its log as far as this user may read the journal. Fails
 /// if the run does.
-pub fn trigger_and_wait(config: &Config, name: &str) -> Result<()> {
+pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
     let layout = layout(config, name)?;
     let unit = format!("--unit=ekiben-{name}.service");
     let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).show()?;
@@ -35,8 +38,9 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<()> {
     let _ = log.kill();
     let _ = log.wait();
     match ended? {
-        Some(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged) => {
-            output::print(&format!("The run ended: {}.\n", run.result))
+        Some(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged | Outcome::AwaitingBoot) => {
+            output::print(&format!("The run ended: {}.\n", run.result))?;
+            Ok(if run.result == Outcome::AwaitingBoot { ExitCode::from(AWAITING_BOOT) } else { ExitCode::SUCCESS })
         }
         Some(run) => Err(Error::new(format!("The run ended: {}: {}", run.result, run.error.unwrap_or_default()))),
         None => Err(Error::new(format!("Failed to find the run of the request for {name}"))),

@@ -9,11 +9,11 @@
 //! the unit that it is part of.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::config::{OnUnitFailure, Operation};
+use crate::config::{Config, Operation};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::layout::Layout;
@@ -24,7 +24,8 @@ use crate::run::notes::Notes;
 use crate::run::status::Status;
 use crate::run::{Failure, Stage};
 use crate::stages::branch::Fate;
-use crate::stages::conclude;
+use crate::stages::{conclude, trial};
+use crate::system::boot_loader::BootLoader;
 use crate::system::health;
 use crate::system::switched::{self, Switched};
 use crate::system::units::{self, Restarts, Units};
@@ -37,14 +38,15 @@ const LOOKS: u32 = 5;
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
-pub fn activate(layout: &Layout, configured: bool) -> Result<()> {
+pub fn activate(layout: &Layout, config: Option<&Config>) -> Result<()> {
     let Some(mut run) = Run::load(layout)? else {
         return Err(Error::new("Failed to activate: no run is under way"));
     };
     Status::announce(layout, &run, Stage::Activate)?;
     fault::point("activate: begun");
     let mut turn = None;
-    if !configured {
+    run.boot_loader = config.and_then(|config| config.boot_loader);
+    if config.is_none() {
         run.decision = Some(Decision::StartOver);
     } else if let Err(error) = attempt(layout, &mut run, &mut turn) {
         log::warn!("{error}.");
@@ -66,6 +68,12 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
         return Err(Error::new("Failed to activate: there is no proposal"));
     };
     if proposal.unchanged {
+        if let Some(trial) = Run::load_trial(layout)? {
+            let turn = Turn::take()?;
+            conclude::withdraw(layout, &trial)?;
+            drop(turn);
+            run.warnings.push("the system that waited for the next boot has been withdrawn: it is not what is to run any more".into());
+        }
         run.decision = Some(Decision::Unchanged);
         return run.save(layout);
     }
@@ -84,6 +92,10 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
         *turn = Turn::take_at(count)?;
     }
     fault::point("activate: candidate checked");
+    if renews(layout, run, &system)? {
+        return run.enter(Phase::AwaitingBoot, layout);
+    }
+    conclude::supersede(layout)?;
 
     let generation = nix::current_generation()?;
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
@@ -91,45 +103,89 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     run.before = Some(before.clone());
     integrity::sync()?;
 
-    if run.instance.operation == Operation::Switch && before.system != system {
-        let inhibitors = switched::inhibitors(&system::current()?, &system);
+    let target = specialised(run, &system, &before)?;
+    if run.instance.operation == Operation::Switch && before.system != target {
+        let inhibitors = switched::inhibitors(&system::current()?, &target);
         if inhibitors.is_empty() {
             run.enter(Phase::Switching, layout)?;
             fault::point("activate: switching");
-            switch(layout, run, &system, &before)?;
+            switch(layout, run, &target, &before)?;
             fault::point("activate: switched");
         } else {
             at_boot(run, &inhibitors.join("; "));
         }
         if !run.reboot_needed {
             let restarts = (run.instance.observe > 0).then(Restarts::now).transpose()?;
-            let is_new = verify(layout, run, &system, &before)?;
+            let is_new = verify(layout, run, &target, &before)?;
             fault::point("activate: healthy");
             if let Some(restarts) = restarts {
                 let restarts = if is_new { Restarts::now()? } else { restarts };
-                let observed = observe(layout, run, &system, &before, restarts);
+                let observed = observe(layout, run, &target, &before, restarts);
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
             }
         }
-        if !run.reboot_needed && system::current()? != system || nix::current_generation()? != generation {
+        if !run.reboot_needed && system::current()? != target || nix::current_generation()? != generation {
             // another hand: what it did is to stay
             leave(layout, run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
+    run.reboot_needed |= run.instance.operation == Operation::Boot && !system::is_of(&system, &before.system);
     if !is_booted {
+        run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
         run.enter(Phase::Persisting, layout)?;
         fault::point("activate: persisting");
         nix::set_profile(&system)?;
         fault::point("activate: profile set");
-        system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
+        install(run, &system, generation)?;
         fault::point("activate: boot loader set");
     }
-    run.reboot_needed |= run.instance.operation == Operation::Boot && system::current()? != system;
     run.warnings.extend(missing_from(&system, layout.name()));
     integrity::sync()?;
-    run.enter(Phase::Persisted, layout)?;
+    run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted }, layout)?;
     fault::point("activate: persisted");
+    Ok(())
+}
+
+/// What to switch to: the specialisation of the system that is of the same name as the one that runs, if one does.
+fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf> {
+    let Some(name) = nix::systems()?.iter().find_map(|system| system::specialisation(system, &before.system)) else {
+        return Ok(system.to_owned());
+    };
+    let same = fs::canonicalize(system.join("specialisation").join(&name));
+    if same.is_err() && run.instance.operation == Operation::Switch {
+        run.warnings.push(format!("the specialisation {name} was left: the new system does not have it"));
+    }
+    Ok(same.unwrap_or_else(|_| system.to_owned()))
+}
+
+/// Whether the system already waits for the next boot, by this instance's doing: then there is nothing to change.
+fn renews(layout: &Layout, run: &mut Run, system: &Path) -> Result<bool> {
+    let waits = |trial: &Run| trial.candidate.as_deref() == Some(system);
+    let Some(trial) = Run::load_trial(layout)?.filter(waits) else { return Ok(false) };
+    if nix::current_generation()?.is_none_or(|next| next.system != system) {
+        return Ok(false);
+    }
+    (run.before, run.passed, run.reboot_needed) = (trial.before, trial.passed, true);
+    (run.boot_loader, run.boots_once, run.warnings) = (trial.boot_loader, trial.boots_once, trial.warnings);
+    Ok(true)
+}
+
+/// Has the boot loader boot the system: by default from now on, or, where only a boot can bring it and the boot loader
+/// is able to, once, and what was booted before by default.
+fn install(run: &mut Run, system: &Path, old: Option<Generation>) -> Result<()> {
+    let install = |system: &Path| system::switch_to(system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success();
+    if let (Some(loader), Some(old)) = (BootLoader::of(run.boot_loader).filter(|_| run.boots_once), old) {
+        match install(&old.system).and_then(|()| loader.boot_once(system)) {
+            Ok(()) => return Ok(()),
+            Err(error) => log::warn!("{error}."),
+        }
+    }
+    install(system)?;
+    if run.reboot_needed {
+        run.boots_once = false;
+        run.warnings.push("the new system is what is booted by default already: the boot loader cannot boot it only once".into());
+    }
     Ok(())
 }
 
@@ -153,12 +209,12 @@ fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
 /// its system still runs, that is what was before that one.
 fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
     let system = system::current()?;
-    let stuck = Run::load_stuck(layout)?.filter(|stuck| stuck.candidate.as_ref() == Some(&system));
+    let stuck = Run::load_stuck(layout)?.filter(|stuck| stuck.candidate.as_ref().is_some_and(|stuck| system::is_of(stuck, &system)));
     let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
         run.passed = passed;
         before
     } else {
-        if run.instance.operation == Operation::Switch && run.candidate.as_ref() != Some(&system) {
+        if run.candidate.as_ref() != Some(&system) {
             run.passed = health::passing(&run.instance.health_checks);
         }
         Before { system, generation, last_generation: nix::last_generation()?, units: Units::before()? }
@@ -176,7 +232,7 @@ fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     match Switched::of(ended)? {
         Switched::Runs { units_failed, users, tail } => {
             run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
-            let is_well = check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
+            let is_well = trial::check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
             if units_failed && is_well && users.is_empty() {
                 run.warnings.push(failed_again(before)?);
             }
@@ -205,28 +261,6 @@ fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
     run.enter(Phase::Begun, layout)
 }
 
-/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
-/// if one is, unless that is to be kept.
-fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
-    let mut worse = before.units.worse_under(&before.system, system)?;
-    if let Some(restarts) = restarts {
-        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
-    }
-    if worse.is_empty() {
-        return Ok(true);
-    }
-    let error = if run.phase == Phase::Observing { conclude::failed_to_keep_up(&worse) } else { conclude::failed_to_start(&worse) };
-    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
-        run.blamed = worse.into_keys().collect();
-        return Err(error);
-    }
-    let warning = error.to_string();
-    if !run.warnings.contains(&warning) {
-        run.warnings.push(warning);
-    }
-    Ok(false)
-}
-
 /// What to say where units have failed, but not by the switch.
 fn failed_again(before: &Before) -> Result<String> {
     let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
@@ -253,7 +287,7 @@ fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut r
             break;
         }
         let is_close = left.is_zero() || look % LOOKS == 0;
-        check_units(run, system, before, is_close.then_some(&restarts))?;
+        trial::check_units(run, system, before, is_close.then_some(&restarts))?;
         if is_close && verify(layout, run, system, before)? {
             run.enter(Phase::Observing, layout)?;
             restarts = Restarts::now()?;

@@ -15,7 +15,8 @@ use crate::run::notes::run_id;
 use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
-use crate::stages::conclude;
+use crate::stages::{boot, conclude};
+use crate::system::boot_id;
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h, as in module.nix.
 pub const TRY_AGAIN: u8 = 75;
@@ -31,7 +32,8 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
         // that run has been reported; this one is another
         log::warn!("{error}.");
     }
-    if layout.journal().exists() {
+    boot::end_all(layout);
+    if layout.journal().exists() || Run::load_trial(layout)?.is_some_and(|trial| trial.boot != boot_id()) {
         return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
     }
     let mut run = Run::new(run_id()?, instance.clone());
@@ -47,7 +49,7 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     let mut pause = PAUSES[0];
     while let Err(error) = open(layout, &mut run) {
         if layout.journal().exists() {
-            Run::end(layout)?;
+            run.end(layout)?;
         }
         if began.elapsed() > PATIENCE {
             let _ = Status::report_unopened(layout, &error.to_string());

@@ -18,6 +18,8 @@ pub enum Fate {
     Accept,
     /// Forget the candidate.
     Drop,
+    /// Remember it again: another run has forgotten it.
+    Keep,
 }
 
 /// The exit status that says: the branch has moved since the run began.
@@ -30,12 +32,13 @@ impl Fate {
             Self::Check => "check",
             Self::Accept => "accept",
             Self::Drop => "drop",
+            Self::Keep => "keep",
         }
     }
 
     /// From an argument.
     pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Check, Self::Accept, Self::Drop].into_iter().find(|fate| fate.word() == word)
+        [Self::Check, Self::Accept, Self::Drop, Self::Keep].into_iter().find(|fate| fate.word() == word)
     }
 }
 
@@ -56,6 +59,10 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<
         return Err(Error::new("Failed to find the run's proposal"));
     };
     let repository = repository?;
+    if fate == Fate::Keep {
+        let is_branch = repository.head == *proposal.commit;
+        return if is_branch { Ok(()) } else { repository.keep(&layout.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
+    }
     let is_in_branch = || repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit);
     if fate == Fate::Accept && is_in_branch() {
         // done before this was cut off, or by the user

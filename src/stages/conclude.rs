@@ -6,7 +6,6 @@
 //! again. There are two ends: the new system, in the profile, with the branch on its commit; or the
 //! old one, with the repository as it was.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -23,11 +22,14 @@ use crate::program::Program;
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::notes::{Notes, run_id};
 use crate::run::queue;
-use crate::run::status::{Ended, Status};
+use crate::run::status::{self, Ended, Status};
 use crate::run::{Failure, Outcome, Stage};
 use crate::stages::branch::{Fate, MOVED};
+use crate::stages::trial;
 use crate::system::boot_id;
+use crate::system::boot_loader::BootLoader;
 use crate::system::health;
+use crate::system::units::{self, Worse};
 use crate::system::{self, Turn};
 
 /// How long the way from a commit to the branch, a push included, may take; tests wait for it.
@@ -130,18 +132,24 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
         run.result = Some(result);
         return run.save(layout).and(Err(error));
     }
+    if result == Outcome::AwaitingBoot {
+        Run::await_boot(layout)?;
+    }
     drop(turn);
     fault::point("conclude: reported");
+    let waits = result == Outcome::AwaitingBoot || !run.reboot_needed && layout.trial().exists();
     let kept = match result {
         Outcome::Deployed => Run::forget_stuck(layout),
         Outcome::Stuck => run.keep_stuck(layout),
         _ => Ok(()),
     };
-    // what is stuck is still to go back to what is kept for that
-    if let Err(error) = kept.and_then(|()| if layout.stuck().exists() { Ok(()) } else { store::unroot(layout) }) {
+    // what is stuck, or on trial, may still be to go back to what is kept for that
+    if let Err(error) = kept.and_then(|()| if waits || layout.stuck().exists() { Ok(()) } else { store::unroot(layout) }) {
         log::warn!("{error}.");
     }
-    Run::end(layout)?;
+    if result != Outcome::AwaitingBoot {
+        run.end(layout)?;
+    }
     if let Some(failure) = run.failure.filter(|_| result != Outcome::Deployed) {
         return Err(Error::new(format!("Run ended: {result} in stage {}: {}", failure.stage, failure.message)));
     }
@@ -151,7 +159,8 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
 
 /// Has the candidate be the branch, or everything be as it was; returns which of it.
 fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<Outcome> {
-    if run.boot != boot_id() {
+    let is_later = run.boot != boot_id();
+    if is_later && run.phase != Phase::AwaitingBoot {
         if let Err(error) = integrity::mend(run.started) {
             log::warn!("{error}.");
         }
@@ -161,6 +170,13 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
             log::warn!("{error}.");
             None
         });
+    }
+    if run.phase == Phase::AwaitingBoot && !is_later {
+        return Ok(Outcome::AwaitingBoot);
+    }
+    if run.reboot_needed && is_later && trial::is_due(run)? {
+        take_back(turn)?;
+        run.failure = trial::judge(layout, run).err().map(|error| Failure::new(Stage::Boot, &error));
     }
     if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
         match accept(layout, run, turn) {
@@ -180,6 +196,7 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
     }
     let mut result = match run.decision {
         _ if accepted => Outcome::Deployed,
+        Some(Decision::Unchanged) if status::drift(layout).is_some() => Outcome::Drifted,
         Some(Decision::Unchanged) => Outcome::Unchanged,
         Some(Decision::StartOver) => Outcome::StartedOver,
         None => Outcome::Failed,
@@ -189,11 +206,13 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
         result = back(layout, run, result);
     }
 
-    if !matches!(result, Outcome::Deployed | Outcome::Unchanged) {
+    if !matches!(result, Outcome::Deployed | Outcome::Unchanged | Outcome::Drifted) {
         // what the user's git does keeps nobody else waiting
         *turn = None;
+        // what waits for a boot goes on to be kept
+        let trial = if run.reboot_needed { None } else { Run::load_trial(layout)? };
         // a ref that is left over is overwritten by the next run
-        if let Err(error) = settle(layout, run, Fate::Drop) {
+        if let Err(error) = trial.map_or_else(|| settle(layout, run, Fate::Drop), |mut trial| settle(layout, &mut trial, Fate::Keep)) {
             log::warn!("{error}.");
         }
     }
@@ -228,19 +247,15 @@ fn accept(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<boo
 }
 
 /// Fails unless the candidate runs and will be booted: another hand may have switched, or have booted something else.
-fn check_is_in_place(run: &mut Run) -> Result<()> {
+fn check_is_in_place(run: &Run) -> Result<()> {
     let (next, current) = (store::current_generation()?.map(|generation| generation.system), system::current()?);
     let has_booted = run.boot != boot_id();
-    let waits_for_boot = run.reboot_needed && !has_booted;
     let wrong = [
         next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)),
-        Some(&current).filter(|_| !waits_for_boot && run.candidate.as_ref() != Some(&current)),
+        Some(&current).filter(|current| !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, current))),
     ];
-    let Some(other) = wrong.into_iter().flatten().next() else {
-        run.reboot_needed = waits_for_boot;
-        return Ok(());
-    };
-    let how = if has_booted { "booted" } else { "switched to" };
+    let Some(other) = wrong.into_iter().flatten().next() else { return Ok(()) };
+    let how = if has_booted && !run.reboot_needed { "booted" } else { "switched to" };
     Err(Error::new(format!("Failed to complete the switch: this machine has been {how} another system, {}", other.display())).transient())
 }
 
@@ -326,7 +341,7 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
         return result;
     }
     log::warn!("Going back to {} ...", before.system.display());
-    let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::Returning);
+    let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
     note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
     if let Err(error) = run.enter(Phase::Returning, layout) {
@@ -336,12 +351,16 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     match put_back(layout, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
             if !same.is_empty() {
-                run.warnings.push(format!("{} with the old system, too", failed_to_start(&same)));
+                run.warnings.push(format!("{} with the old system, too", units::failed_to_start(&same)));
             }
             if result != Outcome::Failed {
                 return result;
             }
-            excuse(run, &same);
+            if !run.reboot_needed {
+                excuse(run, &same);
+            } else if let Some(current) = system::current().ok().filter(|current| *current != before.system) {
+                run.warnings.push(format!("this machine runs {} until it is rebooted", current.display()));
+            }
             Outcome::RolledBack
         }
         Err(error) => {
@@ -368,7 +387,7 @@ fn note_failed(run: &mut Run, before: &Before) {
 /// Fails if there are others.
 fn with_either(run: &Run, worse: Worse) -> Result<Worse> {
     let (same, mine): (Worse, Worse) = worse.into_iter().partition(|(name, _)| run.worse.contains(name));
-    if mine.is_empty() { Ok(same) } else { Err(failed_to_start(&mine)) }
+    if mine.is_empty() { Ok(same) } else { Err(units::failed_to_start(&mine)) }
 }
 
 /// Notes that the candidate may be tried again, if what it has failed for is the same with the old system.
@@ -376,7 +395,7 @@ fn excuse(run: &mut Run, same: &Worse) {
     let why = if run.blamed.is_empty() {
         health::verify(&run.instance.health_checks, &run.passed).err()
     } else {
-        run.blamed.iter().all(|name| same.contains_key(name)).then(|| failed_to_start(same))
+        run.blamed.iter().all(|name| same.contains_key(name)).then(|| units::failed_to_start(same))
     };
     if let (Some(error), Some(failure)) = (why, &mut run.failure) {
         failure.message = format!("{}; the old system fails, too: {error}", failure.message);
@@ -384,35 +403,16 @@ fn excuse(run: &mut Run, same: &Worse) {
     }
 }
 
-/// Units that are worse off than before, with their states.
-type Worse = BTreeMap<String, String>;
-
-/// The error that says so.
-pub fn failed_to_start(units: &Worse) -> Error {
-    failed_to("start", units)
-}
-
-/// The same where they had been started.
-pub fn failed_to_keep_up(units: &Worse) -> Error {
-    failed_to("keep up", units)
-}
-
-fn failed_to(do_what: &str, units: &Worse) -> Error {
-    let shown: Vec<_> =
-        units.iter().map(|(name, state)| if state == "failed" { name.clone() } else { format!("{name} ({state})") }).collect();
-    Error::new(format!("Failed to {do_what} {}", shown.join(", ")))
-}
-
 /// Puts back the system that was before, and what is booted if that was touched; returns the units that are
 /// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
 pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
     // what another hand has done in the meantime is to stay
-    let ours = |system: &Path| run.candidate.as_deref() == Some(system) || before.system == system;
+    let ours = |system: &Path| run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, system)) || before.system == system;
     let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
     fault::point("back: profile restored");
     let current = system::current()?;
-    // after a reboot the old system has come up by itself
-    let worse = if ours(&current) && (run.boot == boot_id() || current != before.system) {
+    // after a reboot the old system has come up by itself; and what only a boot brings, only a boot takes away
+    let worse = if ours(&current) && !run.reboot_needed && (run.boot == boot_id() || current != before.system) {
         put_back_system(layout, run, before)
     } else {
         Ok(Worse::new())
@@ -422,6 +422,9 @@ pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool)
 }
 
 fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path) -> bool) -> Result<()> {
+    if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
+        loader.forget()?;
+    }
     let now = store::current_generation()?;
     let is_other = now != before.generation;
     if now.is_some_and(|now| ours(&now.system)) {
@@ -462,9 +465,50 @@ fn put_back_system(layout: &Layout, run: &Run, before: &Before) -> Result<Worse>
         if worse.keys().all(|name| run.worse.contains(name)) {
             break;
         }
-        log::warn!("{}; trying again.", failed_to_start(&worse));
+        log::warn!("{}; trying again.", units::failed_to_start(&worse));
     }
     Ok(worse)
+}
+
+/// Ends what has waited for this boot, if this instance has such a thing: the run goes on where it had ended.
+pub fn end_trial(layout: &Layout) -> Result<()> {
+    let waiting = || -> Result<Option<Run>> {
+        let (journal, trial) = (Run::load(layout)?, Run::load_trial(layout)?);
+        Ok([journal, trial].into_iter().flatten().find(|run| run.reboot_needed && run.boot != boot_id()))
+    };
+    if waiting()?.is_none() {
+        return Ok(());
+    }
+    if system::is_stopping()? {
+        return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
+    }
+    let turn = Turn::take()?;
+    waiting()?.map_or(Ok(()), |run| end(layout, run, Some(turn)))
+}
+
+/// Takes what waits for a boot out of the profile and the boot loader; whoever does so has the turn.
+pub fn withdraw(layout: &Layout, trial: &Run) -> Result<()> {
+    if let Some(before) = &trial.before {
+        put_back(layout, trial, before, true)?;
+    }
+    trial.end(layout)
+}
+
+/// The same with all that wait, before `instance` has another system take effect: one waits at a time. What git keeps of
+/// another's goes with that one's next run.
+pub fn supersede(instance: &Layout) -> Result<()> {
+    for layout in instance.with_trial() {
+        let Some(mut trial) = Run::load_trial(&layout)? else { continue };
+        log::warn!("Withdrawing the system that {} has waiting for the next boot ...", layout.name());
+        withdraw(&layout, &trial)?;
+        if layout.name() != instance.name() {
+            let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
+            trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
+            report(&layout, &trial, Outcome::Failed)?;
+            store::unroot(&layout)?;
+        }
+    }
+    Ok(())
 }
 
 /// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
@@ -473,7 +517,8 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
     let Some(mut run) = Run::load_stuck(layout)? else { return Ok(false) };
     let Some(before) = run.before.clone() else { return Ok(false) };
     let _turn = Turn::take()?;
-    let is_by_hand = run.candidate.as_ref() != Some(&system::current()?) && before.system != system::current()?;
+    let current = system::current()?;
+    let is_by_hand = !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, &current)) && before.system != current;
     if !is_by_hand {
         if run.returns >= RETURNS {
             let system = before.system.display();
@@ -493,6 +538,7 @@ fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     let failure = run.failure.as_ref();
     let proposal = run.proposal();
     let mut ended = Ended::new(run, result, failure);
+    ended.reboot_needed &= store::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
     ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());

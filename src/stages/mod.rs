@@ -10,5 +10,9 @@ pub mod activate;
 
 pub mod conclude;
 
+pub mod trial;
+
+pub mod boot;
+
 pub mod branch;
 pub mod reboot;

@@ -108,6 +108,9 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
         Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &index)?,
         _ => base.clone(),
     };
+    // what already waits for the next boot is the same when it is proposed again
+    let awaiting = Status::read(layout).awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
+    let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
     fault::point("prepare: committed");
     let unchanged = status::is_deployed(layout, &commit, instance);
     let tree = repository.tree(&commit)?;
@@ -115,10 +118,8 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
         repository.check_forward(&commit, layout.name(), scratch)?;
         repository.rehearse_forward(&commit, scratch)?;
         repository.keep(&reference, &commit)?;
-    } else if instance.pull {
-        if let Err(error) = git::drop_reference(instance, &reference, layout.name()) {
-            log::warn!("{error}.");
-        }
+    } else if let Err(error) = git::drop_reference(instance, &reference, layout.name()) {
+        log::warn!("{error}.");
     }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
     let id = |hash: &str| ObjectId::try_from(hash).context(|| "describe the candidate".into());

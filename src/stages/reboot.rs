@@ -3,14 +3,17 @@
 use std::fs;
 use std::path::Path;
 
-use crate::config::{Config, Instance, Reboot, When, Window};
+use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
-use crate::run::status::Status;
+use crate::run::Outcome;
+use crate::run::journal::Run;
+use crate::run::status::{Ended, Status};
 use crate::system;
+use crate::system::boot_loader::BootLoader;
 
 /// What this machine was rebooted for, a line each, the last one at the end.
 const REBOOTED: &str = "/var/lib/ekiben/rebooted";
@@ -20,7 +23,8 @@ const REMEMBERED: usize = 100;
 /// Whether what is booted next differs from what runs, or was booted, in what only a reboot changes.
 pub fn is_needed() -> bool {
     let next = fs::canonicalize(SYSTEM_PROFILE).ok();
-    system::current().ok() != next || next.is_some_and(|next| boots_another(&next))
+    let runs = |next: &Path| system::current().is_ok_and(|running| system::is_of(next, &running));
+    !next.as_deref().is_some_and(runs) || next.is_some_and(|next| boots_another(&next))
 }
 
 /// Whether what has booted is not what this system would boot.
@@ -57,7 +61,7 @@ pub fn reboot(config: &Config) -> Result<()> {
     let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
     let running = system::current()?;
     let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
-    let Some((way, policy)) = decide(&parts, running == next, boots_another(&next)) else { return Ok(()) };
+    let Some((way, policy)) = decide(&parts, system::is_of(&next, &running), boots_another(&next)) else { return Ok(()) };
     if !Layout::new("").with_journal().is_empty() || !is_time(policy.window.as_ref())? {
         return Ok(());
     }
@@ -80,14 +84,17 @@ pub fn reboot(config: &Config) -> Result<()> {
         Way::Back => log::warn!("Rebooting into the previous system: the deployed one is not well."),
     }
     // what has not begun may be tried again
-    by(policy.kexec).inspect_err(|_| drop(remember(&rebooted)))
+    by(policy.kexec, config.boot_loader, &next).inspect_err(|_| drop(remember(&rebooted)))
 }
 
 fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> Part<'a> {
     let status = Status::read(&Layout::new(name));
     let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
-    let waits = deployed && running != next && status.runs.first().is_some_and(|run| run.reboot_needed);
-    Part { policy: &instance.reboot, waits, failed: false, deployed }
+    let waits = !system::is_of(next, running) && status.awaiting.is_some_and(|awaiting| awaiting.system == next);
+    // by the name of the run: see what judges it
+    let is_of_this_boot = |run: &Ended| run.id == system::boot_id().replace('-', "");
+    let failed = status.runs.iter().any(|run| run.result == Outcome::RolledBack && run.reboot_needed && is_of_this_boot(run));
+    Part { policy: &instance.reboot, waits, failed, deployed }
 }
 
 /// Which way to reboot, if at all, and by whose policy: that of whoever is concerned; if that is nobody, of any that permits.
@@ -106,14 +113,21 @@ fn decide<'a>(parts: &[Part<'a>], runs_next: bool, boots_another: bool) -> Optio
     Some((way, policy))
 }
 
-/// Reboots now.
-fn by(kexec: bool) -> Result<()> {
+/// Reboots now. By kexec, a system that the boot loader was to boot once needs none: if it hangs, the next power cycle
+/// boots another.
+fn by(kexec: bool, loader: Option<LoaderKind>, next: &Path) -> Result<()> {
+    let is_armed = |layout: &Layout| Run::load_trial(layout).is_ok_and(|trial| trial.is_some_and(|trial| trial.boots_once));
+    let loader = BootLoader::of(loader).filter(|_| Layout::new("").with_trial().iter().any(is_armed));
     let systemctl = |words: &[&str]| Program::new("systemctl").args(words).output(|| words.join(" "), None).map(drop);
     // systemctl finds a kernel by itself only where the boot loader is one of systemd's; NixOS has a service for all
-    let by_kexec = || systemctl(&["start", "prepare-kexec.service"]).and_then(|()| systemctl(&["kexec"]));
+    let forget = || loader.as_ref().map_or(Ok(()), BootLoader::forget);
+    let by_kexec = || systemctl(&["start", "prepare-kexec.service"]).and_then(|()| forget()).and_then(|()| systemctl(&["kexec"]));
     match kexec.then(by_kexec) {
         Some(Ok(())) => return Ok(()),
-        Some(Err(error)) => log::warn!("{error}; falling back to a full reboot."),
+        Some(Err(error)) => {
+            log::warn!("{error}; falling back to a full reboot.");
+            loader.map_or(Ok(()), |loader| loader.boot_once(next))?;
+        }
         None => {}
     }
     systemctl(&["reboot"])

@@ -1,6 +1,5 @@
 //! The running NixOS: what it is; and, for root only, switching it, and taking turns at that.
 
-#[allow(dead_code)]
 pub mod boot_loader;
 pub mod health;
 pub mod switched;
@@ -98,6 +97,18 @@ pub fn current() -> Result<PathBuf> {
     named_by(CURRENT)
 }
 
+/// Whether what runs is a system, or one of its specialisations.
+pub fn is_of(system: &Path, running: &Path) -> bool {
+    system == running || specialisation(system, running).is_some()
+}
+
+/// The specialisation of a system that this one is.
+pub fn specialisation(system: &Path, running: &Path) -> Option<String> {
+    let all = fs::read_dir(system.join("specialisation")).into_iter().flatten().flatten();
+    all.filter(|entry| fs::canonicalize(entry.path()).is_ok_and(|path| path == running))
+        .find_map(|entry| entry.file_name().into_string().ok())
+}
+
 /// The system that a link in `/run` names; in the sandbox of the user's stages, what it named when they began.
 pub fn named_by(link: &str) -> Result<PathBuf> {
     let doing = || format!("read {link}");
@@ -120,6 +131,22 @@ fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
     Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
+}
+
+/// Waits until systemd has started all that it is to, but for what waits for units of ours; or until a limit, in seconds.
+pub fn wait_for_jobs(limit: u64) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(limit);
+    let is_busy = || -> Result<bool> {
+        let jobs = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager"])?;
+        let jobs = String::from_utf8_lossy(&jobs);
+        Ok(jobs
+            .lines()
+            .any(|job| matches!(job.split_whitespace().collect::<Vec<_>>()[..], [_, unit, _, "running"] if !unit.starts_with("ekiben"))))
+    };
+    while is_busy()? && Instant::now() < until {
+        thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 /// Whether the instance's service is at work on this run.

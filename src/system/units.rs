@@ -27,7 +27,7 @@ const FLEETING: [&str; 3] = [".device", ".scope", ".slice"];
 const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
 /// What the state of a unit is told from.
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
-                          RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
+                          RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic,Job";
 
 /// Before the switch: what has been restarted since then, in seconds, may well be again.
 const LATELY: u64 = 600;
@@ -104,7 +104,7 @@ impl Units {
 
     /// Those that are worse off under the system `new` than they were under `old`, with their states: they have
     /// failed; or were active and should be, and are not; or make no sense any more.
-    pub fn worse_under(&self, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+    pub fn worse_under(&self, old: &Path, new: &Path) -> Result<Worse> {
         let now = Self::now()?;
         let mut worse = BTreeMap::new();
         for name in now.failed.difference(&self.failed).filter(|name| brings(old, name) || brings(new, name)) {
@@ -142,7 +142,7 @@ impl Restarts {
     }
 
     /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
-    pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<BTreeMap<String, String>> {
+    pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<Worse> {
         let mut died = BTreeMap::new();
         for (name, Service { restarts, .. }) in services(&["*.service"])? {
             let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
@@ -194,6 +194,25 @@ fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
     Ok(gather(shown.split("\n\n").map(service)))
 }
 
+/// Units that are worse off than before, with their states.
+pub type Worse = BTreeMap<String, String>;
+
+/// The error that says so.
+pub fn failed_to_start(units: &Worse) -> Error {
+    failed_to("start", units)
+}
+
+/// The same where they had been started.
+pub fn failed_to_keep_up(units: &Worse) -> Error {
+    failed_to("keep up", units)
+}
+
+fn failed_to(do_what: &str, units: &Worse) -> Error {
+    let shown: Vec<_> =
+        units.iter().map(|(name, state)| if state == "failed" { name.clone() } else { format!("{name} ({state})") }).collect();
+    Error::new(format!("Failed to {do_what} {}", shown.join(", ")))
+}
+
 /// Says of which users units have failed, and which, as far as their own systemd tells.
 pub fn of_users_failed(users: &BTreeSet<String>) -> String {
     let shown: Vec<_> =
@@ -237,6 +256,10 @@ impl<'a> Properties<'a> {
             return wanted;
         }
         if !was_active || is_up(self.of("ActiveState")) || self.of("LoadState") == "masked" || !(wanted || changed) {
+            return false;
+        }
+        // systemd is to start it yet
+        if self.time("Job") > 0 {
             return false;
         }
         // its configuration says not to start it now

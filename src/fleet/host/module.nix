@@ -291,6 +291,14 @@ in
             SetCredential = noIdentity;
           };
         };
+        # its health check asks the hub
+        ekiben-boot = mkIf cfg.enable {
+          serviceConfig = {
+            User = fleet.user;
+            LoadCredential = identity;
+            SetCredential = noIdentity;
+          };
+        };
         ekiben-files = mkIf hasFiles fleetFiles;
       };
       paths.ekiben-deliver = {

@@ -16,9 +16,8 @@ use crate::gather::gather;
 use crate::layout::Layout;
 use crate::names::RunId;
 use crate::program::Program;
-use crate::run::Outcome;
-use crate::run::Stage;
 use crate::run::status::{Ended, Status};
+use crate::run::{Outcome, Stage};
 
 /// How many reports wait at most.
 const MOST: usize = 32;
@@ -27,16 +26,19 @@ const LINES: &str = "5000";
 const LOG: &str = "4194304";
 
 /// Adds the report of the run that ended last, with what the journal has of it; not if that had
-/// nothing to do, or could not begin for the same reason as the one before. Removes what the hub has.
+/// nothing to do, could not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
 pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     if let Err(error) = tidy(layout) {
         log::warn!("{error}.");
     }
     let status = Status::read(layout);
-    let Some(run) = status.runs.first().filter(|run| run.release.is_some() && run.result != Outcome::Unchanged) else {
+    let Some(run) = status.runs.first().filter(|run| run.release.is_some() && !run.is_idle()) else {
         return Ok(());
     };
-    let again = |before: &Ended| run.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error);
+    let again = |before: &Ended| match run.result {
+        Outcome::AwaitingBoot => (before.result, &before.commit) == (run.result, &run.commit),
+        _ => run.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error),
+    };
     if status.runs.get(1).is_some_and(again) {
         return Ok(());
     }
@@ -46,7 +48,7 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     let system = system.as_path().try_into().context(doing)?;
     let report = Report { format: FORMAT, host: hub.name.clone(), system, run: run.clone() };
     let script = r#"journalctl --quiet --sync
-        journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" | tail --bytes="$2" | gzip -n"#;
+        journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" + "_BOOT_ID=$3" _SYSTEMD_UNIT=ekiben-boot.service | tail --bytes="$2" | gzip -n"#;
     let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, LOG, &id]).output(doing, None)?;
     let [log_file, report_file] = files_of(layout, &id);
     // the log first: what there is a report of is complete

@@ -234,7 +234,8 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat
     let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
     // a release that could not even be proposed has not been tried
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
-    let last = tried.map(|tried| &tried.run).or(refused);
+    let drifted = status.runs.first().filter(|run| run.result == Outcome::Drifted);
+    let last = drifted.or(tried.map(|tried| &tried.run)).or(refused);
     let deployed = status.deployed.as_ref();
     let system = crate::system::current().ok();
     Heartbeat {
@@ -265,7 +266,8 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat
 fn identity(layout: &Layout) -> Result<PathBuf> {
     let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     // what root has this ask for a run has none of its own
-    let path = own.unwrap_or_else(|| format!("/run/credentials/ekiben-{}.service", layout.name()).into()).join("identity");
+    let of = |unit: &str| PathBuf::from(format!("/run/credentials/ekiben-{unit}.service"));
+    let path = own.unwrap_or_else(|| Some(of(layout.name())).filter(|run| run.exists()).unwrap_or_else(|| of("boot"))).join("identity");
     if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
         return Err(Error::new(
             "Failed to read the private key of this host: the file of `services.ekiben.fleet.identityFile` is missing or empty",

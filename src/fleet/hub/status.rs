@@ -41,6 +41,10 @@ pub enum HostState {
     RolledBack,
     /// Nor could it go back.
     RollbackFailed,
+    /// The next boot brings the published release, and decides.
+    AwaitingBoot,
+    /// It runs something else than what it deployed: by another hand.
+    Drifted,
     /// It runs the published release, with inputs it has updated by itself.
     AutoUpdated,
     /// It runs the published release, and took more than one run to.
@@ -72,6 +76,8 @@ impl HostState {
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
             Some(Outcome::Stuck) => Self::RollbackFailed,
+            Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
+            Some(Outcome::Drifted) => Self::Drifted,
             _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
             _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
             _ if deployed => Self::UpToDate,
@@ -81,7 +87,7 @@ impl HostState {
     }
 
     fn is_well(self) -> bool {
-        !matches!(self, Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed)
+        !matches!(self, Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed | Self::Drifted)
     }
 }
 
@@ -96,6 +102,8 @@ impl fmt::Display for HostState {
             Self::Failing => "failing",
             Self::RolledBack => "rolled back",
             Self::RollbackFailed => "rollback failed",
+            Self::AwaitingBoot => "awaiting boot",
+            Self::Drifted => "drifted",
             Self::AutoUpdated => "auto updated",
             Self::ExtraRuns => "extra runs",
             Self::UpToDate => "up to date",
@@ -273,8 +281,8 @@ mod tests {
     #[test]
     fn a_state_follows_from_releases() {
         use HostState::{
-            AutoUpdated, Building, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing, RollbackFailed, RolledBack,
-            Silent, SyncPending, UpToDate,
+            AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
+            RollbackFailed, RolledBack, Silent, SyncPending, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
             HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10))
@@ -312,6 +320,9 @@ mod tests {
             (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
             (RollbackFailed, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
+            (AwaitingBoot, Heartbeat { last: Some(last(Some(release(2)), Outcome::AwaitingBoot)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::AwaitingBoot)), ..old() }),
+            (Drifted, Heartbeat { last: Some(last(Some(release(2)), Outcome::Drifted)), ..new() }),
         ] {
             assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
             assert_eq!(state(&heartbeat, 11), Silent);

@@ -15,14 +15,11 @@ let
       default;
   trouble = said "trouble" "none";
   variant = said "variant" "default";
-in
-if trouble == "evaluation" then
-  throw "trouble in evaluation"
-else
-  rec {
-    # what stands in for Nixpkgs takes this for a module
-    module = { inherit config; };
-    config.system.build.toplevel = derivation {
+  # as `specialisation.night`, which says so in /etc/night
+  night = if trouble == "specialised" then make "" "night" else "";
+  make =
+    night: special:
+    derivation {
       name = "nixos-system-${name}-stand-in";
       system = "@system@";
       builder = "/bin/sh";
@@ -30,7 +27,9 @@ else
       inherit
         app
         other
+        night
         revision
+        special
         trouble
         ;
       switch = ./switch-to-configuration;
@@ -51,6 +50,8 @@ else
           cp $app/content $out/etc/app
           cp $other/content $out/etc/other
           echo $revision > $out/etc/revision
+          [ -z "$special" ] || echo > $out/etc/$special
+          [ -z "$night" ] || { mkdir $out/specialisation; ln -s $night $out/specialisation/night; }
           echo $trouble > $out/trouble
           echo stand-in > $out/nixos-version
           [ $trouble = reboot ] && echo 2 > $out/init-interface-version || echo 1 > $out/init-interface-version
@@ -76,4 +77,12 @@ else
         ''
       ];
     };
+in
+if trouble == "evaluation" then
+  throw "trouble in evaluation"
+else
+  rec {
+    # what stands in for Nixpkgs takes this for a module
+    module = { inherit config; };
+    config.system.build.toplevel = make night "";
   }

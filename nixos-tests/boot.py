@@ -1,0 +1,387 @@
+machine.start()
+install(machine)
+COUNT = iter(range(2, 1000))
+
+
+def boot(system=None, crash=True):
+    """Boots the machine again, by a power cut or in order: into what its boot loader boots, or what somebody chooses."""
+    machine.crash() if crash else machine.shutdown()
+    machine.start(choose=system)
+
+
+def state():
+    """Which systems run, and are in the profile; the branch."""
+    return {"running": running(machine), "generation": generation(machine), "head": head(machine)}
+
+
+def awaits(instance="app", content=None, **more):
+    """Has a system wait for the next boot; returns it."""
+    before = state()
+    publish(machine, "other" if instance == "other" else "app", content or str(next(COUNT)), **more)
+    ended = run(machine, instance)
+    assert ended["result"] == "awaitingBoot" and ended["rebootNeeded"], ended
+    assert (running(machine), head(machine)) == (before["running"], before["head"])
+    system = generation(machine).split()[1]
+    known = status(machine, instance)
+    assert known["awaiting"] == {"commit": ended["commit"], "system": system}, known
+    assert known["running"] is None and ended["commit"] != before["head"], known
+    return system
+
+
+def check_rolled_back(before, words, instance="app"):
+    """Checks that the last boot has ended what waited for it as a failure, and that all is as before that."""
+    ended = last_run(machine, instance)
+    assert ended["result"] == "rolledBack" and ended["stage"] == "boot" and words in ended["error"], ended
+    assert {**state(), "running": ""} == {**before, "running": ""}, (before, state())
+    known = status(machine, instance)
+    assert known["awaiting"] is None and known["bad"], known
+    assert machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
+    return ended
+
+
+with subtest("a system that only a boot can bring is deployed when it has booted, and not before"):
+    assert run(machine, "live")["result"] == "deployed"
+    for kind, instance, trouble in (("operation", "app", "none"), ("init", "live", "reboot"), ("inhibitor", "app", "none")):
+        system = awaits(instance, trouble=trouble)
+        url = "http://127.0.0.1:8787/ekiben"
+        if instance == "app":
+            known = json.loads(machine.succeed(f"curl -fsS -H 'Authorization: Bearer token-app-0123456789' {url}"))
+            assert known["last"]["result"] == "awaitingBoot" and not known["running"], known
+        assert "awaiting  the next boot: " in machine.succeed(f"ekiben status {instance}")
+        boot()
+        ended = last_run(machine, instance)
+        assert ended["result"] == "deployed" and not ended["rebootNeeded"], ended
+        assert running(machine) == system
+        check_deployed(machine, instance)
+        assert machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
+        assert run(machine, instance)["result"] == "unchanged"
+
+for what, more, words in (
+    ("a health check fails", {"content": "sick1"}, "health check app"),
+    ("a unit fails", {"trouble": "unit"}, "Failed to start scenario-trouble.service"),
+):
+    with subtest(f"{what} after the boot: what only a boot has brought, only a boot takes away"):
+        before = state()
+        system = awaits(**more)
+        boot()
+        ended = check_rolled_back(before, words)
+        assert running(machine) == system and ended["rebootNeeded"], ended
+        assert f"this machine runs {system} until it is rebooted" in ended["warnings"], ended
+        machine.require_unit_state("ekiben-boot.service", "failed")
+        machine.fail("journalctl -b -o cat -u ekiben-boot | grep ': test ...'")
+        said = machine.fail("ekiben status app")
+        assert "needed: the old system runs after it" in said, said
+        # nobody tries it again unasked
+        assert "known to be bad" in run(machine, "app")["error"], last_run(machine, "app")
+        boot()
+        assert state() == before
+        machine.require_unit_state("ekiben-boot.service", "active")
+        assert len([run for run in status(machine, "app")["runs"] if run["id"] == ended["id"]]) == 1
+
+with subtest("another system boots: it is said which, and all is as before"):
+    for _ in range(3):
+        before = state()
+        system = awaits()
+        boot(before["running"])
+        check_rolled_back(before, f"Failed to boot {system}: this machine runs {before['running']} instead")
+        machine.require_unit_state("ekiben-boot.service", "active")
+    # a third one
+    third = machine.succeed(f"ls -d {PROFILE}-*-link | sort -V | head -n 1 | xargs readlink").strip()
+    before = state()
+    system = awaits()
+    boot(third)
+    check_rolled_back(before, f"this machine runs {third} instead")
+    assert running(machine) == third
+    boot()
+    assert state() == before
+
+with subtest("a machine that runs something else than what was deployed: said by whose hand, never fought, and no success"):
+    assert run(machine, "live")["result"] == "deployed"
+    before = state()
+    boot(third)
+    said = machine.fail("ekiben status live")
+    number = before["generation"].split("-")[1]
+    assert f"runs generation 1, chosen at boot; generation {number} is deployed" in said, said
+    ended = run(machine, "live")
+    assert ended["result"] == "drifted", ended
+    assert running(machine) == third and generation(machine) == before["generation"]
+    assert "The run ended: drifted" in machine.fail("ekiben trigger --wait live 2>&1")
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "live")["result"] == "deployed"
+    check_deployed(machine, "live")
+    boot()
+    old = before["generation"].split()[1]
+    machine.succeed(f"{old}/bin/switch-to-configuration test")
+    assert f"switched to by another hand" in machine.fail("ekiben status live")
+    assert run(machine, "live")["result"] == "drifted"
+    boot()
+    check_deployed(machine, "live")
+
+with subtest("one proposal waits at a time"):
+    before = state()
+    first = awaits()
+    generations = machine.succeed("ls /nix/var/nix/profiles")
+    # the same again: nothing is changed
+    log = "journalctl -o cat -u ekiben-app | grep -c ': boot ...'"
+    count = machine.succeed(log)
+    ended = run(machine, "app")
+    assert ended["result"] == "awaitingBoot", ended
+    assert generation(machine).endswith(first), (generation(machine), first)
+    assert (machine.succeed("ls /nix/var/nix/profiles"), machine.succeed(log)) == (generations, count)
+    # one that fails before it changes anything leaves it alone, and what it is made of
+    publish(machine, "app", str(next(COUNT)), trouble="build")
+    assert run(machine, "app")["result"] == "failed"
+    assert generation(machine).endswith(first)
+    commit = status(machine, "app")["awaiting"]["commit"]
+    assert commit in deploy(machine, "git for-each-ref refs/ekiben"), commit
+    # another one takes its place
+    second = awaits()
+    assert second != first
+    assert machine.succeed("ls /nix/var/nix/profiles") == generations and head(machine) == before["head"]
+    # another instance's, too
+    third = awaits("other")
+    ended = last_run(machine, "app")
+    assert ended["result"] == "failed" and "superseded before it had booted: other has deployed another system" in ended["error"], ended
+    assert status(machine, "app")["awaiting"] is None and status(machine, "app")["bad"]["commit"] != ended["commit"]
+    assert machine.succeed("ls -A /var/lib/ekiben/runs") == "other.trial\n"
+    boot()
+    assert status(machine, "other")["deployed"]["commit"] == head(machine) and running(machine) == third, last_run(machine, "other")
+    assert last_run(machine, "app")["result"] == "failed"
+    # what is deployed at once takes its place as well; what git has kept of another's goes with that one's next run
+    awaits()
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "live")["result"] == "deployed"
+    before = state()
+    assert run(machine, "app")["result"] == "unchanged"
+    for _ in range(2):
+        assert state() == before
+        check_deployed(machine, "live")
+        boot()
+
+with subtest("what is not wanted any more is withdrawn"):
+    before = what_stays(machine)
+    awaits()
+    machine.succeed(as_deploy("git -C /srv/app reset -q --hard HEAD~"))
+    ended = run(machine, "app")
+    assert ended["result"] == "unchanged" and "has been withdrawn" in " ".join(ended["warnings"]), ended
+    assert what_stays(machine) == before and status(machine, "app")["awaiting"] is None
+    boot()
+    assert what_stays(machine) == before
+    assert last_run(machine, "app")["id"] == ended["id"]
+
+with subtest("the branch moves meanwhile: the run starts over from there"):
+    system = awaits()
+    deploy(machine, "echo more > note; git add note; git commit -qm note")
+    boot()
+    wait_until_at_rest(machine, "app")
+    made, before = status(machine, "app")["runs"][:2]
+    assert before["result"] == "startedOver" and before["commit"] != made["commit"], (before, made)
+    assert made["result"] == "awaitingBoot" and running(machine) == system, made
+    boot()
+    check_deployed(machine, "app")
+    assert shows(machine, "app") == machine.succeed("cat /srv/app/content").strip()
+
+FAULT = "/var/lib/ekiben/root/ekiben-fault"
+POINTS = machine.succeed("ekiben fault-points").strip().split("\n")
+
+
+def held(point, unit):
+    """Waits until a unit is held at a point, and lets what comes after that go on."""
+    machine.wait_until_succeeds(f"journalctl -b -q -o cat -u {unit} | grep -F {shlex.quote(f'Held at {point}.')}", timeout=60)
+    machine.succeed(f"rm -f {FAULT} /run/ekiben-fault")
+
+
+for way, point in itertools.product(("kill", "stop", "crash"), [point for point in POINTS if point.startswith(("activate: p", "activate: b", "conclude: r"))]):
+    if point == "activate: begun":
+        continue
+    with subtest(f"{way} at {point}, in a run whose system is to wait for a boot"):
+        before = what_stays(machine)
+        content = str(next(COUNT))
+        publish(machine, "app", content)
+        hold(machine, point)
+        machine.succeed("systemctl start --no-block ekiben-app.service")
+        held(point, "ekiben-app")
+        if way == "kill":
+            machine.succeed("systemctl kill --kill-whom=main --signal=KILL ekiben-app.service")
+        elif way == "stop":
+            machine.succeed("systemctl stop --no-block ekiben-app.service")
+        else:
+            boot()
+        wait_until_at_rest(machine, "app")
+        machine.succeed("systemctl reset-failed ekiben-app.service")
+        ended = last_run(machine, "app")
+        if ended["result"] == "rolledBack":
+            assert way != "crash" and what_stays(machine) == before and not status(machine, "app")["bad"], ended
+            ended = run(machine, "app")
+        if ended["result"] == "awaitingBoot":
+            assert running(machine) == before["running"].strip() and status(machine, "app")["awaiting"], ended
+            boot()
+            ended = last_run(machine, "app")
+        assert ended["result"] in ("deployed", "unchanged"), ended
+        check_deployed(machine, "app")
+        assert shows(machine, "app") == content and machine.succeed("ls -A /var/lib/ekiben/runs") == ""
+
+after = [point for point in POINTS if point.startswith(("boot:", "accept:", "conclude:"))]
+back = [point for point in POINTS if point.startswith(("boot: begun", "back:", "conclude: r"))]
+for way, (point, content) in itertools.product(("kill", "crash"), [(point, "") for point in after] + [(point, "sick") for point in back]):
+    with subtest(f"{way} at {point}, where a system is judged that is {content or 'well'}"):
+        before = state()
+        content = f"{content}{next(COUNT)}"
+        system = awaits(content=content)
+        machine.succeed(f"echo {shlex.quote(point)} > {FAULT}")
+        machine.crash()
+        machine.start(wait=False)
+        held(point, "ekiben-boot")
+        assert head(machine) == before["head"] or point in ("accept: branch moved", "conclude: accepted", "conclude: reported"), head(machine)
+        if way == "kill":
+            machine.succeed("systemctl kill --kill-whom=main --signal=KILL ekiben-boot.service")
+            machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.trial", timeout=60)
+            machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-boot | grep -E '^(active|failed)$'")
+        else:
+            boot()
+        if content.startswith("sick"):
+            # what had been put back when the power failed has booted
+            check_rolled_back(before, "health check app")
+            boot()
+            assert state() == before
+        else:
+            assert last_run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+            check_deployed(machine, "app")
+            assert running(machine) == system and machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
+            assert run(machine, "app")["result"] == "unchanged"
+
+with subtest("what was switched to and does not boot is said, and nothing is put back"):
+    publish(machine, "app", str(next(COUNT)))
+    old = running(machine)
+    assert run(machine, "live")["result"] == "deployed"
+    before = state()
+    number = int(before["generation"].split("-")[1])
+    boot(old)
+    said = f"runs generation {number - 1}; generation {number} is deployed, but did not boot"
+    assert said in machine.fail("ekiben status live")
+    machine.succeed(f"journalctl -b -o cat -u ekiben-boot | grep -F {shlex.quote(said)}")
+    assert {**state(), "running": ""} == {**before, "running": ""}
+    assert run(machine, "live")["result"] == "drifted"
+    boot()
+    check_deployed(machine, "live")
+    # it has booted now
+    boot(old)
+    assert f"runs generation {number - 1}, chosen at boot; generation {number} is deployed\n" in machine.fail("ekiben status live")
+    boot()
+
+with subtest("a specialisation that runs is kept over a switch, or it is said that it was left"):
+    publish(machine, "app", str(next(COUNT)), trouble="specialised")
+    assert run(machine, "live")["result"] == "deployed"
+    check_deployed(machine, "live")
+    machine.succeed("/run/current-system/specialisation/night/bin/switch-to-configuration test", "test -e /etc/static/night")
+    assert run(machine, "live")["result"] == "unchanged"
+    machine.succeed("ekiben status live")
+    content = str(next(COUNT))
+    publish(machine, "app", content, trouble="specialised")
+    ended = run(machine, "live")
+    assert ended["result"] == "deployed" and not ended["warnings"] and not ended["rebootNeeded"], ended
+    system = generation(machine).split()[1]
+    assert running(machine) == machine.succeed(f"readlink -f {system}/specialisation/night").strip() and shows(machine, "app") == content
+    assert status(machine, "live")["deployed"]["system"] == system
+    # one that fails goes back to it
+    before = what_stays(machine)
+    publish(machine, "app", f"sick{next(COUNT)}", trouble="specialised")
+    assert run(machine, "live")["result"] == "rolledBack" and what_stays(machine) == before, last_run(machine, "live")
+    publish(machine, "app", str(next(COUNT)))
+    ended = run(machine, "live")
+    assert ended["result"] == "deployed" and "the specialisation night was left: the new system does not have it" in ended["warnings"], ended
+    check_deployed(machine, "live")
+
+# from here on, with a boot loader that boots a system once
+machine.crash()
+machine = server
+machine.start()
+install(machine)
+assert run(machine, "live")["result"] == "deployed"
+
+
+def booted():
+    """The system that the boot loader has booted last."""
+    return machine.boots[-1]
+
+
+with subtest("what waits is booted once: until it is well, what was before is booted by default"):
+    for crash in (True, False):
+        old, system = running(machine), awaits()
+        assert not last_run(machine, "app")["warnings"], last_run(machine, "app")
+        boot(crash=crash)
+        check_deployed(machine, "app")
+        assert running(machine) == system
+        boot()
+        assert booted() == system
+
+with subtest("one that does not come up is gone with the next power cycle, and is booted no more"):
+    before = state()
+    system = awaits()
+    machine.broken.add(system)
+    boot()
+    check_rolled_back(before, f"Failed to boot {system}: this machine runs {before['running']} instead")
+    assert machine.boots.count(system) == 1 and booted() == before["running"]
+    boot()
+    assert state() == before and machine.boots.count(system) == 1
+
+with subtest("one that is not well has been booted by default never"):
+    before = state()
+    system = awaits(content=f"sick{next(COUNT)}")
+    boot()
+    check_rolled_back(before, "health check app")
+    assert running(machine) == system
+    boot()
+    assert state() == before
+
+with subtest("a power cut while it is judged"):
+    for point in ("boot: begun", "boot: well", "boot: boot loader set"):
+        before = state()
+        system = awaits()
+        machine.succeed(f"echo {shlex.quote(point)} > {FAULT}")
+        machine.crash()
+        machine.start(wait=False)
+        held(point, "ekiben-boot")
+        boot()
+        if point == "boot: boot loader set":
+            assert running(machine) == system
+            check_deployed(machine, "app")
+        else:
+            check_rolled_back(before, f"Failed to boot {system}")
+            assert state() == before
+
+with subtest("one that is withdrawn, or superseded, is not booted any more"):
+    before = state()
+    for supersede in (False, True):
+        system = awaits()
+        if supersede:
+            # by a run that changes something else at once
+            publish(machine, "app", str(next(COUNT)))
+            assert run(machine, "live")["result"] == "deployed"
+            before = state()
+        else:
+            machine.succeed(as_deploy("git -C /srv/app reset -q --hard HEAD~"))
+            assert run(machine, "app")["result"] == "unchanged"
+        boot()
+        assert state() == before and system not in machine.boots
+
+for way, point in itertools.product(("kill", "crash"), [point for point in POINTS if point.startswith(("activate: pe", "activate: pr", "activate: bo"))]):
+    with subtest(f"{way} at {point}, in a run whose system is to be booted once"):
+        before = state()
+        publish(machine, "app", str(next(COUNT)))
+        hold(machine, point)
+        machine.succeed("systemctl start --no-block ekiben-app.service")
+        held(point, "ekiben-app")
+        if way == "kill":
+            machine.succeed("systemctl kill --kill-whom=main --signal=KILL ekiben-app.service")
+        else:
+            boot()
+        wait_until_at_rest(machine, "app")
+        machine.succeed("systemctl reset-failed ekiben-app.service")
+        if last_run(machine, "app")["result"] == "rolledBack":
+            assert state() == before and not status(machine, "app")["bad"], last_run(machine, "app")
+            assert run(machine, "app")["result"] == "awaitingBoot"
+        if last_run(machine, "app")["result"] == "awaitingBoot":
+            boot()
+        assert last_run(machine, "app")["result"] in ("deployed", "unchanged"), last_run(machine, "app")
+        check_deployed(machine, "app")

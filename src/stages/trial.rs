@@ -1,0 +1,100 @@
+//! The system of a run that waited for a boot: whether it has booted, and is well.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::config::OnUnitFailure;
+use crate::error::{Context, Error, Result};
+use crate::fault;
+use crate::layout::Layout;
+use crate::names::RunId;
+use crate::nix::{current_generation, integrity};
+use crate::run::Stage;
+use crate::run::journal::{Before, Phase, Run};
+use crate::run::status::Status;
+use crate::system::boot_loader::BootLoader;
+use crate::system::units::{self, Restarts};
+use crate::system::{self, boot_id, health};
+
+/// Between two looks at a system that has booted.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Whether a run of an earlier boot has come so far that its system is to be judged: it may have been cut off when
+/// what it waited for had come about.
+pub fn is_due(run: &Run) -> Result<bool> {
+    let has_booted =
+        || Ok(run.candidate.as_ref().is_some_and(|system| system::current().is_ok_and(|current| system::is_of(system, &current))));
+    match run.phase {
+        Phase::AwaitingBoot => Ok(true),
+        Phase::Persisting => has_booted(),
+        _ => Ok(false),
+    }
+}
+
+/// Has the system be what is booted from now on, if it has booted and stays well for a while.
+pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
+    let (Some(system), Some(before)) = (run.candidate.clone(), run.before.clone()) else {
+        return Err(Error::new("Failed to find what is on trial"));
+    };
+    // a report of its own, with what the journal has of this boot
+    run.id = RunId::try_from(boot_id().replace('-', "")).context(|| "name the boot".into())?;
+    Status::announce(layout, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
+    fault::point("boot: begun");
+    check_has_booted(&system)?;
+    log::info!("{} has booted; looking whether it is well ...", system.display());
+    system::wait_for_jobs(run.instance.timeouts.activate)?;
+    let restarts = Restarts::now()?;
+    let until = Instant::now() + Duration::from_secs(run.instance.observe);
+    loop {
+        check_units(run, &system, &before, Some(&restarts))?;
+        health::verify(&run.instance.health_checks, &run.passed)?;
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        thread::sleep(left.min(PAUSE));
+    }
+    check_has_booted(&system)?;
+    fault::point("boot: well");
+    system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
+    if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
+        loader.forget()?;
+    }
+    fault::point("boot: boot loader set");
+    integrity::sync()?;
+    run.enter(Phase::Persisted, layout)
+}
+
+/// Fails unless the system is the one that has booted and runs.
+fn check_has_booted(system: &Path) -> Result<()> {
+    let booted = system::named_by("/run/booted-system")?;
+    let current = system::current()?;
+    let Some(other) = [booted, current].into_iter().find(|other| !system::is_of(system, other)) else { return Ok(()) };
+    let error = Error::new(format!("Failed to boot {}: this machine runs {} instead", system.display(), other.display()));
+    // another hand has chosen something else
+    let is_chosen = current_generation()?.is_none_or(|next| next.system != system);
+    Err(if is_chosen { error.transient() } else { error })
+}
+
+/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
+/// if one is, unless that is to be kept.
+pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
+    let mut worse = before.units.worse_under(&before.system, system)?;
+    if let Some(restarts) = restarts {
+        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
+    }
+    if worse.is_empty() {
+        return Ok(true);
+    }
+    let error = if run.phase == Phase::Observing { units::failed_to_keep_up(&worse) } else { units::failed_to_start(&worse) };
+    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
+        run.blamed = worse.into_keys().collect();
+        return Err(error);
+    }
+    let warning = error.to_string();
+    if !run.warnings.contains(&warning) {
+        run.warnings.push(warning);
+    }
+    Ok(false)
+}
