@@ -371,7 +371,7 @@ with subtest("the new system has no network"):
     server.succeed("ping -c 1 -W 5 client")
     works()
 
-with subtest("going back fails, too: said loudly, tried again by the next runs, and nothing is deployed by that"):
+with subtest("the rollback fails, too: reported, tried again by the next runs, and nothing is deployed by that"):
     old = (running(server), generation(server))
     publish(server, "app", "sick")
     program = f"$(readlink -f {old[0]}/bin/switch-to-configuration)"
