@@ -30,7 +30,7 @@ def end(machine, result, *words):
         said = "journalctl -u ekiben-app -o json --output-fields=MESSAGE | jq -rs"
         return int(machine.succeed(f"{said} 'map(select(.MESSAGE | tostring | test(\"{what}\"))) | last.__REALTIME_TIMESTAMP'")) / 1e6
 
-    return when("^Going back|^Run ended: deployed") - when("^Observing")
+    return when("^Rolling back|^Run ended: deployed") - when("^Observing")
 
 
 def wait_for_old_system(machine):
@@ -85,7 +85,7 @@ with subtest("a machine that is shut down meanwhile puts nothing back on its way
     sick.shutdown()
     sick.start()
     wait_for_old_system(sick)
-    sick.fail(f"journalctl _SYSTEMD_INVOCATION_ID={status(sick, 'app')['runs'][1]['id']} -o cat | grep 'Going back'")
+    sick.fail(f"journalctl _SYSTEMD_INVOCATION_ID={status(sick, 'app')['runs'][1]['id']} -o cat | grep 'Rolling back'")
 
 with subtest("a run that is stopped meanwhile puts the old system back"):
     begin(late, "stopped")

@@ -301,7 +301,7 @@ with subtest("a unit is just being started again when the old system comes back"
     )
     # nervous for a while as soon as it goes back
     follow(server, "app")
-    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -o cat --after-cursor=$(cat /tmp/ekiben-app) | grep \"Going back to\"; do sleep 0.2; done; "
+    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -o cat --after-cursor=$(cat /tmp/ekiben-app) | grep \"Rolling back to\"; do sleep 0.2; done; "
                    "touch /run/scenario-nervous; systemctl kill scenario-daemon; sleep 3; rm /run/scenario-nervous'")
     publish(server, "app", "sick")
     ended = run(server, "app")
@@ -434,7 +434,7 @@ with subtest("the new system needs a reboot: it is set for the next boot"):
     ended = run(server, "app")
     assert ended["result"] == "awaitingBoot" and ended["rebootNeeded"], ended
     said = server.succeed("ekiben status app")
-    assert "needed: the new system runs after it" in said and "its init is incompatible with the running one" in said, said
+    assert "needed to run the new system" in said and "its init is incompatible with the running one" in said, said
     assert (running(server), head(server)) == (old, before)
     assert status(server, "app")["awaiting"]["system"] == generation(server).split()[1]
 
@@ -446,7 +446,7 @@ if is_host(server):
         server.succeed("echo 'no room at all' > /run/scenario-refuses")
         ended = fails("failed", "activate", "Failed to activate the new system: pre-switch check scenario failed: test of /nix/store/")
         assert ended["error"].endswith("no room at all") and "Pre-switch checks failed" in output(), (ended, output())
-        server.fail(f"journalctl _SYSTEMD_INVOCATION_ID={ended['id']} -o cat | grep -e 'Going back' -e 'activating the configuration'")
+        server.fail(f"journalctl _SYSTEMD_INVOCATION_ID={ended['id']} -o cat | grep -e 'Rolling back' -e 'activating the configuration'")
         server.succeed("rm /run/scenario-refuses; systemctl reset-failed ekiben-app; jq -e '.bad == null' /var/lib/ekiben/status/app.json")
         assert run(server, "app")["result"] == "deployed" and shows(server, "app") == content, last_run(server, "app")
 

@@ -46,7 +46,7 @@ Keeps a NixOS machine up to date from the inside.
 
 Usage: ekiben [--config FILE] COMMAND
 
-  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails (75: a boot decides)
+  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails (75: awaiting a boot)
   status [--json] [INSTANCE]   show the state of the instances, or of one in detail; without --json, fail if one
                                is not well: its last run or a unit has failed, or no run takes its request
   check FILE                   check a configuration file

@@ -112,7 +112,7 @@ impl Repository {
         savepoint.remove_locks()?;
         let cut_off = savepoint.cut_off()?;
         if savepoint.has_begun() && cut_off.from == self.head {
-            log::warn!("Going back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
+            log::warn!("Rolling back from {}, to which {} was being fast-forwarded ...", cut_off.to, self.branch);
             return self.go_back(&savepoint);
         }
         if savepoint.has_begun() && cut_off.to == self.head {

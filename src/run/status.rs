@@ -386,7 +386,7 @@ pub fn drift(layout: &Layout) -> Option<String> {
     let (how, but) = match not_booted_since {
         Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot"),
         None if is_booted => (", chosen at boot", ""),
-        _ => (", switched to by another hand", ""),
+        _ => (", switched to by hand", ""),
     };
     let name =
         |system: &Path| nix::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"));
@@ -525,7 +525,7 @@ fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, reque
     let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
     // a boot is judged by another unit
     let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
-    let cut_off = cut_off.map(|_| format!("nothing has ended the run that was cut off; run systemctl start ekiben-{name}"));
+    let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
     failed.chain(waits).chain(cut_off).collect()
 }
 
@@ -575,7 +575,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         }
         if run.reboot_needed {
             let which = if shown.status.has_failed() { "old" } else { "new" };
-            add("reboot", &format!("needed: the {which} system runs after it"));
+            add("reboot", &format!("needed to run the {which} system"));
         }
     }
     if let Some(awaiting) = &shown.status.awaiting {
@@ -689,7 +689,7 @@ mod tests {
         assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
         assert!(
             found("failed", "active", &running(old), None)
-                .ends_with("nothing has ended the run that was cut off; run systemctl start ekiben-app")
+                .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
         );
         assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
         // systemd has not answered

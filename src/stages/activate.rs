@@ -72,7 +72,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
             let turn = Turn::take()?;
             conclude::withdraw(layout, &trial)?;
             drop(turn);
-            run.warnings.push("the system that waited for the next boot has been withdrawn: it is not what is to run any more".into());
+            run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
         run.decision = Some(Decision::Unchanged);
         return run.save(layout);
@@ -310,7 +310,7 @@ fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Res
     if !run.instance.rollback {
         return Err(error);
     }
-    log::warn!("{error}. Going back to {}, to check whether the old system fails, too ...", before.system.display());
+    log::warn!("{error}. Rolling back to {} to check whether the old system fails, too ...", before.system.display());
     run.enter(Phase::Returning, layout)?;
     conclude::put_back(layout, run, before, false)?;
     if health::verify(&checks, &remote).is_ok() {

@@ -34,7 +34,7 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     }
     boot::end_all(layout);
     if layout.journal().exists() || Run::load_trial(layout)?.is_some_and(|trial| trial.boot != boot_id()) {
-        return Err(Error::new("Failed to begin: an earlier run has not come to its end"));
+        return Err(Error::new("Failed to start the run: the previous run has not ended"));
     }
     let mut run = Run::new(run_id()?, instance.clone());
     match conclude::go_back_again(layout) {

@@ -340,7 +340,7 @@ fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
             .push(format!("rollback is disabled: what the run has done so far stays; the old system is {}", before.system.display()));
         return result;
     }
-    log::warn!("Going back to {} ...", before.system.display());
+    log::warn!("Rolling back to {} ...", before.system.display());
     let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
     note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
@@ -499,7 +499,7 @@ pub fn withdraw(layout: &Layout, trial: &Run) -> Result<()> {
 pub fn supersede(instance: &Layout) -> Result<()> {
     for layout in instance.with_trial() {
         let Some(mut trial) = Run::load_trial(&layout)? else { continue };
-        log::warn!("Withdrawing the system that {} has waiting for the next boot ...", layout.name());
+        log::warn!("Withdrawing the system of {} that awaits the next boot ...", layout.name());
         withdraw(&layout, &trial)?;
         if layout.name() != instance.name() {
             let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
@@ -526,7 +526,7 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
         }
         run.returns += 1;
         run.keep_stuck(layout)?;
-        log::warn!("Going back to {}, which has failed before ...", before.system.display());
+        log::warn!("Rolling back to {}, which failed before ...", before.system.display());
         with_either(&run, put_back(layout, &run, &before, true)?)?;
     }
     Run::forget_stuck(layout)?;

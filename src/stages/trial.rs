@@ -42,7 +42,7 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
     Status::announce(layout, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
     fault::point("boot: begun");
     check_has_booted(&system)?;
-    log::info!("{} has booted; looking whether it is well ...", system.display());
+    log::info!("{} has booted; observing it ...", system.display());
     system::wait_for_jobs(run.instance.timeouts.activate)?;
     let restarts = Restarts::now()?;
     let until = Instant::now() + Duration::from_secs(run.instance.observe);
