@@ -325,6 +325,18 @@ with subtest("one that does not come up is gone with the next power cycle, and i
     boot()
     assert state() == before and machine.boots.count(system) == 1
 
+with subtest("a boot past the boot loader says nothing of the system that waits"):
+    before = state()
+    awaits()
+    machine.crash()
+    machine.start(kexec=before["running"])
+    ended = last_run(machine, "app")
+    assert ended["result"] == "rolledBack" and "the boot loader has not tried to boot it" in ended["error"], ended
+    assert state() == before and not status(machine, "app")["bad"]
+    assert run(machine, "app")["result"] == "awaitingBoot"
+    boot()
+    check_deployed(machine, "app")
+
 with subtest("one that is not well has been booted by default never"):
     before = state()
     system = awaits(content=f"sick{next(COUNT)}")

@@ -71,13 +71,13 @@ class Machine:
 
     # life
 
-    def start(self, allow_reboot=False, choose=None, wait=True):
+    def start(self, allow_reboot=False, choose=None, kexec=None, wait=True):
         """Boots the host, if it is not running: the system that the boot loader chooses, or `choose`, as by hand in the
-        menu. Where that one does not come up, the power is cycled. Returns when systemd has started all, or, if `wait` is
+        menu, or `kexec`, past the boot loader. Where that one does not come up, the power is cycled. Returns when systemd has started all, or, if `wait` is
         not set, answers."""
         if self.init:
             return
-        system = self._load(choose)
+        system = kexec or self._load(choose)
         while system in self.broken:
             self.log(f"does not come up with {system}")
             if len(self.boots) > 100:

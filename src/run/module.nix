@@ -338,6 +338,7 @@ let
     restartIfChanged = false;
     unitConfig.X-StopOnRemoval = false;
     path = programs;
+    environment = bootEnvironment;
     serviceConfig = {
       Type = "oneshot";
       RemainAfterExit = true;

@@ -41,7 +41,7 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
     run.id = RunId::try_from(boot_id().replace('-', "")).context(|| "name the boot".into())?;
     Status::announce(layout, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
     fault::point("boot: begun");
-    check_has_booted(&system)?;
+    check_has_booted(run, &system)?;
     log::info!("{} has booted; observing it ...", system.display());
     system::wait_for_jobs(run.instance.timeouts.activate)?;
     let restarts = Restarts::now()?;
@@ -55,7 +55,7 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
         }
         thread::sleep(left.min(PAUSE));
     }
-    check_has_booted(&system)?;
+    check_has_booted(run, &system)?;
     fault::point("boot: well");
     system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
     if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
@@ -67,14 +67,17 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
 }
 
 /// Fails unless the system is the one that has booted and runs.
-fn check_has_booted(system: &Path) -> Result<()> {
+fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
     let booted = system::named_by("/run/booted-system")?;
     let current = system::current()?;
     let Some(other) = [booted, current].into_iter().find(|other| !system::is_of(system, other)) else { return Ok(()) };
-    let error = Error::new(format!("Failed to boot {}: this machine runs {} instead", system.display(), other.display()));
+    // a boot past the boot loader, such as by kexec
+    let is_untried = run.boots_once && BootLoader::of(run.boot_loader).is_some_and(|loader| loader.is_armed());
+    let why = if is_untried { ", and the boot loader has not tried to boot it" } else { "" };
+    let error = Error::new(format!("Failed to boot {}: this machine runs {} instead{why}", system.display(), other.display()));
     // another hand has chosen something else
     let is_chosen = current_generation()?.is_none_or(|next| next.system != system);
-    Err(if is_chosen { error.transient() } else { error })
+    Err(if is_chosen || is_untried { error.transient() } else { error })
 }
 
 /// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails

@@ -14,6 +14,8 @@ use crate::program::Program;
 
 /// What systemd-boot says of itself: four bytes of attributes, then the features, lowest byte first.
 const FEATURES: &str = "/sys/firmware/efi/efivars/LoaderFeatures-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
+/// What systemd-boot is to boot once.
+const ENTRY: &str = "/sys/firmware/efi/efivars/LoaderEntryOneShot-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 /// The feature of booting an entry once.
 const ONE_SHOT: u8 = 1 << 3;
 /// Where NixOS has GRUB's files.
@@ -59,6 +61,15 @@ impl BootLoader {
                 let entry = entry_of_grub(&config, system).context(doing)?;
                 grub_editenv(&["set", &format!("next_entry={entry}")])
             }
+        }
+    }
+
+    /// Whether a system is still to be booted once: the boot loader forgets it before it does so.
+    pub fn is_armed(&self) -> bool {
+        match self.0 {
+            LoaderKind::SystemdBoot => fs::exists(ENTRY).unwrap_or_default(),
+            LoaderKind::Grub => fs::read_to_string(ENVIRONMENT)
+                .is_ok_and(|block| block.lines().any(|line| line.strip_prefix("next_entry=").is_some_and(|entry| !entry.is_empty()))),
         }
     }
 
