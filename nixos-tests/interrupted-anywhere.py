@@ -8,6 +8,9 @@ if wanted is None:
     with subtest("a generation's link, or the profile's, cannot be made, or brought to its place"):
         failed = make(("update", "nix-env", number, "EIO", "--set", "profiles/system") for number in range(1, 4))
         assert not failed, failed
+    with subtest("a request is taken, and that cannot be synced"):
+        failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
+        assert not failed, failed
     failed = make(sample(operations(), ACTS, 100))
     assert not failed, f"{len(failed)} trials failed: {failed}"
 elif wanted == "":

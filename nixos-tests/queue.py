@@ -124,10 +124,10 @@ with subtest("whoever writes the queue can ask for runs, and neither lie about t
     for odd in some(server, (
         "printf 18446744073709551615 > .x; mv .x app",
         f"{python} /tmp/deep.py && mv deep app",
-        "mkdir app; chmod 0 app",
+        "mkdir .y; chmod 0 .y; mv .y app",
         "mkfifo app",
         "ln -s /etc/passwd app",
-        "echo 1 > app; chmod 0 app",
+        "echo 1 > .y; chmod 0 .y; mv .y app",
         "for i in $(seq 3000); do echo > x$i; done; mkdir .app-$$; touch app",
     ), 2):
         started, last = starts(), answer()["served"]
@@ -191,7 +191,7 @@ for place in ("runs", "queue", "status"):
         client.wait_until_succeeds(f"test $(($(date +%s) - {int(client.succeed('date +%s'))})) -gt 3")
         said = server.succeed("journalctl -q -o cat -u ekiben-app --after-cursor=$(cat /tmp/ekiben-app)")
         assert said.count("trying again") == 1 and starts() == started + 1, said
-        server.succeed(f"umount /var/lib/ekiben/{place}")
+        server.wait_until_succeeds(f"umount /var/lib/ekiben/{place}")
         wait_until_served(number)
         assert (last_run(server, "app")["result"], shows(server, "app"), starts()) == ("deployed", content, started + 1)
         assert server.get_unit_property("ekiben-app.service", "StatusText") == ""
@@ -216,17 +216,20 @@ with subtest("a run that has to be started over is, although the queue cannot be
     server.succeed(f"mount --bind -o ro {QUEUE} {QUEUE}")
     unblock()
     server.wait_until_succeeds(f"journalctl -q -o cat -u ekiben-app | grep -F 'write {QUEUE}/app: Read-only file system'")
-    server.succeed(f"umount {QUEUE}")
+    server.wait_until_succeeds(f"umount {QUEUE}")
     server.wait_until_succeeds("grep -x blocked-[0-9]* /etc/app")
     wait_until_at_rest(server, "app")
     check_deployed(server, "app")
 
 with subtest("a path unit that has failed is armed again"):
     drop_in("ekiben-app.path", "[Path]", "TriggerLimitIntervalSec=3s", "TriggerLimitBurst=1")
+    # a service that leaves the request there is triggered again at once
+    drop_in("ekiben-app.service", "[Service]", "ExecStart=", f"ExecStart={server.succeed('readlink -f $(command -v true)').strip()}", "ExecStopPost=")
     server.succeed("systemctl restart ekiben-app.path")
-    for _ in range(2):
-        wait_until_served(post())
-    server.succeed("journalctl -q -o cat -u ekiben-app.path | grep -F trigger-limit-hit")
+    number = post()
+    server.wait_until_succeeds("journalctl -q -o cat -u ekiben-app.path | grep -F trigger-limit-hit")
+    undo("ekiben-app.service")
+    wait_until_served(number)
     server.wait_until_succeeds("systemctl is-active ekiben-app.path")
     undo("ekiben-app.path")
     server.succeed("systemctl restart ekiben-app.path")

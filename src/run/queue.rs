@@ -117,7 +117,10 @@ pub fn remove(layout: &Layout, number: Option<u64>) -> Result<()> {
 
 fn clear(layout: &Layout) -> Result<()> {
     let path = layout.request();
-    files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
+    files::clear(&path).context(|| format!("remove {}", path.display()))?;
+    // it has been taken, and must not be lost; one that a crash brings back leads to one run more
+    let _ = files::sync_parent(&path);
+    Ok(())
 }
 
 #[cfg(test)]
