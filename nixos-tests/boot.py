@@ -97,6 +97,7 @@ with subtest("another system boots: it is said which, and all is as before"):
 
 with subtest("a machine that runs something else than what was deployed: said by whose hand, never fought, and no success"):
     assert run(machine, "live")["result"] == "deployed"
+    boot()
     before = state()
     boot(third)
     said = machine.fail("ekiben status live")
