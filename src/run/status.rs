@@ -53,6 +53,8 @@ pub struct Status {
     pub deployed: Option<Deployed>,
     /// What waits for the next boot.
     pub awaiting: Option<Awaiting>,
+    /// What has booted and is not to go on running: in which boot, and the system.
+    pub unfit: Option<(String, PathBuf)>,
     /// What could not be built or did not run, and is not tried again by the timer.
     pub bad: Option<Bad>,
     /// The last run that tried to deploy a release of a fleet's hub.
@@ -308,6 +310,9 @@ impl Status {
             Outcome::AwaitingBoot => awaiting,
             _ => status.awaiting.filter(|_| !run.reboot_needed && layout.trial().exists()),
         };
+        if ended.result == Outcome::RolledBack && ended.reboot_needed {
+            status.unfit = run.candidate.clone().map(|system| (system::boot_id(), system));
+        }
         if ended.release.is_some() && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
             let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
             // what has waited for a boot since is the same one

@@ -9,9 +9,8 @@ use crate::files;
 use crate::layout::Layout;
 use crate::nix::SYSTEM_PROFILE;
 use crate::program::Program;
-use crate::run::Outcome;
 use crate::run::journal::Run;
-use crate::run::status::{Ended, Status};
+use crate::run::status::Status;
 use crate::system;
 use crate::system::boot_loader::BootLoader;
 
@@ -43,7 +42,7 @@ struct Part<'a> {
     /// What it has deployed waits for a boot.
     waits: bool,
     /// What it has had booted runs, and is not to.
-    failed: bool,
+    unfit: bool,
     /// The profile has what it has deployed.
     deployed: bool,
 }
@@ -88,25 +87,29 @@ pub fn reboot(config: &Config) -> Result<()> {
 }
 
 fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> Part<'a> {
-    let status = Status::read(&Layout::new(name));
+    let layout = Layout::new(name);
+    let status = Status::read(&layout);
     let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
-    let waits = !system::is_of(next, running) && status.awaiting.is_some_and(|awaiting| awaiting.system == next);
-    // by the name of the run: see what judges it
-    let is_of_this_boot = |run: &Ended| run.id == system::boot_id().replace('-', "");
-    let failed = status.runs.iter().any(|run| run.result == Outcome::RolledBack && run.reboot_needed && is_of_this_boot(run));
-    Part { policy: &instance.reboot, waits, failed, deployed }
+    // what has waited for this boot is yet to be judged
+    let trial = Run::load_trial(&layout).ok().flatten().filter(|trial| trial.boot == system::boot_id());
+    Part {
+        policy: &instance.reboot,
+        waits: trial.is_some_and(|trial| trial.candidate.as_deref() == Some(next)),
+        unfit: status.unfit.is_some_and(|(boot, system)| boot == system::boot_id() && system::is_of(&system, running)),
+        deployed,
+    }
 }
 
 /// Which way to reboot, if at all, and by whose policy: that of whoever is concerned; if that is nobody, of any that permits.
 fn decide<'a>(parts: &[Part<'a>], runs_next: bool, boots_another: bool) -> Option<(Way, &'a Reboot)> {
     let way = if runs_next {
         boots_another.then_some(Way::Forward)?
-    } else if parts.iter().any(|part| part.failed) {
+    } else if parts.iter().any(|part| part.unfit) {
         Way::Back
     } else {
         parts.iter().any(|part| part.waits).then_some(Way::Forward)?
     };
-    let is_concerned = |part: &&Part| if way == Way::Back { part.failed } else { part.waits || part.deployed };
+    let is_concerned = |part: &&Part| if way == Way::Back { part.unfit } else { part.waits || part.deployed };
     let is_known = parts.iter().any(|part| is_concerned(&part));
     let mut policies = parts.iter().filter(|part| !is_known || is_concerned(part)).map(|part| part.policy);
     let policy = policies.find(|policy| policy.when == When::Needed)?;
@@ -159,12 +162,12 @@ mod tests {
     #[test]
     fn it_is_rebooted_for_what_was_deployed_by_the_policy_of_who_has_deployed_it() {
         let [may, may_not] = [When::Needed, When::Never].map(|when| Reboot { when, ..Reboot::default() });
-        let part = |policy, what: &str| Part { policy, waits: what == "waits", failed: what == "failed", deployed: what == "deployed" };
+        let part = |policy, what: &str| Part { policy, waits: what == "waits", unfit: what == "unfit", deployed: what == "deployed" };
         let way = |parts: &[Part], runs_next, boots_another| decide(parts, runs_next, boots_another).map(|(way, _)| way);
-        let [waits, failed, deployed, idle] = ["waits", "failed", "deployed", ""].map(|what| part(&may, what));
+        let [waits, unfit, deployed, idle] = ["waits", "unfit", "deployed", ""].map(|what| part(&may, what));
 
         assert_eq!(way(&[waits], false, true), Some(Way::Forward));
-        assert_eq!(way(&[failed], false, true), Some(Way::Back));
+        assert_eq!(way(&[unfit], false, true), Some(Way::Back));
         // switched to, with another kernel; by another hand, too
         assert_eq!(way(&[deployed], true, true), Some(Way::Forward));
         assert_eq!(way(&[idle], true, true), Some(Way::Forward));
@@ -174,7 +177,7 @@ mod tests {
         }
         assert_eq!(way(&[part(&may, "deployed")], true, false), None);
         // another instance's policy is none for this one's
-        for what in ["waits", "failed"] {
+        for what in ["waits", "unfit"] {
             assert_eq!(way(&[part(&may_not, what), part(&may, "")], false, true), None, "{what}");
             assert!(way(&[part(&may_not, ""), part(&may, what)], false, true).is_some(), "{what}");
         }
