@@ -39,6 +39,14 @@ def check_rolled_back(before, words, instance="app"):
     return ended
 
 
+# as systemd-bless-boot.service, where boots are counted
+machine.succeed(
+    "mkdir -p /usr/local/lib/systemd/system/basic.target.wants",
+    "cd /usr/local/lib/systemd/system; ln -s ../scenario-bless.service basic.target.wants/; cat > scenario-bless.service << 'EOF'\n"
+    "[Unit]\nDefaultDependencies=no\nRequires=boot-complete.target\nAfter=local-fs.target boot-complete.target\n"
+    "Conflicts=shutdown.target\nBefore=shutdown.target\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=true\nEOF",
+)
+
 with subtest("a system that only a boot can bring is deployed when it has booted, and not before"):
     assert run(machine, "live")["result"] == "deployed"
     for kind, instance, trouble in (("operation", "app", "none"), ("init", "live", "reboot"), ("inhibitor", "app", "none")):
@@ -52,6 +60,7 @@ with subtest("a system that only a boot can bring is deployed when it has booted
         ended = last_run(machine, instance)
         assert ended["result"] == "deployed" and not ended["rebootNeeded"], ended
         assert running(machine) == system
+        machine.require_unit_state("scenario-bless.service", "active")
         check_deployed(machine, instance)
         assert machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
         assert run(machine, instance)["result"] == "unchanged"
@@ -68,6 +77,7 @@ for what, more, words in (
         assert running(machine) == system and ended["rebootNeeded"], ended
         assert f"this machine runs {system} until it is rebooted" in ended["warnings"], ended
         machine.require_unit_state("ekiben-boot.service", "failed")
+        machine.require_unit_state("scenario-bless.service", "inactive")
         machine.fail("journalctl -b -o cat -u ekiben-boot | grep ': test ...'")
         said = machine.fail("ekiben status app")
         assert "needed to run the old system" in said, said

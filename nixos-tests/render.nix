@@ -167,11 +167,14 @@ let
       // lib.mapAttrs' (unit: value: lib.nameValuePair "etc/systemd/system/${unit}" value.text) units
       // lib.concatMapAttrs (
         unit: value:
-        lib.listToAttrs (
-          map (
-            target: lib.nameValuePair "etc/systemd/system/${target}.wants/${unit}" { link = "../${unit}"; }
-          ) value.wantedBy
-        )
+        let
+          links =
+            kind: targets:
+            map (
+              target: lib.nameValuePair "etc/systemd/system/${target}.${kind}/${unit}" { link = "../${unit}"; }
+            ) targets;
+        in
+        lib.listToAttrs (links "wants" value.wantedBy ++ links "requires" value.requiredBy)
       ) units
       // lib.optionalAttrs config.services.openssh.enable {
         "etc/systemd/system/sshd.service".link = "/usr/lib/systemd/system/ssh.service";
