@@ -146,6 +146,13 @@ let
         + lib.concatMapStrings (port: "Port ${toString port}\n") ports
         + "AuthorizedKeysFile ${toString authorizedKeysFiles}\n"
         + lib.concatMapStrings (definition: definition.value) (ours options.services.openssh.extraConfig);
+      # the section that NixOS ends such a unit with
+      installed =
+        unit:
+        unit.text
+        + lib.optionalString (
+          unit.requiredBy != [ ]
+        ) "RequiredBy=${lib.concatStringsSep " " unit.requiredBy}\n";
     in
     lib.throwIf (failed != [ ]) (lib.concatStringsSep "\n" failed) (
       {
@@ -164,7 +171,9 @@ let
           );
       }
       // lib.mapAttrs' (file: value: lib.nameValuePair "etc/${file}" value.text) etc
-      // lib.mapAttrs' (unit: value: lib.nameValuePair "etc/systemd/system/${unit}" value.text) units
+      // lib.mapAttrs' (
+        unit: value: lib.nameValuePair "etc/systemd/system/${unit}" (installed value)
+      ) units
       // lib.concatMapAttrs (
         unit: value:
         let
