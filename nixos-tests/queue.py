@@ -190,7 +190,7 @@ for place in ("runs", "queue", "status"):
         # for as long as several attempts take
         client.wait_until_succeeds(f"test $(($(date +%s) - {int(client.succeed('date +%s'))})) -gt 3")
         said = server.succeed("journalctl -q -o cat -u ekiben-app --after-cursor=$(cat /tmp/ekiben-app)")
-        assert said.count("trying again") == 1 and starts() == started + 1, said
+        assert said.count("retrying") == 1 and starts() == started + 1, said
         server.wait_until_succeeds(f"umount /var/lib/ekiben/{place}")
         wait_until_served(number)
         assert (last_run(server, "app")["result"], shows(server, "app"), starts()) == ("deployed", content, started + 1)
