@@ -472,6 +472,7 @@ let
     ))
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
+        "ekiben-boot.service"
         "ekiben-restart@.service"
         "ekiben-tgautobot.path"
         "ekiben-tgautobot.service"
