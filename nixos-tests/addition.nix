@@ -8,9 +8,12 @@
 }:
 let
   cfg = config.scenario;
-  read = input: lib.fileContents "${input}/content";
+  read = input: lib.fileContents (input + "/content");
   trouble =
-    if builtins.pathExists "${cfg.app}/trouble" then lib.fileContents "${cfg.app}/trouble" else "none";
+    if builtins.pathExists (cfg.app + "/trouble") then
+      lib.fileContents (cfg.app + "/trouble")
+    else
+      "none";
 in
 {
   options.scenario = {

@@ -98,12 +98,14 @@ with subtest("what takes a reboot is rebooted into, when it is time for that"):
     assert shows(web, "app") == "three"
     said = web.succeed("journalctl -o cat -u ekiben-reboot")
     assert said.count("Rebooting into ") == 1 and ("Failed to start prepare-kexec.service" in said) == shares_kernel, said
-    web.succeed("chown -R ekiben-fleet /srv/app")
-    assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
-    becomes(hub, "web", "auto updated")
-    # nothing to reboot into
-    web.succeed("systemctl start ekiben-reboot.service")
-    assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting into ") == 1
+    # a container that shares its kernel has no boot of its own to tell from the one before
+    if is_host(web) or not shares_kernel:
+        web.succeed("chown -R ekiben-fleet /srv/app")
+        assert poll(web)["result"] == "unchanged", last_run(web, "fleet")
+        becomes(hub, "web", "auto updated")
+        # nothing to reboot into
+        web.succeed("systemctl start ekiben-reboot.service")
+        assert web.succeed("journalctl -o cat -u ekiben-reboot").count("Rebooting into ") == 1
 
 if is_host(web):
     with subtest("whoever boots an older system by hand is not rebooted, however often"):
