@@ -136,14 +136,8 @@ pub fn is_stopping() -> Result<bool> {
 /// Waits until systemd has started all that it is to, but for what waits for units of ours; or until a limit, in seconds.
 pub fn wait_for_jobs(limit: u64) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(limit);
-    let is_busy = || -> Result<bool> {
-        let jobs = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager"])?;
-        let jobs = String::from_utf8_lossy(&jobs);
-        Ok(jobs
-            .lines()
-            .any(|job| matches!(job.split_whitespace().collect::<Vec<_>>()[..], [_, unit, _, "running"] if !unit.starts_with("ekiben"))))
-    };
-    while is_busy()? && Instant::now() < until {
+    let is_busy = |job: &Job| job.state == "running" && !job.unit.starts_with("ekiben");
+    while jobs(&[])?.iter().any(is_busy) && Instant::now() < until {
         thread::sleep(PAUSE);
     }
     Ok(())
@@ -169,20 +163,33 @@ pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
         let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
         return restart.output(|| format!("start {service} again"), None).map(drop);
     }
-    cancel_jobs(instance, |kind, state| (kind, state) == ("start", "waiting"))
+    cancel_jobs(instance, |job| job.kind == "start" && job.state == "waiting")
 }
 
-fn cancel_jobs(instance: &str, which: impl Fn(&str, &str) -> bool) -> Result<()> {
-    let list = systemctl(&["list-jobs", "--no-legend", "--full", "--no-pager", "--", &service(instance)])?;
-    for line in String::from_utf8_lossy(&list).lines() {
-        match line.split_whitespace().collect::<Vec<_>>()[..] {
-            [job, _, kind, state] if which(kind, state) => {
-                Program::as_root("systemctl").args(["cancel", job]).output(|| format!("cancel job {job}"), None)?;
-            }
-            _ => {}
-        }
+fn cancel_jobs(instance: &str, which: impl Fn(&Job) -> bool) -> Result<()> {
+    for Job { id, .. } in jobs(&[&service(instance)])?.into_iter().filter(which) {
+        Program::as_root("systemctl").args(["cancel", &id]).output(|| format!("cancel job {id}"), None)?;
     }
     Ok(())
+}
+
+/// One of systemd's jobs.
+struct Job {
+    id: String,
+    unit: String,
+    kind: String,
+    state: String,
+}
+
+/// The jobs of these units, or all.
+fn jobs(units: &[&str]) -> Result<Vec<Job>> {
+    let list = systemctl(&[&["list-jobs", "--no-legend", "--full", "--no-pager", "--"], units].concat())?;
+    let list = String::from_utf8_lossy(&list);
+    let job = |line: &str| {
+        let mut words = line.split_whitespace().map(String::from);
+        Some(Job { id: words.next()?, unit: words.next()?, kind: words.next()?, state: words.next()? })
+    };
+    Ok(list.lines().filter_map(job).collect())
 }
 
 /// Whether a timer of a service has elapsed since that was started.
@@ -209,7 +216,7 @@ pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T 
     thread::scope(|scope| {
         scope.spawn(move || {
             while is_done.recv_timeout(LOAN) == Err(RecvTimeoutError::Timeout) {
-                cancel_jobs(instance, |_, _| true).unwrap_or_else(|error| log::warn!("{error}."));
+                cancel_jobs(instance, |_| true).unwrap_or_else(|error| log::warn!("{error}."));
             }
         });
         let result = activate();
