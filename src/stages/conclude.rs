@@ -76,10 +76,7 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
             "Failed to end the run of {name}: it is under way; wait for its end, or stop it: systemctl stop ekiben-{name}"
         )));
     }
-    if system::is_stopping()? {
-        // units cannot be started any more: the next boot goes on from here
-        return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
-    }
+    check_can_end()?;
     let turn = Turn::take()?;
     // while waiting for the turn, the run may have been ended
     match Run::load(layout)? {
@@ -91,6 +88,14 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// Fails if units cannot be started any more: the next boot goes on from here.
+fn check_can_end() -> Result<()> {
+    if system::is_stopping()? {
+        return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
+    }
+    Ok(())
 }
 
 /// Whether the unit of a run is still at it; what systemd runs in the end of that unit is part of the run.
@@ -479,9 +484,7 @@ pub fn end_trial(layout: &Layout) -> Result<()> {
     if waiting()?.is_none() {
         return Ok(());
     }
-    if system::is_stopping()? {
-        return Err(Error::new("Failed to end the run: the machine is shutting down; it will be ended after the next boot"));
-    }
+    check_can_end()?;
     let turn = Turn::take()?;
     waiting()?.map_or(Ok(()), |run| end(layout, run, Some(turn)))
 }
