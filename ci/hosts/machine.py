@@ -73,8 +73,8 @@ class Machine:
 
     def start(self, allow_reboot=False, choose=None, kexec=None, wait=True):
         """Boots the host, if it is not running: the system that the boot loader chooses, or `choose`, as by hand in the
-        menu, or `kexec`, past the boot loader. Where that one does not come up, the power is cycled. Returns when systemd has started all, or, if `wait` is
-        not set, answers."""
+        menu, or `kexec`, past the boot loader. Where that one does not come up, the power is cycled. Returns when
+        systemd has started all, or, if `wait` is not set, answers."""
         if self.init:
             return
         system = kexec or self._load(choose)

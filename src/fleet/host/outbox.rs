@@ -25,8 +25,8 @@ const MOST: usize = 32;
 const LINES: &str = "5000";
 const LOG: &str = "4194304";
 
-/// Adds the report of the run that ended last, with what the journal has of it; not if that had
-/// nothing to do, could not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
+/// Adds the report of the run that ended last, with what the journal has of it; not if that had nothing to do, could
+/// not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
 pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     if let Err(error) = tidy(layout) {
         log::warn!("{error}.");

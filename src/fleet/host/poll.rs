@@ -16,19 +16,15 @@ use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
-use crate::fleet::host::outbox;
-use crate::fleet::host::release;
-use crate::fleet::host::secrets;
-use crate::fleet::host::seen;
+use crate::fleet::host::{outbox, release, secrets, seen};
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
-use crate::run::Outcome;
-use crate::run::Release;
 use crate::run::status::Status;
+use crate::run::{Outcome, Release};
 use crate::stages::reboot;
 use crate::system::now;
 
@@ -38,8 +34,6 @@ const REACH: Duration = Duration::from_secs(30);
 const DELIVERY: Duration = Duration::from_secs(300);
 /// The heartbeat that the hub has taken last.
 const TOLD: &str = "heartbeat.json";
-/// What it means that ssh-keygen fails.
-const BY_NOBODY: &str = "Failed to accept the hub's manifest: signed by none of `signers`";
 /// Why what the hub offers was refused, if it was.
 const REFUSED: &str = "refused";
 
@@ -69,7 +63,8 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
         seen::check(layout, &manifest.release, committed.clone(), now())?;
         Ok(manifest)
     });
-    note_refusal(layout, accepted.as_ref().err())?;
+    // whatever becomes of the note, the reason is what the run ends with
+    note_refusal(layout, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
     let manifest = accepted.inspect_err(|_| tell(&mut session, None))?;
     let release = &manifest.release;
     let known = committed.is_some_and(|committed| committed.id == release.id);
@@ -157,7 +152,10 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
         fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
         let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
         let verified = verify.arg("-s").arg(file).output(|| "verify its signature".into(), Some(signed.manifest.as_bytes()));
-        verified.map_err(|error| if error.to_string().contains("exited") { Error::new(BY_NOBODY) } else { error })?;
+        if let Err(error) = verified {
+            // it says no more than that
+            return if error.to_string().contains("exited") { Err("signed by none of `signers`").context(doing) } else { Err(error) };
+        }
     }
     let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
     let wrong = if manifest.format != FORMAT {

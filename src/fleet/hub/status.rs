@@ -17,8 +17,7 @@ use crate::fleet::hub::repository::select;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{Heartbeat, LastRun, Manifest};
 use crate::names::{HostName, StorePath};
-use crate::run::Outcome;
-use crate::run::Release;
+use crate::run::{Outcome, Release};
 use crate::system::now;
 use crate::{output, table, text};
 
