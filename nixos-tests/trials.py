@@ -28,8 +28,10 @@ def prepare_trial(content, kind="update"):
 
 
 def ask():
-    """Asks for a run as the webhook does, without Ekiben's program; returns the request's number."""
-    return int(machine.succeed("cd /var/lib/ekiben/queue; n=$(date +%s%3N); printf $n > .new; sync .new; ln .new app; sync .; rm .new; echo $n"))
+    """Asks for a run as the webhook does, without Ekiben's program; returns the request's number. A power cut may bring
+    the other name of the file back, which is therefore not in the queue."""
+    return int(machine.succeed("cd /var/lib/ekiben; n=$(date +%s%3N); printf $n > .asked; sync .asked; ln .asked queue/app; sync queue; "
+                               "rm .asked; echo $n"))
 
 
 def run_asked():
