@@ -79,6 +79,13 @@ def refuses(words, stage="prepare"):
     return ended
 
 
+def tells(state, words):
+    """Checks that the hub says this of the host, and fails."""
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    said = hub.fail(f"ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web 2>&1")
+    assert state in said and words in said, said
+
+
 web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --no-link --print-out-paths path:/srv/release#nixosConfigurations.web.config.system.build.toplevel)", f"{PROFILE}/bin/switch-to-configuration switch")
 
 with subtest("the hub has nothing yet: said, and tried again by the next poll"):
@@ -194,6 +201,8 @@ with subtest("a system that does not run: rolled back, told, not tried again unt
     assert report["result"] == "rolledBack" and "trouble" in words, (report, words)
     again = run(web, "fleet")
     assert "known to be bad" in again["error"], again
+    # also while it is looked at again, and after that
+    tells("rolled back", "exited with 2")
     beat = heartbeat()
     assert (beat["last"]["result"], beat["last"]["release"]["id"], beat["seen"]["id"]) == ("rolledBack", bad, bad), beat
     deploys(next(COUNT))
@@ -287,20 +296,19 @@ for what, how, words in (
     ("is of another format", {"format": 2}, "unsupported format 2"),
     ("names a way out", {"id": "../../" + "a" * 58}, "expected a SHA-256"),
     ("names another archive", {"sha256": "0" * 64}, "the archive does not match the manifest"),
+    ("says what is too large", {"size": 1 << 40}, "its archive has 1099511627776 bytes, more than 67108864"),
     ("says another size", {"size": 1}, "the archive does not match the manifest"),
     ("goes back", {"sequence": 1}, "has been seen before"),
 ):
-    with subtest(f"a manifest that {what} is refused"):
+    with subtest(f"a manifest that {what} is refused, and the hub is told in the same session"):
         archive(next(COUNT))
         offer(**how)
         refuses(words)
-        if "sign" in what or what == "goes back":
-            # in the session that is open, whatever it runs
-            assert words in heartbeat()["refused"], heartbeat()
-            hub.succeed("systemctl start ekiben-hub-collect.service")
-            assert "refusing" in hub.fail(f"ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web")
-            deploys(next(COUNT))
-            assert heartbeat()["refused"] is None, heartbeat()
+        assert words in heartbeat()["refused"], heartbeat()
+        # what the hub itself cannot read it says, too
+        tells("unreadable" if what in ("is another host's", "is of another format", "names a way out") else "refusing", words if words in "not signed the archive does not match the manifest" else "")
+deploys(next(COUNT))
+assert heartbeat()["refused"] is None, heartbeat()
 
 with subtest("a manifest that was changed after it was signed is refused"):
     archive(next(COUNT))
@@ -325,7 +333,43 @@ for what, add in (
         web.succeed("rm -f /tmp/out")
         offer()
         refuses("Failed to unpack")
+        tells("refusing", "Failed to unpack")
+        wait_until_idle(web, "deliver")
         assert web.succeed(f"ls {OWN}/fetched/fleet") == ""
+
+with subtest("an archive that is gone: the hub says why, until it is back"):
+    archive(next(COUNT))
+    release = offer()
+    hub.succeed(f"mv {HOST}/release/{release}.tar.gz {HOST}/away")
+    ended = refuses("the hub does not have its archive")
+    assert "this machine" not in ended["error"], ended
+    tells("refusing", "the hub does not have its archive")
+    hub.succeed(f"mv {HOST}/away {HOST}/release/{release}.tar.gz")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("a release without the system of its host: the hub says so"):
+    archive(next(COUNT))
+    offer(attr="other")
+    assert (run(web, "fleet")["stage"], poll(web)["stage"]) == ("build", "prepare")
+    tells("failing", "other")
+
+with subtest("a disk that fills up in mid-download is this machine's trouble, and no refusal"):
+    web.succeed(f"cp -a {OWN} /root/own; mount -t tmpfs -o size=$(( $(du -sm {OWN} | cut -f1) + 15 ))M tmpfs {OWN}; cp -a /root/own/. {OWN}; chown --reference=/root/own {OWN}; chmod 700 {OWN}")
+    archive(next(COUNT), add="head -c 30000000 /dev/urandom > noise")
+    offer()
+    ended = run(web, "fleet")
+    assert "o space left" in ended["error"] and "a problem of this machine" in ended["error"], ended
+    assert heartbeat()["refused"] is None
+    tells("failing", "o space left")
+    web.succeed(f"umount {OWN}")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
+with subtest("files that cannot be fetched: the hub says so"):
+    hub.succeed(f"echo junk > {HOST}/files/index.json; chgrp fleet-web {HOST}/files/index.json; chmod 640 {HOST}/files/index.json")
+    assert run(web, "fleet")["result"] == "failed", last_run(web, "fleet")
+    tells("files missing", "Failed to read the index")
+    hub.succeed("systemctl start ekiben-hub-files.service")
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
 
 with subtest("an archive of few bytes with a name of many is refused before anything is made of it"):
     # GNU tar has a long name before the file that is meant

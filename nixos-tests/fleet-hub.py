@@ -29,11 +29,11 @@ def flake(directory, *names, more=""):
     write(hub, f"/srv/fleet/hosts/{directory}/says", "1")
 
 
-def manifest(host):
-    """What is published for a host; its archive has to be there, and right."""
+def manifest(host, archived=True):
+    """What is published for a host; its archive has to be there, and right, unless it is not `archived`."""
     release = f"{SERVED}/hosts/{host}/release"
     found = json.loads(json.loads(hub.succeed(f"cat {release}/manifest.json"))["manifest"])
-    assert hub.succeed(f"sha256sum < {release}/{found['id']}.tar.gz").split()[0] == found["sha256"], found
+    assert not archived or hub.succeed(f"sha256sum < {release}/{found['id']}.tar.gz").split()[0] == found["sha256"], found
     content = f"{found['sha256']} {found['attr'] or '-'} {found['toplevel'] or '-'}\n"
     assert hashlib.sha256(content.encode()).hexdigest() == found["id"], found
     return found
@@ -55,11 +55,11 @@ def published(said):
     return re.findall("^([a-z0-9]+): release [0-9]{10} published\\b", said, re.M)
 
 
-def beat(host, **changes):
+def beat(host, archived=True, **changes):
     """Has a host send its heartbeat."""
-    released = {key: manifest(host)[key] for key in ("id", "sequence")}
+    released = {key: manifest(host, archived)[key] for key in ("id", "sequence")}
     heartbeat = {
-        "format": 1, "host": host, "version": "0", "seen": released, "deployed": released, "system": manifest(host)["toplevel"],
+        "format": 1, "host": host, "version": "0", "seen": released, "deployed": released, "system": manifest(host, archived)["toplevel"],
         "running": None, "last": None, "runs": 1, "selfUpdated": False, "rebootNeeded": False, **changes,
     }
     write(hub, f"{SERVED}/hosts/{host}/reports/heartbeat.json", json.dumps(heartbeat))
@@ -175,6 +175,16 @@ with subtest("deploy publishes all once, and then what has changed"):
     hub.succeed(fleet("deploy"))
     assert hub.succeed(f"ls {SERVED}/hosts/web/release | wc -l").strip() == "3"
 
+with subtest("An archive that is gone or another one is sent again by the next deploy"):
+    archive = f"{SERVED}/hosts/web/release/{manifest('web')['id']}.tar.gz"
+    # what has another size is seen at once, what has not as soon as its host says so
+    for harm, refused in ((f"rm {archive}", None), (f"truncate -s 10 {archive}", None), (f"printf x | dd of={archive} conv=notrunc status=none", "no match")):
+        hub.succeed(as_deploy(harm))
+        beat("web", archived=False, refused=refused)
+        assert "published: the same, sent again" in hub.succeed(fleet("deploy web"))
+        assert manifest("web")["id"] in archive
+    hub.succeed(f"rm {SERVED}/hosts/web/reports/* {SERVED}/received/web/*.json")
+
 with subtest("What does not build is not published, and keeps nobody else waiting"):
     write(hub, "/srv/fleet/hosts/web/says", "broken")
     write(hub, "/srv/fleet/hosts/hub/configuration.nix", stand_in("hub", '"2"'))
@@ -281,6 +291,14 @@ with subtest("status shows the state of the hosts"):
     said = hub.fail(fleet("status"))
     assert re.search("^web +.*failing", said, re.M) and "luck" in said and "\x1b" not in said, said
     hub.succeed(fleet("status web2"))
+    # trouble with one host hides no other
+    for name in ("hosts/db/release/manifest.json", "received/db/heartbeat.json"):
+        hub.succeed(as_deploy(f"cp -p {SERVED}/{name} /tmp/kept; echo junk > {SERVED}/{name}"))
+        assert states(hub)["db"] == "unreadable" and states(hub)["plain"] == "up to date", states(hub)
+        said = hub.fail(fleet("status db"))
+        assert f"Failed to read {SERVED}/{name}: " in said, said
+        hub.succeed(as_deploy(f"cp -p /tmp/kept {SERVED}/{name}"))
+    assert states(hub)["db"] == "sync pending"
     identifier = "0123456789abcdef" * 2
     report = {
         "format": 1, "host": "db", "system": f"/nix/store/{'x' * 32}-x", "id": identifier, "result": "failed", "trigger": "timer", "started": 0, "finished": 1,

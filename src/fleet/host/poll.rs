@@ -24,7 +24,7 @@ use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
 use crate::run::status::Status;
-use crate::run::{Outcome, Release};
+use crate::run::{Outcome, Release, Stage};
 use crate::stages::reboot;
 use crate::system::now;
 
@@ -37,56 +37,78 @@ const TOLD: &str = "heartbeat.json";
 /// Why what the hub offers was refused, if it was.
 const REFUSED: &str = "refused";
 
-/// Asks the hub for its release, with what it has not been told yet. Returns the release, and the
-/// commit to start from: HEAD, if the release is in it, or a new one on top.
+/// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns the
+/// release, and the commit to start from: HEAD, if the release is in it, or a new one on top.
 pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Release, String)> {
     let scratch = scratch(layout)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut session = Session::open(hub, &identity(layout)?, scratch.path(), limit)?;
-    // what the hub does not want to be told now, the next poll tells
-    let tell = |session: &mut Session, running| {
-        if let Err(error) = deliver_by(session, layout, hub, scratch.path(), running) {
-            log::warn!("{error}.");
-        }
-    };
+    let files = if hub.file_directories.is_empty() { Ok(()) } else { secrets::fetch(&mut session, layout, scratch.path()) };
+    let untold = files.as_ref().err().map(ToString::to_string);
+    let taken = files.and_then(|()| take(&mut session, layout, instance, hub, repository, scratch.path()));
 
-    if !hub.file_directories.is_empty() {
-        secrets::fetch(&mut session, layout, scratch.path())?;
+    let mut beat = heartbeat(layout, hub);
+    beat.files = beat.files.or(untold);
+    match &taken {
+        // of what has been tried in vain, the hub knows
+        Ok((release, commit))
+            if *commit != repository.head && beat.last.as_ref().is_none_or(|last| last.release.as_ref() != Some(release)) =>
+        {
+            beat.running = Some(release.clone());
+        }
+        Ok(_) => {}
+        // what the run will end with
+        Err(error) => {
+            let (error, finished) = (Some(error.to_string()), now());
+            beat.last = Some(LastRun { release: None, result: Outcome::Failed, stage: Some(Stage::Prepare), error, finished });
+        }
     }
-    let place = scratch.path().join("manifest.json");
+    // what the hub does not want to be told now, the next poll tells
+    let told = deliver_by(&mut session, layout, scratch.path(), &beat).and_then(|()| session.close());
+    told.unwrap_or_else(|error| log::warn!("{error}."));
+    taken
+}
+
+/// Takes what the hub offers; what is refused of it is noted, whatever it is refused for.
+fn take(
+    session: &mut Session,
+    layout: &Layout,
+    instance: &Instance,
+    hub: &Hub,
+    repository: &Repository,
+    scratch: &Path,
+) -> Result<(Release, String)> {
+    let place = scratch.join("manifest.json");
+    let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
     if !session.get("release/manifest.json", &place, SMALL)? {
-        tell(&mut session, None);
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
-    let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
-    let accepted = read_manifest(&place, hub, scratch.path()).and_then(|manifest| {
-        seen::check(layout, &manifest.release, committed.clone(), now())?;
-        Ok(manifest)
-    });
+    let accept = || {
+        let manifest = read_manifest(&place, hub, scratch)?;
+        let release = &manifest.release;
+        seen::check(layout, release, committed.clone(), now())?;
+        let known = committed.is_some_and(|committed| committed.id == release.id);
+        let tarball = layout.own(&manifest.archive());
+        remove_archives(layout, Some(&tarball).filter(|_| !known))?;
+        let source = scratch.join("source");
+        if !known {
+            fetch_archive(session, &manifest, &tarball)?;
+            unpack(&tarball, &source)?;
+        }
+        seen::remember(layout, release)?;
+        Ok((manifest, source, known))
+    };
+    let accepted = accept();
     // whatever becomes of the note, the reason is what the run ends with
     note_refusal(layout, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
-    let manifest = accepted.inspect_err(|_| tell(&mut session, None))?;
-    let release = &manifest.release;
-    let known = committed.is_some_and(|committed| committed.id == release.id);
-    let tarball = layout.own(&manifest.archive());
-    remove_archives(layout, Some(&tarball).filter(|_| !known))?;
-    if !known {
-        fetch_archive(&mut session, &manifest, &tarball)?;
-    }
-    seen::remember(layout, release)?;
-    tell(&mut session, Some(release).filter(|_| !known));
-    session.close()?;
+    let (manifest, source, known) = accepted?;
     if known {
         return Ok((manifest.release, repository.head.clone()));
     }
-    let source = scratch.path().join("source");
-    unpack(&tarball, &source)?;
     let message = release::message(&manifest)?;
-    let index = scratch.path().join("index");
+    let index = scratch.join("index");
     // releases that were never deployed would stay for ever
-    if let Err(error) = repository.prune() {
-        log::warn!("{error}.");
-    }
+    repository.prune().unwrap_or_else(|error| log::warn!("{error}."));
     // git knows no later times
     let published = manifest.published.min(u64::from(u32::MAX));
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;
@@ -132,13 +154,15 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
         if size() >= manifest.size || !tarball.is_file() {
             files::clear(tarball).context(doing)?;
         }
-        session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)?;
+        if !session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)? {
+            return Err("the hub does not have its archive").context(doing);
+        }
         if is_right() {
             return Ok(());
         }
         files::clear(tarball).context(doing)?;
     }
-    Err("the archive does not match the manifest").context(doing).map_err(Error::transient)
+    Err("the archive does not match the manifest").context(doing)
 }
 
 /// Reads a manifest that somebody else wrote.
@@ -172,13 +196,13 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
 pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
     let told = fs::read(layout.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub, None)).context(|| "write the heartbeat".into())?;
+    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub)).context(|| "write the heartbeat".into())?;
     if outbox::waiting(layout)?.is_empty() && told == now {
         return Ok(());
     }
     let scratch = scratch(layout)?;
     let mut session = Session::open(hub, &identity(layout)?, scratch.path(), DELIVERY)?;
-    deliver_by(&mut session, layout, hub, scratch.path(), None)?;
+    deliver_by(&mut session, layout, scratch.path(), &heartbeat(layout, hub))?;
     session.close()
 }
 
@@ -200,9 +224,9 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
 }
 
-/// Sends the heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
+/// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
 /// rest waiting; what counts as told is what it has taken.
-fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, scratch: &Path, running: Option<&Release>) -> Result<()> {
+fn deliver_by(session: &mut Session, layout: &Layout, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
     let mut waiting = outbox::waiting(layout)?;
     let place = scratch.join("received.json");
     // who has sent nothing need not ask what has arrived
@@ -218,14 +242,14 @@ fn deliver_by(session: &mut Session, layout: &Layout, hub: &Hub, scratch: &Path,
     let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(layout, run).iter().try_for_each(|file| send(file))).collect();
     // the directory is the user's alone; on the hub, others have to read what is sent
     let beat = scratch.join(TOLD);
-    files::write_json(&beat, &heartbeat(layout, hub, running), 0o644)?;
+    files::write_json(&beat, heartbeat, 0o644)?;
     send(&beat)?;
     fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
     reports.into_iter().collect()
 }
 
 /// How the instance is.
-fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat {
+fn heartbeat(layout: &Layout, hub: &Hub) -> Heartbeat {
     let status = Status::read(layout);
     // a host that cannot read what it has seen is to be heard all the same
     let seen = seen::newest(layout, None).unwrap_or_default();
@@ -242,7 +266,7 @@ fn heartbeat(layout: &Layout, hub: &Hub, running: Option<&Release>) -> Heartbeat
         version: env!("CARGO_PKG_VERSION").into(),
         deployed: deployed.and_then(|deployed| deployed.release.clone()),
         system: system.and_then(|system| system.as_path().try_into().ok()),
-        running: running.cloned(),
+        running: None,
         last: last.map(|run| LastRun {
             release: run.release.clone(),
             result: run.result,

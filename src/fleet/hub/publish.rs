@@ -30,18 +30,18 @@ pub struct Manner<'a> {
 }
 
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
-/// before that, if so asked for. Returns the release's sequence number, and whether it differs from the one before in
-/// nothing but who has signed it. `say` is told what is being done.
+/// before that, if so asked for. Returns the release's sequence number, and what there is to say of it. `say` is told what
+/// is being done.
 pub fn deploy(
     hub: &ServedDirectory,
     repository: &FleetRepository,
     host: &Host,
     manner: &Manner,
     say: impl Fn(&str),
-) -> Result<Option<(Sequence, bool)>> {
+) -> Result<Option<(Sequence, &'static str)>> {
     hub.check(&host.name)?;
     let key = manner.key;
-    let old = hub.manifest(&host.name)?;
+    let old = hub.valid_manifest(&host.name)?;
     if key.is_none() && !manner.unsigned && old.as_ref().is_some_and(|(_, signed)| signed.signature.is_some()) {
         let why = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
         return Err(why).context(|| format!("publish {}", host.name));
@@ -51,7 +51,9 @@ pub fn deploy(
     let system = repository.evaluate(host)?;
     let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
     let is_same = old.as_ref().is_some_and(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
-    if is_same && is_ours == Some(true) {
+    let heartbeat = hub.heartbeat(&host.name)?.map(|(heartbeat, _)| heartbeat);
+    let is_refused = heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.refused.is_some());
+    if is_same && is_ours == Some(true) && old.as_ref().is_some_and(|(old, _)| hub.has_archive(old, is_refused)) {
         return Ok(None);
     }
     let ours = old.as_ref().filter(|_| is_ours == Some(true)).map(|(ours, _)| ours);
@@ -60,7 +62,7 @@ pub fn deploy(
         repository.build(host, &system)?;
     }
     say("publishing");
-    let heard = hub.heartbeat(&host.name)?.map(|(heartbeat, _)| [heartbeat.seen, heartbeat.deployed]);
+    let heard = heartbeat.map(|heartbeat| [heartbeat.seen, heartbeat.deployed]);
     let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);
     let published = now();
     let sequence = next(ours.map(|ours| ours.release.sequence), heard, published).context(|| format!("publish {}", host.name))?;
@@ -80,7 +82,14 @@ pub fn deploy(
     let place = hub.release(&host.name).join(manifest.archive());
     files::write(&place, &archive, 0o644).context(|| format!("write {}", place.display()))?;
     hub.publish(&manifest, &Signed { manifest: text, signature }, old.as_ref())?;
-    Ok(Some((sequence, is_same)))
+    Ok(Some((
+        sequence,
+        match (is_same, is_ours) {
+            (false, _) => "",
+            (true, Some(false)) => ": the same, signed again",
+            (true, _) => ": the same, sent again",
+        },
+    )))
 }
 
 /// What a release is called that consists of these.

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
-use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, SMALL, Signed};
+use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, SMALL, Signed, sha256};
 use crate::json;
 use crate::names::{HostName, Sha256};
 use crate::text;
@@ -100,7 +100,7 @@ impl ServedDirectory {
             files::write_json(&path, new, 0o644)?;
             return elsewhere.publish(&manifest.host, &manifest.archive(), &path, &kept);
         }
-        if self.manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old.map(|(_, signed)| signed) {
+        if self.valid_manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old.map(|(_, signed)| signed) {
             return Err(MEANWHILE).context(|| format!("publish {}", manifest.host));
         }
         files::write_json(&release.join(MANIFEST), new, 0o644)?;
@@ -148,8 +148,8 @@ impl ServedDirectory {
         self.directory.join("received").join(host)
     }
 
-    /// What is published for a host; `None` if that is no release of that host's, and so of no use to it.
-    pub fn manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
+    /// What is published for a host; the error says why it is of no use to it.
+    pub fn manifest(&self, host: &HostName) -> Result<Option<Result<(Manifest, Signed), String>>> {
         let path = self.release(host).join(MANIFEST);
         let doing = || format!("read {}", path.display());
         let parsed = match read(&path) {
@@ -160,13 +160,27 @@ impl ServedDirectory {
             },
         };
         match parsed {
-            Ok((Some(manifest), signed)) => Ok(Some((manifest, signed))),
+            Ok((Some(manifest), signed)) => Ok(Some(Ok((manifest, signed)))),
             Ok((None, _)) => Err("unsupported format").context(doing),
-            Err(why) => {
-                log::warn!("Ignoring {}: {}.", path.display(), text::line(&why));
-                Ok(None)
-            }
+            Err(why) => Ok(Some(Err(format!("{}: {}", path.display(), text::line(&why))))),
         }
+    }
+
+    /// The same for who replaces it.
+    pub fn valid_manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
+        let found = self.manifest(host)?;
+        Ok(found.and_then(|found| found.inspect_err(|why| log::warn!("Ignoring {why}.")).ok()))
+    }
+
+    /// Whether the archive of a manifest is where its host looks for it; `thorough` is to look into it. Of a hub elsewhere,
+    /// that is what the host says.
+    pub fn has_archive(&self, manifest: &Manifest, thorough: bool) -> bool {
+        let path = self.release(&manifest.host).join(manifest.archive());
+        if self.is_elsewhere() {
+            return !thorough;
+        }
+        let is_there = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == manifest.size);
+        is_there && (!thorough || sha256::of_file(&path).is_ok_and(|sha256| sha256 == manifest.sha256))
     }
 
     /// What a host said last, and when that arrived.

@@ -30,6 +30,8 @@ pub enum HostState {
     NewMachine,
     /// It has not been heard of for long.
     Silent,
+    /// What is published for it, or what it has sent, cannot be read.
+    Unreadable,
     /// It does not accept what it is offered.
     Refusing,
     /// It is at work on the published release.
@@ -59,6 +61,9 @@ pub enum HostState {
 impl HostState {
     /// Decides by what is published, and by what was heard of the host how long ago.
     fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration) -> Self {
+        if heard.is_some_and(|(heartbeat, age)| age <= silent_after && heartbeat.refused.is_some()) {
+            return Self::Refusing;
+        }
         let Some(published) = published else { return Self::NotDeployed };
         let Some((heartbeat, age)) = heard else { return Self::NewMachine };
         let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
@@ -70,7 +75,6 @@ impl HostState {
         let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
         match result {
             _ if age > silent_after => Self::Silent,
-            _ if heartbeat.refused.is_some() => Self::Refusing,
             _ if is_published(&heartbeat.running) => Self::Building,
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
@@ -86,7 +90,10 @@ impl HostState {
     }
 
     fn is_well(self) -> bool {
-        !matches!(self, Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed | Self::Drifted)
+        !matches!(
+            self,
+            Self::Unreadable | Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed | Self::Drifted
+        )
     }
 }
 
@@ -96,6 +103,7 @@ impl fmt::Display for HostState {
             Self::NotDeployed => "not deployed",
             Self::NewMachine => "new machine",
             Self::Silent => "silent",
+            Self::Unreadable => "unreadable",
             Self::Refusing => "refusing",
             Self::Building => "building",
             Self::Failing => "failing",
@@ -118,6 +126,8 @@ impl fmt::Display for HostState {
 struct Row {
     state: String,
     well: bool,
+    /// Why nothing else is known of it.
+    trouble: Option<String>,
     /// The beginnings of the hashes of the published and of the running system.
     local_version: String,
     remote_version: String,
@@ -127,18 +137,36 @@ struct Row {
     heartbeat: Option<Heartbeat>,
 }
 
-fn look(hub: &ServedDirectory, host: &HostName, silent_after: Duration) -> Result<Row> {
-    let published = hub.manifest(host)?.map(|(manifest, _)| manifest);
-    let heard = hub.heartbeat(host)?;
+fn look(hub: &ServedDirectory, host: &HostName, silent_after: Duration) -> Row {
+    // trouble with one host hides no other
+    let mut trouble = None;
+    let mut note = |error: String| trouble = Some(error);
+    let published = match hub.manifest(host) {
+        Ok(Some(Ok((manifest, _)))) => Some(manifest),
+        Ok(None) => None,
+        Ok(Some(Err(why))) => {
+            note(format!("Failed to read {why}"));
+            None
+        }
+        Err(error) => {
+            note(error.to_string());
+            None
+        }
+    };
+    let heard = hub.heartbeat(host).unwrap_or_else(|error| {
+        note(error.to_string());
+        None
+    });
     let now = SystemTime::now();
     let age = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, now.duration_since(*arrived).unwrap_or_default()));
-    let state = HostState::of(published.as_ref(), age, silent_after);
+    let state = if trouble.is_some() { HostState::Unreadable } else { HostState::of(published.as_ref(), age, silent_after) };
     let deployed = [HostState::AutoUpdated, HostState::ExtraRuns, HostState::UpToDate].contains(&state);
     let reboot = deployed && heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.reboot_needed);
     let local = published.as_ref().map(|manifest| manifest.toplevel.as_ref().map_or(short(&manifest.release.id), hash));
     let files = heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.files.is_some());
     let also = [(reboot, ", reboot needed"), (files, ", files missing")];
-    Ok(Row {
+    Row {
+        trouble,
         state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
         well: state.is_well() && !files,
         local_version: local.unwrap_or_default(),
@@ -146,7 +174,7 @@ fn look(hub: &ServedDirectory, host: &HostName, silent_after: Duration) -> Resul
         heard: heard.as_ref().and_then(|(_, arrived)| Some(arrived.duration_since(UNIX_EPOCH).ok()?.as_secs())),
         heartbeat: heard.map(|(heartbeat, _)| heartbeat),
         published,
-    })
+    }
 }
 
 /// The beginning of a store path's hash.
@@ -168,7 +196,7 @@ pub fn status(hub: &ServedDirectory, silent_after: u64, wanted: &[&str], json: b
         let hosts = select(hub.hosts()?, |name| name, wanted)?;
         let mut shown = BTreeMap::new();
         for host in hosts {
-            let of_host = look(hub, &host, Duration::from_secs(silent_after))?;
+            let of_host = look(hub, &host, Duration::from_secs(silent_after));
             shown.insert(host, of_host);
         }
         if !live {
@@ -214,7 +242,7 @@ fn table(shown: &BTreeMap<HostName, Row>, now: u64) -> String {
         let heartbeat = shown.filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
         let error = heartbeat.and_then(|beat| beat.refused.as_ref().or_else(|| beat.last.as_ref()?.error.as_ref()));
         let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
-        for line in error.into_iter().chain(files).flat_map(|said| said.lines()) {
+        for line in shown.and_then(|shown| shown.trouble.as_ref()).into_iter().chain(error).chain(files).flat_map(|said| said.lines()) {
             text.extend(["  ", line, "\n"]);
         }
     }
@@ -333,6 +361,7 @@ mod tests {
         let shown = |heartbeat: Heartbeat, state: HostState| Row {
             state: state.to_string(),
             well: state.is_well(),
+            trouble: None,
             local_version: hash(manifest().toplevel.as_ref().unwrap()),
             remote_version: hash(heartbeat.system.as_ref().unwrap()),
             heard: None,

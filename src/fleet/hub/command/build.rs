@@ -63,8 +63,7 @@ impl Fleet<'_> {
             let released = publish::deploy(&self.hub, &repository, host, &manner, say)?;
             Ok(match released {
                 None => "unchanged".into(),
-                Some((sequence, false)) => format!("release {sequence} published"),
-                Some((sequence, true)) => format!("release {sequence} published: the same, signed again"),
+                Some((sequence, what)) => format!("release {sequence} published{what}"),
             })
         })?;
         Ok(exit(well && found))
