@@ -183,7 +183,7 @@ with subtest("An archive that is gone or another one is sent again by the next d
         beat("web", archived=False, refused=refused)
         assert "published: the same, sent again" in hub.succeed(fleet("deploy web"))
         assert manifest("web")["id"] in archive
-    hub.succeed(f"rm {SERVED}/hosts/web/reports/* {SERVED}/received/web/*.json")
+    hub.succeed(f"rm {SERVED}/received/web/heartbeat.json")
 
 with subtest("What does not build is not published, and keeps nobody else waiting"):
     write(hub, "/srv/fleet/hosts/web/says", "broken")
