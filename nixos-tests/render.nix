@@ -174,20 +174,10 @@ let
       // lib.mapAttrs' (
         unit: value: lib.nameValuePair "etc/systemd/system/${unit}" (installed value)
       ) units
-      // lib.concatMapAttrs (
-        unit: value:
-        let
-          links =
-            kind: targets:
-            map (
-              target: lib.nameValuePair "etc/systemd/system/${target}.${kind}/${unit}" { link = "../${unit}"; }
-            ) targets;
-        in
-        lib.listToAttrs (links "wants" value.wantedBy ++ links "requires" value.requiredBy)
-      ) units
       // lib.optionalAttrs config.services.openssh.enable {
         "etc/systemd/system/sshd.service".link = "/usr/lib/systemd/system/ssh.service";
-        "etc/systemd/system/multi-user.target.wants/sshd.service".link = "../sshd.service";
+        "etc/systemd/system/multi-user.target.wants/sshd.service".link =
+          "/usr/lib/systemd/system/ssh.service";
         "etc/ssh/sshd_config.d/scenario.conf" = sshd;
       }
       // lib.concatMapAttrs (

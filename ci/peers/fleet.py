@@ -311,7 +311,7 @@ def add_hosts(names):
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         for path in rendered.rglob("*"):
-            if not path.is_file() or path.is_symlink():
+            if not path.is_file():
                 continue
             text, place = path.read_text(), Path(directory) / path.relative_to(rendered)
             if "plain" in path.name:
