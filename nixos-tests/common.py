@@ -118,8 +118,10 @@ def go_on(machine, point):
 
 
 def is_idle(instance):
-    """The command that succeeds if the instance's service, or another of ours by that name, does not run."""
-    return f"systemctl show --property ActiveState --value ekiben-{instance} | grep -E '^(inactive|failed)$'"
+    """The command that succeeds if the instance's service, or another of ours by that name, does not run, nor is about to."""
+    # a run that could not begin is tried again
+    units = f"ekiben-retry@{instance} ekiben-{instance} ekiben-retry@{instance}"
+    return f"said=$(systemctl show --property ActiveState,Job {units}) && ! grep -qvE '^(ActiveState=(inactive|failed)|Job=0?|)$' <<< \"$said\""
 
 
 def wait_until_idle(machine, instance):

@@ -160,6 +160,23 @@ for point in ("build: begun", "activate: switching", "activate: switched", "acti
         assert told(ended["id"])[0]["result"] == "deployed"
         assert heartbeat()["deployed"]["id"] == release
 
+OUTBOX = "/var/lib/ekiben/outbox/fleet"
+for what, trouble in (("full", f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {OUTBOX}"), ("read-only", f"mount --bind -o ro {OUTBOX} {OUTBOX}")):
+    with subtest(f"the place of reports is {what}: the unit has failed, and the hub gets the report when that is mended"):
+        archive(next(COUNT), trouble="activation")
+        release = offer()
+        web.succeed(trouble)
+        follow(web, "fleet")
+        web.succeed("ekiben trigger fleet")
+        # it was the end of its run that has failed at first
+        web.wait_until_succeeds("systemctl is-failed ekiben-fleet.service && systemctl show --property ActiveState --value ekiben-retry@fleet | grep -x activating")
+        wait_until_said(web, "fleet", f"write {OUTBOX}/")
+        web.succeed(f"umount {OUTBOX}")
+        wait_until_at_rest(web, "fleet")
+        rolled_back = [run for run in status(web, "fleet")["runs"] if run["release"] and run["release"]["id"] == release and run["result"] == "rolledBack"]
+        assert status(web, "fleet")["tried"]["count"] == len(rolled_back), rolled_back
+        assert told(rolled_back[-1]["id"])[0]["result"] == "rolledBack"
+
 with subtest("the hub has a report: the host keeps it no longer"):
     hub.succeed("systemctl start ekiben-hub-collect.service")
     assert run(web, "fleet")["result"] == "unchanged"

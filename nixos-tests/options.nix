@@ -474,10 +474,12 @@ let
       builtins.attrNames (ours predecessor.systemd.units) == [
         "ekiben-boot.service"
         "ekiben-restart@.service"
+        "ekiben-retry@.service"
         "ekiben-tgautobot.path"
         "ekiben-tgautobot.service"
         "ekiben-tgautobot.timer"
         "ekiben-webhook-address.service"
+        "ekiben-webhook-tokens.service"
         "ekiben-webhook.path"
         "ekiben-webhook.service"
         "ekiben-webhook.socket"

@@ -160,9 +160,11 @@ with subtest("the disk of the state directory is full"):
         server.succeed(f"truncate -s {max(size - spare * 1024, 0)} /var/lib/ekiben/filler")
         before = everything()
         server.execute("systemctl start ekiben-app.service")
-        wait_until_idle(server, "app")
+        # or it waits for room
+        server.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-app.service | grep -E '^(inactive|failed)$'")
         if server.execute("systemctl is-failed --quiet ekiben-app.service")[0] != 0:
             break
+        server.succeed("systemctl stop ekiben-retry@app.service")
         check_unchanged(before)
     server.succeed("rm /var/lib/ekiben/filler; systemctl start --all 'ekiben-*.path'")
     works()

@@ -14,8 +14,12 @@
 //! files/<instance>.json         which of the hub's files are in their places; root only
 //! ```
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 use crate::error::{Context, Result};
 use crate::files;
@@ -65,6 +69,11 @@ impl Layout {
         if [self.request(), self.journal(), self.status()].iter().all(|file| file.parent().is_some_and(Path::exists)) {
             return;
         }
+        self.make();
+    }
+
+    /// Has the directories made that are missing, for root only.
+    pub fn make(&self) {
         let prefix = format!("--prefix={}", self.root.display());
         let make = Program::as_root("systemd-tmpfiles").args(["--create", &prefix]);
         // whose directories are the removed ones
@@ -74,6 +83,17 @@ impl Layout {
                 log::warn!("{error}.");
             }
         }
+    }
+
+    /// Whether there is room for what a run has to write before it begins.
+    pub fn check_can_be_written(&self) -> io::Result<()> {
+        // where there is a hub, the last run's report, too
+        let outbox = Some(self.outbox()).filter(|outbox| outbox.exists());
+        let directories = ["", "queue", "runs", "status"].map(|directory| self.root.join(directory));
+        directories.into_iter().chain(outbox).try_for_each(|directory| {
+            let mut file = OpenOptions::new().write(true).custom_flags(OFlag::O_TMPFILE.bits()).open(directory)?;
+            file.write_all(&vec![0; 64 * 1024]).and_then(|()| file.sync_all())
+        })
     }
 
     /// The instance.

@@ -56,8 +56,9 @@ Usage: ekiben [--config FILE] COMMAND
 
 What the units run:
   webhook
+  tokens                       fail if one of the webhook's is not fit for use
   fleet files FILE
-  begin | prepare | build | activate | conclude | deliver INSTANCE
+  begin | retry | prepare | build | activate | conclude | deliver INSTANCE
   install INSTANCE             install the hub's files for this machine
   reach INSTANCE               fail if the instance's hub cannot be reached
   reboot                       reboot if the deployed system needs it, and its instance permits it
@@ -87,6 +88,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
     };
     let file = Path::new(config);
     let config = || Config::read(file);
+    let webhook = || config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"));
     let done = match arguments {
         [] | ["--help" | "-h" | "help"] => print(HELP),
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -105,7 +107,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             offer::serve(&config.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?)
         }
         ["fleet", rest @ ..] => return command::command(rest),
-        ["webhook"] => webhook::webhook(&config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"))?),
+        ["webhook"] => webhook::webhook(&webhook()?),
+        ["tokens"] => webhook::check_tokens(&webhook()?),
         // by another exit status, its unit knows that the request is still there
         ["begin", name] => {
             return stage(file, name, begin::begin).map(|()| ExitCode::SUCCESS).or_else(|error| {
@@ -128,6 +131,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
         ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
+        ["retry", name] => layout(name).and_then(|layout| begin::retry(&layout)),
         ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),

@@ -369,13 +369,33 @@ let
   # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
   asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${ekiben}";
 
+  # a run that could not begin leaves its unit failed until there is another
+  retry = {
+    description = "Another try to begin a run of Ekiben's instance %i";
+    restartIfChanged = false;
+    startLimitIntervalSec = 0;
+    path = [ config.systemd.package ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "${ekiben} retry %i";
+      TimeoutStartSec = "infinity";
+      # of the other unit, all is said
+      LogLevelMax = "crit";
+    };
+  };
+  # of another name, an assertion says what it is
+  retriesOf = name: lib.optional (isName name) "ekiben-retry@${name}.service";
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
+    # nor does a request start it before another try has
     after = [
       "network-online.target"
       "ekiben-boot.service"
-    ];
+    ]
+    ++ retriesOf name;
+    onFailure = retriesOf name;
     # it survives the switch that it makes
     restartIfChanged = false;
     stopIfChanged = false;
@@ -391,34 +411,29 @@ let
         # the home is read-only
         XDG_CACHE_HOME = "/var/cache/ekiben/${name}";
       };
-    serviceConfig =
-      networkSandbox
-      // growingPauses "500ms" "10s"
-      // {
-        Type = "oneshot";
-        ExecStart = [
-          "${asRoot} begin ${name}"
-          "${ekiben} prepare ${name}"
-          "${ekiben} build ${name}"
-          "${asRoot} activate ${name}"
-        ];
-        # whatever happened; does nothing if activate has done it
-        ExecStopPost = "${asRoot} conclude ${name}";
-        # what could not begin, by its own word (as in src/stages/begin.rs) or by systemd's, has taken no request
-        RestartForceExitStatus = "75 STATE_DIRECTORY CACHE_DIRECTORY CREDENTIALS";
-        SyslogIdentifier = "ekiben";
-        # the stages have limits of their own, which add up to less; a run may have to wait for another's
-        TimeoutStartSec = "${toString (2 * longest instance)}s";
-        # for what ignores that it is to end; conclude takes its own time
-        TimeoutStopSec = "30s";
-        NotifyAccess = "exec";
-        User = instance.user;
-        StateDirectory = "ekiben/instances/${name}";
-        StateDirectoryMode = "0700";
-        CacheDirectory = "ekiben/${name}";
-        CacheDirectoryMode = "0700";
-        ReadWritePaths = [ "-${instance.flakePath}" ];
-      };
+    serviceConfig = networkSandbox // {
+      Type = "oneshot";
+      ExecStart = [
+        "${asRoot} begin ${name}"
+        "${ekiben} prepare ${name}"
+        "${ekiben} build ${name}"
+        "${asRoot} activate ${name}"
+      ];
+      # whatever happened; does nothing if activate has done it
+      ExecStopPost = "${asRoot} conclude ${name}";
+      SyslogIdentifier = "ekiben";
+      # the stages have limits of their own, which add up to less; a run may have to wait for another's
+      TimeoutStartSec = "${toString (2 * longest instance)}s";
+      # for what ignores that it is to end; conclude takes its own time
+      TimeoutStopSec = "30s";
+      NotifyAccess = "exec";
+      User = instance.user;
+      StateDirectory = "ekiben/instances/${name}";
+      StateDirectoryMode = "0700";
+      CacheDirectory = "ekiben/${name}";
+      CacheDirectoryMode = "0700";
+      ReadWritePaths = [ "-${instance.flakePath}" ];
+    };
   };
 
   # NixOS refuses settings that its Nix does not know
@@ -610,6 +625,7 @@ in
         ekiben-boot = boot;
         ekiben-reboot = mkIf mayReboot rebootService;
         "ekiben-restart@" = restart;
+        "ekiben-retry@" = retry;
       };
     };
   };

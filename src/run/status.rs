@@ -39,6 +39,8 @@ const LONGEST_PAUSE: u64 = 3600;
 const PATIENCE: u64 = 60;
 /// The kinds of units that an instance has.
 const KINDS: [&str; 3] = ["path", "service", "timer"];
+/// The units of the webhook.
+const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -261,7 +263,8 @@ impl Status {
             warnings: Vec::new(),
             reboot_needed: false,
         });
-        status.write(layout)
+        // what is kept for the report of a run that has begun stays
+        status.write_plainly(layout)
     }
 
     /// Keeps room for a report on a disk that is full then.
@@ -284,7 +287,10 @@ impl Status {
         // not tried at all, because of what came of it before: that is what there is to know
         let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
             && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
+        // the rest of an earlier report has failed, and that counts once
+        let is_again = status.runs.iter().any(|known| (&known.id, known.result) == (&ended.id, ended.result));
         match (ended.result, run.proposal()) {
+            _ if is_again => {}
             (Outcome::Deployed, Some(Proposal { commit, .. })) => {
                 let Instance { flake_ref, flags, .. } = options;
                 let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
@@ -313,7 +319,7 @@ impl Status {
         if ended.result == Outcome::RolledBack && ended.reboot_needed {
             status.unfit = run.candidate.clone().map(|system| (system::boot_id(), system));
         }
-        if ended.release.is_some() && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
+        if ended.release.is_some() && !is_again && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
             let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
             // what has waited for a boot since is the same one
             let count = earlier.map_or(1, |tried| tried.count + u32::from(tried.run.result != Outcome::AwaitingBoot));
@@ -332,12 +338,15 @@ impl Status {
     }
 
     fn write(mut self, layout: &Layout) -> Result<()> {
-        self.format = FORMAT;
-        let write = || files::write_json(&layout.status(), &self, 0o644);
-        write().or_else(|error| {
+        self.write_plainly(layout).or_else(|error| {
             files::remove(&layout.reserve()).map_err(|_| error)?;
-            write()
+            self.write_plainly(layout)
         })
+    }
+
+    fn write_plainly(&mut self, layout: &Layout) -> Result<()> {
+        self.format = FORMAT;
+        files::write_json(&layout.status(), self, 0o644)
     }
 }
 
@@ -493,7 +502,10 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     };
     // before all else: what began later is no fault
     let units = unit_states(&names);
-    let shown: BTreeMap<String, Details> = gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units))));
+    let is_asked_for =
+        |name: &str| config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
+    let shown: BTreeMap<String, Details> =
+        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units, is_asked_for(name)))));
     if json {
         return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
     }
@@ -507,7 +519,7 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
 
 /// How systemd says that the instances' units are, by their names; nothing if it does not say.
 fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
-    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}")));
+    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
     let ask = Program::new("systemctl").args(["show", "--property=Id,ActiveState", "--"]).args(units);
     let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
         log::warn!("{error}.");
@@ -516,6 +528,12 @@ fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
     let said = String::from_utf8_lossy(&said);
     let value = |unit: &str, key: &str| unit.lines().find_map(|line| line.strip_prefix(key).map(String::from));
     gather(said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))))
+}
+
+/// What there is to see to of the webhook.
+fn webhook_problems(units: &BTreeMap<String, String>) -> impl Iterator<Item = String> {
+    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|state| state == "failed"));
+    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
 }
 
 /// What there is to see to of an instance, besides how its last run ended.
@@ -591,13 +609,14 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
 }
 
 impl Details {
-    fn of(name: &str, units: &BTreeMap<String, String>) -> Self {
+    fn of(name: &str, units: &BTreeMap<String, String>, has_webhook: bool) -> Self {
         let layout = Layout::new(name);
         let (request, status) = (layout.request(), Status::read(&layout));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
         let mut problems = problems(name, units, &status, since, now());
         problems.extend(drift(&layout));
+        problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
         Self {
             well: problems.is_empty() && !status.has_failed(),
             problems,

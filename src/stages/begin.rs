@@ -2,39 +2,41 @@
 //! cut off.
 
 use std::thread;
-use std::time::{Duration, Instant};
-
-use sd_notify::NotifyState;
+use std::time::Duration;
 
 use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::layout::Layout;
+use crate::program::Program;
 use crate::run::journal::Run;
 use crate::run::notes::run_id;
 use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::stages::{boot, conclude};
-use crate::system::boot_id;
+use crate::system::{boot_id, now};
 
-/// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h, as in module.nix.
+/// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
-/// How long a disk that cannot be written is waited for, before the unit fails and is started again.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two attempts; growing, so that it goes on at once when it can.
+/// Between two looks at a disk that cannot be written; growing.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(800)];
+/// The shortest and the longest time until the next try where nothing is seen to be in the way, in seconds; in between, as
+/// long as it has been going on already.
+const SHORTEST: u64 = 1;
+const LONGEST: u64 = 10;
 
 /// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     layout.restore();
-    if let Err(error) = conclude::conclude(layout) {
-        // that run has been reported; this one is another
-        log::warn!("{error}.");
-    }
+    let concluded = conclude::conclude(layout);
     boot::end_all(layout);
     if layout.journal().exists() || Run::load_trial(layout)?.is_some_and(|trial| trial.boot != boot_id()) {
-        return Err(Error::new("Failed to start the run: the previous run has not ended"));
+        return concluded.and_then(|()| Err(Error::new("Failed to start the run: the previous run has not ended")));
+    }
+    if let Err(error) = concluded {
+        // that run has been reported; this one is another
+        log::warn!("{error}.");
     }
     let mut run = Run::new(run_id()?, instance.clone());
     match conclude::go_back_again(layout) {
@@ -45,25 +47,34 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
             run.warnings.push(format!("the rollback of an earlier run failed again: {error}"));
         }
     }
-    let began = Instant::now();
-    let mut pause = PAUSES[0];
-    while let Err(error) = open(layout, &mut run) {
+    open(layout, &mut run).or_else(|error| {
         if layout.journal().exists() {
             run.end(layout)?;
         }
-        if began.elapsed() > PATIENCE {
-            let _ = Status::report_unopened(layout, &error.to_string());
-            return Err(error);
-        }
-        if pause == PAUSES[0] {
-            log::error!("{error}; retrying until it succeeds.");
-            let _ = sd_notify::notify(&[NotifyState::Status(&format!("Waiting: {error}."))]);
-        }
+        let _ = Status::report_unopened(layout, &error.to_string());
+        Err(error)
+    })
+}
+
+/// After a run that has failed: if it could not begin, has another one start as soon as it can. Until then the unit is
+/// seen to have failed.
+pub fn retry(layout: &Layout) -> Result<()> {
+    if !conclude::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default()) {
+        return Ok(());
+    }
+    layout.restore();
+    if layout.check_can_be_written().is_ok() {
+        let runs = Status::read(layout).runs;
+        let since = runs.first().filter(|run| run.stage == Some(Stage::Begin)).map_or(0, |run| run.started);
+        thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, LONGEST)));
+    }
+    let mut pause = PAUSES[0];
+    while layout.check_can_be_written().is_err() {
         thread::sleep(pause);
         pause = PAUSES[1];
     }
-    let _ = sd_notify::notify(&[NotifyState::Status("")]);
-    Ok(())
+    let unit = format!("ekiben-{}.service", layout.name());
+    Program::as_root("systemctl").args(["start", "--no-block", &unit]).output(|| format!("start {unit}"), None).map(drop)
 }
 
 /// Opens the journal, and takes the request that waits, if there is one.

@@ -45,8 +45,17 @@ const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// How often later runs try again to go back.
 const RETURNS: u32 = 3;
 
+/// How systemd says that a run could not begin, by the exit status of that stage, or those of systemd.exec(5) where
+/// directories or credentials could not be set up.
+const COULD_NOT_BEGIN: [&str; 4] = ["75", "238", "239", "243"];
+
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(layout: &Layout) -> Result<()> {
+    if could_not_begin(&exit_status()) {
+        // which has tried to end what there was to end
+        let _ = Status::report_unopened(layout, "it could not begin; see the journal of its unit");
+        return Ok(());
+    }
     if !service_result().is_empty() {
         // the unit's own limit is for what ignores being stopped; each step of this has one
         let _ = sd_notify::notify(&[NotifyState::Custom(&format!("EXTEND_TIMEOUT_USEC={}", LIMIT.as_micros()))]);
@@ -60,6 +69,11 @@ pub fn conclude(layout: &Layout) -> Result<()> {
         }
     }
     ended
+}
+
+/// Whether a run has ended that could not begin, by what systemd says of its end.
+pub fn could_not_begin(exit_status: &str) -> bool {
+    COULD_NOT_BEGIN.contains(&exit_status)
 }
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
@@ -546,8 +560,5 @@ fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     Status::report(layout, run, ended)?;
-    if let Some(Err(error)) = run.instance.hub.as_ref().map(|hub| outbox::add_last(layout, hub)) {
-        log::error!("{error}.");
-    }
-    Ok(())
+    run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub))
 }

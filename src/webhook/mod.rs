@@ -48,8 +48,8 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
     let pulse = sd_notify::watchdog_enabled().map_or(PULSE, |period| period / 3);
     let mut state = format!("Listening for {} projects on {}.", webhook.projects.len(), webhook.path);
     log::info!("{state}");
+    // their own unit says it in the journal
     for error in tokens.unfit() {
-        log::error!("{error}; its clients are answered 503.");
         state = format!("{state} {error}.");
     }
     notify(&[NotifyState::Ready, NotifyState::Status(&state)]);
@@ -65,6 +65,13 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
     })?;
     notify(&[NotifyState::Stopping]);
     Ok(())
+}
+
+/// Fails if a token is not fit for use: the webhook goes on for the others, and its unit cannot have failed then.
+pub fn check_tokens(webhook: &Webhook) -> Result<()> {
+    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects);
+    let said: Vec<String> = tokens.unfit().iter().map(ToString::to_string).collect();
+    if said.is_empty() { Ok(()) } else { Err(Error::new(format!("{}; clients with it are answered 503", said.join("; ")))) }
 }
 
 fn directory(variable: &str) -> Result<PathBuf> {

@@ -19,7 +19,12 @@ let
     types
     ;
   inherit (import ../module/types.nix { inherit lib; }) externalPath isName;
-  inherit (import ../module/sandbox.nix { inherit config lib pkgs; }) growingPauses insistent sandbox;
+  inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
+    growingPauses
+    insistent
+    offlineSandbox
+    sandbox
+    ;
 
   cfg = config.services.ekiben;
   inherit (cfg) instances webhook;
@@ -109,10 +114,32 @@ let
     )
   ) webhook.projects;
 
+  withTokens = {
+    LoadCredential = mapAttrsToList (name: file: "${name}:${file}") credentials;
+    # one that is missing is one project's trouble, not all others'
+    SetCredential = map (name: "${name}:\\n") (builtins.attrNames credentials);
+  };
+
+  # has failed where one is not fit for use; with each start of the webhook, which goes on for the others
+  check = {
+    description = "Check of the tokens of Ekiben's webhook";
+    restartIfChanged = false;
+    startLimitIntervalSec = 0;
+    serviceConfig =
+      offlineSandbox
+      // withTokens
+      // {
+        ExecStart = "${ekiben} tokens";
+        DynamicUser = true;
+        LimitCORE = 0;
+      };
+  };
+
   service = {
     description = "Ekiben's webhook";
     # not only when somebody knocks, so that a token that is missing is seen at once
     wantedBy = [ "multi-user.target" ];
+    wants = [ "ekiben-webhook-tokens.service" ];
     requires = [ "ekiben-webhook.socket" ];
     after = [ "ekiben-webhook.socket" ];
     # or the switch would stop the socket, too, and refuse connections
@@ -122,6 +149,7 @@ let
     serviceConfig =
       sandbox
       // growingPauses "200ms" "1s"
+      // withTokens
       // {
         Type = "notify";
         ExecStart = "${ekiben} webhook";
@@ -130,9 +158,6 @@ let
         DynamicUser = true;
         # may write the queue, and nothing else
         SupplementaryGroups = [ "ekiben" ];
-        LoadCredential = mapAttrsToList (name: file: "${name}:${file}") credentials;
-        # one that is missing is one project's trouble, not all others'
-        SetCredential = map (name: "${name}:\\n") (builtins.attrNames credentials);
         UMask = "0007";
         # of the file system, only this. (TemporaryFileSystem=/ would do nothing: DynamicUser= implies
         # ProtectSystem=strict, which takes the place of it.)
@@ -329,6 +354,7 @@ in
       services = {
         ekiben-webhook = service;
         ekiben-webhook-address = move;
+        ekiben-webhook-tokens = check;
       };
       sockets.ekiben-webhook = socket;
     };

@@ -50,9 +50,12 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     let script = r#"journalctl --quiet --sync
         journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" + "_BOOT_ID=$3" _SYSTEMD_UNIT=ekiben-boot.service | tail --bytes="$2" | gzip -n"#;
     let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, LOG, &id]).output(doing, None)?;
+    if !layout.outbox().exists() {
+        layout.make();
+    }
     let [log_file, report_file] = files_of(layout, &id);
     // the log first: what there is a report of is complete
-    files::write(&log_file, &log, 0o640).context(doing)?;
+    files::write(&log_file, &log, 0o640).context(|| format!("write {}", log_file.display()))?;
     files::write_json(&report_file, &report, 0o640)
 }
 
