@@ -176,6 +176,7 @@ for what, trouble in (("full", f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {OU
         rolled_back = [run for run in status(web, "fleet")["runs"] if run["release"] and run["release"]["id"] == release and run["result"] == "rolledBack"]
         assert status(web, "fleet")["tried"]["count"] == len(rolled_back), rolled_back
         assert told(rolled_back[-1]["id"])[0]["result"] == "rolledBack"
+        deploys(next(COUNT))
 
 with subtest("the hub has a report: the host keeps it no longer"):
     hub.succeed("systemctl start ekiben-hub-collect.service")

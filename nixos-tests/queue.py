@@ -239,14 +239,14 @@ with subtest("a path unit that has failed is armed again"):
     drop_in("ekiben-app.path", "[Path]", "TriggerLimitIntervalSec=3s", "TriggerLimitBurst=1")
     # a service that leaves the request there is triggered again at once
     drop_in("ekiben-app.service", "[Service]", "ExecStart=", f"ExecStart={server.succeed('readlink -f $(command -v true)').strip()}", "ExecStopPost=")
-    server.succeed("systemctl restart ekiben-app.path")
+    server.succeed("systemctl reset-failed ekiben-app.path; systemctl restart ekiben-app.path")
     number = post()
     server.wait_until_succeeds("journalctl -q -o cat -u ekiben-app.path | grep -F trigger-limit-hit")
     undo("ekiben-app.service")
     wait_until_served(number)
     server.wait_until_succeeds("systemctl is-active ekiben-app.path")
     undo("ekiben-app.path")
-    server.succeed("systemctl restart ekiben-app.path")
+    server.succeed("systemctl reset-failed ekiben-app.path; systemctl restart ekiben-app.path")
     wait_until_at_rest(server, "app")
 
 with subtest("what a stage leaves behind, and ignores every signal, holds a run up for half a minute at most; its end has its time"):

@@ -1,3 +1,5 @@
+import re
+
 start_all()
 install(server)
 server.wait_until_succeeds("ping -c 1 -W 1 client", timeout=60)
@@ -169,6 +171,26 @@ with subtest("the disk of the state directory is full"):
     server.succeed("rm /var/lib/ekiben/filler; systemctl start --all 'ekiben-*.path'")
     works()
     server.succeed("cp -a /var/lib/ekiben/. /var/lib/ekiben.away/; umount -l /var/lib/ekiben; cp -a /var/lib/ekiben.away/. /var/lib/ekiben/")
+
+for what, place in some(server, (("Nix's cache", "/var/cache/ekiben/app"), ("the instance's own state", "/var/lib/ekiben/instances/app")), 0):
+    with subtest(f"the disk of {what} is full: that is no candidate's fault, and nothing is called unchanged"):
+        for spare in (0, 4, 64, 256):
+            publish(server, "app", next(COUNT))
+            server.succeed(
+                f"cp -a {place} {place}.away; mount -t tmpfs -o size=$(($(du -sk {place} | cut -f1) + 1024))k,uid=1000,mode=700 tmpfs {place}",
+                f"cp -a {place}.away/. {place}/; dd if=/dev/zero of={place}/filler bs=1k 2>/dev/null || true",
+                f"truncate -s $(($(stat -c %s {place}/filler) - {spare * 1024})) {place}/filler",
+            )
+            before = everything()
+            ended = run(server, "app")
+            print(f"with {spare} KiB left: {ended['result']} in {ended['stage']}: {ended['error']}")
+            assert ended["result"] in ("failed", "deployed"), ended
+            if ended["result"] == "failed":
+                assert ended["stage"] in ("prepare", "build") and re.search("No space left on device|disk is full|could not write why into", ended["error"] + output()), (ended, output())
+                check_unchanged(before)
+                server.succeed("jq -e '.bad == null' /var/lib/ekiben/status/app.json")
+            server.succeed(f"umount -l {place}; rm -rf {place}.away")
+            works()
 
 with subtest("the disk of the store is full"):
     if is_host(server):

@@ -304,7 +304,8 @@ if is_host(server):
                 server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
                 server.succeed("systemctl start --no-block ekiben-app")
                 server.wait_until_succeeds(knows("app", '.running.stage == "activate"'))
-            server.succeed("rm -rf /var/lib/ekiben /var/cache/ekiben")
+            # the webhook may just be starting
+            server.wait_until_succeeds("rm -rf /var/lib/ekiben /var/cache/ekiben")
             if ask == "during":
                 server.succeed("systemctl stop holder")
                 wait_until_idle(server, "app")

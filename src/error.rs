@@ -64,10 +64,13 @@ impl Error {
 }
 
 /// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
-const MACHINE: [&str; 19] = [
+const MACHINE: [&str; 22] = [
+    "attempt to write a readonly database",
     "cannot allocate memory",
     "cannot connect to socket",
     "cannot open connection to remote store",
+    "database or disk is full",
+    "disk i/o error",
     "disk quota exceeded",
     "due to signal 15",
     "due to signal 9",
@@ -179,6 +182,7 @@ mod tests {
     fn who_is_to_blame_is_told_by_what_was_said() {
         for (line, transient, network) in [
             ("error: writing to file: No space left on device", true, false),
+            ("error: executing SQLite statement 'insert': database or disk is full", true, false),
             ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, true),
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),

@@ -211,7 +211,7 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
         run.decision = Some(Decision::StartOver);
     }
     if run.failure.is_none() && run.decision.is_none() && !accepted {
-        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(run)));
+        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(layout, run)));
     }
     let mut result = match run.decision {
         _ if accepted => Outcome::Deployed,
@@ -289,7 +289,7 @@ fn exit_status() -> String {
 }
 
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
-fn cut_off(run: &Run) -> Failure {
+fn cut_off(layout: &Layout, run: &Run) -> Failure {
     // whatever it was, it is not to happen again and again
     let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Observing | Phase::Returning);
     let message = match service_result().as_str() {
@@ -298,6 +298,13 @@ fn cut_off(run: &Run) -> Failure {
         "timeout" => "the run took too long".into(),
         "signal" | "core-dump" => format!("the run was terminated by signal {}", exit_status()),
         "oom-kill" => "the machine ran out of memory".into(),
+        // with no room for a note
+        "exit-code" => format!(
+            "the stage exited with {}, and could not write why into {}: see journalctl --unit ekiben-{}",
+            exit_status(),
+            layout.notes().display(),
+            layout.name()
+        ),
         _ => "the run was interrupted".into(),
     };
     Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
