@@ -10,8 +10,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use crate::config::{Config, Operation};
 use crate::error::{Error, Result};
@@ -24,17 +22,12 @@ use crate::run::notes::Notes;
 use crate::run::status::Status;
 use crate::run::{Failure, Stage};
 use crate::stages::branch::Fate;
-use crate::stages::{conclude, trial};
+use crate::stages::{boot, conclude, settle, switch};
 use crate::system::boot_loader::BootLoader;
 use crate::system::health;
-use crate::system::switched::{self, Switched};
-use crate::system::units::{self, Restarts, Units};
+use crate::system::switched;
+use crate::system::units::{Restarts, Units};
 use crate::system::{self, Turn};
-
-/// Between two looks at the units of a system that is observed.
-const PAUSE: Duration = Duration::from_secs(1);
-/// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
-const LOOKS: u32 = 5;
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
@@ -70,7 +63,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     if proposal.unchanged {
         if let Some(trial) = Run::load_trial(layout)? {
             let turn = Turn::take()?;
-            conclude::withdraw(layout, &trial)?;
+            boot::withdraw(layout, &trial)?;
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
@@ -85,7 +78,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
     while turn.is_none() {
         let count = Turn::count();
-        if !conclude::settle(layout, run, Fate::Check)? {
+        if !settle::settle(layout, run, Fate::Check)? {
             run.decision = Some(Decision::StartOver);
             return run.save(layout);
         }
@@ -95,7 +88,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     if renews(layout, run, &system)? {
         return run.enter(Phase::AwaitingBoot, layout);
     }
-    conclude::supersede(layout)?;
+    boot::supersede(layout)?;
 
     let generation = nix::current_generation()?;
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
@@ -109,24 +102,24 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
         if inhibitors.is_empty() {
             run.enter(Phase::Switching, layout)?;
             fault::point("activate: switching");
-            switch(layout, run, &target, &before)?;
+            switch::switch(layout, run, &target, &before)?;
             fault::point("activate: switched");
         } else {
-            at_boot(run, &inhibitors.join("; "));
+            switch::at_boot(run, &inhibitors.join("; "));
         }
         if !run.reboot_needed {
             let restarts = (run.instance.observe > 0).then(Restarts::now).transpose()?;
-            let is_new = verify(layout, run, &target, &before)?;
+            let is_new = switch::verify(layout, run, &target, &before)?;
             fault::point("activate: healthy");
             if let Some(restarts) = restarts {
                 let restarts = if is_new { Restarts::now()? } else { restarts };
-                let observed = observe(layout, run, &target, &before, restarts);
+                let observed = switch::observe(layout, run, &target, &before, restarts);
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
             }
         }
         if !run.reboot_needed && system::current()? != target || nix::current_generation()? != generation {
             // another hand: what it did is to stay
-            leave(layout, run)?;
+            switch::leave(layout, run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
@@ -224,104 +217,6 @@ fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Res
         nix::keep(&generation.system, &nix::before_root(layout, "generation"))?;
     }
     Ok(before)
-}
-
-/// Activates the candidate without making it what is booted.
-fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
-    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
-    match Switched::of(ended)? {
-        Switched::Runs { units_failed, users, tail } => {
-            run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
-            let is_well = trial::check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
-            if units_failed && is_well && users.is_empty() {
-                run.warnings.push(failed_again(before)?);
-            }
-            Ok(())
-        }
-        Switched::AtBoot(why) => {
-            at_boot(run, &why);
-            Ok(())
-        }
-        Switched::Refused(error) => {
-            leave(layout, run)?;
-            Err(error)
-        }
-    }
-}
-
-/// Notes that nothing but a boot brings the candidate, and why.
-fn at_boot(run: &mut Run, why: &str) {
-    run.warnings.push(format!("the new system takes effect at the next boot: {why}"));
-    run.reboot_needed = true;
-}
-
-/// Notes that there is nothing to put back.
-fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
-    run.before = None;
-    run.enter(Phase::Begun, layout)
-}
-
-/// What to say where units have failed, but not by the switch.
-fn failed_again(before: &Before) -> Result<String> {
-    let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
-    Ok(if again.is_empty() {
-        "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
-    } else {
-        format!("units that had failed before the switch have failed again: {}", again.join(", "))
-    })
-}
-
-/// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
-/// how often systemd had started services again by the end of the switch.
-fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
-    log::info!("Observing the new system for {} s ...", run.instance.observe);
-    run.enter(Phase::Observing, layout)?;
-    Status::announce(layout, run, Stage::Observe)?;
-    let limit = Duration::from_secs(run.instance.observe);
-    let mut until = Instant::now() + limit;
-    for look in 1.. {
-        let left = until.saturating_duration_since(Instant::now());
-        thread::sleep(left.min(PAUSE));
-        if system::current()? != system {
-            // another hand
-            break;
-        }
-        let is_close = left.is_zero() || look % LOOKS == 0;
-        trial::check_units(run, system, before, is_close.then_some(&restarts))?;
-        if is_close && verify(layout, run, system, before)? {
-            run.enter(Phase::Observing, layout)?;
-            restarts = Restarts::now()?;
-            until = Instant::now() + limit;
-        } else if left.is_zero() {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// Has the health checks say whether the candidate does its work. Where nothing but another machine
-/// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
-/// Whether it has been switched to anew for that.
-fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
-    let checks = run.instance.health_checks.clone();
-    let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
-    health::verify(&checks, &local)?;
-    let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
-    if !run.instance.rollback {
-        return Err(error);
-    }
-    log::warn!("{error}. Rolling back to {} to check whether the old system fails, too ...", before.system.display());
-    run.enter(Phase::Returning, layout)?;
-    conclude::put_back(layout, run, before, false)?;
-    if health::verify(&checks, &remote).is_ok() {
-        return Err(error);
-    }
-    log::warn!("The check fails with the old system, too; keeping the new one.");
-    run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
-    run.passed = local;
-    run.enter(Phase::Switching, layout)?;
-    switch(layout, run, system, before)?;
-    health::verify(&checks, &run.passed).map(|()| true)
 }
 
 /// A warning, if the new system does not have what has just deployed it.

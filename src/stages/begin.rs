@@ -14,7 +14,7 @@ use crate::run::notes::run_id;
 use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
-use crate::stages::{boot, conclude};
+use crate::stages::{boot, conclude, rollback};
 use crate::system::{boot_id, now};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
@@ -39,7 +39,7 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
         log::warn!("{error}.");
     }
     let mut run = Run::new(run_id()?, instance.clone());
-    match conclude::go_back_again(layout) {
+    match rollback::go_back_again(layout) {
         Ok(false) => {}
         Ok(true) => run.warnings.push("the rollback of an earlier run, which had failed, is complete".into()),
         Err(error) => {

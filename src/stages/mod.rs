@@ -1,4 +1,5 @@
-//! The stages of a run, in their order: each is one line of the instance's unit; then what follows them.
+//! The stages of a run, in their order: each is one line of the instance's unit; then what they share, and what follows a
+//! boot.
 
 pub mod begin;
 
@@ -10,9 +11,11 @@ pub mod activate;
 
 pub mod conclude;
 
-pub mod trial;
+pub mod branch;
+pub mod rollback;
+pub mod settle;
+pub mod switch;
 
 pub mod boot;
-
-pub mod branch;
 pub mod reboot;
+pub mod trial;

@@ -4,17 +4,17 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::config::OnUnitFailure;
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::layout::Layout;
 use crate::names::RunId;
 use crate::nix::{current_generation, integrity};
 use crate::run::Stage;
-use crate::run::journal::{Before, Phase, Run};
+use crate::run::journal::{Phase, Run};
 use crate::run::status::Status;
+use crate::stages::switch;
 use crate::system::boot_loader::BootLoader;
-use crate::system::units::{self, Restarts};
+use crate::system::units::Restarts;
 use crate::system::{self, boot_id, health};
 
 /// Between two looks at a system that has booted.
@@ -47,7 +47,7 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
     let restarts = Restarts::now()?;
     let until = Instant::now() + Duration::from_secs(run.instance.observe);
     loop {
-        check_units(run, &system, &before, Some(&restarts))?;
+        switch::check_units(run, &system, &before, Some(&restarts))?;
         health::verify(&run.instance.health_checks, &run.passed)?;
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -78,26 +78,4 @@ fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
     // another hand has chosen something else
     let is_chosen = current_generation()?.is_none_or(|next| next.system != system);
     Err(if is_chosen || is_untried { error.transient() } else { error })
-}
-
-/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
-/// if one is, unless that is to be kept.
-pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
-    let mut worse = before.units.worse_under(&before.system, system)?;
-    if let Some(restarts) = restarts {
-        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
-    }
-    if worse.is_empty() {
-        return Ok(true);
-    }
-    let error = if run.phase == Phase::Observing { units::failed_to_keep_up(&worse) } else { units::failed_to_start(&worse) };
-    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
-        run.blamed = worse.into_keys().collect();
-        return Err(error);
-    }
-    let warning = error.to_string();
-    if !run.warnings.contains(&warning) {
-        run.warnings.push(warning);
-    }
-    Ok(false)
 }

@@ -61,6 +61,14 @@ impl Turn {
         fs::metadata(TURN).map_or(0, |metadata| metadata.len())
     }
 
+    /// Takes it again, if it has been lost.
+    pub fn retake(turn: &mut Option<Self>) -> Result<()> {
+        if turn.is_none() {
+            *turn = Some(Self::take()?);
+        }
+        Ok(())
+    }
+
     /// Does what a user may hold up, and lets others have the turn if that takes longer than a moment.
     pub fn lend<T>(self, work: impl FnOnce() -> T) -> (T, Option<Self>) {
         let (done, is_done) = mpsc::channel::<()>();

@@ -1,0 +1,186 @@
+//! The way back: the system that was before is put back, and with it what is booted.
+//!
+//! All that it goes by is in the journal; it may be cut off at any moment and begun again.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::layout::Layout;
+use crate::nix as store;
+use crate::run::journal::{Before, Phase, Run};
+use crate::run::{Failure, Outcome, Stage};
+use crate::system::boot_id;
+use crate::system::boot_loader::BootLoader;
+use crate::system::health;
+use crate::system::units::{self, Worse};
+use crate::system::{self, Turn};
+
+/// Between two looks at the units.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long units may take to come back with the old system.
+const RECOVERY: Duration = Duration::from_secs(10);
+/// How often later runs try again to go back.
+const RETURNS: u32 = 3;
+
+/// Puts back what the journal says was before, unless that is switched off; says so if that fails.
+pub fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
+    let Some(before) = run.before.clone() else { return result };
+    if !run.instance.rollback && run.failure.is_some() {
+        run.warnings
+            .push(format!("rollback is disabled: what the run has done so far stays; the old system is {}", before.system.display()));
+        return result;
+    }
+    log::warn!("Rolling back to {} ...", before.system.display());
+    let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
+    note_failed(run, &before);
+    // from here on there is no other way, also if this is cut off
+    if let Err(error) = run.enter(Phase::Returning, layout) {
+        log::error!("{error}.");
+    }
+    fault::point("back: begun");
+    match put_back(layout, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
+        Ok(same) => {
+            if !same.is_empty() {
+                run.warnings.push(format!("{} with the old system, too", units::failed_to_start(&same)));
+            }
+            if result != Outcome::Failed {
+                return result;
+            }
+            if !run.reboot_needed {
+                excuse(run, &same);
+            } else if let Some(current) = system::current().ok().filter(|current| *current != before.system) {
+                run.warnings.push(format!("this machine runs {} until it is rebooted", current.display()));
+            }
+            Outcome::RolledBack
+        }
+        Err(error) => {
+            let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
+            let message = format!("{first}Failed to roll back: {error}; manual intervention is required");
+            run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
+            Outcome::Stuck
+        }
+    }
+}
+
+/// Notes which units have failed with the candidate, whatever it is put back for.
+fn note_failed(run: &mut Run, before: &Before) {
+    run.worse.extend(run.blamed.iter().cloned());
+    let Some(candidate) = run.candidate.as_ref().filter(|_| run.phase != Phase::Returning && run.boot == boot_id()) else { return };
+    match before.units.worse_under(&before.system, candidate) {
+        // the others may wait for the rest of an activation
+        Ok(worse) => run.worse.extend(worse.into_iter().filter(|(_, state)| state == "failed").map(|(name, _)| name)),
+        Err(error) => log::warn!("{error}."),
+    }
+}
+
+/// Of units that are worse off with the old system, those that were with the candidate, too: that is not its doing.
+/// Fails if there are others.
+fn with_either(run: &Run, worse: Worse) -> Result<Worse> {
+    let (same, mine): (Worse, Worse) = worse.into_iter().partition(|(name, _)| run.worse.contains(name));
+    if mine.is_empty() { Ok(same) } else { Err(units::failed_to_start(&mine)) }
+}
+
+/// Notes that the candidate may be tried again, if what it has failed for is the same with the old system.
+fn excuse(run: &mut Run, same: &Worse) {
+    let why = if run.blamed.is_empty() {
+        health::verify(&run.instance.health_checks, &run.passed).err()
+    } else {
+        run.blamed.iter().all(|name| same.contains_key(name)).then(|| units::failed_to_start(same))
+    };
+    if let (Some(error), Some(failure)) = (why, &mut run.failure) {
+        failure.message = format!("{}; the old system fails, too: {error}", failure.message);
+        failure.transient = true;
+    }
+}
+
+/// Puts back the system that was before, and what is booted if that was touched; returns the units that are
+/// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
+pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
+    // what another hand has done in the meantime is to stay
+    let ours = |system: &Path| run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, system)) || before.system == system;
+    let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
+    fault::point("back: profile restored");
+    let current = system::current()?;
+    // after a reboot the old system has come up by itself; and what only a boot brings, only a boot takes away
+    let worse = if ours(&current) && !run.reboot_needed && (run.boot == boot_id() || current != before.system) {
+        put_back_system(layout, run, before)
+    } else {
+        Ok(Worse::new())
+    };
+    fault::point("back: system restored");
+    boot.and(worse)
+}
+
+fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path) -> bool) -> Result<()> {
+    if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
+        loader.forget()?;
+    }
+    let now = store::current_generation()?;
+    let is_other = now != before.generation;
+    if now.is_some_and(|now| ours(&now.system)) {
+        store::restore_profile(before.generation.as_ref())?;
+    }
+    if let Some(candidate) = &run.candidate {
+        store::remove_generations(candidate, before.last_generation)?;
+    }
+    match store::current_generation()? {
+        Some(generation) if touched || is_other => {
+            system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Activates the old system, and again if units that ran before do not come back within a while.
+fn put_back_system(layout: &Layout, run: &Run, before: &Before) -> Result<Worse> {
+    let candidate = run.candidate.as_deref().unwrap_or(&before.system);
+    let mut worse = Worse::new();
+    for _ in 0..2 {
+        system::again(|| {
+            let activate = || system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system");
+            let ended = system::letting_go_of_jobs(layout.name(), activate)?;
+            if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
+        })?;
+        let until = Instant::now() + RECOVERY;
+        loop {
+            worse = before.units.worse_under(candidate, &before.system)?;
+            if worse.is_empty() {
+                return Ok(worse);
+            }
+            if Instant::now() > until {
+                break;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        if worse.keys().all(|name| run.worse.contains(name)) {
+            break;
+        }
+        log::warn!("{}; trying again.", units::failed_to_start(&worse));
+    }
+    Ok(worse)
+}
+
+/// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
+/// that has been done.
+pub fn go_back_again(layout: &Layout) -> Result<bool> {
+    let Some(mut run) = Run::load_stuck(layout)? else { return Ok(false) };
+    let Some(before) = run.before.clone() else { return Ok(false) };
+    let _turn = Turn::take()?;
+    let current = system::current()?;
+    let is_by_hand = !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, &current)) && before.system != current;
+    if !is_by_hand {
+        if run.returns >= RETURNS {
+            let system = before.system.display();
+            return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); manual intervention is required")));
+        }
+        run.returns += 1;
+        run.keep_stuck(layout)?;
+        log::warn!("Rolling back to {}, which failed before ...", before.system.display());
+        with_either(&run, put_back(layout, &run, &before, true)?)?;
+    }
+    Run::forget_stuck(layout)?;
+    store::unroot(layout)?;
+    Ok(!is_by_hand)
+}

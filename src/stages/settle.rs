@@ -1,0 +1,84 @@
+//! The candidate's fate, as root has the instance's user carry it out: it becomes the branch, is kept for a boot, or goes.
+
+use std::time::Duration;
+
+use crate::error::{Context, Error, Result};
+use crate::layout::Layout;
+use crate::nix as store;
+use crate::program::Program;
+use crate::run::journal::Run;
+use crate::stages::branch::{Fate, MOVED};
+use crate::system::boot_id;
+use crate::system::{self, Turn};
+
+/// How long the way from a commit to the branch, a push included, may take; tests wait for it.
+const SETTLE_LIMIT: Duration = Duration::from_secs(if cfg!(feature = "fault-points") { 20 } else { 600 });
+/// How often the user's git is asked if it is killed or takes too long.
+const TRIES: u32 = 3;
+/// Before it is asked again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Makes the candidate the branch, if it is what this machine runs, before and after; false if the branch has moved.
+pub fn accept(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<bool> {
+    Turn::retake(turn)?;
+    check_is_in_place(run)?;
+    let Some(mine) = turn.take() else { return Ok(false) };
+    let (settled, kept) = mine.lend(|| settle(layout, run, Fate::Accept));
+    *turn = kept;
+    Turn::retake(turn)?;
+    let is_branch = settled?;
+    if is_branch {
+        check_is_in_place(run)?;
+    }
+    Ok(is_branch)
+}
+
+/// Fails unless the candidate runs and will be booted: another hand may have switched, or have booted something else.
+fn check_is_in_place(run: &Run) -> Result<()> {
+    let (next, current) = (store::current_generation()?.map(|generation| generation.system), system::current()?);
+    let has_booted = run.boot != boot_id();
+    let wrong = [
+        next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)),
+        Some(&current).filter(|current| !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, current))),
+    ];
+    let Some(other) = wrong.into_iter().flatten().next() else { return Ok(()) };
+    let how = if has_booted && !run.reboot_needed { "booted" } else { "switched to" };
+    Err(Error::new(format!("Failed to complete the switch: this machine has been {how} another system, {}", other.display())).transient())
+}
+
+/// Has the user's own git deal with the candidate; false if the branch has moved.
+pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
+    // the configuration file may already know nothing of the instance
+    let options = serde_json::to_string_pretty(&run.instance).context(|| "write the run's options".into())?;
+    let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
+    let doing = || format!("{} the candidate", fate.word());
+    let ask = || {
+        let ourselves = Program::ourselves_as(&run.instance.user)?;
+        let ended = ourselves.args(["candidate", fate.word(), layout.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
+        let was_killed = ended.status.code().is_none();
+        if was_killed { Err(Error::new(format!("Failed to {}: killed", doing())).with_tail(ended.tail)) } else { Ok(ended) }
+    };
+    // whatever it had done when it was killed or took too long: it may be asked again
+    let mut answer = ask();
+    for _ in 1..TRIES {
+        let Err(error) = &answer else { break };
+        log::warn!("{error}; trying again.");
+        std::thread::sleep(PAUSE);
+        answer = ask();
+    }
+    let ended = answer.map_err(Error::transient)?;
+    if ended.status.code() == Some(i32::from(MOVED)) {
+        return Ok(false);
+    }
+    let said = |level: &str| -> Vec<String> {
+        let said = ended.tail.iter().filter_map(|line| line.strip_prefix(level));
+        said.map(|line| line.strip_suffix('.').unwrap_or(line).into()).collect()
+    };
+    if ended.status.success() {
+        run.warnings.extend(said("warning: "));
+        return Ok(true);
+    }
+    let error = said("error: ").pop().unwrap_or_else(|| format!("Failed to {}", doing()));
+    // the candidate is not to blame
+    Err(Error::new(error).with_tail(ended.tail).transient())
+}

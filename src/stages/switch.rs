@@ -1,0 +1,142 @@
+//! The new system in effect: activated without being what is booted, and watched for a while.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::config::OnUnitFailure;
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::run::Stage;
+use crate::run::journal::{Before, Phase, Run};
+use crate::run::status::Status;
+use crate::stages::rollback;
+use crate::system;
+use crate::system::health;
+use crate::system::switched::Switched;
+use crate::system::units::{self, Restarts, Units};
+
+/// Between two looks at the units of a system that is observed.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
+const LOOKS: u32 = 5;
+
+/// Activates the candidate without making it what is booted.
+pub fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
+    match Switched::of(ended)? {
+        Switched::Runs { units_failed, users, tail } => {
+            run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
+            let is_well = check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;
+            if units_failed && is_well && users.is_empty() {
+                run.warnings.push(failed_again(before)?);
+            }
+            Ok(())
+        }
+        Switched::AtBoot(why) => {
+            at_boot(run, &why);
+            Ok(())
+        }
+        Switched::Refused(error) => {
+            leave(layout, run)?;
+            Err(error)
+        }
+    }
+}
+
+/// Notes that nothing but a boot brings the candidate, and why.
+pub fn at_boot(run: &mut Run, why: &str) {
+    run.warnings.push(format!("the new system takes effect at the next boot: {why}"));
+    run.reboot_needed = true;
+}
+
+/// Notes that there is nothing to put back.
+pub fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
+    run.before = None;
+    run.enter(Phase::Begun, layout)
+}
+
+/// What to say where units have failed, but not by the switch.
+fn failed_again(before: &Before) -> Result<String> {
+    let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
+    Ok(if again.is_empty() {
+        "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
+    } else {
+        format!("units that had failed before the switch have failed again: {}", again.join(", "))
+    })
+}
+
+/// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
+/// if one is, unless that is to be kept.
+pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
+    let mut worse = before.units.worse_under(&before.system, system)?;
+    if let Some(restarts) = restarts {
+        worse.append(&mut restarts.since(&before.units, &before.system, system)?);
+    }
+    if worse.is_empty() {
+        return Ok(true);
+    }
+    let error = if run.phase == Phase::Observing { units::failed_to_keep_up(&worse) } else { units::failed_to_start(&worse) };
+    if run.instance.on_unit_failure == OnUnitFailure::Rollback {
+        run.blamed = worse.into_keys().collect();
+        return Err(error);
+    }
+    let warning = error.to_string();
+    if !run.warnings.contains(&warning) {
+        run.warnings.push(warning);
+    }
+    Ok(false)
+}
+
+/// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
+/// how often systemd had started services again by the end of the switch.
+pub fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
+    log::info!("Observing the new system for {} s ...", run.instance.observe);
+    run.enter(Phase::Observing, layout)?;
+    Status::announce(layout, run, Stage::Observe)?;
+    let limit = Duration::from_secs(run.instance.observe);
+    let mut until = Instant::now() + limit;
+    for look in 1.. {
+        let left = until.saturating_duration_since(Instant::now());
+        thread::sleep(left.min(PAUSE));
+        if system::current()? != system {
+            // another hand
+            break;
+        }
+        let is_close = left.is_zero() || look % LOOKS == 0;
+        check_units(run, system, before, is_close.then_some(&restarts))?;
+        if is_close && verify(layout, run, system, before)? {
+            run.enter(Phase::Observing, layout)?;
+            restarts = Restarts::now()?;
+            until = Instant::now() + limit;
+        } else if left.is_zero() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Has the health checks say whether the candidate does its work. Where nothing but another machine
+/// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
+/// Whether it has been switched to anew for that.
+pub fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
+    let checks = run.instance.health_checks.clone();
+    let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
+    health::verify(&checks, &local)?;
+    let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
+    if !run.instance.rollback {
+        return Err(error);
+    }
+    log::warn!("{error}. Rolling back to {} to check whether the old system fails, too ...", before.system.display());
+    run.enter(Phase::Returning, layout)?;
+    rollback::put_back(layout, run, before, false)?;
+    if health::verify(&checks, &remote).is_ok() {
+        return Err(error);
+    }
+    log::warn!("The check fails with the old system, too; keeping the new one.");
+    run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
+    run.passed = local;
+    run.enter(Phase::Switching, layout)?;
+    switch(layout, run, system, before)?;
+    health::verify(&checks, &run.passed).map(|()| true)
+}
