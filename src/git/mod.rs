@@ -169,7 +169,7 @@ impl Repository {
     /// Copies the index to a file in a directory; returns that.
     fn copy_of_index(&self, directory: &Path) -> Result<PathBuf> {
         let index = directory.join("index");
-        savepoint::copy_index(&self.git_directory.join("index"), &index).map(|()| index)
+        savepoint::index::copy_index(&self.git_directory.join("index"), &index).map(|()| index)
     }
 
     /// git with another index than the user's.

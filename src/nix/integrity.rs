@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::error::{Context, Result};
 use crate::gather::gather;
 use crate::names::is_store_path;
-use crate::nix::SYSTEM_PROFILE;
+use crate::nix::profile::SYSTEM_PROFILE;
 use crate::program::Program;
 
 const STORE: &str = "/nix/store";

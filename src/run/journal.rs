@@ -16,7 +16,7 @@ use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
 use crate::names::RunId;
-use crate::nix::Generation;
+use crate::nix::profile::Generation;
 use crate::run::notes::{Notes, Proposal};
 use crate::run::{Failure, Outcome, Trigger};
 use crate::system::units::Units;

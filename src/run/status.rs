@@ -18,7 +18,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::gather::gather;
 use crate::layout::Layout;
-use crate::nix;
+use crate::nix::profile;
 use crate::program::Program;
 use crate::run::Release;
 use crate::run::journal::{FORMAT, Run};
@@ -402,8 +402,9 @@ pub fn drift(layout: &Layout) -> Option<String> {
         None if is_booted => (", chosen at boot", ""),
         _ => (", switched to by hand", ""),
     };
-    let name =
-        |system: &Path| nix::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"));
+    let name = |system: &Path| {
+        profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
+    };
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 

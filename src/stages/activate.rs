@@ -15,8 +15,8 @@ use crate::config::{Config, Operation};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::layout::Layout;
-use crate::nix::integrity;
-use crate::nix::{self, Generation};
+use crate::nix::profile::Generation;
+use crate::nix::{self, integrity, profile};
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::notes::Notes;
 use crate::run::status::Status;
@@ -90,7 +90,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     }
     boot::supersede(layout)?;
 
-    let generation = nix::current_generation()?;
+    let generation = profile::current_generation()?;
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
     let before = before(layout, run, generation.clone())?;
     run.before = Some(before.clone());
@@ -117,7 +117,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
             }
         }
-        if !run.reboot_needed && system::current()? != target || nix::current_generation()? != generation {
+        if !run.reboot_needed && system::current()? != target || profile::current_generation()? != generation {
             // another hand: what it did is to stay
             switch::leave(layout, run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
@@ -128,7 +128,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
         run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
         run.enter(Phase::Persisting, layout)?;
         fault::point("activate: persisting");
-        nix::set_profile(&system)?;
+        profile::set_profile(&system)?;
         fault::point("activate: profile set");
         install(run, &system, generation)?;
         fault::point("activate: boot loader set");
@@ -142,7 +142,7 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
 
 /// What to switch to: the specialisation of the system that is of the same name as the one that runs, if one does.
 fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf> {
-    let Some(name) = nix::systems()?.iter().find_map(|system| system::specialisation(system, &before.system)) else {
+    let Some(name) = profile::systems()?.iter().find_map(|system| system::specialisation(system, &before.system)) else {
         return Ok(system.to_owned());
     };
     let same = fs::canonicalize(system.join("specialisation").join(&name));
@@ -156,7 +156,7 @@ fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf>
 fn renews(layout: &Layout, run: &mut Run, system: &Path) -> Result<bool> {
     let waits = |trial: &Run| trial.candidate.as_deref() == Some(system);
     let Some(trial) = Run::load_trial(layout)?.filter(waits) else { return Ok(false) };
-    if nix::current_generation()?.is_none_or(|next| next.system != system) {
+    if profile::current_generation()?.is_none_or(|next| next.system != system) {
         return Ok(false);
     }
     (run.before, run.passed, run.reboot_needed) = (trial.before, trial.passed, true);
@@ -210,7 +210,7 @@ fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Res
         if run.candidate.as_ref() != Some(&system) {
             run.passed = health::passing(&run.instance.health_checks);
         }
-        Before { system, generation, last_generation: nix::last_generation()?, units: Units::before()? }
+        Before { system, generation, last_generation: profile::last_generation()?, units: Units::before()? }
     };
     nix::keep(&before.system, &nix::before_root(layout, "system"))?;
     if let Some(generation) = &before.generation {

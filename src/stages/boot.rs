@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::nix as store;
+use crate::nix;
 use crate::run::journal::Run;
 use crate::run::status::{self, Status};
 use crate::run::{Failure, Outcome, Stage};
@@ -67,7 +67,7 @@ pub fn supersede(instance: &Layout) -> Result<()> {
             let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
             trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
             conclude::report(&layout, &trial, Outcome::Failed)?;
-            store::unroot(&layout)?;
+            nix::unroot(&layout)?;
         }
     }
     Ok(())

@@ -15,8 +15,7 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::fleet::host::outbox;
 use crate::layout::Layout;
-use crate::nix as store;
-use crate::nix::integrity;
+use crate::nix::{self, integrity, profile};
 use crate::run::journal::{Decision, Phase, Run};
 use crate::run::notes::{Notes, run_id};
 use crate::run::queue;
@@ -150,7 +149,7 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
         _ => Ok(()),
     };
     // what is stuck, or on trial, may still be to go back to what is kept for that
-    if let Err(error) = kept.and_then(|()| if waits || layout.stuck().exists() { Ok(()) } else { store::unroot(layout) }) {
+    if let Err(error) = kept.and_then(|()| if waits || layout.stuck().exists() { Ok(()) } else { nix::unroot(layout) }) {
         log::warn!("{error}.");
     }
     if result != Outcome::AwaitingBoot {
@@ -279,7 +278,7 @@ pub fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     let failure = run.failure.as_ref();
     let proposal = run.proposal();
     let mut ended = Ended::new(run, result, failure);
-    ended.reboot_needed &= store::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
+    ended.reboot_needed &= profile::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
     ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());

@@ -7,7 +7,7 @@ use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
-use crate::nix::SYSTEM_PROFILE;
+use crate::nix::profile::SYSTEM_PROFILE;
 use crate::program::Program;
 use crate::run::journal::Run;
 use crate::run::status::Status;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::layout::Layout;
-use crate::nix as store;
+use crate::nix::{self, profile};
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::{Failure, Outcome, Stage};
 use crate::system::boot_id;
@@ -117,15 +117,15 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
     if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
         loader.forget()?;
     }
-    let now = store::current_generation()?;
+    let now = profile::current_generation()?;
     let is_other = now != before.generation;
     if now.is_some_and(|now| ours(&now.system)) {
-        store::restore_profile(before.generation.as_ref())?;
+        profile::restore_profile(before.generation.as_ref())?;
     }
     if let Some(candidate) = &run.candidate {
-        store::remove_generations(candidate, before.last_generation)?;
+        profile::remove_generations(candidate, before.last_generation)?;
     }
-    match store::current_generation()? {
+    match profile::current_generation()? {
         Some(generation) if touched || is_other => {
             system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
         }
@@ -181,6 +181,6 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
         with_either(&run, put_back(layout, &run, &before, true)?)?;
     }
     Run::forget_stuck(layout)?;
-    store::unroot(layout)?;
+    nix::unroot(layout)?;
     Ok(!is_by_hand)
 }

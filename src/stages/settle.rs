@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
 use crate::layout::Layout;
-use crate::nix as store;
+use crate::nix::profile;
 use crate::program::Program;
 use crate::run::journal::Run;
 use crate::stages::branch::{Fate, MOVED};
@@ -35,7 +35,7 @@ pub fn accept(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result
 
 /// Fails unless the candidate runs and will be booted: another hand may have switched, or have booted something else.
 fn check_is_in_place(run: &Run) -> Result<()> {
-    let (next, current) = (store::current_generation()?.map(|generation| generation.system), system::current()?);
+    let (next, current) = (profile::current_generation()?.map(|generation| generation.system), system::current()?);
     let has_booted = run.boot != boot_id();
     let wrong = [
         next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)),

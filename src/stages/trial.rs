@@ -8,7 +8,7 @@ use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::layout::Layout;
 use crate::names::RunId;
-use crate::nix::{current_generation, integrity};
+use crate::nix::{integrity, profile};
 use crate::run::Stage;
 use crate::run::journal::{Phase, Run};
 use crate::run::status::Status;
@@ -76,6 +76,6 @@ fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
     let why = if is_untried { ", and the boot loader has not tried to boot it" } else { "" };
     let error = Error::new(format!("Failed to boot {}: this machine runs {} instead{why}", system.display(), other.display()));
     // another hand has chosen something else
-    let is_chosen = current_generation()?.is_none_or(|next| next.system != system);
+    let is_chosen = profile::current_generation()?.is_none_or(|next| next.system != system);
     Err(if is_chosen || is_untried { error.transient() } else { error })
 }

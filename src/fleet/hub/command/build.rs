@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::fleet::hub::command::{Fleet, exit};
 use crate::fleet::hub::publish::{self, Manner};
 use crate::fleet::hub::{collect, push};
-use crate::nix::set_profile;
+use crate::nix::profile::set_profile;
 use crate::system;
 
 /// How long an activation may take, in seconds.

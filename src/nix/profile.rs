@@ -1,0 +1,115 @@
+//! The system profile and its generations: what is booted.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+use crate::files;
+use crate::program::Program;
+
+/// Where NixOS keeps its generations.
+pub const SYSTEM_PROFILE: &str = "/nix/var/nix/profiles/system";
+
+/// A numbered generation of the system profile.
+#[derive(Clone, Debug, PartialEq, serde::Deserialize, serde::Serialize)]
+pub struct Generation {
+    /// As in `system-<number>-link`.
+    pub number: u64,
+    /// The system it stands for.
+    pub system: PathBuf,
+}
+
+/// The generation that the system profile points to; `None` if it has never been set.
+pub fn current_generation() -> Result<Option<Generation>> {
+    let profile = Path::new(SYSTEM_PROFILE);
+    let doing = || format!("read {SYSTEM_PROFILE}");
+    let Ok(link) = fs::read_link(profile) else { return Ok(None) };
+    let number = link.file_name().and_then(|name| name.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
+    let number = number.ok_or_else(|| format!("{} is not a generation", link.display())).context(doing)?;
+    Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
+}
+
+/// The generations of the system profile, by number, with the links that stand for them.
+fn generations() -> Result<BTreeMap<u64, PathBuf>> {
+    let profile = Path::new(SYSTEM_PROFILE);
+    let doing = || format!("list the generations of {SYSTEM_PROFILE}");
+    let directory = profile.parent().unwrap_or(profile);
+    let mut generations = BTreeMap::new();
+    for entry in fs::read_dir(directory).context(doing)? {
+        let name = entry.context(doing)?.file_name();
+        generations.extend(number_of(&name).map(|number| (number, directory.join(name))));
+    }
+    Ok(generations)
+}
+
+/// The number of a generation, by the name of its link.
+fn number_of(link: &OsStr) -> Option<u64> {
+    link.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok()
+}
+
+/// The systems that there are generations of.
+pub fn systems() -> Result<Vec<PathBuf>> {
+    Ok(generations()?.into_values().filter_map(|link| fs::canonicalize(link).ok()).collect())
+}
+
+/// The latest generation of a system.
+pub fn generation_of(system: &Path) -> Option<u64> {
+    let generations = generations().ok()?;
+    generations.into_iter().rev().find(|(_, link)| fs::read_link(link).is_ok_and(|target| target == system)).map(|(number, _)| number)
+}
+
+/// The highest number of a generation.
+pub fn last_generation() -> Result<Option<u64>> {
+    Ok(generations()?.keys().next_back().copied())
+}
+
+/// Makes a new generation of the system profile, unless it already points to this system.
+pub fn set_profile(system: &Path) -> Result<()> {
+    let set = profile().arg("--set").arg(system);
+    set.output(|| format!("set the system profile to {}", system.display()), None).map(drop)
+}
+
+/// Points the system profile back to where it was, also if that generation has been deleted meanwhile.
+pub fn restore_profile(old: Option<&Generation>) -> Result<()> {
+    if current_generation()?.as_ref() == old {
+        return Ok(());
+    }
+    let doing = || format!("roll back to {}", old.map_or("no generation".into(), |old| format!("generation {}", old.number)));
+    let Some(old) = old else { return files::remove(Path::new(SYSTEM_PROFILE)).context(doing) };
+    let link = PathBuf::from(format!("{SYSTEM_PROFILE}-{}-link", old.number));
+    if fs::symlink_metadata(&link).is_err() {
+        std::os::unix::fs::symlink(&old.system, &link).and_then(|()| files::sync_parent(&link)).context(doing)?;
+    }
+    profile().args(["--switch-generation", &old.number.to_string()]).output(doing, None)?;
+    if current_generation()?.as_ref() != Some(old) {
+        return Err(format!("it is no longer {}", old.system.display())).context(doing);
+    }
+    Ok(())
+}
+
+/// Removes the generations of a system that are later than the last one there was, but for one that is current.
+pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
+    let current = current_generation()?.map(|generation| generation.number);
+    for (number, link) in generations()? {
+        let is_later = last.is_none_or(|last| number > last) && current != Some(number);
+        if is_later && fs::read_link(&link).is_ok_and(|target| target == system) {
+            files::remove(&link).context(|| format!("remove {}", link.display()))?;
+        }
+    }
+    // links that a nix-env which failed, or was killed, has not brought to their places
+    for entry in Path::new(SYSTEM_PROFILE).parent().map(fs::read_dir).into_iter().flatten().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_half_made = name.starts_with("system") && name.contains(".tmp-") || name.starts_with('.') && name.contains("_system");
+        let is_ours = |target: PathBuf| target == system || target.file_name().and_then(number_of) > last;
+        if is_half_made && fs::read_link(entry.path()).is_ok_and(is_ours) {
+            files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn profile() -> Program {
+    Program::as_root("nix-env").args(["--profile", SYSTEM_PROFILE])
+}
