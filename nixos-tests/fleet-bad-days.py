@@ -355,6 +355,25 @@ for what, add in (
         wait_until_idle(web, "deliver")
         assert web.succeed(f"ls {OWN}/fetched/fleet") == ""
 
+with subtest("what has expired is not taken for new; what runs and has expired is stale, on both sides, until it is renewed"):
+    archive(next(COUNT))
+    past, future = (int(web.succeed("date +%s")) + seconds for seconds in (-100, 1000))
+    offer(expires=past)
+    refuses("it expired 1 min ago")
+    tells("refusing", "nobody has renewed it")
+    offer(expires=future)
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+    web.succeed("ekiben status fleet")
+    # time passes
+    offer(expires=past)
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    assert "stale: the release expired" in web.fail("ekiben status fleet")
+    tells("stale", "its release has expired")
+    offer(expires=future)
+    assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+    web.succeed("ekiben status fleet")
+    hub.succeed(f"systemctl start ekiben-hub-collect.service; ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web")
+
 with subtest("an archive that is gone: the hub says why, until it is back"):
     archive(next(COUNT))
     release = offer()

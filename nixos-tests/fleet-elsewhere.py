@@ -334,6 +334,27 @@ with subtest("no number is given twice, whoever publishes when"):
     assert len(set(numbers)) == len(numbers) and manifest()["sequence"] == max(numbers) > numbers[0] == min(numbers), numbers
     assert len(numbers) > 4
 
+with subtest("a hub that was restored, or built anew, is noticed, and goes on with the next deploy, its hosts with it"):
+    hub.succeed(f"cp -a {RELEASE} /tmp/backup")
+    content = change()
+    number = published(desk.succeed(fleet("deploy")))
+    follows(content)
+    for restore, state in (("cp -a /tmp/backup/. .", "refusing"), ("true", "hub went back")):
+        hub.succeed(f"cd {RELEASE}; rm *; {restore}")
+        code, said = desk.execute(fleet("status --once"))
+        assert code == 4 and "hub went back" in said and f"{number} has been published" in said, said
+        assert poll()["result"] == "failed"
+        becomes(state)
+        newer = published(desk.succeed(fleet("deploy")))
+        assert newer > number
+        number = newer
+        stays(content)
+        becomes("up to date")
+    # what was published, the hub has written down, where publishers cannot
+    noted = json.loads(desk.succeed(fleet("history --json web")))
+    assert noted[0]["sequence"] == number and noted[0]["commit"] is None, noted[0]
+    assert str(number) in desk.succeed(fleet("history", "alice"))
+
 with subtest("a directory that is synced in any order: the host waits for what is missing"):
     # once from there, for what the numbers go on from
     desk.succeed(by("deploy", "mkdir -p ~/served/hosts/web/reports"), sftp("lcd /home/deploy/served", "get -R received", "lcd hosts/web", "get -R hosts/web/release"))

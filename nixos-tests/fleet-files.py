@@ -58,7 +58,7 @@ with subtest("one that cannot be put in its place is told, and does not keep the
     hub.succeed("mkdir -p /srv/status/hosts; cd /srv/status; test -e fleet.json || ekiben fleet init")
     hub.succeed("systemctl start ekiben-hub-collect.service")
     shown = hub.fail("cd /srv/status; ekiben fleet status --once")
-    assert "files missing" in shown and 'there is no user "app"' in shown, shown
+    assert "not in repository, files missing" in shown and 'there is no user "app"' in shown, shown
 
 if is_host(web):
     with subtest("when its user is there, the next poll brings it"):

@@ -185,6 +185,87 @@ with subtest("An archive that is gone or another one is sent again by the next d
         assert manifest("web")["id"] in archive
     hub.succeed(f"rm {SERVED}/received/web/heartbeat.json")
 
+with subtest("A release says what it is made from; the hub keeps what has been published"):
+    web = "/srv/fleet/hosts/web"
+    write(hub, f"{web}/says", "committed")
+    assert "Publishing uncommitted changes to " in hub.succeed(fleet("deploy web"))
+    assert manifest("web")["dirty"] is True
+    hub.succeed(as_deploy("cd /srv/fleet; git add .; git commit -qm 'web: say more'"))
+    commit = hub.succeed(as_deploy("git -C /srv/fleet rev-parse HEAD")).strip()
+    write(hub, f"{web}/says", "1")
+    hub.succeed(as_deploy("cd /srv/fleet; git commit -qam 'web: say 1'"))
+    commit = hub.succeed(as_deploy("git -C /srv/fleet rev-parse HEAD")).strip()
+    assert f"Publishing {commit} by Deploy <deploy@localhost>: web: say 1" in hub.succeed(fleet("deploy web"))
+    found = manifest("web")
+    assert (found["commit"], found["author"], found["summary"], found["dirty"]) == (commit, "Deploy <deploy@localhost>", "web: say 1", False), found
+    assert commit[:12] in hub.execute(fleet("status --wide web"))[1]
+    noted = json.loads(hub.succeed(fleet("history --json web")))
+    assert [one["sequence"] for one in noted] == sorted((one["sequence"] for one in noted), reverse=True) and len(noted) > 5, noted
+    assert noted[0] == {**found, "seen": noted[0]["seen"]}, noted[0]
+    assert re.search(f"web +{found['sequence']} +{commit[:12]} +web: say 1 - Deploy", hub.succeed(fleet("history")))
+    # what somebody else publishes the hub notes, too, in its own time
+    release = f"{SERVED}/hosts/web/release"
+    served = hub.succeed(f"cat {release}/manifest.json")
+    forged = json.dumps({"manifest": json.dumps({**found, "sequence": found["sequence"] + 1, "author": "Mallory"}), "signature": None})
+    write(hub, f"{release}/manifest.json", forged)
+    hub.succeed(fleet("collect"))
+    assert "Mallory" in hub.succeed(fleet("history web")).splitlines()[1]
+    write(hub, f"{release}/manifest.json", served)
+
+with subtest("A release expires; what is half over is renewed, by deploy or alone, and nothing else with it"):
+    def lasts(days, **more):
+        write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key", "expiresAfter": days and days * 86400, **more}))
+    before = manifest("web")
+    assert before["expires"] == before["published"] + 30 * 86400, before
+    lasts(59)
+    assert "web: unchanged" in hub.succeed(fleet("deploy web")) and hub.succeed(fleet("renew web")) == ""
+    lasts(61)
+    assert "published: renewed" in hub.succeed(fleet("deploy web")) and "web: unchanged" in hub.succeed(fleet("deploy web"))
+    renewed = manifest("web")
+    assert renewed["id"] == before["id"] and renewed["sequence"] > before["sequence"], renewed
+    assert 60 * 86400 < renewed["expires"] - int(hub.succeed("date +%s")) <= 61 * 86400
+    # of what is in the repository, nothing gets out
+    write(hub, f"{web}/says", "not yet")
+    lasts(None)
+    assert "web: release" in hub.succeed(fleet("renew web")) and hub.succeed(fleet("renew web")) == ""
+    assert {key: manifest("web")[key] for key in ("id", "expires", "published", "commit")} == {key: renewed[key] for key in ("id", "published", "commit")} | {"expires": None}
+    # nor is an old one renewed, whoever offers it, nor one that this publisher does not know
+    hub.succeed(fleet("deploy web"))
+    newest = hub.succeed(f"cat {release}/manifest.json")
+    write(hub, f"{release}/manifest.json", served)
+    lasts(30)
+    assert "it is not known to be the last one that was published; deploy" in hub.fail(fleet("renew web"))
+    write(hub, f"{release}/manifest.json", newest)
+    hub.succeed("mv /home/deploy/.local/state/ekiben/published /tmp/published")
+    assert "it is not known to be the last one that was published; deploy" in hub.fail(fleet("renew web"))
+    hub.succeed("mv /tmp/published /home/deploy/.local/state/ekiben/published")
+    hub.succeed(fleet("renew web"))
+    write(hub, f"{web}/says", "1")
+    hub.succeed(fleet("deploy web"))
+
+with subtest("A hub that was restored or rebuilt is noticed, and goes on by itself with the next deploy"):
+    hub.succeed(f"rm -rf /tmp/backup; cp -a {SERVED} /tmp/backup")
+    write(hub, f"{web}/says", "after the backup")
+    hub.succeed(fleet("deploy web"))
+    last = manifest("web")["sequence"]
+    beat("web")
+    hub.succeed(fleet("status web"))
+    for restore, offers in (("cp -a /tmp/backup/. .", "the hub offers release 1"), ("true", "the hub offers no release")):
+        hub.succeed(f"cd {SERVED}; find . -type f -delete; {restore}")
+        code, said = hub.execute(fleet("status web"))
+        assert code == 4 and "hub went back" in said and offers in said and f"{last} has been published" in said, said
+        assert "published" in hub.succeed(fleet("deploy web"))
+        assert manifest("web")["sequence"] > last and manifest("web")["toplevel"]
+        last = manifest("web")["sequence"]
+        assert states(hub)["web"] == "new machine", states(hub)
+    # the same contents, by a higher number
+    hub.succeed(f"cp -a {release}/manifest.json /tmp/kept", fleet("deploy"), f"sed -i 's/{last}/{last - 5}/' {release}/manifest.json")
+    assert states(hub)["web"] == "hub went back"
+    assert manifest("web")["sequence"] < last and "web: release" in hub.succeed(fleet("deploy web")) and manifest("web")["sequence"] > last
+    hub.succeed(f"rm -rf {SERVED}/received/*/*")
+    write(hub, f"{web}/says", "2")
+    hub.succeed(fleet("deploy"))
+
 with subtest("What does not build is not published, and keeps nobody else waiting"):
     write(hub, "/srv/fleet/hosts/web/says", "broken")
     write(hub, "/srv/fleet/hosts/hub/configuration.nix", stand_in("hub", '"2"'))
@@ -273,7 +354,7 @@ with subtest("A number is higher than any that the host has seen, and never jump
             write(hub, f"{release}/manifest.json", forged)
             write(hub, "/srv/fleet/hosts/web/says", says)
             assert published(hub.succeed(fleet("deploy web"))) == ["web"], changes
-            assert manifest("web")["sequence"] <= int(hub.succeed("date +%s")) + 1, (changes, manifest("web"))
+            assert manifest("web")["sequence"] <= int(hub.succeed("date +%s")) + 30, (changes, manifest("web"))
     # nor does one that is too large to be one, or of another kind, keep anybody from publishing
     for command in (f"truncate -s 4G {release}/manifest.json", f"mkfifo {release}/manifest.json"):
         hub.succeed(as_deploy(f"rm {release}/manifest.json; {command}"))

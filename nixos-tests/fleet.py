@@ -6,12 +6,14 @@ with subtest("a fleet is set up"):
     write(hub, "/srv/fleet/hosts/web/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.web = {system('web')}; }}; }}")
     write(hub, "/srv/fleet/hosts/pair/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations = {{ db = {system('db')}; db2 = {system('db')}; }}; }}; }}")
     write(hub, "/srv/fleet/hosts/plain/configuration.nix", f"({system('plain')}).module")
-    assert states(hub) == {"db": "not deployed", "plain": "not deployed", "web": "not deployed"}, states(hub)
+    assert states(hub) == {"db": "not deployed", "db2": "no key on the hub", "plain": "not deployed", "web": "not deployed"}, states(hub)
+    code, said = hub.execute(fleet("status --once"))
+    assert code == 4 and said.startswith("4 hosts: 1 no key on the hub; 3 not deployed\n"), said
 
 with subtest("what is published for nobody is said, the others are published"):
     said = hub.fail(fleet("deploy"))
     assert "services.ekiben.hub.hosts" in said, said
-    assert states(hub) == {"db": "new machine", "plain": "new machine", "web": "new machine"}, states(hub)
+    assert states(hub) == {"db": "new machine", "db2": "no key on the hub", "plain": "new machine", "web": "new machine"}, states(hub)
 
 with subtest("a new host fetches what the hub has built"):
     # what a git that was killed in a first poll may leave
@@ -24,6 +26,9 @@ with subtest("a new host fetches what the hub has built"):
         # the same system that the hub has built
         shown = json.loads(hub.execute(fleet(f"status --json {name}"))[1])[name]
         assert running(machine) in json.dumps(shown), shown
+        assert shown["heartbeat"]["kernel"] == machine.succeed("uname -r").strip(), shown
+        version = machine.execute("cat /run/current-system/nixos-version")[1].strip() or None
+        assert shown["heartbeat"]["nixos"] == version and (version or is_host(machine)), shown
     assert [shows(machine, "app") for machine in HOSTS.values()] == ["2", "3", "1"]
 
 with subtest("nothing new: nothing is published, nothing is done"):
@@ -38,7 +43,7 @@ with subtest("one host of three is changed: it alone has something to do"):
     hub.succeed(fleet("deploy web db plain"))
     # nobody else's git is at work in a host's own repository
     web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; chown -R --reference={own} {own}/fetched {own}/repository")
-    assert states(hub) == {"db": "up to date", "plain": "up to date", "web": "rebuild pending"}, states(hub)
+    assert states(hub) == {"db": "up to date", "db2": "no key on the hub", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
     assert "db: up to date" in said and "plain: up to date" in said and f"web: {running(web)} -> /nix/store/" in said, said
     assert [poll(machine)["result"] for machine in HOSTS.values()] == ["unchanged", "unchanged", "deployed"]
@@ -112,4 +117,21 @@ with subtest("a host that is not heard of any more is silent"):
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"silentAfter": 1}))
     web.crash()
     hub.wait_until_succeeds(as_deploy("cd /srv/fleet; ekiben fleet status --json web | jq -e '.web.state == \"silent\"'"))
-    hub.fail(fleet("status web"))
+    assert hub.execute(fleet("status web"))[0] == 3
+    # a laptop is no server
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"silentAfter": 1, "silentAfterOf": {"web": 86400}}))
+    assert states(hub)["web"] == "up to date"
+
+with subtest("who is taken out of the repository, or loses the key at the hub, is no host that is up to date"):
+    hub.succeed(as_deploy("mv /srv/fleet/hosts/web /tmp/web"))
+    assert states(hub)["web"] == "not in repository"
+    hosts = "/var/lib/ekiben-hub/hosts"
+    assert json.loads(hub.succeed(f"cat {hosts}/known.json")) == ["db", "plain", "web"]
+    # as after a switch of the hub's to a system without
+    hub.succeed("systemctl stop ekiben-hub-files.timer", f"echo '[\"db\", \"plain\"]' > {hosts}/known.json")
+    assert states(hub)["web"] == "removed" and hub.execute(fleet("status web"))[0] == 0
+    hub.succeed(as_deploy("mv /tmp/web /srv/fleet/hosts/web"))
+    assert states(hub)["web"] == "no key on the hub" and hub.execute(fleet("status web"))[0] == 4
+    assert "the hub has no key of it" in hub.fail(fleet("deploy web"))
+    hub.succeed("systemctl start ekiben-hub-files.service")
+    assert states(hub)["web"] == "up to date"

@@ -1,8 +1,8 @@
 # Completions of ekiben(1) for bash.
 
-# the first column of a table; what is below it is indented, or ends in a colon
+# the first column of a table, below its head in capital letters; what is no row is indented, or ends in a colon
 _ekiben_names() {
-    "$@" 2> /dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+    "$@" 2> /dev/null | awk '/^[A-Z]/ { rows = 1; next } rows && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
 }
 
 _ekiben() {
@@ -17,12 +17,14 @@ _ekiben() {
         status*) words=$($instances) options="--json" ;;
         forget-releases) words=$($instances) ;;
         fleet)
-            words="init build deploy status log diff flake-update bootstrap collect"
+            words="init build deploy renew status history log diff flake-update bootstrap collect"
             options="--repository --directory --help" ;;
         "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
         "fleet build"*) words=$($hosts) options="--jobs --target" ;;
         "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --jobs" ;;
-        "fleet status"*) words=$($hosts) options="--json --once" ;;
+        "fleet status"*) words=$($hosts) options="--json --wide --once" ;;
+        "fleet history"*) words=$($hosts) options="--json" ;;
+        "fleet renew"*) words=$($hosts) options="--jobs" ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
     esac
     [[ $word != -* ]] || words=$options

@@ -1,8 +1,8 @@
 # Completions of ekiben(1) for fish.
 
-# the first column of a table; what is below it is indented, or ends in a colon
+# the first column of a table, below its head in capital letters; what is no row is indented, or ends in a colon
 function __ekiben_names
-    $argv 2>/dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+    $argv 2>/dev/null | awk '/^[A-Z]/ { rows = 1; next } rows && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
 end
 
 # whether the words before this one begin with these
@@ -27,18 +27,21 @@ for command in trigger status forget-releases
 end
 complete -c ekiben -n "__ekiben_after check" -F
 complete -c ekiben -n "__ekiben_after fleet; and test (count (commandline -opc)) = 2" \
-    -a "init build deploy status log diff flake-update bootstrap collect"
+    -a "init build deploy renew status history log diff flake-update bootstrap collect"
 complete -c ekiben -n "__ekiben_after fleet" -l repository -r -F
 complete -c ekiben -n "__ekiben_after fleet" -l directory -r -F
 complete -c ekiben -n "__ekiben_after fleet build" -a "dry-build build test switch"
 complete -c ekiben -n "__ekiben_after fleet build" -l target -x
 complete -c ekiben -n "__ekiben_after fleet deploy" -l no-build
 complete -c ekiben -n "__ekiben_after fleet deploy" -l unsigned
-for command in build deploy
+for command in build deploy renew
     complete -c ekiben -n "__ekiben_after fleet $command" -l jobs -x
 end
-complete -c ekiben -n "__ekiben_after fleet status" -l json
+for command in status history
+    complete -c ekiben -n "__ekiben_after fleet $command" -l json
+end
+complete -c ekiben -n "__ekiben_after fleet status" -l wide
 complete -c ekiben -n "__ekiben_after fleet status" -l once
-for command in build deploy status log diff flake-update
+for command in build deploy renew status history log diff flake-update
     complete -c ekiben -n "__ekiben_after fleet $command" -a "(__ekiben_names ekiben fleet status --once)"
 end

@@ -1,9 +1,9 @@
 #compdef ekiben
 # Completions of ekiben(1) for zsh.
 
-# the first column of a table; what is below it is indented, or ends in a colon
+# the first column of a table, below its head in capital letters; what is no row is indented, or ends in a colon
 _ekiben_names() {
-    "$@" 2> /dev/null | awk 'NR > 1 && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
+    "$@" 2> /dev/null | awk '/^[A-Z]/ { rows = 1; next } rows && /^[^ ]/ && $1 !~ /:$/ { print $1 }'
 }
 
 _ekiben() {
@@ -18,12 +18,14 @@ _ekiben() {
         status*) found=($($instances)) options=(--json) ;;
         forget-releases) found=($($instances)) ;;
         fleet)
-            found=(init build deploy status log diff flake-update bootstrap collect)
+            found=(init build deploy renew status history log diff flake-update bootstrap collect)
             options=(--repository --directory --help) ;;
         "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
         "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
         "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --jobs) ;;
-        "fleet status"*) found=($($hosts)) options=(--json --once) ;;
+        "fleet status"*) found=($($hosts)) options=(--json --wide --once) ;;
+        "fleet history"*) found=($($hosts)) options=(--json) ;;
+        "fleet renew"*) found=($($hosts)) options=(--jobs) ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
     esac
     [[ ${words[CURRENT]} != -* ]] || found=($options)

@@ -11,9 +11,11 @@
 //! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
 //! <directory>/hosts/<host>/reports/<run>.json       a Report
 //! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
+//! <directory>/hosts/known.json                      a list of the hosts that have a key
 //! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
 //! <directory>/hosts/<host>/files/<sha256>           one of these files
-//! <directory>/received/<host>/...                   the same, collected, and the hub's own received.json; nobody
+//! <directory>/received/<host>/history               the Manifests that have been published, in lines
+//! <directory>/received/<host>/...                   what was collected, and the hub's own received.json; nobody
 //!                                                   but the hub can write there, where publishers can in release
 //! ```
 //!
@@ -30,7 +32,7 @@ mod temporary;
 
 use serde::{Deserialize, Serialize};
 
-use crate::names::{Account, FilePath, HostName, Mode, RunId, Sha256, StorePath};
+use crate::names::{Account, FilePath, HostName, Mode, ObjectId, RunId, Sha256, StorePath};
 use crate::run::Stage;
 use crate::run::status::Ended;
 use crate::run::{Outcome, Release};
@@ -39,6 +41,8 @@ use crate::run::{Outcome, Release};
 pub const FORMAT: u32 = 1;
 /// What signatures are made for, as in `ssh-keygen -Y sign -n`.
 pub const NAMESPACE: &str = "ekiben";
+/// The file beside the hosts' directories that says which of them have a key.
+pub const KNOWN: &str = "known.json";
 /// The largest manifest, heartbeat, report or list of reports, in bytes.
 pub const SMALL: u64 = 256 * 1024;
 /// The largest archive, and the largest log, in bytes.
@@ -75,12 +79,44 @@ pub struct Manifest {
     pub toplevel: Option<StorePath>,
     /// When it was published, in seconds since 1970; for people to read.
     pub published: u64,
+    /// Until when it counts as new, in seconds since 1970; `None` if for ever.
+    pub expires: Option<u64>,
+    /// The commit of the fleet's repository that it was made from, if that is one of git's.
+    #[serde(flatten)]
+    pub origin: Provenance,
+}
+
+/// Where a release comes from; for people to read.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Provenance {
+    /// The commit.
+    pub commit: Option<ObjectId>,
+    /// Who has made it.
+    pub author: Option<String>,
+    /// The first line of its message.
+    pub summary: Option<String>,
+    /// Whether files differed from that.
+    pub dirty: bool,
 }
 
 impl Manifest {
+    /// Whether it counts as new no longer.
+    pub fn has_expired(&self, now: u64) -> bool {
+        self.expires.is_some_and(|expires| expires < now)
+    }
+
     /// The name of the release's archive.
     pub fn archive(&self) -> String {
         format!("{}.tar.gz", self.release.id)
+    }
+}
+
+impl Provenance {
+    /// The commit in short, with a mark if files differed from it; empty if it is not known.
+    pub fn short(&self) -> String {
+        let commit = self.commit.as_ref().map(|commit| commit.chars().take(12).collect::<String>());
+        commit.map_or(String::new(), |commit| commit + if self.dirty { "+" } else { "" })
     }
 }
 
@@ -124,6 +160,17 @@ pub struct Heartbeat {
     /// Why it does not accept what the hub offers, if it does not.
     #[serde(default)]
     pub refused: Option<String>,
+    /// When the release that it was offered last expires, in seconds since 1970.
+    #[serde(default)]
+    pub expires: Option<u64>,
+    /// The version of the kernel that runs.
+    #[serde(default)]
+    pub kernel: Option<String>,
+    /// The version of the system that runs, and the revision of its Nixpkgs, if that is in it.
+    #[serde(default)]
+    pub nixos: Option<String>,
+    #[serde(default)]
+    pub nixpkgs: Option<String>,
 }
 
 /// How a run has ended, in short.

@@ -26,6 +26,8 @@ pub struct Notes {
     run: RunId,
     /// The release of a fleet's hub that the run is about.
     pub release: Option<Release>,
+    /// When that expires, in seconds since 1970.
+    pub expires: Option<u64>,
     /// What the run proposes.
     pub proposal: Option<Proposal>,
     /// Whether the proposal has been built.
@@ -67,7 +69,8 @@ impl Notes {
     pub fn begin(layout: &Layout) -> Result<Self> {
         let candidate = layout.candidate();
         files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
-        let notes = Self { run: run_id()?, release: None, proposal: None, built: false, failure: None, stage: Stage::Prepare };
+        let notes =
+            Self { run: run_id()?, release: None, expires: None, proposal: None, built: false, failure: None, stage: Stage::Prepare };
         notes.write(layout)?;
         Ok(notes)
     }

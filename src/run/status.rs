@@ -61,6 +61,8 @@ pub struct Status {
     pub bad: Option<Bad>,
     /// The last run that tried to deploy a release of a fleet's hub.
     pub tried: Option<Tried>,
+    /// When the release expires that a fleet's hub has offered last, in seconds since 1970.
+    pub expires: Option<u64>,
     /// The ended runs, the last one first.
     pub runs: Vec<Ended>,
 }
@@ -284,6 +286,9 @@ impl Status {
         }
         let options = run.instance.clone();
         let failure = run.failure.as_ref();
+        if let Some(notes) = run.notes.as_ref().filter(|notes| notes.release.is_some()) {
+            status.expires = notes.expires;
+        }
         // not tried at all, because of what came of it before: that is what there is to know
         let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
             && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
@@ -550,7 +555,11 @@ fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, reque
     // a boot is judged by another unit
     let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
     let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
-    failed.chain(waits).chain(cut_off).collect()
+    let stale = status.expires.filter(|expires| *expires < now);
+    let stale = stale.map(|expires| {
+        format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
+    });
+    failed.chain(waits).chain(cut_off).chain(stale).collect()
 }
 
 /// A line for each instance.
@@ -641,7 +650,7 @@ fn times(count: u32) -> String {
 }
 
 /// How long ago a moment is, in its largest unit.
-fn ago(then: u64, now: u64) -> String {
+pub fn ago(then: u64, now: u64) -> String {
     let seconds = now.saturating_sub(then);
     let (count, unit) = match seconds {
         0..60 => (seconds, "s"),

@@ -68,8 +68,8 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
     let reference = layout.reference();
     let retries = instance.network_retries;
     let base = if let Some(hub) = &instance.hub {
-        let (release, commit) = persist(retries, || poll::fetch(layout, instance, hub, repository))?;
-        notes.release = Some(release);
+        let (manifest, commit) = persist(retries, || poll::fetch(layout, instance, hub, repository))?;
+        (notes.release, notes.expires) = (Some(manifest.release), manifest.expires);
         commit
     } else if instance.pull {
         persist(retries, || repository.fetch_upstream(&reference, &layout.upstream(), layout.name()))?

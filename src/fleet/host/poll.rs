@@ -23,10 +23,11 @@ use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Recei
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
-use crate::run::status::Status;
-use crate::run::{Outcome, Release, Stage};
+use crate::run::status::{Status, ago};
+use crate::run::{Outcome, Stage};
 use crate::stages::reboot;
 use crate::system::now;
+use crate::text;
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);
@@ -37,9 +38,9 @@ const TOLD: &str = "heartbeat.json";
 /// Why what the hub offers was refused, if it was.
 const REFUSED: &str = "refused";
 
-/// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns the
-/// release, and the commit to start from: HEAD, if the release is in it, or a new one on top.
-pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Release, String)> {
+/// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns its
+/// manifest, and the commit to start from: HEAD, if the release is in it, or a new one on top.
+pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
     let scratch = scratch(layout)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut session = Session::open(hub, &identity(layout)?, scratch.path(), limit)?;
@@ -50,13 +51,12 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let mut beat = heartbeat(layout, hub);
     beat.files = beat.files.or(untold);
     match &taken {
-        // of what has been tried in vain, the hub knows
-        Ok((release, commit))
-            if *commit != repository.head && beat.last.as_ref().is_none_or(|last| last.release.as_ref() != Some(release)) =>
-        {
-            beat.running = Some(release.clone());
+        Ok((manifest, commit)) => {
+            beat.expires = manifest.expires;
+            // of what has been tried in vain, the hub knows
+            let is_tried = beat.last.as_ref().is_some_and(|last| last.release.as_ref() == Some(&manifest.release));
+            beat.running = Some(manifest.release.clone()).filter(|_| *commit != repository.head && !is_tried);
         }
-        Ok(_) => {}
         // what the run will end with
         Err(error) => {
             let (error, finished) = (Some(error.to_string()), now());
@@ -77,7 +77,7 @@ fn take(
     hub: &Hub,
     repository: &Repository,
     scratch: &Path,
-) -> Result<(Release, String)> {
+) -> Result<(Manifest, String)> {
     let place = scratch.join("manifest.json");
     let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
     if !session.get("release/manifest.json", &place, SMALL)? {
@@ -88,6 +88,10 @@ fn take(
         let release = &manifest.release;
         seen::check(layout, release, committed.clone(), now())?;
         let known = committed.is_some_and(|committed| committed.id == release.id);
+        if let Some(expires) = manifest.expires.filter(|_| !known && manifest.has_expired(now())) {
+            let why = format!("it expired {}; the hub replays it, or nobody has renewed it: deploy again", ago(expires, now()));
+            return Err(why).context(|| format!("accept release {} of {}", release.sequence, release.id));
+        }
         let tarball = layout.own(&manifest.archive());
         remove_archives(layout, Some(&tarball).filter(|_| !known))?;
         let source = scratch.join("source");
@@ -103,7 +107,7 @@ fn take(
     note_refusal(layout, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
     let (manifest, source, known) = accepted?;
     if known {
-        return Ok((manifest.release, repository.head.clone()));
+        return Ok((manifest, repository.head.clone()));
     }
     let message = release::message(&manifest)?;
     let index = scratch.join("index");
@@ -112,7 +116,7 @@ fn take(
     // git knows no later times
     let published = manifest.published.min(u64::from(u32::MAX));
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;
-    Ok((manifest.release, commit))
+    Ok((manifest, commit))
 }
 
 /// Writes down why what the hub offers is refused, or that it is not.
@@ -260,6 +264,9 @@ fn heartbeat(layout: &Layout, hub: &Hub) -> Heartbeat {
     let last = drifted.or(tried.map(|tried| &tried.run)).or(refused);
     let deployed = status.deployed.as_ref();
     let system = crate::system::current().ok();
+    let nixos = fs::read_to_string("/run/current-system/nixos-version").ok().map(|version| text::line(version.trim_end()));
+    let revision = nixos.as_deref().and_then(|version| version.rsplit('.').next());
+    let is_revision = |text: &&str| text.len() >= 7 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     Heartbeat {
         format: FORMAT,
         host: hub.name.clone(),
@@ -279,6 +286,10 @@ fn heartbeat(layout: &Layout, hub: &Hub) -> Heartbeat {
         reboot_needed: reboot::is_needed(),
         files: fs::read_to_string(layout.trouble_with_files()).ok(),
         refused: fs::read_to_string(layout.own(REFUSED)).ok(),
+        expires: status.expires,
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
+        nixpkgs: revision.filter(is_revision).map(String::from),
+        nixos,
         seen,
     }
 }

@@ -16,6 +16,7 @@ use ::nix::fcntl::FlockArg;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::hub::history;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::gather::gather;
@@ -49,10 +50,10 @@ pub fn collect(hub: &ServedDirectory) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
 }
 
-/// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them.
-pub fn take_in(hub: &ServedDirectory, wanted: &[&str]) -> Result<()> {
+/// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them, with one more of its files.
+pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>) -> Result<()> {
     match hub.elsewhere() {
-        Some(elsewhere) => elsewhere.fetch(wanted),
+        Some(elsewhere) => elsewhere.fetch(wanted, also),
         // a user who may only read sees what was collected before
         None => collect(hub).or(Ok(())),
     }
@@ -91,7 +92,8 @@ fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     if new {
         files::write_json(&hub.index_file(host), &index, 0o644)?;
     }
-    acknowledge(hub, host, &index)
+    acknowledge(hub, host, &index)?;
+    history::note(hub, host)
 }
 
 /// What became of a file.
@@ -393,7 +395,7 @@ mod tests {
         fs::remove_dir(&received).unwrap();
         assert!(collect(&fixture.hub).is_err() && !received.exists());
         symlink("/proc/1", &received).unwrap();
-        take_in(&fixture.hub, &[]).unwrap();
+        take_in(&fixture.hub, &[], None).unwrap();
         assert_eq!(fixture.left(), 1);
     }
 

@@ -5,7 +5,9 @@ pub mod offer;
 
 mod collect;
 mod guide;
+mod history;
 mod jobs;
+mod memory;
 mod publish;
 mod push;
 mod remote;

@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::config::{Offer, Offers};
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{SMALL, Served, sha256};
+use crate::fleet::{KNOWN, SMALL, Served, sha256};
 use crate::names::FilePath;
 
 const INDEX: &str = "index.json";
@@ -38,6 +38,8 @@ pub fn serve(hub: &Offers) -> Result<()> {
             one(&host, &BTreeMap::new());
         }
     }
+    let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).context(|| format!("write {KNOWN}"))?;
+    put(&hosts.join(KNOWN), &known, 0o644)?;
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
 
@@ -49,12 +51,12 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
         // what manages secrets makes links
         let contents = files::read_for_others(source, SMALL).context(doing)?;
         let sha256 = sha256::of(&contents)?;
-        write(&directory.join(&sha256), &contents)?;
+        put(&directory.join(&sha256), &contents, MODE)?;
         let (path, mode, owner, group) = (path.clone(), *mode, owner.clone(), group.clone());
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
     }
     let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
-    write(&directory.join(INDEX), &text)?;
+    put(&directory.join(INDEX), &text, MODE)?;
     for entry in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name != INDEX && index.iter().all(|served| *served.file != *name) {
@@ -65,11 +67,11 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
 }
 
 /// Writes a file, unless it is there as it should be.
-fn write(path: &Path, contents: &[u8]) -> Result<()> {
+fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     if fs::read(path).is_ok_and(|there| there == contents) {
         return Ok(());
     }
-    files::write(path, contents, MODE).context(|| format!("write {}", path.display()))
+    files::write(path, contents, mode).context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]
@@ -108,6 +110,7 @@ mod tests {
         assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
         assert!(index(directory, "b").is_empty() && index(directory, "gone").is_empty());
         assert!(!directory.join("hosts/gone/files/secret").exists());
+        assert_eq!(fs::read_to_string(directory.join("hosts/known.json")).unwrap(), r#"["a","b"]"#);
 
         // a source that is not there: all stays as it was, and the other host is served
         fs::write(directory.join("two"), "2").unwrap();

@@ -8,16 +8,18 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::hub::history;
+use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::{FORMAT, Manifest, NAMESPACE, Signed, sha256};
+use crate::fleet::{FORMAT, Manifest, NAMESPACE, Provenance, Signed, sha256};
 use crate::names::{HostName, Sequence, Sha256, StorePath};
 use crate::program::Program;
 use crate::run::Release;
 use crate::system::now;
 
 /// How far a number may be ahead of the clock, in seconds.
-const DAY: u64 = 24 * 60 * 60;
+pub const DAY: u64 = 24 * 60 * 60;
 
 /// How releases are published.
 pub struct Manner<'a> {
@@ -27,6 +29,24 @@ pub struct Manner<'a> {
     pub key: Option<&'a Path>,
     /// Whether one without a signature may follow one with it.
     pub unsigned: bool,
+    /// For how many seconds they count as new; for ever, if that is not said.
+    pub lasting: Option<u64>,
+    /// What they are made from.
+    pub origin: Provenance,
+    /// What was published before.
+    pub memory: Memory,
+}
+
+/// What there is to know before a host's release is replaced.
+struct Standing {
+    old: Option<(Manifest, Signed)>,
+    /// Whether that is one of this fleet's.
+    is_ours: bool,
+    /// Why the host does not accept it, if it does not.
+    refused: Option<String>,
+    /// The numbers that are known to have been published.
+    known: Vec<Sequence>,
+    now: u64,
 }
 
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
@@ -40,56 +60,118 @@ pub fn deploy(
     say: impl Fn(&str),
 ) -> Result<Option<(Sequence, &'static str)>> {
     hub.check(&host.name)?;
-    let key = manner.key;
-    let old = hub.valid_manifest(&host.name)?;
-    if key.is_none() && !manner.unsigned && old.as_ref().is_some_and(|(_, signed)| signed.signature.is_some()) {
+    let before = Standing::new(hub, repository, &host.name, manner)?;
+    let (key, old) = (manner.key, before.old.as_ref());
+    if key.is_none() && !manner.unsigned && old.is_some_and(|(_, signed)| signed.signature.is_some()) {
         let why = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
         return Err(why).context(|| format!("publish {}", host.name));
     }
-    let is_ours = old.as_ref().map(|old| is_ours(old, key, &repository.scratch(&host.name))).transpose()?;
     say("evaluating");
     let system = repository.evaluate(host)?;
     let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
-    let is_same = old.as_ref().is_some_and(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
-    let heartbeat = hub.heartbeat(&host.name)?.map(|(heartbeat, _)| heartbeat);
-    let is_refused = heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.refused.is_some());
-    if is_same && is_ours == Some(true) && old.as_ref().is_some_and(|(old, _)| hub.has_archive(old, is_refused)) {
-        return Ok(None);
-    }
-    let ours = old.as_ref().filter(|_| is_ours == Some(true)).map(|(ours, _)| ours);
+    let same = old.filter(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
+    let what = match same {
+        None => "",
+        Some(_) if !before.is_ours => ": the same, signed again",
+        Some((same, _)) if !hub.has_archive(same, before.refused.is_some()) => ": the same, sent again",
+        Some((same, _)) if before.has_gone_back(same) => ": the same, since the hub had gone back",
+        Some((same, _)) if before.is_to_be_renewed(same, manner.lasting) => ": renewed",
+        Some(_) => return Ok(None),
+    };
     if manner.build {
         say("building");
         repository.build(host, &system)?;
     }
     say("publishing");
-    let heard = heartbeat.map(|heartbeat| [heartbeat.seen, heartbeat.deployed]);
-    let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);
-    let published = now();
-    let sequence = next(ours.map(|ours| ours.release.sequence), heard, published).context(|| format!("publish {}", host.name))?;
     let manifest = Manifest {
         format: FORMAT,
         host: host.name.clone(),
-        release: Release { id: id(&source.sha256, attr.as_ref(), toplevel.as_ref())?, sequence },
+        release: Release { id: id(&source.sha256, attr.as_ref(), toplevel.as_ref())?, sequence: before.next(&host.name)? },
         sha256: source.sha256.clone(),
         size: source.size,
         attr: attr.clone(),
         toplevel,
-        published,
+        published: before.now,
+        expires: manner.lasting.map(|lasting| before.now + lasting),
+        origin: manner.origin.clone(),
     };
-    let text = serde_json::to_string(&manifest).context(|| format!("write the manifest of {}", host.name))?;
-    let signature = key.map(|key| sign(&text, key)).transpose()?;
     let archive = fs::read(&source.archive).context(|| format!("read {}", source.archive.display()))?;
     let place = hub.release(&host.name).join(manifest.archive());
     files::write(&place, &archive, 0o644).context(|| format!("write {}", place.display()))?;
-    hub.publish(&manifest, &Signed { manifest: text, signature }, old.as_ref())?;
-    Ok(Some((
-        sequence,
-        match (is_same, is_ours) {
-            (false, _) => "",
-            (true, Some(false)) => ": the same, signed again",
-            (true, _) => ": the same, sent again",
-        },
-    )))
+    publish(hub, &manifest, manner, old)?;
+    Ok(Some((manifest.release.sequence, what)))
+}
+
+/// Publishes a host's release again, by another number, if more than half of its time is over. What is renewed is what
+/// was published last: nobody can have an old release renewed.
+pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostName, manner: &Manner) -> Result<Option<Sequence>> {
+    let before = Standing::new(hub, repository, host, manner)?;
+    let doing = || format!("renew the release of {host}");
+    let Some((old, _)) = &before.old else { return Ok(None) };
+    if !before.is_ours {
+        return Err("it is not signed with the signingKey; deploy").context(doing);
+    }
+    if manner.memory.last(host).is_none_or(|last| last > old.release.sequence) || before.has_gone_back(old) {
+        return Err("it is not known to be the last one that was published; deploy").context(doing);
+    }
+    if !before.is_to_be_renewed(old, manner.lasting) {
+        return Ok(None);
+    }
+    let release = Release { sequence: before.next(host)?, ..old.release.clone() };
+    let renewed = Manifest { release, expires: manner.lasting.map(|lasting| before.now + lasting), ..old.clone() };
+    publish(hub, &renewed, manner, before.old.as_ref())?;
+    Ok(Some(renewed.release.sequence))
+}
+
+/// Signs a manifest, and puts it in the place of the old one.
+fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Option<&(Manifest, Signed)>) -> Result<()> {
+    let host = &manifest.host;
+    let text = serde_json::to_string(manifest).context(|| format!("write the manifest of {host}"))?;
+    let signature = manner.key.map(|key| sign(&text, key)).transpose()?;
+    hub.publish(manifest, &Signed { manifest: text, signature }, old)?;
+    // it is published all the same
+    let noted = manner.memory.note(host, manifest.release.sequence);
+    let noted = noted.and_then(|()| if hub.is_elsewhere() { Ok(()) } else { history::note_in_turn(hub, host) });
+    noted.unwrap_or_else(|error| log::warn!("{error}."));
+    Ok(())
+}
+
+impl Standing {
+    fn new(hub: &ServedDirectory, repository: &FleetRepository, host: &HostName, manner: &Manner) -> Result<Self> {
+        let old = hub.valid_manifest(host)?;
+        let is_ours = old.as_ref().map_or(Ok(false), |old| is_ours(old, manner.key, &repository.scratch(host)))?;
+        let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
+        let heard = heartbeat.as_ref().map(|heartbeat| [&heartbeat.seen, &heartbeat.deployed]);
+        let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);
+        let now = now();
+        let highest = Sequence::try_from(now + DAY).context(|| format!("publish {host}"))?;
+        let (known, far): (Vec<_>, Vec<_>) = heard.chain(manner.memory.last(host)).partition(|number| *number < highest);
+        if let Some(number) = far.iter().max() {
+            log::warn!(
+                "{host} may have seen release {number}, which no later one can exceed: run `ekiben forget-releases` there, as root."
+            );
+        }
+        Ok(Self { old, is_ours, refused: heartbeat.and_then(|heartbeat| heartbeat.refused), known, now })
+    }
+
+    /// Whether a later release than this one is known to have been published.
+    fn has_gone_back(&self, offered: &Manifest) -> bool {
+        self.known.iter().any(|number| *number > offered.release.sequence)
+    }
+
+    /// Whether more than half of its time is over, or that is not as long as it should be.
+    fn is_to_be_renewed(&self, offered: &Manifest, lasting: Option<u64>) -> bool {
+        match (offered.expires, lasting) {
+            (Some(expires), Some(lasting)) => expires < self.now + lasting / 2 || expires > self.now + lasting + DAY,
+            (expires, lasting) => expires.is_some() != lasting.is_some(),
+        }
+    }
+
+    /// The number for the next release.
+    fn next(&self, host: &HostName) -> Result<Sequence> {
+        let ours = self.old.as_ref().filter(|_| self.is_ours).map(|(ours, _)| ours.release.sequence);
+        next(ours, &self.known, self.now).context(|| format!("publish {host}"))
+    }
 }
 
 /// What a release is called that consists of these.
@@ -100,15 +182,10 @@ fn id(archive: &Sha256, attr: Option<&HostName>, toplevel: Option<&StorePath>) -
 }
 
 /// The number for a new release: no lower than the seconds since 1970, and higher than that of the release
-/// before and than those that the host has told of. It never jumps: what a host tells counts up to a day
-/// ahead of the clock, and a release that is farther ahead is not followed by any.
-fn next(before: Option<Sequence>, heard: impl Iterator<Item = Sequence>, now: u64) -> Result<Sequence, String> {
+/// before and than those that are known. It never jumps: none is more than a day ahead of the clock.
+fn next(before: Option<Sequence>, known: &[Sequence], now: u64) -> Result<Sequence, String> {
     let highest = Sequence::try_from(now + DAY)?;
-    let (near, far): (Vec<_>, Vec<_>) = heard.partition(|number| *number < highest);
-    if let Some(number) = far.iter().max() {
-        log::warn!("The host has seen release {number}, which no later one can exceed: run `ekiben forget-releases` there, as root.");
-    }
-    let before = before.into_iter().chain(near).max().map(Sequence::next).transpose()?;
+    let before = before.iter().chain(known).max().map(|last| last.next()).transpose()?;
     let next = before.max(Some(now.try_into()?)).filter(|next| *next <= highest);
     next.ok_or_else(|| "the number of the last release is more than a day ahead of this machine's clock; set the clock".into())
 }
@@ -149,20 +226,20 @@ mod tests {
     fn numbers_follow_the_clock_and_never_jump() {
         const NOW: u64 = 1_800_000_000;
         let number = |number: u64| Sequence::try_from(number).unwrap();
-        let next =
-            |before: Option<u64>, heard: &[u64]| next(before.map(number), heard.iter().map(|heard| number(*heard)), NOW).map(u64::from);
-        for (before, heard, expected) in [
+        let next = |before: Option<u64>, known: &[u64]| {
+            let known: Vec<_> = known.iter().map(|known| number(*known)).collect();
+            next(before.map(number), &known, NOW).map(u64::from)
+        };
+        for (before, known, expected) in [
             (None, &[][..], NOW),
             (Some(1), &[2], NOW),
             // twice in one second, or by a clock that is ahead
             (Some(NOW), &[], NOW + 1),
             (Some(5), &[NOW + 100], NOW + 101),
             (Some(NOW + DAY - 1), &[], NOW + DAY),
-            // what no publisher can have said
-            (Some(5), &[NOW + DAY, 1 << 40], NOW),
-            (Some(NOW + 3), &[1 << 40, NOW + 1], NOW + 4),
+            (Some(NOW + 3), &[NOW + 1], NOW + 4),
         ] {
-            assert_eq!(next(before, heard), Ok(expected), "{before:?} {heard:?}");
+            assert_eq!(next(before, known), Ok(expected), "{before:?} {known:?}");
         }
         assert!(next(Some(NOW + DAY), &[]).unwrap_err().contains("clock"));
         assert!(next(Some(1 << 40), &[]).is_err());

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::LARGE;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
+use crate::fleet::{KNOWN, LARGE};
 use crate::names::{HostName, Sha256};
 
 /// Why a release is not published that is not on top of the last one.
@@ -66,11 +66,16 @@ impl Elsewhere {
     }
 
     /// Fetches which hosts there are; and of those that are named, or all, what is published and what
-    /// they said last.
-    pub fn fetch(&self, wanted: &[&str]) -> Result<()> {
+    /// they said last, with one more of the files that were collected.
+    pub fn fetch(&self, wanted: &[&str], also: Option<&str>) -> Result<()> {
         let mut session = self.open(FETCH)?;
+        let hosts = self.place().join("hosts");
+        fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
+        session.fetch(&format!("hosts/{KNOWN}"), &hosts.join(KNOWN))?;
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
-            for (directory, file) in [(format!("hosts/{host}/release"), "manifest.json"), (format!("received/{host}"), "heartbeat.json")] {
+            let files = [("hosts", "/release", MANIFEST), ("received", "", "heartbeat.json")];
+            for (above, below, file) in files.into_iter().chain(also.map(|file| ("received", "", file))) {
+                let directory = format!("{above}/{host}{below}");
                 let local = self.place().join(&directory);
                 fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
                 if wanted.is_empty() || wanted.contains(&&*host) {
@@ -98,8 +103,12 @@ impl Elsewhere {
             .trim_end()
             .to_owned();
         let mut release = Publication { session: self.open(SEND)?, host: host.clone(), local: self.place().join(&path), path, id };
-        release.send(archive, &release.local.join(archive))?;
-        release.rename_sent(archive)?;
+        let local = release.local.join(archive);
+        // what is renewed is there
+        if local.exists() {
+            release.send(archive, &local)?;
+            release.rename_sent(archive)?;
+        }
         release.send(MANIFEST, new)?;
         release.claim()?;
         let done = release.replace(archive, kept);

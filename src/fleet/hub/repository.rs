@@ -3,12 +3,13 @@
 //! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
@@ -16,15 +17,18 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::Provenance;
 use crate::fleet::SMALL;
-use crate::fleet::archive::pack::{self, Origin};
+use crate::fleet::archive::pack;
 use crate::fleet::archive::unpack::unpack;
 use crate::fleet::hub::jobs;
 use crate::fleet::hub::served;
 use crate::fleet::temporary::{Temporary, home};
 use crate::json;
-use crate::names::{HostName, Sha256, StorePath};
+use crate::names::{HostName, ObjectId, Sha256, StorePath};
 use crate::nix::nix;
+use crate::program::Program;
+use crate::text;
 
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
 const NAMES: &str = "builtins.attrNames";
@@ -40,13 +44,24 @@ pub struct Settings {
     pub signing_key: Option<PathBuf>,
     /// After how many seconds without a heartbeat a host is silent.
     pub silent_after: u64,
+    /// The same for single hosts, by their names.
+    pub silent_after_of: BTreeMap<HostName, u64>,
+    /// For how many seconds a release counts as new.
+    pub expires_after: Option<u64>,
     /// More arguments for `nix eval` and `nix build`.
     pub flags: Vec<String>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { directory: "/var/lib/ekiben-hub".into(), signing_key: None, silent_after: 3600, flags: Vec::new() }
+        Self {
+            directory: "/var/lib/ekiben-hub".into(),
+            signing_key: None,
+            silent_after: 3600,
+            silent_after_of: BTreeMap::new(),
+            expires_after: Some(30 * 24 * 60 * 60),
+            flags: Vec::new(),
+        }
     }
 }
 
@@ -67,6 +82,11 @@ impl Settings {
         }
         settings.signing_key = settings.signing_key.map(|key| repository.join(key));
         Ok(settings)
+    }
+
+    /// How long a host may be silent.
+    pub fn silence(&self, host: &HostName) -> Duration {
+        Duration::from_secs(self.silent_after_of.get(host).copied().unwrap_or(self.silent_after))
     }
 }
 
@@ -132,7 +152,7 @@ struct Remembered {
 /// The repository, with a place for what is remembered and one for what is not.
 pub struct FleetRepository {
     directory: PathBuf,
-    origin: Origin,
+    origin: pack::Origin,
     flags: Vec<String>,
     state: PathBuf,
     scratch: Temporary,
@@ -145,7 +165,7 @@ impl FleetRepository {
         for name in ["logs", "evaluated", "systems"] {
             fs::create_dir_all(state.join(name)).context(|| format!("create {}", state.join(name).display()))?;
         }
-        let origin = Origin::new(directory, settings.signing_key.as_deref())?;
+        let origin = pack::Origin::new(directory, settings.signing_key.as_deref())?;
         Ok(Self { directory: directory.to_owned(), origin, flags: settings.flags.clone(), state, scratch: Temporary::new()? })
     }
 
@@ -180,6 +200,35 @@ impl FleetRepository {
         let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
         let (sha256, size) = pack::pack(&directory, files, &self.origin, &archive)?;
         Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake })
+    }
+
+    /// The names of all hosts, as they were when they were looked at last; those of what was not are found now.
+    pub fn names(&self) -> Result<BTreeSet<HostName>> {
+        let mut names = BTreeSet::new();
+        for (place, is_flake) in self.places()? {
+            let file = self.state.join("evaluated").join(format!("{}.json", label(&place)));
+            let known = files::read_json::<Remembered>(&file).ok().flatten();
+            match known.and_then(|known| json::from_value::<Vec<HostName>>(&known.answer).ok()).filter(|_| is_flake) {
+                Some(known) => names.extend(known),
+                None if is_flake => names.extend(self.hosts_in(self.pack(&place, true)?)?.into_iter().map(|host| host.name)),
+                None => names.extend(HostName::try_from(place.trim_start_matches("hosts/"))),
+            }
+        }
+        Ok(names)
+    }
+
+    /// What git says of what is published; nothing, where nothing is committed.
+    pub fn commit(&self) -> Provenance {
+        let git = |arguments: &[&str]| {
+            let git = Program::new("git").arg("-C").arg(&self.directory).args(arguments);
+            let said = git.output(|| format!("read the last commit of {}", self.directory.display()), None).ok()?;
+            String::from_utf8(said).ok()
+        };
+        let said = git(&["log", "-1", "--format=%H%n%an <%ae>%n%s"]).unwrap_or_default();
+        let mut lines = said.lines().map(text::line);
+        let commit = lines.next().and_then(|commit| ObjectId::try_from(commit).ok());
+        let dirty = commit.is_some() && git(&["status", "--porcelain"]).is_none_or(|said| !said.is_empty());
+        Provenance { commit, author: lines.next(), summary: lines.next(), dirty }
     }
 
     /// Packs all directories with a flake.
@@ -396,7 +445,7 @@ mod tests {
         let scratch = Temporary::below(&place.path().join("cache")).unwrap();
         let repository = FleetRepository {
             directory: place.path().into(),
-            origin: Origin::new(place.path(), None).unwrap(),
+            origin: pack::Origin::new(place.path(), None).unwrap(),
             flags: Vec::new(),
             state: PathBuf::new(),
             scratch,

@@ -5,6 +5,7 @@
 //! read here becomes a type or an error, within limits, and is fit for a terminal. What hosts send is
 //! judged by `collect` before it comes here.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use serde::Deserialize;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
-use crate::fleet::{FORMAT, Heartbeat, Manifest, Received, SMALL, Signed, sha256};
+use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, Received, SMALL, Signed, sha256};
 use crate::json;
 use crate::names::{HostName, Sha256};
 use crate::text;
@@ -126,9 +127,18 @@ impl ServedDirectory {
         Ok(names)
     }
 
+    /// Those of them that have a key; `None` if nobody says.
+    pub fn known(&self) -> Option<BTreeSet<HostName>> {
+        let said = files::read_foreign(&self.directory.join("hosts").join(KNOWN), LARGE).ok()?;
+        json::parse_foreign(&said).ok()
+    }
+
     /// Fails unless the hub serves this host.
     pub fn check(&self, host: &HostName) -> Result<()> {
         let place = self.directory.join("hosts").join(host);
+        if self.known().is_some_and(|known| !known.contains(host)) {
+            return Err("the hub has no key of it; add the host to services.ekiben.hub.hosts").context(|| format!("publish {host}"));
+        }
         let why = || format!("{} does not exist; add the host to services.ekiben.hub.hosts", place.display());
         if place.is_dir() { Ok(()) } else { Err(why()).context(|| format!("publish {host}")) }
     }

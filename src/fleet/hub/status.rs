@@ -3,7 +3,7 @@
 //! A state follows from what is published and what the host reported last, release by release. No host's
 //! clock counts: the clocks of the hub and of the reader decide whether a host is silent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -13,54 +13,70 @@ use serde::Serialize;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::collect::take_in;
-use crate::fleet::hub::repository::select;
+use crate::fleet::hub::memory::Memory;
+use crate::fleet::hub::publish::DAY;
+use crate::fleet::hub::repository::{Settings, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{Heartbeat, LastRun, Manifest};
 use crate::names::{HostName, StorePath};
+use crate::run::status::ago;
 use crate::run::{Outcome, Release};
 use crate::system::now;
 use crate::{output, table, text};
 
-/// How a host can be.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How many columns a table takes.
+const WIDTH: usize = 80;
+
+/// How a host can be; what is graver comes first.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum HostState {
-    /// Nothing is published for it.
-    NotDeployed,
-    /// It has never been heard of.
-    NewMachine,
-    /// It has not been heard of for long.
-    Silent,
-    /// What is published for it, or what it has sent, cannot be read.
-    Unreadable,
-    /// It does not accept what it is offered.
-    Refusing,
-    /// It is at work on the published release.
-    Building,
-    /// That could not be built, or was not tried any further.
-    Failing,
-    /// That did not run well, and the host went back.
-    RolledBack,
-    /// Nor could it go back.
+    /// The release did not run well, nor could the host go back.
     RollbackFailed,
-    /// The next boot brings the published release, and decides.
-    AwaitingBoot,
+    /// It could not be built, or was not tried any further.
+    Failing,
+    /// It did not run well, and the host went back.
+    RolledBack,
+    /// The host does not accept what it is offered.
+    Refusing,
     /// It runs something else than what it deployed: by another hand.
     Drifted,
-    /// It runs the published release, with inputs it has updated by itself.
-    AutoUpdated,
-    /// It runs the published release, and took more than one run to.
-    ExtraRuns,
-    /// It runs the published release.
-    UpToDate,
-    /// It does not have the published release yet, but runs the same system.
-    SyncPending,
+    /// It has not been heard of for long.
+    Silent,
+    /// Its release has expired.
+    Stale,
+    /// The hub offers less than what was published last.
+    WentBack,
+    /// What is published for it, or what it has sent, cannot be read.
+    Unreadable,
+    /// It is in the repository, and the hub does not know it.
+    Unkeyed,
+    /// The hub serves it, and it is not in the repository.
+    Unlisted,
+    /// The next boot brings the published release, and decides.
+    AwaitingBoot,
+    /// It is at work on the published release.
+    Building,
     /// It does not have the published release yet.
     RebuildPending,
+    /// It does not have the published release yet, but runs the same system.
+    SyncPending,
+    /// It has never been heard of.
+    NewMachine,
+    /// Nothing is published for it.
+    NotDeployed,
+    /// It runs the published release, and took more than one run to.
+    ExtraRuns,
+    /// It runs the published release, with inputs it has updated by itself.
+    AutoUpdated,
+    /// It runs the published release.
+    UpToDate,
+    /// Its directory is what is left of it.
+    Removed,
 }
 
 impl HostState {
     /// Decides by what is published, and by what was heard of the host how long ago.
-    fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration) -> Self {
+    fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration, now: u64) -> Self {
         if heard.is_some_and(|(heartbeat, age)| age <= silent_after && heartbeat.refused.is_some()) {
             return Self::Refusing;
         }
@@ -81,6 +97,7 @@ impl HostState {
             Some(Outcome::Stuck) => Self::RollbackFailed,
             Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
             Some(Outcome::Drifted) => Self::Drifted,
+            _ if published.has_expired(now) || heartbeat.expires.is_some_and(|expires| expires < now) => Self::Stale,
             _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
             _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
             _ if deployed => Self::UpToDate,
@@ -89,35 +106,56 @@ impl HostState {
         }
     }
 
-    fn is_well(self) -> bool {
-        !matches!(
-            self,
-            Self::Unreadable | Self::Silent | Self::Refusing | Self::Failing | Self::RolledBack | Self::RollbackFailed | Self::Drifted
-        )
+    /// Which kind of trouble this is, as an exit status; 0 if it is none.
+    fn trouble(self) -> u8 {
+        match self {
+            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Refusing | Self::Drifted => FAILING,
+            Self::Silent | Self::Stale => 3,
+            Self::WentBack | Self::Unreadable | Self::Unkeyed | Self::Unlisted => 4,
+            _ => 0,
+        }
     }
 }
+
+/// The exit status that says that a host is not well.
+const FAILING: u8 = 2;
 
 impl fmt::Display for HostState {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
-            Self::NotDeployed => "not deployed",
-            Self::NewMachine => "new machine",
-            Self::Silent => "silent",
-            Self::Unreadable => "unreadable",
-            Self::Refusing => "refusing",
-            Self::Building => "building",
+            Self::RollbackFailed => "rollback failed",
             Self::Failing => "failing",
             Self::RolledBack => "rolled back",
-            Self::RollbackFailed => "rollback failed",
-            Self::AwaitingBoot => "awaiting boot",
+            Self::Refusing => "refusing",
             Self::Drifted => "drifted",
-            Self::AutoUpdated => "auto updated",
-            Self::ExtraRuns => "extra runs",
-            Self::UpToDate => "up to date",
-            Self::SyncPending => "sync pending",
+            Self::Silent => "silent",
+            Self::Stale => "stale",
+            Self::WentBack => "hub went back",
+            Self::Unreadable => "unreadable",
+            Self::Unkeyed => "no key on the hub",
+            Self::Unlisted => "not in repository",
+            Self::AwaitingBoot => "awaiting boot",
+            Self::Building => "building",
             Self::RebuildPending => "rebuild pending",
+            Self::SyncPending => "sync pending",
+            Self::NewMachine => "new machine",
+            Self::NotDeployed => "not deployed",
+            Self::ExtraRuns => "extra runs",
+            Self::AutoUpdated => "auto updated",
+            Self::UpToDate => "up to date",
+            Self::Removed => "removed",
         })
     }
+}
+
+/// What a publisher knows of the fleet.
+pub struct Known<'a> {
+    /// When hosts are silent.
+    pub settings: &'a Settings,
+    /// The hosts in the repository, if there is one.
+    pub names: Option<BTreeSet<HostName>>,
+    /// What was published last.
+    pub memory: Memory,
 }
 
 /// A host, as `--json` shows it.
@@ -126,8 +164,8 @@ impl fmt::Display for HostState {
 struct Row {
     state: String,
     well: bool,
-    /// Why nothing else is known of it.
-    trouble: Option<String>,
+    /// What there is to see to, in lines.
+    trouble: Vec<String>,
     /// The beginnings of the hashes of the published and of the running system.
     local_version: String,
     remote_version: String,
@@ -135,45 +173,75 @@ struct Row {
     heard: Option<u64>,
     published: Option<Manifest>,
     heartbeat: Option<Heartbeat>,
+    #[serde(skip)]
+    state_alone: HostState,
+    #[serde(skip)]
+    exit: u8,
 }
 
-fn look(hub: &ServedDirectory, host: &HostName, silent_after: Duration) -> Row {
+fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> Row {
     // trouble with one host hides no other
-    let mut trouble = None;
-    let mut note = |error: String| trouble = Some(error);
+    let mut trouble = Vec::new();
     let published = match hub.manifest(host) {
-        Ok(Some(Ok((manifest, _)))) => Some(manifest),
-        Ok(None) => None,
-        Ok(Some(Err(why))) => {
-            note(format!("Failed to read {why}"));
-            None
-        }
+        Ok(found) => found.and_then(|found| found.map_err(|why| trouble.push(format!("Failed to read {why}"))).ok()),
         Err(error) => {
-            note(error.to_string());
+            trouble.push(error.to_string());
             None
         }
     };
+    let published = published.map(|(manifest, _)| manifest);
     let heard = hub.heartbeat(host).unwrap_or_else(|error| {
-        note(error.to_string());
+        trouble.push(error.to_string());
         None
     });
-    let now = SystemTime::now();
-    let age = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, now.duration_since(*arrived).unwrap_or_default()));
-    let state = if trouble.is_some() { HostState::Unreadable } else { HostState::of(published.as_ref(), age, silent_after) };
+    let time = SystemTime::now();
+    let age = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, time.duration_since(*arrived).unwrap_or_default()));
+    let heartbeat = heard.as_ref().map(|(heartbeat, _)| heartbeat);
+    let listed = fleet.names.as_ref().is_none_or(|names| names.contains(host));
+    let last = fleet.memory.last(host).filter(|last| u64::from(*last) <= now() + DAY);
+    let offered = published.as_ref().map(|manifest| manifest.release.sequence);
+    let state = match HostState::of(published.as_ref(), age, fleet.settings.silence(host), now()) {
+        _ if !trouble.is_empty() => HostState::Unreadable,
+        _ if !known && fleet.names.is_some() && listed => HostState::Unkeyed,
+        _ if !known => HostState::Removed,
+        _ if !listed => HostState::Unlisted,
+        state => match last.filter(|last| Some(*last) > offered) {
+            Some(last) if state.trouble() != FAILING => {
+                let offers = offered.map_or("no release".into(), |number| format!("release {number}"));
+                trouble.push(format!("the hub offers {offers}, and {last} has been published; deploy again"));
+                HostState::WentBack
+            }
+            _ => state,
+        },
+    };
+    match state {
+        HostState::Unkeyed => trouble.push("add it to services.ekiben.hub.hosts, or remove it from the repository".into()),
+        HostState::Unlisted => trouble.push("remove it from services.ekiben.hub.hosts, or add it to the repository".into()),
+        HostState::Removed => trouble.push("it has no key on the hub, and is not in the repository: remove its directory there".into()),
+        HostState::Stale => trouble.push("its release has expired: deploy, or renew; if that has been done, the hub withholds it".into()),
+        _ => {}
+    }
+    let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
+    let exit = if files.is_some() && state != HostState::Removed { FAILING } else { state.trouble() };
+    if let Some(heartbeat) = heartbeat.filter(|_| state.trouble() == FAILING || state == HostState::Silent) {
+        let error = heartbeat.refused.as_ref().or_else(|| heartbeat.last.as_ref()?.error.as_ref());
+        trouble.extend(error.into_iter().flat_map(|said| said.lines()).map(String::from));
+    }
+    trouble.extend(files.into_iter().flat_map(|said| said.lines()).map(String::from));
     let deployed = [HostState::AutoUpdated, HostState::ExtraRuns, HostState::UpToDate].contains(&state);
-    let reboot = deployed && heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.reboot_needed);
+    let also = [(deployed && heartbeat.is_some_and(|beat| beat.reboot_needed), ", reboot needed"), (files.is_some(), ", files missing")];
     let local = published.as_ref().map(|manifest| manifest.toplevel.as_ref().map_or(short(&manifest.release.id), hash));
-    let files = heard.as_ref().is_some_and(|(heartbeat, _)| heartbeat.files.is_some());
-    let also = [(reboot, ", reboot needed"), (files, ", files missing")];
     Row {
-        trouble,
         state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
-        well: state.is_well() && !files,
+        well: exit == 0,
+        trouble,
         local_version: local.unwrap_or_default(),
-        remote_version: heard.as_ref().and_then(|(heartbeat, _)| heartbeat.system.as_ref().map(hash)).unwrap_or_default(),
+        remote_version: heartbeat.and_then(|heartbeat| heartbeat.system.as_ref().map(hash)).unwrap_or_default(),
         heard: heard.as_ref().and_then(|(_, arrived)| Some(arrived.duration_since(UNIX_EPOCH).ok()?.as_secs())),
         heartbeat: heard.map(|(heartbeat, _)| heartbeat),
         published,
+        state_alone: state,
+        exit,
     }
 }
 
@@ -186,24 +254,24 @@ fn short(text: &str) -> String {
     text.chars().take(8).collect()
 }
 
-/// Shows hosts, all if none are named; as JSON, once, or again whenever something changes. Fails
-/// softly if one is not well.
-pub fn status(hub: &ServedDirectory, silent_after: u64, wanted: &[&str], json: bool, once: bool) -> Result<ExitCode> {
+/// Shows hosts, all if none are named; as JSON, once, or again whenever something changes. The exit status says which
+/// kind of trouble there is, the gravest of them.
+pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, once: bool, wide: bool) -> Result<ExitCode> {
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
-        take_in(hub, wanted)?;
-        let hosts = select(hub.hosts()?, |name| name, wanted)?;
-        let mut shown = BTreeMap::new();
-        for host in hosts {
-            let of_host = look(hub, &host, Duration::from_secs(silent_after));
-            shown.insert(host, of_host);
-        }
+        take_in(hub, wanted, None)?;
+        let (served, known) = (hub.hosts()?, hub.known());
+        let all: BTreeSet<_> = served.iter().chain(fleet.names.iter().flatten()).cloned().collect();
+        let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
+        let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
+        let shown: BTreeMap<_, _> = hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host)))).collect();
         if !live {
-            if json { output::print_json(&shown) } else { output::print(&table(&shown, now())) }?;
-            return Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            if json { output::print_json(&shown) } else { output::print(&table(&shown, wide, false, now())) }?;
+            let exit = shown.values().map(|shown| shown.exit).filter(|exit| *exit > 0).min();
+            return Ok(ExitCode::from(exit.unwrap_or(0)));
         }
-        let text = text::lines(&table(&shown, now()));
+        let text = text::lines(&table(&shown, wide, true, now()));
         if text != before {
             let mut output = std::io::stdout().lock();
             let done = write!(output, "\x1b[H\x1b[2J{text}").and_then(|()| output.flush());
@@ -214,56 +282,75 @@ pub fn status(hub: &ServedDirectory, silent_after: u64, wanted: &[&str], json: b
     }
 }
 
-fn table(shown: &BTreeMap<HostName, Row>, now: u64) -> String {
-    let mut rows = vec![["MACHINE", "LOCAL VERSION", "REMOTE VERSION", "STATE", "LAST RUN", "PUBLISHED"].map(String::from)];
-    for (name, shown) in shown {
-        let mark = match shown {
-            Row { heartbeat: Some(heartbeat), published: Some(published), .. } => match &published.toplevel {
-                Some(toplevel) if Some(toplevel) == heartbeat.system.as_ref() => " =",
-                _ if shown.state.starts_with("auto updated") => " +",
-                Some(_) => " ≠",
-                None => "",
-            },
+/// How many hosts there are of which state; then a line for each, and what there is to see to.
+fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) -> String {
+    let wrapped = |text: &str, indent: &str| if terminal { wrapped(text, indent) } else { format!("{indent}{text}\n") };
+    let mut hosts: Vec<_> = shown.iter().collect();
+    hosts.sort_by_key(|(_, shown)| (if shown.exit > 0 { shown.exit } else { u8::MAX }, shown.state_alone, &shown.state));
+    let totals = hosts.chunk_by(|(_, one), (_, other)| one.state == other.state);
+    let totals: Vec<_> = totals.map(|of_state| format!("{} {}", of_state.len(), of_state[0].1.state)).collect();
+    let mut text = wrapped(&format!("{} hosts: {}", hosts.len(), totals.join("; ")), "");
+    let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
+    let mut rows =
+        vec![["HOST", "STATE", "HEARD", "RUN", "PUBLISHED"].iter().chain(&wide_heads).map(ToString::to_string).collect::<Vec<_>>()];
+    let age = |then: Option<u64>| then.map_or(String::new(), |then| ago(then, now).trim_end_matches(" ago").into());
+    for (name, shown) in &hosts {
+        let (beat, manifest) = (shown.heartbeat.as_ref(), shown.published.as_ref());
+        let mark = match (beat.and_then(|beat| beat.system.as_ref()), manifest.and_then(|manifest| manifest.toplevel.as_ref())) {
+            (Some(runs), Some(toplevel)) if runs == toplevel => " =",
+            (Some(_), Some(_)) if shown.state_alone == HostState::AutoUpdated => " +",
+            (Some(_), Some(_)) => " ≠",
             _ => "",
         };
-        let last = shown.heartbeat.as_ref().and_then(|heartbeat| heartbeat.last.as_ref());
-        rows.push([
+        let last = beat.and_then(|beat| beat.last.as_ref()).map(|last| last.finished);
+        let said = |value: Option<&Option<String>>| value.cloned().flatten().unwrap_or_default();
+        rows.push(vec![
             name.to_string(),
+            shown.state.clone(),
+            age(shown.heard),
+            age(last),
+            age(manifest.map(|manifest| manifest.published)),
             shown.local_version.clone(),
             format!("{}{mark}", shown.remote_version),
-            shown.state.clone(),
-            last.map_or(String::new(), |last| elapsed(last.finished, now)),
-            shown.published.as_ref().map_or(String::new(), |manifest| elapsed(manifest.published, now)),
+            manifest.map_or(String::new(), |manifest| manifest.release.sequence.to_string()),
+            manifest.map_or(String::new(), |manifest| manifest.origin.short()),
+            said(manifest.map(|manifest| &manifest.origin.author)),
+            said(beat.map(|beat| &beat.kernel)),
+            said(beat.map(|beat| &beat.nixos)),
+            said(beat.map(|beat| &beat.nixpkgs)),
         ]);
     }
-    let mut text = String::new();
-    for (shown, line) in [None].into_iter().chain(shown.values().map(Some)).zip(table::lines(&rows)) {
-        text.extend([&line, "\n"]);
-        let heartbeat = shown.filter(|shown| !shown.well).and_then(|shown| shown.heartbeat.as_ref());
-        let error = heartbeat.and_then(|beat| beat.refused.as_ref().or_else(|| beat.last.as_ref()?.error.as_ref()));
-        let files = heartbeat.and_then(|heartbeat| heartbeat.files.as_ref());
-        for line in shown.and_then(|shown| shown.trouble.as_ref()).into_iter().chain(error).chain(files).flat_map(|said| said.lines()) {
-            text.extend(["  ", line, "\n"]);
+    if !wide {
+        for row in &mut rows {
+            row.truncate(row.len() - wide_heads.len());
         }
+    }
+    for (shown, line) in [None].into_iter().chain(hosts.iter().map(|(_, shown)| Some(shown))).zip(table::lines(&rows)) {
+        text.extend([&line, "\n"]);
+        text.extend(shown.iter().flat_map(|shown| &shown.trouble).map(|line| wrapped(line, "  ")));
     }
     text
 }
 
-/// How long ago a moment is, in its two largest units.
-fn elapsed(then: u64, now: u64) -> String {
-    let seconds = now.saturating_sub(then);
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
-        3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{} d {} h", seconds / 86400, seconds / 3600 % 24),
+/// A text in lines that fit on a terminal, unless a word does not.
+fn wrapped(text: &str, indent: &str) -> String {
+    let (mut lines, mut line) = (String::new(), indent.to_owned());
+    for word in text.split(' ') {
+        if line.len() > indent.len() && line.chars().count() + 1 + word.chars().count() > WIDTH {
+            lines.extend([&line, "\n"]);
+            indent.clone_into(&mut line);
+        } else if line.len() > indent.len() {
+            line.push(' ');
+        }
+        line.push_str(word);
     }
+    lines + &line + "\n"
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::FORMAT;
+    use crate::fleet::{FORMAT, Provenance};
 
     fn release(sequence: u64) -> Release {
         Release { id: format!("{sequence:064x}").try_into().unwrap(), sequence: sequence.try_into().unwrap() }
@@ -279,6 +366,8 @@ mod tests {
             attr: None,
             toplevel: Some("/nix/store/0123456789abcdfghijklmnpqrsvwxyz-new".try_into().unwrap()),
             published: 1000,
+            expires: Some(5000),
+            origin: Provenance::default(),
         }
     }
 
@@ -298,6 +387,10 @@ mod tests {
             reboot_needed: false,
             files: None,
             refused: None,
+            expires: None,
+            kernel: Some("6.12".into()),
+            nixos: Some("25.05.20250101.0123456".into()),
+            nixpkgs: None,
         }
     }
 
@@ -309,14 +402,21 @@ mod tests {
     fn a_state_follows_from_releases() {
         use HostState::{
             AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
-            RollbackFailed, RolledBack, Silent, SyncPending, UpToDate,
+            RollbackFailed, RolledBack, Silent, Stale, SyncPending, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
-            HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10))
+            HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10), 5000)
         };
-        assert_eq!(HostState::of(None, None, Duration::ZERO), NotDeployed);
-        assert_eq!(HostState::of(None, Some((&heartbeat(2), Duration::ZERO)), Duration::ZERO), NotDeployed);
-        assert_eq!(HostState::of(Some(&manifest()), None, Duration::ZERO), NewMachine);
+        let of = |published: Option<&Manifest>, heard: Option<&Heartbeat>, now| {
+            HostState::of(published, heard.map(|heartbeat| (heartbeat, Duration::ZERO)), Duration::ZERO, now)
+        };
+        assert_eq!(of(None, None, 0), NotDeployed);
+        assert_eq!(of(None, Some(&heartbeat(2)), 0), NotDeployed);
+        assert_eq!(of(None, Some(&Heartbeat { refused: Some("not signed".into()), ..heartbeat(2) }), 0), Refusing);
+        assert_eq!(of(Some(&manifest()), None, 0), NewMachine);
+        // what is published has expired, or what the host has been offered
+        assert_eq!(of(Some(&manifest()), Some(&heartbeat(2)), 5001), Stale);
+        assert_eq!(of(Some(&manifest()), Some(&Heartbeat { expires: Some(4000), ..heartbeat(1) }), 4001), Stale);
         let old = || heartbeat(1);
         let new = || heartbeat(2);
         let same = || manifest().toplevel;
@@ -357,42 +457,44 @@ mod tests {
     }
 
     #[test]
-    fn the_table_says_what_is_wrong() {
-        let shown = |heartbeat: Heartbeat, state: HostState| Row {
+    fn the_table_begins_with_the_gravest_and_fits() {
+        let shown = |heartbeat: Heartbeat, state: HostState, trouble: &str| Row {
             state: state.to_string(),
-            well: state.is_well(),
-            trouble: None,
+            well: state.trouble() == 0,
+            trouble: trouble.lines().map(String::from).collect(),
             local_version: hash(manifest().toplevel.as_ref().unwrap()),
             remote_version: hash(heartbeat.system.as_ref().unwrap()),
-            heard: None,
+            heard: Some(1080),
             published: Some(manifest()),
             heartbeat: Some(heartbeat),
+            state_alone: state,
+            exit: state.trouble(),
         };
         let failing = Heartbeat { last: Some(last(None, Outcome::Failed)), ..heartbeat(1) };
         let same = Heartbeat { system: manifest().toplevel, ..heartbeat(2) };
         let hosts = [
-            ("a", shown(failing, HostState::Failing)),
-            ("b", shown(same, HostState::UpToDate)),
-            ("c", shown(heartbeat(2), HostState::AutoUpdated)),
+            ("a", shown(same.clone(), HostState::UpToDate, "")),
+            ("b", shown(heartbeat(2), HostState::Unlisted, "")),
+            ("c", shown(failing, HostState::Failing, "no luck ".repeat(12).trim_end())),
+            ("d", shown(heartbeat(2), HostState::AutoUpdated, "")),
+            ("e", shown(same, HostState::UpToDate, "")),
         ];
         let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();
         let expected = "\
-MACHINE  LOCAL VERSION  REMOTE VERSION  STATE         LAST RUN    PUBLISHED
-a        01234567       abcdfghi ≠      failing       1 min 40 s  1 min 40 s
-  no luck
-b        01234567       01234567 =      up to date                1 min 40 s
-c        01234567       abcdfghi +      auto updated              1 min 40 s
+5 hosts: 1 failing; 1 not in repository; 1 auto updated; 2 up to date
+HOST  STATE              HEARD  RUN    PUBLISHED
+c     failing            20 s   1 min  1 min
+  no luck no luck no luck no luck no luck no luck no luck no luck no luck no
+  luck no luck no luck
+b     not in repository  20 s          1 min
+d     auto updated       20 s          1 min
+a     up to date         20 s          1 min
+e     up to date         20 s          1 min
 ";
-        assert_eq!(table(&hosts, 1100), expected);
-    }
-
-    #[test]
-    fn durations_have_two_units() {
-        for (seconds, text) in
-            [(59, "59 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"), (7500, "2 h 5 min"), (3 * 86400 + 4 * 3600 + 59, "3 d 4 h")]
-        {
-            assert_eq!(elapsed(0, seconds), text);
-        }
-        assert_eq!(elapsed(10, 0), "0 s");
+        assert_eq!(table(&hosts, false, true, 1100), expected);
+        let wide = table(&hosts, true, false, 1100);
+        let line = wide.lines().find(|line| line.starts_with('e')).unwrap();
+        assert!(line.contains("01234567  01234567 =  2 ") && line.ends_with("6.12    25.05.20250101.0123456"), "{wide}");
+        assert!(wide.contains("abcdfghi ≠") && wide.contains("abcdfghi +"), "{wide}");
     }
 }

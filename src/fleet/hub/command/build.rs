@@ -7,10 +7,15 @@ use std::sync::OnceLock;
 use nix::unistd::geteuid;
 
 use crate::error::{Context, Result};
+use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit};
+use crate::fleet::hub::jobs::parallel;
+use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::repository::select;
 use crate::fleet::hub::{collect, push};
 use crate::nix::profile::set_profile;
+use crate::output::print;
 use crate::system;
 
 /// How long an activation may take, in seconds.
@@ -54,11 +59,17 @@ impl Fleet<'_> {
     pub(super) fn deploy(&self, wanted: &[&str]) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         // what is known to have arrived counts for the sequence numbers
-        collect::take_in(&self.hub, wanted)?;
+        collect::take_in(&self.hub, wanted, None)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
-        let has = |option| self.arguments.has(option);
-        let manner = Manner { build: !has("--no-build"), key: self.settings.signing_key.as_deref(), unsigned: has("--unsigned") };
+        let manner = self.manner(repository.commit());
+        let Provenance { commit, author, summary, dirty } = &manner.origin;
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        print(&match commit {
+            None => "Publishing what no commit has\n".into(),
+            Some(commit) if *dirty => format!("Publishing uncommitted changes to {commit} by {}: {}\n", text(author), text(summary)),
+            Some(commit) => format!("Publishing {commit} by {}: {}\n", text(author), text(summary)),
+        })?;
         let well = self.each(&repository, &hosts, |host, say| {
             let released = publish::deploy(&self.hub, &repository, host, &manner, say)?;
             Ok(match released {
@@ -67,6 +78,29 @@ impl Fleet<'_> {
             })
         })?;
         Ok(exit(well && found))
+    }
+
+    /// Renews what is published, whatever is in the repository.
+    pub(super) fn renew(&self, wanted: &[&str]) -> Result<ExitCode> {
+        let _turn = self.hub.turn()?;
+        collect::take_in(&self.hub, wanted, None)?;
+        let repository = self.repository()?;
+        let manner = self.manner(Provenance::default());
+        let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
+        let done = parallel(&hosts, self.arguments.jobs()?, |host| match publish::renew(&self.hub, &repository, host, &manner) {
+            Ok(renewed) => print(&renewed.map_or(String::new(), |number| format!("{host}: release {number} published: renewed\n"))).is_ok(),
+            Err(error) => {
+                log::error!("{error}.");
+                false
+            }
+        });
+        Ok(exit(done.into_iter().all(|well| well)))
+    }
+
+    fn manner(&self, origin: Provenance) -> Manner<'_> {
+        let has = |option| self.arguments.has(option);
+        let (key, lasting) = (self.settings.signing_key.as_deref(), self.settings.expires_after);
+        Manner { build: !has("--no-build"), key, unsigned: has("--unsigned"), lasting, origin, memory: Memory::new(&self.directory) }
     }
 }
 

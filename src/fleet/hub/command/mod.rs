@@ -12,6 +12,7 @@ use ::nix::sys::stat::{Mode, umask};
 
 use crate::error::{Context, Error, Result};
 use crate::fleet::hub::jobs::{Board, parallel};
+use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, Settings, find, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{collect, guide, status};
@@ -28,7 +29,11 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
                                       machine or over SSH
   deploy [--no-build] [--unsigned] [--jobs N] [HOST...]
                                       build what has changed, and publish it
-  status [--json] [--once] [HOST...]  show the state of the hosts; fail if one is not well
+  renew [HOST...]                     publish again, as it is, what expires before long
+  status [--json] [--wide] [--once] [HOST...]
+                                      show the state of the hosts, trouble first; exit with 2 if one is failing, 3 if
+                                      one is silent or stale, 4 if hub and repository do not agree
+  history [--json] [HOST...]          show what has been published, and from which commits
   log HOST [RUN]                      show the log of the last run on a host, or of that run
   diff [HOST...]                      show what differs between the running systems and the repository
   flake-update [INPUT...] [HOST...]   update the inputs of the flakes
@@ -43,11 +48,13 @@ Options:
 ";
 
 /// The options that each command takes besides those that all take.
-const OPTIONS: [(&str, &[&str]); 9] = [
+const OPTIONS: [(&str, &[&str]); 11] = [
     ("init", &[]),
     ("build", &["--jobs", "--target"]),
     ("deploy", &["--jobs", "--no-build", "--unsigned"]),
-    ("status", &["--json", "--once"]),
+    ("renew", &["--jobs"]),
+    ("status", &["--json", "--once", "--wide"]),
+    ("history", &["--json"]),
     ("log", &[]),
     ("diff", &[]),
     ("flake-update", &[]),
@@ -106,6 +113,8 @@ struct Fleet<'a> {
     place: Option<PathBuf>,
     settings: Settings,
     hub: ServedDirectory,
+    /// What it is of.
+    directory: PathBuf,
     arguments: &'a Arguments<'a>,
 }
 
@@ -125,18 +134,17 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     }
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-    let hub = ServedDirectory::new(arguments.options.get("--directory").map_or(&settings.directory, Path::new))?;
-    let fleet = Fleet { place, settings, hub, arguments: &arguments };
+    let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
+    let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
     match arguments.words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
         ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
         ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub collects on its own")),
         ["collect"] => collect::collect(&fleet.hub).map(|()| ExitCode::SUCCESS),
-        ["status", ref hosts @ ..] => {
-            let (json, once) = (arguments.has("--json"), arguments.has("--once"));
-            status::status(&fleet.hub, fleet.settings.silent_after, hosts, json, once)
-        }
+        ["renew", ref hosts @ ..] => fleet.renew(hosts),
+        ["history", ref hosts @ ..] => fleet.history(hosts),
+        ["status", ref hosts @ ..] => fleet.status(hosts),
         ["log", host] => fleet.log(host, None),
         ["log", host, run] => fleet.log(host, Some(run)),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
@@ -155,6 +163,15 @@ impl Fleet<'_> {
         let place =
             self.place.as_deref().ok_or("there is no fleet.json here or in a directory above; see --repository and ekiben fleet init");
         FleetRepository::open(place.context(|| "find the fleet's repository".into())?, &self.settings)
+    }
+
+    fn status(&self, wanted: &[&str]) -> Result<ExitCode> {
+        // who only looks need not have a repository, nor one that can be read
+        let names = self.place.as_ref().map(|_| self.repository().and_then(|repository| repository.names()));
+        let names = names.and_then(|names| names.inspect_err(|error| log::warn!("{error}.")).ok());
+        let has = |option| self.arguments.has(option);
+        let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
+        status::status(&self.hub, &fleet, wanted, has("--json"), has("--once"), has("--wide"))
     }
 
     /// The hosts of these names, all if there are none, and whether all could be looked at that may

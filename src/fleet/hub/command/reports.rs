@@ -5,11 +5,12 @@ use std::process::{Command, ExitCode, Stdio};
 
 use crate::error::{Context, Result};
 use crate::fleet::LARGE;
-use crate::fleet::hub::collect;
 use crate::fleet::hub::command::{Fleet, exit};
 use crate::fleet::hub::repository::select;
+use crate::fleet::hub::{collect, history};
 use crate::names::RunId;
 use crate::nix::nix;
+use crate::output::{print, print_json};
 use crate::program::Program;
 use crate::text;
 
@@ -17,7 +18,7 @@ const LINE_BYTES: u64 = 64 * 1024;
 
 impl Fleet<'_> {
     pub(super) fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
-        collect::take_in(&self.hub, &[host])?;
+        collect::take_in(&self.hub, &[host], None)?;
         let host = select(self.hub.hosts()?, |name| name, &[host])?.remove(0);
         let doing = || format!("show a log of {host}");
         let run = if let Some(run) = run {
@@ -52,8 +53,14 @@ impl Fleet<'_> {
         Ok(ExitCode::SUCCESS)
     }
 
+    pub(super) fn history(&self, wanted: &[&str]) -> Result<ExitCode> {
+        collect::take_in(&self.hub, wanted, Some(history::FILE))?;
+        let all = history::of(&self.hub, &select(self.hub.hosts()?, |name| name, wanted)?)?;
+        if self.arguments.has("--json") { print_json(&all) } else { print(&history::lines(&all)) }.map(|()| ExitCode::SUCCESS)
+    }
+
     pub(super) fn diff(&self, wanted: &[&str]) -> Result<ExitCode> {
-        collect::take_in(&self.hub, wanted)?;
+        collect::take_in(&self.hub, wanted, None)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));

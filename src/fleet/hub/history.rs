@@ -1,0 +1,135 @@
+//! The audit log: what has been published for each host, as the hub has seen it. It is where publishers from elsewhere
+//! cannot write, a line for each manifest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ::nix::fcntl::FlockArg;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::{LARGE, Manifest};
+use crate::names::HostName;
+use crate::run::status::ago;
+use crate::system::now;
+use crate::{files, json, table};
+
+/// How many releases of one host are kept.
+const KEPT: usize = 1000;
+/// The name of the file, among what was collected of a host.
+pub const FILE: &str = "history";
+
+/// A release that was published.
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Noted {
+    /// When the hub has seen it first, in seconds since 1970.
+    seen: u64,
+    #[serde(flatten)]
+    manifest: Manifest,
+}
+
+/// The file of a host.
+pub fn file(hub: &ServedDirectory, host: &HostName) -> PathBuf {
+    hub.received(host).join(FILE)
+}
+
+/// Adds what is published for a host, if that is new; whoever does so has the host's turn.
+pub fn note(hub: &ServedDirectory, host: &HostName) -> Result<()> {
+    let Some(Ok((manifest, _))) = hub.manifest(host)? else { return Ok(()) };
+    let file = file(hub, host);
+    let mut kept = read(&file)?;
+    if kept.last().is_some_and(|last| last.manifest == manifest) {
+        return Ok(());
+    }
+    kept.push(Noted { seen: now(), manifest });
+    let doing = || format!("write {}", file.display());
+    let lines = kept.iter().skip(kept.len().saturating_sub(KEPT)).map(serde_json::to_string).collect::<Result<Vec<_>, _>>();
+    files::write(&file, (lines.context(doing)?.join("\n") + "\n").as_bytes(), 0o644).context(doing)
+}
+
+/// The same, when it is its turn.
+pub fn note_in_turn(hub: &ServedDirectory, host: &HostName) -> Result<()> {
+    let received = hub.received(host);
+    fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
+    let _turn = files::lock(&received, FlockArg::LockExclusive)?;
+    note(hub, host)
+}
+
+/// The releases of a host, the newest last.
+fn read(file: &Path) -> Result<Vec<Noted>> {
+    if !file.exists() {
+        return Ok(Vec::new());
+    }
+    let text = files::read_foreign(file, LARGE).context(|| format!("read {}", file.display()))?;
+    // what is damaged hides no other
+    Ok(text.split(|&byte| byte == b'\n').filter_map(|line| json::parse_foreign(line).ok()).collect())
+}
+
+/// The releases of these hosts, the newest first.
+pub fn of(hub: &ServedDirectory, hosts: &[HostName]) -> Result<Vec<Noted>> {
+    let mut all = Vec::new();
+    for host in hosts {
+        all.extend(read(&file(hub, host))?);
+    }
+    all.sort_by_key(|one| std::cmp::Reverse((one.seen, one.manifest.release.sequence)));
+    Ok(all)
+}
+
+/// A line for each.
+pub fn lines(all: &[Noted]) -> String {
+    let mut rows = vec![["PUBLISHED", "HOST", "RELEASE", "COMMIT", "SUMMARY"].map(String::from)];
+    rows.extend(all.iter().map(|Noted { seen, manifest }| {
+        let origin = &manifest.origin;
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let by = [text(&origin.summary), text(&origin.author)].join(" - ");
+        let by = if origin.commit.is_some() { by } else { String::new() };
+        [ago(*seen, now()), manifest.host.to_string(), manifest.release.sequence.to_string(), origin.short(), by]
+    }));
+    table::lines(&rows).join("\n") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn each_release_is_noted_once_and_what_is_damaged_hides_no_other() {
+        let place = Directory::new();
+        let hub = ServedDirectory::new(place.path()).unwrap();
+        let host = HostName::try_from("web").unwrap();
+        fs::create_dir_all(hub.release(&host)).unwrap();
+        fs::create_dir_all(hub.received(&host)).unwrap();
+        let publish = |number: u64, more: Value| {
+            let mut manifest = json!({
+                "format": 1, "host": "web", "id": "a".repeat(64), "sequence": number, "sha256": "b".repeat(64), "size": 1, "attr": null,
+                "toplevel": null, "published": 1, "author": "\u{1b}[31mx",
+            });
+            manifest.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let signed = json!({"manifest": manifest.to_string(), "signature": null});
+            fs::write(hub.release(&host).join("manifest.json"), signed.to_string()).unwrap();
+            note(&hub, &host).unwrap();
+        };
+        let numbers = || {
+            of(&hub, std::slice::from_ref(&host)).unwrap().iter().map(|one| u64::from(one.manifest.release.sequence)).collect::<Vec<_>>()
+        };
+        publish(1, json!({"commit": "c".repeat(40), "summary": "first"}));
+        publish(1, json!({"commit": "c".repeat(40), "summary": "first"}));
+        assert_eq!(numbers(), [1]);
+        // what is no release for the host is none; the same again is another
+        publish(2, json!({"host": "db"}));
+        publish(2, json!({"expires": 5}));
+        publish(2, json!({"expires": 6}));
+        assert_eq!(numbers(), [2, 2, 1]);
+        let damaged = fs::read_to_string(file(&hub, &host)).unwrap().replacen('{', "", 1);
+        fs::write(file(&hub, &host), damaged).unwrap();
+        assert_eq!(numbers(), [2, 2]);
+        publish(3, json!({}));
+        assert_eq!(numbers(), [3, 2, 2]);
+        let shown = lines(&of(&hub, std::slice::from_ref(&host)).unwrap());
+        assert!(!shown.contains('\u{1b}') && shown.lines().count() == 4, "{shown}");
+    }
+}
