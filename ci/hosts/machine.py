@@ -25,7 +25,8 @@ import loader
 
 HERE = Path(__file__).resolve().parent
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RETRY_SECONDS = 0.1
+# between two looks at something that is waited for: the first ones, and at last
+SOON, LATER = 0.05, 0.5
 # what a fault does to the program whose operation it is; else it is the name of the error that the operation ends with
 SIGNALS = {"kill": signal.SIGKILL, "hold": signal.SIGSTOP}
 # what makes a file system of a file, without a question
@@ -39,12 +40,14 @@ class Failure(Exception):
 
 
 def retry(what, condition, timeout):
-    """Calls `condition` until it is true; fails after `timeout` seconds."""
+    """Calls `condition` until it is true, ever less often; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
+    pause = SOON
     while not condition():
         if time.monotonic() > deadline:
             raise Failure(f"timed out after {timeout} s: {what}")
-        time.sleep(RETRY_SECONDS)
+        time.sleep(pause)
+        pause = min(1.2 * pause, LATER)
 
 
 class Machine:
@@ -271,9 +274,8 @@ class Machine:
         if not self.init:
             raise Failure(f"{self.name} is not running")
         return subprocess.run(
-            ["nsenter", "--target", str(self.init), "--all", "env", "-i", "-C", "/", f"PATH={PATH}", "HOME=/root", "USER=root",
-             "LC_ALL=C.UTF-8", "timeout", str(timeout), "bash", "-c", f"set -euo pipefail; {command}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr or self.stderr, text=True, errors="replace")
+            ["nsenter", "--target", str(self.init), "--all", "timeout", str(timeout), "bash", "-c", f"set -euo pipefail; {command}"],
+            env={"PATH": PATH, "HOME": "/root", "USER": "root", "LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr or self.stderr, text=True, errors="replace")
 
     def execute(self, command, check_return=True, check_output=True, timeout=900):
         """Runs a shell command as root; returns its exit status and its output."""
