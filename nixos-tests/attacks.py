@@ -1,3 +1,4 @@
+import os
 import time
 
 BEGAN = time.monotonic()
@@ -193,8 +194,8 @@ ALL = (
     "idle:200", "half_head:200", "drip:50", "endless_headers:4", "endless_line:4", "lengths:4", "streamed_body:4", "streamed_body_with_token:2",
     "endless_chunks:4", "expect:4", "http_2:10", "pipelining:2", "reset:10", "half_close:4", "smuggling:4", "garbage:4", "wrong_token:10",
 )
-# on a virtual machine, only some and short
-MINUTE = 60 if is_host(server) else 10
+# on a virtual machine, only some and short; at each landing, short
+MINUTE = int(os.environ.get("ATTACK_SECONDS", 60)) if is_host(server) else 10
 for one in some(server, ALL, 3):
     with subtest(f"{one.partition(':')[0]}: the next request is answered"):
         attack(2, one)
@@ -210,7 +211,7 @@ with subtest("5000 connections that say nothing"):
     until_over()
     check_quiet(idle)
 
-with subtest("everything at once, for a minute"):
+with subtest(f"everything at once, for {MINUTE} s"):
     attack(MINUTE, "idle:500", *ALL)
     took = good(MINUTE, 1)
     print(f"{MINUTE} of {MINUTE} answered, median {took[MINUTE // 2]:.1f} ms, slowest {took[-1]:.1f} ms, {size()}")
@@ -232,7 +233,7 @@ with subtest("nothing that was sent forged the journal or filled it"):
     lines = [line for line in journal.splitlines() if not line.startswith("Request ")]
     minutes = 1 + (time.monotonic() - BEGAN) / 60
     assert len(lines) < 6 * minutes + 20, (len(lines), minutes)
-    assert MINUTE < 60 or any(" more in the last minute." in line for line in lines), lines
+    assert minutes < 2.5 or any(" more in the last minute." in line for line in lines), lines
 
 with subtest("the queue cannot be written: an error, and then no error any more"):
     server.succeed("mount -t tmpfs -o size=4k,nr_inodes=2,mode=1777 tmpfs /var/lib/ekiben/queue; touch /var/lib/ekiben/queue/full; systemctl restart ekiben-webhook")
