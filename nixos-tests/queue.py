@@ -217,7 +217,8 @@ with subtest("a run whose unit fails before it can begin has failed, and is trie
     server.wait_until_succeeds(HAS_FAILED, timeout=20)
     times = times_of("Starting")[started:]
     pauses = [later - earlier for earlier, later in zip(times, times[1:])]
-    assert pauses[0] > 0.9 and pauses[2] > pauses[0] + 1, pauses
+    # as long as it has been going on, at least; a machine at work takes longer
+    assert pauses[0] > 0.9 and pauses[2] > 1.9, pauses
     undo("ekiben-app.service")
     wait_until_served(number)
 
