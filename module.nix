@@ -63,6 +63,7 @@ in
     systemd.tmpfiles.rules = lib.mkIf cfg.enable [
       "d /var/lib/ekiben 0755 root root -"
       "d /var/lib/ekiben/queue 2770 root ekiben -"
+      "d /var/lib/ekiben/holds 2775 root ekiben -"
       "d /var/lib/ekiben/runs 0700 root root -"
       "d /var/lib/ekiben/status 0755 root root -"
       "d /var/lib/ekiben/root 0755 root root -"

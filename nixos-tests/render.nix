@@ -166,7 +166,10 @@ let
           + lib.concatMapStrings (rule: "${rule}\n") (
             lib.filter (
               rule:
-              lib.hasInfix " /var/lib/ekiben" rule || lib.hasInfix "secrets" rule || lib.hasInfix " deploy " rule
+              lib.hasInfix " /var/lib/ekiben" rule
+              || lib.hasInfix " /var/lib/node-exporter" rule
+              || lib.hasInfix "secrets" rule
+              || lib.hasInfix " deploy " rule
             ) config.systemd.tmpfiles.rules
           );
       }

@@ -84,6 +84,11 @@ fn tidy(path: &Path) {
     }
 }
 
+/// A file that has no name, and goes when it is closed.
+pub fn unnamed(directory: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o600).open(directory)
+}
+
 /// Removes the file `path`, if it is there.
 pub fn remove(path: &Path) -> io::Result<()> {
     tidy(path);

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! queue/<instance>              a request; root and group ekiben may write here
+//! holds/<instance>              a hold; root and group ekiben may write here, the webhook may not
 //! rebooted                      the system that the machine was rebooted into last
 //! runs/<instance>.json          the journal of the run under way; root only
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
@@ -66,7 +67,7 @@ impl Layout {
 
     /// Has the directories made that somebody has removed, as at boot; for root only.
     pub fn restore(&self) {
-        if [self.request(), self.journal(), self.status()].iter().all(|file| file.parent().is_some_and(Path::exists)) {
+        if [self.request(), self.hold(), self.journal(), self.status()].iter().all(|file| file.parent().is_some_and(Path::exists)) {
             return;
         }
         self.make();
@@ -104,6 +105,11 @@ impl Layout {
     /// The request that waits for a run.
     pub fn request(&self) -> PathBuf {
         self.root.join("queue").join(&self.name)
+    }
+
+    /// What says that nothing is to be deployed for now.
+    pub fn hold(&self) -> PathBuf {
+        self.root.join("holds").join(&self.name)
     }
 
     /// The journal of the run under way.

@@ -35,7 +35,8 @@ use crate::fleet::hub::{command, offer};
 use crate::layout::Layout;
 use crate::output::print;
 use crate::run::notes::Proposal;
-use crate::run::{status, trigger};
+use crate::run::status::Status;
+use crate::run::{holding, metrics, notify, status, trigger};
 use crate::stages::branch::{self, Fate};
 use crate::stages::{activate, begin, boot, build, conclude, prepare, reboot};
 #[cfg(feature = "fault-points")]
@@ -49,6 +50,9 @@ Usage: ekiben [--config FILE] COMMAND
   trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails (75: awaiting a boot)
   status [--json] [INSTANCE]   show the state of the instances, or of one in detail; without --json, fail if one
                                is not well: its last run or a unit has failed, or no run takes its request
+  hold INSTANCE [DURATION] [--reason TEXT]
+                               deploy nothing for so long (default: 1d); requests are kept
+  resume INSTANCE              end that before its time
   check FILE                   check a configuration file
   forget-releases [INSTANCE]   accept the next release of the fleet's hub, whatever its number
 
@@ -57,7 +61,11 @@ Usage: ekiben [--config FILE] COMMAND
 What the units run:
   webhook
   tokens                       fail if one of the webhook's is not fit for use
+  holds                        end holds when they are over
   fleet files FILE
+  metrics FILE                 write the state for Prometheus
+  notify INSTANCE RUN failure | change | always COMMAND
+                               tell a command how a run has ended
   begin | retry | prepare | build | activate | conclude | deliver INSTANCE
   install INSTANCE             install the hub's files for this machine
   reach INSTANCE               fail if the instance's hub cannot be reached
@@ -95,6 +103,9 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
         ["trigger", "--wait", name] => return trigger::trigger_and_wait(&config()?, name),
+        ["hold", name, words @ ..] => holding::hold(&config()?, name, words),
+        ["resume", name] => holding::resume(&config()?, name),
+        ["holds"] => holding::watch(),
         ["status", "--json"] => return status::show(&config()?, None, true),
         ["status", "--json", name] | ["status", name, "--json"] => return status::show(&config()?, Some(name), true),
         ["status"] => return status::show(&config()?, None, false),
@@ -116,12 +127,15 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
                 Ok(ExitCode::from(begin::TRY_AGAIN))
             });
         }
+        ["prepare" | "build", name] if is_not_begun(name)? => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => {
             let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
             activate::activate(&layout(name)?, config.as_ref())
         }
+        ["metrics", file] => metrics::write(&config()?, Path::new(file)),
+        ["notify", name, run, on, command] => notify::notify(&layout(name)?, run, on, command),
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, poll::deliver),
         ["install", name] => {
@@ -162,6 +176,11 @@ fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -
     }
     log::warn!("Instance {name} is no longer configured; nothing to do.");
     Ok(())
+}
+
+/// Whether the first stage has begun no run, as while there is a hold: then the others have nothing to do.
+fn is_not_begun(name: &str) -> Result<bool> {
+    Ok(Status::read(&layout(name)?).running.is_none())
 }
 
 fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {

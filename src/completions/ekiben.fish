@@ -16,13 +16,14 @@ function __ekiben_first
 end
 
 complete -c ekiben -f
-complete -c ekiben -n __ekiben_first -a "trigger status check forget-releases fleet"
+complete -c ekiben -n __ekiben_first -a "trigger hold resume status check forget-releases fleet"
 complete -c ekiben -n __ekiben_first -l config -r -F
 complete -c ekiben -n __ekiben_first -l help
 complete -c ekiben -n __ekiben_first -l version
 complete -c ekiben -n "__ekiben_after trigger" -l wait
 complete -c ekiben -n "__ekiben_after status" -l json
-for command in trigger status forget-releases
+complete -c ekiben -n "__ekiben_after hold" -l reason -x
+for command in trigger hold resume status forget-releases
     complete -c ekiben -n "__ekiben_after $command" -a "(__ekiben_names ekiben status)"
 end
 complete -c ekiben -n "__ekiben_after check" -F

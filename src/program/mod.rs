@@ -10,7 +10,7 @@ mod limited;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 
@@ -202,6 +202,12 @@ impl Program {
             // its own reason is the better one
             other => self.succeeded(&doing, ended.status, Vec::new(), &ended.stderr).and_then(|_| other.context(doing)),
         }
+    }
+
+    /// Has the program take the place of this one; returns why it could not.
+    pub fn replace_with(mut self, input: File) -> Error {
+        let error = self.command.stdin(input).exec();
+        Error::new(format!("Failed to run {}: {error}", self.name))
     }
 
     /// Starts the program beside this one, and shows its output line by line.

@@ -1,8 +1,12 @@
 //! What a run leaves on disk, and who reads it: the request, the notes of the user's stages, root's journal, and the
 //! status that all may read. This file has the words that all of these share.
 
+pub mod hold;
+pub mod holding;
 pub mod journal;
+pub mod metrics;
 pub mod notes;
+pub mod notify;
 pub mod queue;
 pub mod status;
 pub mod trigger;
@@ -79,6 +83,13 @@ pub enum Outcome {
     RolledBack,
     /// It failed, and putting back what had been changed failed, too.
     Stuck,
+}
+
+impl Outcome {
+    /// Whether it is for somebody to see to.
+    pub fn is_failure(self) -> bool {
+        matches!(self, Self::Failed | Self::RolledBack | Self::Stuck)
+    }
 }
 
 impl fmt::Display for Outcome {

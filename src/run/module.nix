@@ -6,6 +6,7 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 let
@@ -38,6 +39,7 @@ let
     growingPauses
     insistent
     networkSandbox
+    offlineSandbox
     programs
     ;
 
@@ -192,6 +194,31 @@ let
           type = types.ints.unsigned;
           default = 5;
           description = "How often to retry a fetch if the network fails, after 1 s, 2 s, 4 s and so on.";
+        };
+        notify = {
+          command = mkOption {
+            type = types.nullOr types.lines;
+            default = null;
+            example = "curl -fsS -d \"$EKIBEN_MESSAGE\" https://ntfy.example.org/my-machines";
+            description = ''
+              A shell command that tells somebody how a run has ended. It runs as {option}`user`, in the same sandbox and
+              with the programs of the running system, and gets the run as JSON on its standard input and the main facts
+              in `EKIBEN_TITLE`, `EKIBEN_MESSAGE`, `EKIBEN_RESULT` and others: see {file}`src/run/README.md`. One that
+              fails is tried again up to four times, and changes nothing else.
+            '';
+          };
+          on = mkOption {
+            type = types.enum [
+              "failure"
+              "change"
+              "always"
+            ];
+            default = "failure";
+            description = ''
+              What is told: what has failed or was rolled back, and the first success after it; the same and what has been
+              deployed; or every run. The same failure again, of a run that nobody has asked for, is told only with `always`.
+            '';
+          };
         };
         timeouts = mkOption {
           type = types.submodule {
@@ -348,6 +375,56 @@ let
     };
   };
 
+  # with each change of a status, by the program; and when a request or a hold comes or goes
+  metricsPath = {
+    description = "Requests and holds of Ekiben's instances, for its metrics";
+    wantedBy = [ "paths.target" ];
+    unitConfig = insistent;
+    pathConfig.PathChanged = [
+      "/var/lib/ekiben/holds"
+      "/var/lib/ekiben/queue"
+    ];
+  };
+  metrics = {
+    description = "Metrics of Ekiben's instances";
+    wantedBy = [ "multi-user.target" ];
+    startLimitIntervalSec = 0;
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} metrics ${cfg.metrics}";
+      ReadWritePaths = dirOf cfg.metrics;
+      # how often it runs is of no interest
+      LogLevelMax = "warning";
+      SyslogIdentifier = "ekiben";
+    };
+  };
+
+  # while there are holds
+  holdsPath = {
+    description = "Holds of Ekiben's instances";
+    wantedBy = [ "paths.target" ];
+    unitConfig = insistent;
+    pathConfig.DirectoryNotEmpty = "/var/lib/ekiben/holds";
+  };
+  holds = {
+    description = "End of holds of Ekiben's instances";
+    startLimitIntervalSec = 0;
+    serviceConfig =
+      offlineSandbox
+      // growingPauses "1s" "10s"
+      // {
+        Type = "exec";
+        ExecStart = "${ekiben} holds";
+        Restart = "on-failure";
+        # may write these, and nothing else
+        ReadWritePaths = [
+          "/var/lib/ekiben/holds"
+          "/var/lib/ekiben/queue"
+        ];
+        MemoryMax = "32M";
+        TasksMax = 8;
+      };
+  };
+
   # a run whose switch removed its instance, and that was cut off then, has no unit any more
   orphans = {
     description = "End of Ekiben's runs for instances that are gone";
@@ -434,6 +511,33 @@ let
       CacheDirectoryMode = "0700";
       ReadWritePaths = [ "-${instance.flakePath}" ];
     };
+  };
+
+  # one for each run: it ends by itself, and is tried again by itself
+  notify = name: instance: {
+    description = "Notification of a run of Ekiben's instance ${name}";
+    wants = [ "network-online.target" ];
+    after = [ "network-online.target" ];
+    restartIfChanged = false;
+    unitConfig = {
+      CollectMode = "inactive-or-failed";
+      X-StopOnRemoval = false;
+    };
+    startLimitIntervalSec = 3600;
+    startLimitBurst = 5;
+    path = programs ++ instance.extraPackages ++ [ "/run/current-system/sw" ];
+    environment = config.networking.proxy.envVars;
+    serviceConfig =
+      networkSandbox
+      // growingPauses "5s" "2min"
+      // {
+        Type = "oneshot";
+        ExecStart = "${ekiben} notify ${name} %i ${instance.notify.on} ${utils.escapeSystemdExecArg instance.notify.command}";
+        Restart = "on-failure";
+        SyslogIdentifier = "ekiben";
+        TimeoutStartSec = "5min";
+        User = instance.user;
+      };
   };
 
   # NixOS refuses settings that its Nix does not know
@@ -565,6 +669,16 @@ let
     ++ lib.optional (isAllowed "trusted-users" instance.user) "`nix.settings.trusted-users` should not contain `${instance.user}`: trusted users can become root.";
 in
 {
+  options.services.ekiben.metrics = mkOption {
+    type = types.nullOr externalPath;
+    default = null;
+    example = "/var/lib/node-exporter/ekiben.prom";
+    description = ''
+      A file for the textfile collector of Prometheus' node exporter, which has to be told its directory
+      (`--collector.textfile.directory`). It is replaced whenever something changes; {file}`src/run/README.md` says what is
+      in it, and has rules for alerts.
+    '';
+  };
   options.services.ekiben.instances = mkOption {
     type = types.attrsOf instance;
     default = { };
@@ -604,6 +718,7 @@ in
         "dates"
         "extraPackages"
         "fixedRandomDelay"
+        "notify"
         "persistent"
         "randomizedDelaySec"
         "rebootWindow"
@@ -613,20 +728,33 @@ in
       }
     ) instances;
     system.checks = [ checkedTimes ];
+    systemd.tmpfiles.rules = lib.optional (
+      cfg.metrics != null
+    ) "d ${dirOf cfg.metrics} 0755 root root -";
     # a path that a power cut has left empty would be taken for whole
     nix.settings = mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
     systemd = {
-      paths = forInstances path instances;
+      paths = forInstances path instances // {
+        ekiben-holds = holdsPath;
+        ekiben-metrics = mkIf (cfg.metrics != null) metricsPath;
+      };
       timers = forInstances timer (filterAttrs (_: instance: instance.dates != null) instances) // {
         ekiben-reboot = mkIf mayReboot rebootTimer;
       };
-      services = forInstances service instances // {
-        ekiben = orphans;
-        ekiben-boot = boot;
-        ekiben-reboot = mkIf mayReboot rebootService;
-        "ekiben-restart@" = restart;
-        "ekiben-retry@" = retry;
-      };
+      services =
+        forInstances service instances
+        // mapAttrs' (name: instance: nameValuePair "ekiben-notify-${name}@" (notify name instance)) (
+          filterAttrs (_: instance: instance.notify.command != null) instances
+        )
+        // {
+          ekiben = orphans;
+          ekiben-boot = boot;
+          ekiben-holds = holds;
+          ekiben-metrics = mkIf (cfg.metrics != null) metrics;
+          ekiben-reboot = mkIf mayReboot rebootService;
+          "ekiben-restart@" = restart;
+          "ekiben-retry@" = retry;
+        };
     };
   };
 }

@@ -36,6 +36,9 @@ pub struct Notes {
     pub failure: Option<Failure>,
     /// The stage that wrote last.
     pub stage: Stage,
+    /// When the build began, in seconds since 1970.
+    #[serde(default)]
+    pub build_began: Option<u64>,
 }
 
 /// What the first stage found.
@@ -69,8 +72,16 @@ impl Notes {
     pub fn begin(layout: &Layout) -> Result<Self> {
         let candidate = layout.candidate();
         files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
-        let notes =
-            Self { run: run_id()?, release: None, expires: None, proposal: None, built: false, failure: None, stage: Stage::Prepare };
+        let notes = Self {
+            run: run_id()?,
+            release: None,
+            expires: None,
+            proposal: None,
+            built: false,
+            failure: None,
+            stage: Stage::Prepare,
+            build_began: None,
+        };
         notes.write(layout)?;
         Ok(notes)
     }

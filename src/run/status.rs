@@ -21,6 +21,7 @@ use crate::layout::Layout;
 use crate::nix::profile;
 use crate::program::Program;
 use crate::run::Release;
+use crate::run::hold::{Hold, moment};
 use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::{Failure, Outcome, Stage, Trigger};
@@ -51,6 +52,8 @@ pub struct Status {
     pub running: Option<Running>,
     /// The highest number of a request that an ended run has served.
     pub served: u64,
+    /// The number of a request that is kept until a hold ends.
+    pub held: Option<u64>,
     /// What was deployed last.
     pub deployed: Option<Deployed>,
     /// What waits for the next boot.
@@ -63,6 +66,10 @@ pub struct Status {
     pub tried: Option<Tried>,
     /// When the release expires that a fleet's hub has offered last, in seconds since 1970.
     pub expires: Option<u64>,
+    /// When a run has ended well last, in seconds since 1970.
+    pub succeeded: Option<u64>,
+    /// How many runs have ended how.
+    pub counts: BTreeMap<String, u64>,
     /// The ended runs, the last one first.
     pub runs: Vec<Ended>,
 }
@@ -77,6 +84,9 @@ pub struct Running {
     pub trigger: Trigger,
     /// When, in seconds since 1970.
     pub started: u64,
+    /// Which stages of root's have begun, and when.
+    #[serde(default)]
+    pub stages: Vec<(Stage, u64)>,
 }
 
 /// A commit that this machine runs.
@@ -174,6 +184,9 @@ pub struct Ended {
     pub finished: u64,
     /// What it proposed to run.
     pub commit: Option<String>,
+    /// The commit that this was, or was made from: one that others know.
+    #[serde(default)]
+    pub base: Option<String>,
     /// What was new in it.
     pub summary: Option<String>,
     /// The release of a fleet's hub that this was, or was made from.
@@ -183,10 +196,16 @@ pub struct Ended {
     pub stage: Option<Stage>,
     /// Why it failed.
     pub error: Option<String>,
+    /// Whether nothing was tried: what it proposes is known to be bad.
+    #[serde(default)]
+    pub refused: bool,
     /// What to know all the same.
     pub warnings: Vec<String>,
     /// Whether the machine runs the new system only after a reboot.
     pub reboot_needed: bool,
+    /// How long its stages took, in seconds.
+    #[serde(default)]
+    pub stages: Vec<(Stage, u64)>,
 }
 
 impl Status {
@@ -210,7 +229,7 @@ impl Status {
 
     /// Whether the last run has failed.
     fn has_failed(&self) -> bool {
-        self.runs.first().is_some_and(|run| matches!(run.result, Outcome::Failed | Outcome::RolledBack | Outcome::Stuck))
+        self.runs.first().is_some_and(|run| run.result.is_failure())
     }
 
     /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.
@@ -232,8 +251,21 @@ impl Status {
 
     /// Says that a run is in one of root's stages.
     pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
-        let running = Running { stage, trigger: run.trigger, started: run.started };
-        Self { running: Some(running), ..Self::read(layout) }.write(layout)
+        let status = Self::read(layout);
+        let mut stages = status.running.filter(|running| running.started == run.started).map_or(Vec::new(), |running| running.stages);
+        stages.push((stage, now()));
+        let running = Running { stage, trigger: run.trigger, started: run.started, stages };
+        // the run's journal has the number of what was kept
+        Self { running: Some(running), held: None, ..status }.write(layout)
+    }
+
+    /// Keeps the number of a request, if one waits, until a hold ends; no run is under way.
+    pub fn keep_request(layout: &Layout, number: Option<u64>) -> Result<()> {
+        let status = Self::read(layout);
+        if number <= status.held && status.running.is_none() {
+            return Ok(());
+        }
+        Self { running: None, held: number.max(status.held), ..status }.write(layout)
     }
 
     /// Says that this process' run failed before it had a journal, unless it has been reported.
@@ -252,21 +284,26 @@ impl Status {
             }
         }
         status.remember(Ended {
-            id,
+            id: id.clone(),
             result: Outcome::Failed,
             trigger: Trigger::Timer,
             started,
             finished: now(),
             commit: None,
+            base: None,
+            refused: false,
             summary: None,
             release: None,
             stage: Some(Stage::Begin),
             error: Some(why.to_owned()),
             warnings: Vec::new(),
             reboot_needed: false,
+            stages: Vec::new(),
         });
         // what is kept for the report of a run that has begun stays
-        status.write_plainly(layout)
+        status.write_plainly(layout)?;
+        tell(layout, &id);
+        Ok(())
     }
 
     /// Keeps room for a report on a disk that is full then.
@@ -277,9 +314,11 @@ impl Status {
     }
 
     /// Says how a run ended, and draws the conclusions for the next.
-    pub fn report(layout: &Layout, run: &Run, ended: Ended) -> Result<()> {
+    pub fn report(layout: &Layout, run: &Run, mut ended: Ended) -> Result<()> {
         let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
-        let mut status = Self { running: None, ..Self::read(layout) };
+        let mut status = Self::read(layout);
+        let running = status.running.take();
+        ended.stages = durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
         // a run that has to be started over has served nobody
         if ended.result != Outcome::StartedOver {
             status.served = status.served.max(run.request.unwrap_or(0));
@@ -292,6 +331,7 @@ impl Status {
         // not tried at all, because of what came of it before: that is what there is to know
         let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
             && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
+        ended.refused = is_refusal;
         // the rest of an earlier report has failed, and that counts once
         let is_again = status.runs.iter().any(|known| (&known.id, known.result) == (&ended.id, ended.result));
         match (ended.result, run.proposal()) {
@@ -332,10 +372,19 @@ impl Status {
         }
         status.remember(ended);
         status.write(layout)?;
+        if !is_again {
+            tell(layout, &run.id);
+        }
         if is_refusal { Ok(()) } else { keep_output(layout, failure.map_or(&[][..], |failure| &failure.tail)) }
     }
 
     fn remember(&mut self, ended: Ended) {
+        if !self.runs.iter().any(|run| (&run.id, run.result) == (&ended.id, ended.result)) {
+            *self.counts.entry(ended.result.to_string()).or_default() += 1;
+        }
+        if !ended.result.is_failure() && ended.result != Outcome::StartedOver {
+            self.succeeded = Some(ended.finished);
+        }
         // a report that was cut off is made again
         self.runs.retain(|run| run.id != ended.id);
         self.runs.insert(0, ended);
@@ -351,7 +400,9 @@ impl Status {
 
     fn write_plainly(&mut self, layout: &Layout) -> Result<()> {
         self.format = FORMAT;
-        files::write_json(&layout.status(), self, 0o644)
+        files::write_json(&layout.status(), self, 0o644)?;
+        system::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
+        Ok(())
     }
 }
 
@@ -365,12 +416,15 @@ impl Ended {
             started: run.started,
             finished: now(),
             commit: None,
+            base: None,
+            refused: false,
             summary: None,
             release: None,
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),
             reboot_needed: run.reboot_needed,
+            stages: Vec::new(),
         }
     }
 
@@ -413,6 +467,23 @@ pub fn drift(layout: &Layout) -> Option<String> {
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 
+/// How long the stages took that have begun then; when the build has, the user's notes say.
+fn durations(mut begun: Vec<(Stage, u64)>, run: &Run, finished: u64) -> Vec<(Stage, u64)> {
+    let end = begun.get(1).map_or(finished, |(_, next)| *next);
+    let build = run.notes.as_ref().and_then(|notes| notes.build_began).filter(|began| (run.started..=end).contains(began));
+    if let (Some(build), Some((Stage::Prepare, _))) = (build, begun.first()) {
+        begun.insert(1, (Stage::Build, build));
+    }
+    let ends: Vec<_> = begun.iter().skip(1).map(|(_, next)| *next).chain([finished]).collect();
+    begun.iter().zip(ends).map(|((stage, began), end)| (*stage, end.saturating_sub(*began))).collect()
+}
+
+/// Has whoever wants to know be told of the end of a run.
+fn tell(layout: &Layout, run: &str) {
+    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", layout.name());
+    system::start_if_there(&unit(run), &unit(""));
+}
+
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.
 pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
     let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
@@ -438,6 +509,8 @@ fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
 struct ForClients {
     /// Whether a request waits for a run.
     queued: bool,
+    /// Why it waits, if nothing is deployed for now.
+    hold: Option<Hold>,
     /// The run under way.
     running: Option<Running>,
     /// The highest number of a request that an ended run has served.
@@ -476,13 +549,16 @@ pub fn for_clients(layout: &Layout) -> Result<String> {
     let path = layout.request();
     // before the status: a run that takes the request meanwhile shows there
     let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
-    let Status { running, served, runs, bad, .. } = Status::read(layout);
+    let Status { running, served, held, runs, bad, .. } = Status::read(layout);
     let bad = bad.map(|bad| KnownBad { retry_after: bad.tried + bad.pause(), commit: bad.commit, tries: bad.tries });
     let last = runs.into_iter().next().map(|run| {
         let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
         LastForClients { result, stage, commit, started, finished, reboot_needed }
     });
-    serde_json::to_string(&ForClients { queued, running, served, last, bad }).map(|text| text + "\n").context(|| "write the state".into())
+    let (queued, hold) = (queued || held.is_some(), Hold::read(layout));
+    serde_json::to_string(&ForClients { queued, hold, running, served, last, bad })
+        .map(|text| text + "\n")
+        .context(|| "write the state".into())
 }
 
 /// An instance as `ekiben status --json` shows it.
@@ -494,6 +570,8 @@ struct Details {
     problems: Vec<String>,
     /// Whether a request waits for a run; none if this user may not know.
     queued: Option<bool>,
+    /// Why it waits, if nothing is deployed for now.
+    hold: Option<Hold>,
     #[serde(flatten)]
     status: Status,
     /// What the program that failed last said; empty if this user may not know.
@@ -590,6 +668,9 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     for problem in &shown.problems {
         add("problem", problem);
     }
+    if let Some(hold) = &shown.hold {
+        add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
+    }
     if let Some(deployed) = &shown.status.deployed {
         add("deployed", &deployed.commit);
         add("system", &deployed.system.display().to_string());
@@ -630,17 +711,20 @@ impl Details {
         Self {
             well: problems.is_empty() && !status.has_failed(),
             problems,
-            queued: request.try_exists().ok(),
+            queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
+            hold: Hold::read(&layout),
             status,
             output: fs::read_to_string(layout.output()).unwrap_or_default(),
         }
     }
 
     fn state(&self) -> String {
-        match (&self.status.running, self.queued) {
-            (Some(running), _) => format!("running ({})", running.stage),
-            (None, Some(true)) => "queued".into(),
-            (None, _) => "idle".into(),
+        match (&self.status.running, &self.hold, self.queued) {
+            (Some(running), ..) => format!("running ({})", running.stage),
+            (None, Some(_), Some(true)) => "held, queued".into(),
+            (None, Some(_), _) => "held".into(),
+            (None, None, Some(true)) => "queued".into(),
+            (None, None, _) => "idle".into(),
         }
     }
 }
@@ -678,7 +762,7 @@ mod tests {
     }
 
     fn check(bad: &Bad, trigger: Trigger) -> Result<()> {
-        let running = Some(Running { stage: Stage::Prepare, trigger, started: 0 });
+        let running = Some(Running { stage: Stage::Prepare, trigger, started: 0, stages: Vec::new() });
         let proposal = serde_json::json!({
             "base": bad.base, "branch": "refs/heads/main", "head": bad.base, "commit": bad.commit, "tree": bad.tree,
             "summary": "", "unchanged": false,
@@ -707,8 +791,10 @@ mod tests {
     #[test]
     fn what_stands_still_and_what_has_failed_is_a_problem() {
         let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
-        let running =
-            |started| Status { running: Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started }), ..Status::default() };
+        let running = |started| Status {
+            running: Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started, stages: Vec::new() }),
+            ..Status::default()
+        };
         let found = |service: &str, path: &str, status: &Status, requested| {
             let units = [("service", service), ("path", path), ("timer", "active")];
             let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), state.to_owned())).into();

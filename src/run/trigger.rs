@@ -1,6 +1,7 @@
 //! `ekiben trigger`: a request by somebody at this machine, who need not be root but a member of group
 //! ekiben.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::layout::Layout;
 use crate::output;
 use crate::program::Program;
 use crate::run::Outcome;
+use crate::run::hold::{Hold, moment};
 use crate::run::queue;
 use crate::run::status::{Ended, Status};
 
@@ -23,14 +25,16 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Asks for a run.
 pub fn trigger(config: &Config, name: &str) -> Result<()> {
-    let number = request(&layout(config, name)?)?;
-    output::print(&format!("Request {number} for {name}; see ekiben status {name}.\n"))
+    let layout = layout(config, name, "trigger", Layout::request)?;
+    let number = request(&layout)?;
+    let held = Hold::read(&layout).map(|hold| held(name, &hold)).unwrap_or_default();
+    output::print(&format!("Request {number} for {name}; see ekiben status {name}.\n{held}"))
 }
 
 /// Asks for a run and waits for its end, with its log as far as this user may read the journal. Fails
 /// if the run does.
 pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
-    let layout = layout(config, name)?;
+    let layout = layout(config, name, "trigger", Layout::request)?;
     let unit = format!("--unit=ekiben-{name}.service");
     let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).show()?;
     let ended = request(&layout).map(|number| wait(&layout, number));
@@ -49,22 +53,32 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
 
 /// Waits until a run has served the request; returns the last run.
 fn wait(layout: &Layout, number: u64) -> Option<Ended> {
+    let mut said = None;
     loop {
         let status = Status::read(layout);
         if status.served >= number && status.running.is_none() {
             return status.runs.into_iter().next();
         }
+        let hold = Hold::read(layout).filter(|_| status.running.is_none());
+        if let Some(hold) = hold.filter(|hold| said.replace(hold.until) != Some(hold.until)) {
+            let _ = output::print(&held(layout.name(), &hold));
+        }
         std::thread::sleep(PAUSE);
     }
 }
 
-/// Where the instance is, if this user may ask for a run of it.
-fn layout(config: &Config, name: &str) -> Result<Layout> {
+/// Why a request waits, and for how long.
+fn held(name: &str, hold: &Hold) -> String {
+    format!("{name} is held until {} {}; the request is kept until then, or until ekiben resume {name}.\n", moment(hold.until), hold.why())
+}
+
+/// Where the instance is, if this user may write what is asked for.
+pub fn layout(config: &Config, name: &str, what: &str, file: fn(&Layout) -> PathBuf) -> Result<Layout> {
     config.instance(name)?;
     let layout = Layout::new(name);
-    let request = layout.request();
-    match access(request.parent().unwrap_or(&request), AccessFlags::W_OK) {
-        Err(Errno::EACCES) => return Err(Error::new(format!("Failed to trigger {name}: only root and members of the group ekiben may"))),
+    let file = file(&layout);
+    match access(file.parent().unwrap_or(&file), AccessFlags::W_OK) {
+        Err(Errno::EACCES) => return Err(Error::new(format!("Failed to {what} {name}: only root and members of the group ekiben may"))),
         Err(Errno::ENOENT) if geteuid().is_root() => layout.restore(),
         _ => {}
     }

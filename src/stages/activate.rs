@@ -17,6 +17,7 @@ use crate::fault;
 use crate::layout::Layout;
 use crate::nix::profile::Generation;
 use crate::nix::{self, integrity, profile};
+use crate::run::hold::Hold;
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::notes::Notes;
 use crate::run::status::Status;
@@ -33,6 +34,10 @@ use crate::system::{self, Turn};
 /// instance out of the configuration.
 pub fn activate(layout: &Layout, config: Option<&Config>) -> Result<()> {
     let Some(mut run) = Run::load(layout)? else {
+        if Status::read(layout).running.is_none() {
+            // none has begun
+            return Ok(());
+        }
         return Err(Error::new("Failed to activate: no run is under way"));
     };
     Status::announce(layout, &run, Stage::Activate)?;
@@ -87,6 +92,11 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     fault::point("activate: candidate checked");
     if renews(layout, run, &system)? {
         return run.enter(Phase::AwaitingBoot, layout);
+    }
+    if Hold::read(layout).is_some() {
+        // what is asked for then is kept until the hold ends
+        run.decision = Some(Decision::StartOver);
+        return run.save(layout);
     }
     boot::supersede(layout)?;
 

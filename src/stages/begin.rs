@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::layout::Layout;
 use crate::program::Program;
+use crate::run::holding;
 use crate::run::journal::Run;
 use crate::run::notes::run_id;
 use crate::run::queue;
@@ -37,6 +38,14 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
     if let Err(error) = concluded {
         // that run has been reported; this one is another
         log::warn!("{error}.");
+    }
+    match holding::keep(layout) {
+        Ok(false) => {}
+        Ok(true) => return Ok(()),
+        Err(error) => {
+            let _ = Status::report_unopened(layout, &error.to_string());
+            return Err(error);
+        }
     }
     let mut run = Run::new(run_id()?, instance.clone());
     match rollback::go_back_again(layout) {
@@ -79,13 +88,14 @@ pub fn retry(layout: &Layout) -> Result<()> {
 
 /// Opens the journal, and takes the request that waits, if there is one.
 fn open(layout: &Layout, run: &mut Run) -> Result<()> {
-    run.request = queue::waiting(layout)?;
+    let waiting = queue::waiting(layout)?;
+    run.request = waiting.max(Status::read(layout).held);
     run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
     run.save(layout)?;
     fault::point("begin: journal opened");
     Status::reserve(layout);
     Status::announce(layout, run, Stage::Prepare)?;
-    queue::remove(layout, run.request)?;
+    queue::remove(layout, waiting)?;
     fault::point("begin: request taken");
     Ok(())
 }

@@ -11,6 +11,7 @@ use crate::layout::Layout;
 use crate::nix::{self, Source};
 use crate::run::Stage;
 use crate::run::notes::Notes;
+use crate::system::now;
 
 /// Runs the stage; the system is what the link `candidate` points to.
 pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
@@ -22,7 +23,7 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
         return Ok(());
     }
     let commit = proposal.commit.clone();
-    notes.stage = Stage::Build;
+    (notes.stage, notes.build_began) = (Stage::Build, Some(now()));
     notes.write(layout)?;
     fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {

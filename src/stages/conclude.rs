@@ -281,6 +281,7 @@ pub fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     ended.reboot_needed &= profile::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
     ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
+    ended.base = proposal.map(|proposal| proposal.base.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     Status::report(layout, run, ended)?;
     run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub))

@@ -9,6 +9,7 @@ use crate::files;
 use crate::layout::Layout;
 use crate::nix::profile::SYSTEM_PROFILE;
 use crate::program::Program;
+use crate::run::hold::Hold;
 use crate::run::journal::Run;
 use crate::run::status::Status;
 use crate::system;
@@ -54,14 +55,17 @@ enum Way {
     Back,
 }
 
-/// Reboots, if something waits for that, no run is under way, and whoever has deployed it may have it now. Does so once for
+/// Reboots, if something waits for that, no run is under way and nothing held, and whoever has deployed it may have it now. Does so once for
 /// a system, and once back from one. What another hand has booted or switched to stays.
 pub fn reboot(config: &Config) -> Result<()> {
     let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
     let running = system::current()?;
     let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
     let Some((way, policy)) = decide(&parts, system::is_of(&next, &running), boots_another(&next)) else { return Ok(()) };
-    if !Layout::new("").with_journal().is_empty() || !is_time(policy.window.as_ref())? {
+    if config.instances.keys().any(|name| Hold::read(&Layout::new(name)).is_some())
+        || !Layout::new("").with_journal().is_empty()
+        || !is_time(policy.window.as_ref())?
+    {
         return Ok(());
     }
     let (mark, system) = match way {

@@ -31,6 +31,14 @@ const LOAN: Duration = Duration::from_secs(10);
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
+/// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
+pub fn start_if_there(unit: &str, file: &str) {
+    if Path::new("/etc/systemd/system").join(file).exists() {
+        let start = Program::as_root("systemctl").args(["restart", "--no-block", "--", unit]);
+        start.output(|| format!("start {unit}"), None).map_or_else(|error| log::warn!("{error}."), drop);
+    }
+}
+
 /// The right to change what this machine runs; others wait for it until this is dropped.
 pub struct Turn {
     lock: Flock<File>,

@@ -168,6 +168,7 @@ let
           # where the link in it leads
           "-/etc/static/ekiben"
           "/run/systemd/notify"
+          "/var/lib/ekiben/holds"
           "/var/lib/ekiben/status"
         ];
         BindPaths = [ "/var/lib/ekiben/queue" ];

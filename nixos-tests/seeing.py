@@ -1,0 +1,289 @@
+start_all()
+install(machine)
+machine.wait_for_open_port(8787)
+WEBHOOK = "curl -fsS -H 'Authorization: Bearer token-app-0123456789' http://127.0.0.1:8787/ekiben"
+MEMBER = "runuser -u member -- "
+
+
+def answer():
+    """What a client of the webhook is told."""
+    return json.loads(machine.succeed(WEBHOOK))
+
+
+def wait_until_deployed(content):
+    machine.wait_until_succeeds(knows("app", '.running == null and .queued == false'))
+    machine.wait_until_succeeds(f"grep -x {content} /etc/app")
+    wait_until_at_rest(machine, "app")
+
+
+with subtest("a hold keeps everything from being deployed, says until when, why and who, and keeps requests"):
+    said = machine.succeed(f"{MEMBER} ekiben hold app 2h --reason 'the auditors are here'")
+    assert said.startswith("app is held until ") and "ekiben resume app" in said, said
+    publish(machine, "app", "2")
+    before = what_stays(machine)
+    number = json.loads(machine.succeed(f"{WEBHOOK} -X POST"))["request"]
+    machine.wait_until_succeeds(knows("app", f".held == {number}"))
+    machine.succeed("systemctl start ekiben-app.service")
+    wait_until_at_rest(machine, "app")
+    assert differences(before, what_stays(machine)) == []
+    assert runs(machine, "app") == 0
+    hold, asked = status(machine, "app")["hold"], answer()
+    assert hold["by"] == "member" and hold["reason"] == "the auditors are here", hold
+    assert 7000 < hold["until"] - int(machine.succeed("date +%s")) <= 7200, hold
+    assert asked["hold"] == hold and asked["queued"] and asked["served"] < number, asked
+    assert "until" in machine.succeed("ekiben status app") and "member: the auditors are here" in machine.succeed("ekiben status app")
+    assert "member: the auditors are here" in machine.succeed("journalctl -q -o cat -u ekiben-app")
+    # which goes on waiting
+    said = machine.execute("timeout 3 ekiben trigger --wait app")[1]
+    assert "held until" in said and "member: the auditors are here" in said, said
+    wait_until_at_rest(machine, "app")
+    # no unit is started again and again for what waits
+    assert int(machine.succeed("journalctl -q -o cat -u ekiben-app | grep -c ^Starting")) <= 4
+
+with subtest("a hold survives a reboot, and what was asked for runs when it is ended"):
+    machine.crash()
+    machine.start()
+    machine.wait_for_unit("multi-user.target")
+    wait_until_at_rest(machine, "app")
+    assert status(machine, "app")["held"] >= number and shows(machine, "app") == "1" and runs(machine, "app") == 0
+    machine.wait_for_unit("ekiben-holds.service")
+    machine.succeed(f"{MEMBER} ekiben resume app")
+    wait_until_deployed("2")
+    assert answer()["hold"] is None and answer()["served"] > number
+    assert status(machine, "app")["held"] is None and last_run(machine, "app")["trigger"] == "request"
+    assert machine.succeed("ls -A /var/lib/ekiben/holds") == ""
+    machine.wait_until_fails("systemctl is-active --quiet ekiben-holds.service", timeout=60)
+    assert "not held" in machine.succeed("ekiben resume app")
+
+with subtest("a hold ends by itself"):
+    before = runs(machine, "app")
+    publish(machine, "app", "3")
+    machine.succeed("ekiben hold app 5s", "ekiben trigger app")
+    machine.wait_until_succeeds(f"test $(date +%s) -ge {status(machine, 'app')['hold']['until']}")
+    assert wait_for_run(machine, "app", before)["result"] == "deployed" and shows(machine, "app") == "3"
+
+with subtest("a run that is under way when a hold begins does not switch"):
+    publish(machine, "app", "4")
+    machine.succeed("mkdir -p -m 700 /run/ekiben; systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
+    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    machine.succeed("systemctl start --no-block ekiben-app.service")
+    machine.wait_until_succeeds(knows("app", '.running.stage == "activate"'))
+    assert "under way" in machine.succeed("ekiben hold app --reason 'not now'")
+    machine.succeed("systemctl stop holder")
+    wait_until_at_rest(machine, "app")
+    assert (last_run(machine, "app")["result"], shows(machine, "app")) == ("startedOver", "3")
+    machine.succeed("ekiben resume app")
+    wait_until_deployed("4")
+    check_deployed(machine, "app")
+
+with subtest("only who may ask for a run may hold and resume, and by words that make sense"):
+    machine.fail("runuser -u nobody -- ekiben hold app", "runuser -u nobody -- ekiben resume app")
+    assert "only root and members of the group ekiben" in machine.execute("runuser -u nobody -- ekiben hold app 2>&1")[1]
+    for odd in ("soon", "0", "-1h", "infinity", "2h 3h", "2y --reason", "''"):
+        machine.fail(f"ekiben hold app {odd}")
+    machine.fail("ekiben hold other")
+    assert status(machine, "app")["hold"] is None
+
+with subtest("what lies in the place of a hold, and is none, holds nothing"):
+    HOLDS = "/var/lib/ekiben/holds"
+    for odd in ("mkdir app", "echo x > app", "ln -s /etc/passwd app", "mkfifo app", "echo x > .y"):
+        machine.succeed(f"{MEMBER} sh -c {shlex.quote(f'cd {HOLDS}; {odd}')}")
+        before = runs(machine, "app")
+        machine.succeed("ekiben trigger app")
+        wait_for_run(machine, "app", before)
+        machine.wait_until_succeeds(f"test -z \"$(ls {HOLDS})\"")
+
+SERVER = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        record = {"method": self.command, "path": self.path, "headers": dict(self.headers.items()), "body": body}
+        with open("/run/told", "a") as file:
+            file.write(json.dumps(record) + chr(10))
+        self.send_response(200)
+        self.end_headers()
+    do_PUT = do_POST
+http.server.HTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"""
+
+
+def told():
+    """What the server was told since the last time."""
+    lines = machine.succeed("cat /run/told; : > /run/told").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def notify_by(script):
+    machine.succeed(f"printf %s {shlex.quote(script)} > /srv/notify")
+
+
+def notified(result):
+    """Runs the instance, and waits until whoever is told has been."""
+    before = runs(machine, "app")
+    machine.succeed("ekiben trigger app")
+    ended = wait_for_run(machine, "app", before)
+    assert ended["result"] == result, ended
+    unit = f"ekiben-notify-app@{ended['id']}.service"
+    machine.wait_until_fails(f"systemctl list-units --all --plain --no-legend '{unit}' | grep -q .")
+    return ended
+
+
+with subtest("what has failed, and the first success after it, is told, in the user's sandbox"):
+    machine.succeed(
+        f"printf %s {shlex.quote(SERVER)} > /run/server.py; : > /run/told",
+        "systemd-run --unit=server --setenv=PATH=$PATH python3 /run/server.py",
+    )
+    machine.wait_for_open_port(8000)
+    tell = "curl -fsS --data-binary @- http://127.0.0.1:8000/$EKIBEN_INSTANCE"
+    notify_by(f"{tell}; env | grep ^EKIBEN | curl -fsS --data-binary @- http://127.0.0.1:8000/environment; id -un | curl -fsS -d @- http://127.0.0.1:8000/; "
+              "touch /srv/app/x /home/deploy/x; true")
+    publish(machine, "app", "5")
+    notified("deployed")
+    found = told()
+    assert found == [], found
+    publish(machine, "app", "6", trouble="activation")
+    ended = notified("rolledBack")
+    run_told, environment, user = told()
+    run_told = json.loads(run_told["body"])
+    assert (run_told["format"], run_told["instance"], run_told["host"], run_told["run"]["id"]) == (1, "app", "machine", ended["id"]), run_told
+    assert run_told["run"] == ended and user["body"].strip() == "deploy", (run_told, ended, user)
+    environment = dict(line.split("=", 1) for line in environment["body"].strip().splitlines())
+    assert environment["EKIBEN_RESULT"] == "rolled back" and environment["EKIBEN_SUCCESS"] == "false", environment
+    assert environment["EKIBEN_MESSAGE"] == f"app on machine: rolled back: {ended['error']}", environment
+    assert machine.execute("ls /srv/app/x /home/deploy/x")[0] != 0
+    # the same again, and nobody has asked
+    run(machine, "app")
+    machine.wait_until_fails("systemctl list-units --all --plain --no-legend 'ekiben-notify-app@*' | grep -q .")
+    found = told()
+    assert found == [], found
+    publish(machine, "app", "7")
+    notified("deployed")
+    assert [record["path"] for record in told()] == ["/app", "/environment", "/"]
+
+with subtest("a command that fails is tried again, is in the journal, and changes nothing"):
+    notify_by(f"test -e /srv/other/ready || {{ echo nobody listens; exit 1; }}; {tell}")
+    publish(machine, "app", "8", trouble="activation")
+    before = runs(machine, "app")
+    machine.succeed("ekiben trigger app")
+    ended = wait_for_run(machine, "app", before)
+    unit = f"ekiben-notify-app@{ended['id']}.service"
+    machine.wait_until_succeeds(f"journalctl -q -o cat -u '{unit}' | grep -F 'nobody listens'")
+    assert last_run(machine, "app") == ended and told() == []
+    machine.succeed("touch /srv/other/ready")
+    machine.wait_until_succeeds("test -s /run/told")
+    assert json.loads(told()[0]["body"])["run"]["id"] == ended["id"]
+    machine.succeed("rm /srv/other/ready")
+
+MANUAL = machine.succeed("cat /etc/scenario/manual.md")
+
+
+def block(language, title=""):
+    """A block of the manual, by its language and what its first line begins with."""
+    blocks = [part.split("\n```", 1)[0] for part in MANUAL.split(f"```{language}\n")[1:]]
+    return next(block for block in blocks if block.startswith(title))
+
+
+MAIL = """
+import aiosmtpd.controller, aiosmtpd.handlers, signal
+with open("/run/mail", "w", 1) as file:
+    handler = aiosmtpd.handlers.Debugging(file)
+    server = aiosmtpd.controller.Controller(handler, hostname="127.0.0.1", port=8025)
+    server.start()
+    signal.sigwait({signal.SIGTERM})
+"""
+
+with subtest("each recipe of the manual tells what it is to"):
+    machine.succeed(
+        f"printf %s {shlex.quote(MAIL)} > /run/mail.py",
+        "systemd-run --unit=mail --setenv=PATH=$PATH --setenv=PYTHONUNBUFFERED=1 python3 /run/mail.py",
+    )
+    machine.wait_for_open_port(8025)
+    for name in ("matrix", "forgejo", "github"):
+        machine.succeed(f"install -m 600 -o deploy /dev/null /home/deploy/{name}-header; echo 'Authorization: Bearer {name}-token' > /home/deploy/{name}-header")
+    machine.succeed("echo 'url = \"http://127.0.0.1:8000/services/secret\"' > /home/deploy/chat-url")
+    ended = last_run(machine, "app")
+    message = f"app on machine: rolled back: {ended['error']}"
+    base = deploy(machine, "git rev-parse HEAD")
+
+    def recipe(title):
+        """What a recipe sends."""
+        script = block("sh", f"# {title}")
+        for host in ("ntfy.example.org", "matrix.example.org", "git.example.org", "api.github.com"):
+            script = script.replace(f"https://{host}", "http://127.0.0.1:8000")
+        notify_by("set -e\n" + script.replace("smtp://mail.example.org", "smtp://127.0.0.1:8025"))
+        unit = f"ekiben-notify-app@{ended['id']}.service"
+        machine.wait_until_fails(f"systemctl list-units --all --plain --no-legend '{unit}' | grep -q .")
+        machine.succeed(f"systemctl start {unit}")
+        return told()
+
+    assert recipe("mail") == []
+    machine.wait_until_succeeds("grep -x 'Subject: app on machine: rolled back' /run/mail && grep -x 'To: admin@example.org' /run/mail")
+    assert message in machine.succeed("cat /run/mail")
+    [ntfy] = recipe("ntfy")
+    assert (ntfy["path"], ntfy["headers"]["Title"], ntfy["body"]) == ("/my-machines", "app on machine: rolled back", message), ntfy
+    [matrix] = recipe("Matrix")
+    assert matrix["method"] == "PUT" and matrix["path"].endswith(f"/send/m.room.message/{ended['id']}"), matrix
+    assert matrix["headers"]["Authorization"] == "Bearer matrix-token" and json.loads(matrix["body"])["body"] == message, matrix
+    [chat] = recipe("an incoming webhook")
+    assert chat["path"] == "/services/secret" and json.loads(chat["body"]) == {"text": message}, chat
+    for name, path in (("Forgejo or Gitea", "/api/v1/repos/me/my-config/statuses/"), ("GitHub", "/repos/me/my-config/statuses/")):
+        [state] = recipe(name)
+        assert state["path"] == path + base and json.loads(state["body"])["state"] == "failure", state
+        assert state["headers"]["Authorization"] == f"Bearer {name.split()[0].lower()}-token", state
+
+with subtest("Prometheus can read the metrics, and its alerts find what is wrong"):
+    METRICS = "/var/lib/node-exporter/ekiben.prom"
+    said = machine.succeed(f"promtool check metrics < {METRICS} 2>&1")
+    assert said == "", said
+
+    def metric(name, labels=""):
+        """A value of the file, or none."""
+        return machine.execute(f"grep -F {shlex.quote('ekiben_' + name + '{name=' + chr(34) + 'app' + chr(34) + labels + '}')} {METRICS}")[1].rpartition(" ")[2].strip()
+
+    assert (metric("last_run_success"), metric("last_run_result", ',result="rolled back"')) == ("0", "1")
+    assert metric("last_run_timestamp_seconds") == str(last_run(machine, "app")["finished"])
+    assert metric("deployed_info", f',revision="{head(machine)}"') == "1" and int(metric("runs_total", ',result="deployed"')) > 1
+    assert metric("last_run_stage_seconds", ',stage="build"') != "" and metric("hold_end_timestamp_seconds") == ""
+    machine.succeed("ekiben hold app")
+    machine.wait_until_succeeds(f"grep ^ekiben_hold_end {METRICS}")
+    assert metric("hold_end_timestamp_seconds") == str(status(machine, "app")["hold"]["until"])
+    machine.succeed("ekiben resume app")
+    machine.wait_until_fails(f"grep ^ekiben_hold_end {METRICS}")
+    notify_by("true")
+    publish(machine, "app", "9")
+    notified("deployed")
+    machine.wait_until_succeeds(f"grep '^ekiben_last_run_success.* 1' {METRICS}")
+    assert machine.succeed("ls /var/lib/node-exporter").split() == ["ekiben.prom"]
+
+    def summary(alert):
+        """What an alert of the manual says."""
+        text = block("yaml", "groups:").partition(f"alert: Ekiben{alert}\n")[2].partition('summary: "')[2].partition('"')[0]
+        return text.replace("{{ $labels.name }}", "app").replace("{{ $labels.instance }}", "web:9100")
+
+    tests = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": f'ekiben_{series}{{instance="web:9100", name="app"}}', "values": values} for series, values in given.items()],
+                "alert_rule_test": [
+                    {"eval_time": at, "alertname": f"Ekiben{alert}", "exp_alerts": [{"exp_labels": {"instance": "web:9100", "name": "app"}, "exp_annotations": {"summary": summary(alert)}}] if fires else []}
+                    for at, alert, fires in expected
+                ],
+            }
+            for given, expected in (
+                ({"last_run_success": "1+0x40 0+0x11000"}, (("30m", "Failing", False), ("2h", "Failing", True))),
+                ({"last_success_timestamp_seconds": "0+0x11000"}, (("71h", "Stale", False), ("74h", "Stale", True))),
+                ({"last_success_timestamp_seconds": "0+0x11000", "hold_end_timestamp_seconds": "540000+0x11000"}, (("74h", "Stale", False), ("151h", "Stale", True))),
+                ({"request_waiting": "1+0x11000"}, (("5h", "Waiting", False), ("7h", "Waiting", True))),
+                ({"request_waiting": "1+0x11000", "hold_end_timestamp_seconds": "540000+0x11000"}, (("7h", "Waiting", False),)),
+                ({"reboot_awaited": "1+0x11000", "drifted": "1+0x11000"}, (("1h", "RebootAwaited", False), ("170h", "RebootAwaited", True), ("2h", "Drifted", True))),
+            )
+        ],
+    }
+    machine.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; printf '%s\n' {shlex.quote(block('yaml', 'groups:'))} > /run/rules/rules.yml")
+    machine.succeed("cd /run/rules; promtool check rules rules.yml")
+    code, said = machine.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
+    assert code == 0, said

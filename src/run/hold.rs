@@ -1,0 +1,102 @@
+//! A hold on an instance: nothing is deployed until it ends. It is a file that whoever may ask for a run may write, and
+//! the webhook may only read.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+
+use nix::unistd::User;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+use crate::files;
+use crate::json;
+use crate::layout::Layout;
+use crate::program::Program;
+use crate::system::now;
+
+/// More than anybody has to say.
+const LIMIT: u64 = 8 * 1024;
+
+/// Why nothing is deployed, until when, and who says so.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Hold {
+    /// When it began, in seconds since 1970.
+    pub since: u64,
+    /// When it ends by itself.
+    pub until: u64,
+    /// Who has asked for it.
+    pub by: String,
+    /// What for.
+    pub reason: String,
+}
+
+impl Hold {
+    /// The hold that is in force, if one is.
+    pub fn read(layout: &Layout) -> Option<Self> {
+        let path = layout.hold();
+        let bytes = match files::read_foreign(&path, LIMIT) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return None,
+            other => other.map_err(|error| error.to_string()),
+        };
+        let hold = bytes.and_then(|bytes| json::parse_foreign::<Self>(&bytes).map_err(|error| error.to_string()));
+        let mut hold = hold.inspect_err(|why| log::warn!("Ignoring unreadable hold {}: {why}.", path.display())).ok()?;
+        // root speaks for others by sudo; all others are who they are, where that can be seen
+        let owner = path.symlink_metadata().ok().map(|file| file.uid()).filter(|user| *user != 0);
+        if let Some(user) = owner.and_then(|user| User::from_uid(user.into()).ok().flatten()) {
+            hold.by = user.name;
+        }
+        (now() < hold.until).then_some(hold)
+    }
+
+    /// Has it be in force, in the place of an earlier one.
+    pub fn write(&self, layout: &Layout) -> Result<()> {
+        files::write_json(&layout.hold(), self, 0o644)
+    }
+
+    /// Ends it, whatever lies in its place.
+    pub fn remove(layout: &Layout) -> Result<()> {
+        let path = layout.hold();
+        files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
+    }
+
+    /// Who holds what for, behind "held ".
+    pub fn why(&self) -> String {
+        if self.reason.is_empty() { format!("by {}", self.by) } else { format!("by {}: {}", self.by, self.reason) }
+    }
+}
+
+/// A moment as people here write it.
+pub fn moment(seconds: u64) -> String {
+    let said = Program::new("date").args([format!("--date=@{seconds}"), "+%a %F %R %Z".into()]).output(|| "tell the time".into(), None);
+    said.map_or_else(|_| format!("{seconds} s after 1970"), |said| String::from_utf8_lossy(&said).trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn a_hold_ends_by_itself_and_what_is_none_holds_nothing() {
+        let directory = Directory::new();
+        std::fs::create_dir(directory.path().join("holds")).unwrap();
+        let layout = Layout::below(directory.path(), "app");
+        let hold = |until| Hold { since: 0, until, by: "alice".into(), reason: "audit\n\u{1b}[2J".into() };
+        assert!(Hold::read(&layout).is_none());
+        hold(now() + 60).write(&layout).unwrap();
+        let why = Hold::read(&layout).unwrap().why();
+        assert!(why.ends_with(": audit\u{fffd}\u{fffd}[2J"), "{why}");
+        hold(now()).write(&layout).unwrap();
+        assert!(Hold::read(&layout).is_none());
+        for odd in ["", "{}", "x", &"1".repeat(10_000)] {
+            std::fs::write(layout.hold(), odd).unwrap();
+            assert!(Hold::read(&layout).is_none(), "{odd}");
+        }
+        Hold::remove(&layout).unwrap();
+        std::fs::create_dir_all(layout.hold().join("deep")).unwrap();
+        assert!(Hold::read(&layout).is_none());
+        Hold::remove(&layout).unwrap();
+        Hold::remove(&layout).unwrap();
+        assert!(!layout.hold().exists());
+    }
+}

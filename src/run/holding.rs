@@ -1,0 +1,123 @@
+//! `ekiben hold` and `ekiben resume`, and what runs do about holds: the request that waits is kept in the status until
+//! the hold ends, since systemd would start a run again and again for one that stays in the queue.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, UNIX_EPOCH};
+
+use nix::unistd::geteuid;
+
+use crate::config::{Config, instance_name};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::output;
+use crate::program::Program;
+use crate::run::hold::{Hold, moment};
+use crate::run::queue;
+use crate::run::status::Status;
+use crate::run::trigger;
+use crate::system::now;
+
+/// How long a hold is if nobody says.
+const DEFAULT: &str = "1d";
+/// Nobody remembers what a longer one was for, in seconds.
+const LONGEST: u64 = 366 * 24 * 60 * 60;
+/// Between two looks at the holds that there are, in seconds: another one may have come, or the clock be set.
+const PAUSE: u64 = 10;
+/// A file that is no hold may become one for so many seconds.
+const PATIENCE: u64 = 60;
+
+/// Holds an instance, by the words behind its name: a time span, and `--reason` with a text.
+pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
+    let (span, reason) = match words {
+        [] => (DEFAULT, ""),
+        ["--reason", reason] => (DEFAULT, *reason),
+        [span, "--reason", reason] | ["--reason", reason, span] => (*span, *reason),
+        [span] => (*span, ""),
+        _ => return Err(Error::new("Failed to understand the hold: expected ekiben hold INSTANCE [DURATION] [--reason TEXT]")),
+    };
+    let layout = trigger::layout(config, name, "hold", Layout::hold)?;
+    let since = now();
+    let until = since + seconds(span)?;
+    let by = std::env::var("SUDO_USER").unwrap_or_else(|_| files::user_name(geteuid().as_raw()));
+    Hold { since, until, by, reason: reason.to_owned() }.write(&layout)?;
+    let run = match Status::read(&layout).running {
+        Some(_) => format!(" A run is under way: see ekiben status {name}. It ends before it switches, unless it already does."),
+        None => String::new(),
+    };
+    output::print(&format!("{name} is held until {}; to end that: ekiben resume {name}.{run}\n", moment(until)))
+}
+
+/// Ends the hold of an instance; what waits for that runs.
+pub fn resume(config: &Config, name: &str) -> Result<()> {
+    let layout = trigger::layout(config, name, "resume", Layout::hold)?;
+    trigger::layout(config, name, "resume", Layout::request)?;
+    let was_held = Hold::read(&layout).is_some();
+    let next = if lift(&layout)? { " The request that has waited runs now." } else { "" };
+    output::print(&format!("{name} is {}.{next}\n", if was_held { "held no longer" } else { "not held" }))
+}
+
+/// Keeps the request that waits for a run until the hold ends; false if none is in force.
+pub fn keep(layout: &Layout) -> Result<bool> {
+    let Some(hold) = Hold::read(layout) else { return Ok(false) };
+    let number = queue::waiting(layout)?;
+    Status::keep_request(layout, number)?;
+    queue::remove(layout, number)?;
+    log::info!("Held until {} {}; nothing is deployed, and a request is kept.", moment(hold.until), hold.why());
+    // whoever has ended it meanwhile has not seen what is kept
+    Ok(Hold::read(layout).is_some())
+}
+
+/// Ends holds when they are over, until there are none.
+pub fn watch() -> Result<()> {
+    let place = Layout::new("x").hold();
+    let place = place.parent().unwrap_or(&place);
+    loop {
+        let names = fs::read_dir(place).context(|| format!("read {}", place.display()))?.flatten();
+        let names: Vec<_> = names.filter_map(|file| file.file_name().into_string().ok()).filter(|name| !name.starts_with('.')).collect();
+        let mut next = None;
+        for name in names {
+            let until = match Some(&*name).filter(|name| instance_name(name).is_ok()).map(Layout::new) {
+                Some(layout) => match Hold::read(&layout) {
+                    None => {
+                        lift(&layout)?;
+                        continue;
+                    }
+                    Some(hold) => hold.until,
+                },
+                None if is_old(&place.join(&name)) => {
+                    files::clear(&place.join(&name)).context(|| format!("remove {name} from {}", place.display()))?;
+                    continue;
+                }
+                None => u64::MAX,
+            };
+            next = Some(until.min(next.unwrap_or(until)));
+        }
+        let Some(next) = next else { return Ok(()) };
+        thread::sleep(Duration::from_secs(next.saturating_sub(now()).clamp(1, PAUSE)));
+    }
+}
+
+fn is_old(path: &Path) -> bool {
+    let changed = path.symlink_metadata().and_then(|file| file.modified()).ok();
+    changed.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).is_some_and(|time| time.as_secs().abs_diff(now()) > PATIENCE)
+}
+
+/// Ends a hold, and has the request that was kept be served; whether there was one.
+fn lift(layout: &Layout) -> Result<bool> {
+    Hold::remove(layout)?;
+    let kept = Status::read(layout).held;
+    kept.map_or(Ok(false), |number| queue::request(layout, number).map(|_| true))
+}
+
+/// A time span as in systemd.time(7), in seconds.
+fn seconds(span: &str) -> Result<u64> {
+    let doing = || format!("understand the duration {span:?}");
+    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).output(doing, None)?;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let count = said.lines().nth(1).and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
+    let count = count.map(|count| count / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
+    count.ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d").context(doing)
+}

@@ -1,0 +1,90 @@
+//! `ekiben metrics`: the state of all instances as a text file for Prometheus. A moment is a number of seconds since 1970, so
+//! that the file says the same for as long as nothing has happened.
+
+use std::path::Path;
+
+use crate::config::Config;
+use crate::error::{Context, Result};
+use crate::files;
+use crate::layout::Layout;
+use crate::run::Outcome;
+use crate::run::hold::Hold;
+use crate::run::status::Status;
+
+/// One family of metrics: its name behind `ekiben_`, what it tells, and its samples of an instance: the labels besides the
+/// instance's name, and the value.
+type Family = (&'static str, &'static str, fn(&Layout, &Status) -> Vec<(String, u64)>);
+
+/// All but how many runs have ended how.
+const FAMILIES: [Family; 12] = [
+    ("running", "Whether a run is under way.", |_, status| one(status.running.is_some())),
+    ("request_waiting", "Whether a request waits for a run.", |layout, status| one(status.held.is_some() || layout.request().exists())),
+    ("hold_end_timestamp_seconds", "When the hold on the instance ends by itself.", |layout, _| {
+        some(Hold::read(layout).map(|hold| hold.until))
+    }),
+    ("last_run_timestamp_seconds", "When the last run has ended.", |_, status| some(status.runs.first().map(|run| run.finished))),
+    ("last_run_success", "Whether the last run has not failed.", |_, status| {
+        status.runs.first().map_or_else(Vec::new, |run| one(!run.result.is_failure()))
+    }),
+    ("last_run_result", "How the last run has ended.", |_, status| {
+        status.runs.first().map(|run| (label("result", &run.result.to_string()), 1)).into_iter().collect()
+    }),
+    ("last_run_stage_seconds", "How long the stages of the last run took.", |_, status| {
+        let stages = status.runs.first().map(|run| &run.stages[..]).unwrap_or_default();
+        stages.iter().map(|(stage, seconds)| (label("stage", &stage.to_string()), *seconds)).collect()
+    }),
+    ("last_success_timestamp_seconds", "When a run has ended well last.", |_, status| some(status.succeeded)),
+    ("reboot_awaited", "Whether what was deployed takes effect at the next boot.", |_, status| {
+        one(status.awaiting.is_some() || status.runs.first().is_some_and(|run| run.reboot_needed))
+    }),
+    ("drifted", "Whether the last run has found the machine to run something else than what was deployed.", |_, status| {
+        one(status.runs.first().is_some_and(|run| run.result == Outcome::Drifted))
+    }),
+    ("release_expiry_timestamp_seconds", "When the release of the fleet's hub expires.", |_, status| some(status.expires)),
+    ("deployed_info", "Which revision was deployed last.", |_, status| {
+        status.deployed.iter().map(|deployed| (label("revision", &deployed.commit), 1)).collect()
+    }),
+];
+
+/// Writes the file, in one step.
+pub fn write(config: &Config, file: &Path) -> Result<()> {
+    let instances: Vec<_> = config.instances.keys().map(|name| Layout::new(name)).collect();
+    let instances: Vec<_> = instances.iter().map(|layout| (layout, Status::read(layout))).collect();
+    files::write(file, text(&instances).as_bytes(), 0o644).context(|| format!("write {}", file.display()))
+}
+
+fn text(instances: &[(&Layout, Status)]) -> String {
+    let mut lines = Vec::new();
+    for (name, help, samples) in FAMILIES {
+        let of_all: Vec<_> = instances.iter().map(|(layout, status)| (*layout, samples(layout, status))).collect();
+        family(&mut lines, name, help, "gauge", &of_all);
+    }
+    let counts = |status: &Status| status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect();
+    let of_all: Vec<_> = instances.iter().map(|(layout, status)| (*layout, counts(status))).collect();
+    family(&mut lines, "runs_total", "How many runs have ended how.", "counter", &of_all);
+    lines.join("\n") + "\n"
+}
+
+/// A family of one kind, unless there is nothing of it.
+fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: &[(&Layout, Vec<(String, u64)>)]) {
+    if samples.iter().all(|(_, samples)| samples.is_empty()) {
+        return;
+    }
+    lines.push(format!("# HELP ekiben_{name} {help}\n# TYPE ekiben_{name} {kind}"));
+    for (layout, samples) in samples {
+        lines.extend(samples.iter().map(|(label, value)| format!("ekiben_{name}{{name=\"{}\"{label}}} {value}", layout.name())));
+    }
+}
+
+fn one(is_so: bool) -> Vec<(String, u64)> {
+    vec![(String::new(), u64::from(is_so))]
+}
+
+fn some(value: Option<u64>) -> Vec<(String, u64)> {
+    value.map(|value| (String::new(), value)).into_iter().collect()
+}
+
+/// Debug escapes as Prometheus does.
+fn label(name: &str, value: &str) -> String {
+    format!(",{name}={value:?}")
+}
