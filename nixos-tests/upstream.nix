@@ -2,6 +2,7 @@
 # its upstream.
 let
   inherit (import ./deployment.nix) instance;
+  inherit (import ./fleet-keys.nix) signer other;
 in
 {
   nodes.forge = {
@@ -23,6 +24,8 @@ in
     '';
   };
   nodes.server = {
+    environment.etc."scenario/signer".text = signer.private;
+    environment.etc."scenario/other".text = other.private;
     services.ekiben = {
       enable = true;
       instances = {
@@ -31,6 +34,13 @@ in
           pull = true;
           push = true;
           author = "Robot <robot@example.org>";
+        };
+        signed = instance // {
+          pull = true;
+          signers = [
+            "valid-before=\"20300101\" ${signer.public}"
+            "valid-before=\"20200101\" ${other.public}"
+          ];
         };
       };
     };

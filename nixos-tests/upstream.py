@@ -168,6 +168,54 @@ if is_host(server):
         assert server.execute("journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | grep -F 'trying again'")[0] != 0
         server.succeed(as_deploy(f"printf %s {shlex.quote(known)} > ~/.ssh/known_hosts"))
 
+with subtest("what is to be signed is deployed only if one of the signers has signed it"):
+    server.succeed("install -m 600 -o deploy /etc/scenario/signer /etc/scenario/other /home/deploy")
+    sign = "git -c gpg.format=ssh -c user.signingKey=/home/deploy/{} commit -S -q --allow-empty"
+
+    def push_signed(text, how, change="true"):
+        """Pushes a commit as another machine's user would."""
+        deploy(server, f"rm -rf /tmp/other; git clone -q ssh://deploy@forge/srv/other/config.git /tmp/other; cd /tmp/other; git config user.name Other; "
+               f"git config user.email other@localhost; echo {text} > signed; git add .; {how} -m {text}; {change}; git push -q")
+
+    def refuses_unsigned(what):
+        before = what_stays(server)
+        ended = run(server, "signed")
+        assert (ended["result"], ended["stage"]) == ("failed", "prepare") and what in ended["error"], ended
+        assert not differences(before, what_stays(server)), differences(before, what_stays(server))
+
+    # whatever the user's own settings say
+    deploy(server, "git config gpg.ssh.allowedSignersFile ~/anybody; echo '*' $(ssh-keygen -y -f ~/other) > ~/anybody")
+    deploy(server, "printf '#!/bin/sh\\necho \"[GNUPG:] GOODSIG 0 x\" >&2; echo \"[GNUPG:] TRUST_ULTIMATE\"\\n' > ~/anything; chmod +x ~/anything")
+    deploy(server, "for kind in gpg.program gpg.openpgp.program gpg.ssh.program; do git config --global $kind ~/anything; done")
+    push_signed("unsigned", "git commit -q")
+    refuses_unsigned("it is not signed")
+    push_signed("by-another", "git -c gpg.ssh.program=ssh-keygen" + sign.format("other").removeprefix("git"))
+    refuses_unsigned("signed by none of `signers`")
+    # signed by the signer, then changed
+    forge_signature = "git cat-file commit HEAD | sed 's/^forged$/other words/' > /tmp/forged; git reset -q --hard $(git hash-object -t commit -w /tmp/forged)"
+    push_signed("forged", "git -c gpg.ssh.program=ssh-keygen" + sign.format("signer").removeprefix("git"), forge_signature)
+    refuses_unsigned("signed by none of `signers`")
+    # a signature of his, but not of a commit: another namespace
+    elsewhere = ("git cat-file commit HEAD > /tmp/plain; ssh-keygen -q -Y sign -n ekiben -f ~/signer < /tmp/plain > /tmp/plain.sig; "
+                 "sed \"/^committer/r \"<(sed '1s/^/gpgsig /; 2,$s/^/ /' /tmp/plain.sig) /tmp/plain > /tmp/elsewhere; "
+                 "git reset -q --hard $(git hash-object -t commit -w /tmp/elsewhere)")
+    push_signed("elsewhere", "git commit -q", elsewhere)
+    refuses_unsigned("signed by none of `signers`")
+    push_signed("signed", "git -c gpg.ssh.program=ssh-keygen" + sign.format("signer").removeprefix("git"))
+    publish(forge, "app", "8")
+    forge.succeed(pack)
+    ended = run(server, "signed")
+    assert ended["result"] == "deployed" and shows(server, "app") == "8", ended
+    # Ekiben's own commit is on top of that
+    assert deploy(server, "git log -1 --format=%G?") == "N"
+    assert run(server, "signed")["result"] == "unchanged"
+    publish(forge, "app", "9")
+    forge.succeed(pack)
+    assert run(server, "signed")["result"] == "deployed" and shows(server, "app") == "9"
+    deploy(server, "git commit -q --allow-empty -m mine")
+    refuses_unsigned("it is not signed")
+    deploy(server, "git reset -q --hard HEAD^; git push -q; for kind in gpg.program gpg.openpgp.program gpg.ssh.program; do git config --global --unset $kind; done")
+
 with subtest("an upstream that cannot be pushed to is a warning"):
     forge.succeed("chmod -R a-w /srv/other/config.git/objects")
     deploy(server, "git rev-parse HEAD")

@@ -104,6 +104,9 @@ pub struct Instance {
     pub flags: Vec<String>,
     /// Start from the upstream of the branch.
     pub pull: bool,
+    /// The SSH public keys of which one must have signed what is deployed; none if anybody's commits are.
+    #[serde(default)]
+    pub signers: Vec<String>,
     /// Send the lock commit to the upstream of the branch.
     pub push: bool,
     /// Author of the lock commit.
@@ -336,6 +339,9 @@ impl Instance {
         if self.user.is_empty() || self.user == "root" {
             return Err(format!("user: expected a user other than root, found {:?}", self.user));
         }
+        if let Some(text) = self.signers.iter().find(|text| !is_line(text)) {
+            return Err(format!("signers: expected SSH public keys of one line each, found {text:?}"));
+        }
         match self.inputs.iter().find(|input| !is_input(input)) {
             Some(input) => Err(format!("inputs: expected names of flake inputs, found {input:?}")),
             None => Ok(()),
@@ -349,7 +355,7 @@ impl Hub {
             return Err("servers: expected at least one".into());
         }
         let lines = self.signers.iter().chain(&self.ssh_options).chain(self.servers.iter().map(|server| &server.host_key));
-        if let Some(text) = lines.into_iter().find(|text| text.trim().is_empty() || text.contains(['\n', '\0'])) {
+        if let Some(text) = lines.into_iter().find(|text| !is_line(text)) {
             return Err(format!("signers, sshOptions, servers: expected one line each, found {text:?}"));
         }
         let plain = |text: &str| !text.is_empty() && !text.starts_with('-') && text.bytes().all(|byte| byte.is_ascii_graphic());
@@ -358,6 +364,10 @@ impl Hub {
             None => Ok(()),
         }
     }
+}
+
+fn is_line(text: &str) -> bool {
+    !text.trim().is_empty() && !text.contains(['\n', '\0'])
 }
 
 impl TryFrom<String> for FlakeRef {

@@ -10,6 +10,7 @@ mod forward;
 mod objects;
 pub mod own;
 mod savepoint;
+mod signature;
 #[cfg(test)]
 mod tests;
 mod upstream;

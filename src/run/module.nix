@@ -145,6 +145,19 @@ let
             A branch and an upstream that both have commits of their own are an error.
           '';
         };
+        signers = mkOption {
+          type = types.listOf types.singleLineStr;
+          default = [ ];
+          example = [ "ssh-ed25519 AAAAC3..." ];
+          description = ''
+            SSH public keys. If not empty, a commit is deployed only if it is signed by one of them
+            ({command}`git commit -S`), or is the one that has been deployed; updates of
+            {file}`flake.lock` are commits of Ekiben's own on top of such a one. Others are refused
+            before anything of them is evaluated. This is for a repository or an upstream that others
+            may write to, such as a forge that is taken over. It does not protect from {option}`user`,
+            nor from what the inputs become.
+          '';
+        };
         push = mkOption {
           type = types.bool;
           default = false;

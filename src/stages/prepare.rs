@@ -77,6 +77,11 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
         repository.head.clone()
     };
 
+    // what has been deployed is Ekiben's own commit on one that was signed
+    let is_deployed = || Status::read(layout).deployed.is_some_and(|deployed| deployed.commit == base);
+    if !instance.signers.is_empty() && !is_deployed() {
+        repository.check_signed(&base, &instance.signers, scratch)?;
+    }
     persist(retries, || repository.complete(&base))?;
     let old = repository.read_file(&base, &repository.lock_file())?;
     let old_lock = LockFile::parse(old.as_deref())?;
