@@ -523,5 +523,45 @@ with subtest("what lies in the way in directories of Ekiben's own does not stay 
     assert web.succeed(f"cd {OWN}; ls | grep tar.gz || true; ls fetched/fleet") == ""
     assert web.succeed(f"ls {outbox} | grep -E '^(c{{32}}|d{{32}}|junk)' || true") == ""
 
+def configure(change):
+    """Has the host's hub, as its configuration says, be another: by a program of jq's."""
+    web.succeed("test -e /root/config.json || cp -L /etc/ekiben/config.json /root")
+    web.succeed(f"jq {shlex.quote('.instances.fleet.hub |= (' + change + ')')} /root/config.json > /root/new.json; rm /etc/ekiben/config.json; cp /root/new.json /etc/ekiben/config.json")
+
+
+# elsewhere the configuration is in the store
+if is_host(web):
+    with subtest("the hub's key is rotated: a host that knows both follows"):
+        another = hub.succeed("ssh-keygen -y -f /srv/publish/other").strip()
+        configure(f'.servers |= map(., .hostKey = "{another}")')
+        for key in ("other", "host-key"):
+            use_host_key(hub, key)
+            assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+
+    with subtest("the signer is rotated: a host that knows both follows; one that knows the new one only waits for it"):
+        archive(next(COUNT))
+        for key in ("signer", "other"):
+            configure(f'.signers += ["{another}"]')
+            offer(key=key)
+            assert run(web, "fleet")["result"] in ("deployed", "unchanged"), last_run(web, "fleet")
+        configure(f'.signers = ["{another}"]')
+        offer()
+        refuses("signed by none of `signers`")
+        offer(key="other")
+        assert run(web, "fleet")["result"] == "unchanged", last_run(web, "fleet")
+        configure(".")
+
+    with subtest("a host that was restored, or installed again, takes what the hub offers"):
+        deploys(next(COUNT))
+        web.succeed(f"rm -rf /root/old; mkdir /root/old; cp -a {OWN} {STATUS} /root/old")
+        release = deploys(next(COUNT))
+        for restore in ("cp -a /root/old/fleet/. .; cp -a /root/old/fleet.json ../../status", "true"):
+            web.succeed(f"cd {OWN}; find . -mindepth 1 -delete; rm {STATUS}; {restore}")
+            assert run(web, "fleet")["release"]["id"] == release, last_run(web, "fleet")
+            assert last_run(web, "fleet")["result"] in ("deployed", "unchanged"), last_run(web, "fleet")
+            wait_until_idle(web, "deliver")
+            hub.succeed("systemctl start ekiben-hub-collect.service")
+            hub.succeed(f"ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web")
+
 with subtest("after all that, a good release is deployed"):
     deploys(next(COUNT))
