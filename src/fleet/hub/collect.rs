@@ -93,7 +93,9 @@ fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
         files::write_json(&hub.index_file(host), &index, 0o644)?;
     }
     acknowledge(hub, host, &index)?;
-    history::note(hub, host)
+    // what is published is not the host's doing
+    history::note(hub, host).unwrap_or_else(|error| log::warn!("{error}."));
+    Ok(())
 }
 
 /// What became of a file.

@@ -1,8 +1,9 @@
 //! The audit log: what has been published for each host, as the hub has seen it. It is where publishers from elsewhere
 //! cannot write, a line for each manifest.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,9 @@ use crate::{files, json, table};
 const KEPT: usize = 1000;
 /// The name of the file, among what was collected of a host.
 pub const FILE: &str = "history";
+
+/// When a manifest that changes again has another time.
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// A release that was published.
 #[derive(Deserialize, Serialize)]
@@ -37,16 +41,27 @@ pub fn file(hub: &ServedDirectory, host: &HostName) -> PathBuf {
 
 /// Adds what is published for a host, if that is new; whoever does so has the host's turn.
 pub fn note(hub: &ServedDirectory, host: &HostName) -> Result<()> {
-    let Some(Ok((manifest, _))) = hub.manifest(host)? else { return Ok(()) };
     let file = file(hub, host);
-    let mut kept = read(&file)?;
-    if kept.last().is_some_and(|last| last.manifest == manifest) {
+    let doing = || format!("write {}", file.display());
+    let Some(changed) = hub.changed(host)? else { return Ok(()) };
+    let age = SystemTime::now().duration_since(changed).unwrap_or_default();
+    // whoever publishes cannot choose that time, but may publish twice within one tick
+    if age > SETTLED && fs::metadata(&file).and_then(|metadata| metadata.modified()).is_ok_and(|noted| noted == changed) {
         return Ok(());
     }
-    kept.push(Noted { seen: now(), manifest });
+    let Some(Ok((manifest, _))) = hub.manifest(host)? else { return Ok(()) };
+    let mut kept = read(&file)?;
+    if kept.last().is_none_or(|last| last.manifest != manifest) {
+        kept.push(Noted { seen: now(), manifest });
+        write(&file, &kept)?;
+    }
+    File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).context(doing)
+}
+
+fn write(file: &Path, kept: &[Noted]) -> Result<()> {
     let doing = || format!("write {}", file.display());
     let lines = kept.iter().skip(kept.len().saturating_sub(KEPT)).map(serde_json::to_string).collect::<Result<Vec<_>, _>>();
-    files::write(&file, (lines.context(doing)?.join("\n") + "\n").as_bytes(), 0o644).context(doing)
+    files::write(file, (lines.context(doing)?.join("\n") + "\n").as_bytes(), 0o644).context(doing)
 }
 
 /// The same, when it is its turn.
@@ -129,7 +144,15 @@ mod tests {
         assert_eq!(numbers(), [2, 2]);
         publish(3, json!({}));
         assert_eq!(numbers(), [3, 2, 2]);
+        // at a time of the hub's, and not of the publisher's choice
+        let manifest = hub.release(&host).join("manifest.json");
+        let text = fs::read_to_string(&manifest).unwrap().replace(r#"\"sequence\":3"#, r#"\"sequence\":4"#);
+        let old = fs::metadata(&manifest).unwrap().modified().unwrap();
+        fs::write(&manifest, text).unwrap();
+        File::options().append(true).open(&manifest).unwrap().set_modified(old).unwrap();
+        note(&hub, &host).unwrap();
+        assert_eq!(numbers(), [4, 3, 2, 2]);
         let shown = lines(&of(&hub, std::slice::from_ref(&host)).unwrap());
-        assert!(!shown.contains('\u{1b}') && shown.lines().count() == 4, "{shown}");
+        assert!(!shown.contains('\u{1b}') && shown.lines().count() == 5, "{shown}");
     }
 }

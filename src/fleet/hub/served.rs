@@ -176,7 +176,20 @@ impl ServedDirectory {
         }
     }
 
-    /// The same for who replaces it.
+    /// When that was changed last; no publisher can choose that.
+    pub fn changed(&self, host: &HostName) -> Result<Option<SystemTime>> {
+        let path = self.release(host).join(MANIFEST);
+        match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            other => {
+                let metadata = other.context(|| format!("read {}", path.display()))?;
+                let (seconds, rest) = (metadata.ctime().try_into().unwrap_or(0), metadata.ctime_nsec().try_into().unwrap_or(0));
+                Ok(Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, rest)))
+            }
+        }
+    }
+
+    /// What is published for a host, for who replaces it: nothing, if that is of no use.
     pub fn valid_manifest(&self, host: &HostName) -> Result<Option<(Manifest, Signed)>> {
         let found = self.manifest(host)?;
         Ok(found.and_then(|found| found.inspect_err(|why| log::warn!("Ignoring {why}.")).ok()))

@@ -66,7 +66,7 @@ impl Fleet<'_> {
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         print(&match commit {
-            None => "Publishing what no commit has\n".into(),
+            None => "Publishing from a directory without commits\n".into(),
             Some(commit) if *dirty => format!("Publishing uncommitted changes to {commit} by {}: {}\n", text(author), text(summary)),
             Some(commit) => format!("Publishing {commit} by {}: {}\n", text(author), text(summary)),
         })?;
