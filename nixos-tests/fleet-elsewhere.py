@@ -352,7 +352,7 @@ with subtest("a hub that was restored, or built anew, is noticed, and goes on wi
         becomes("up to date")
     # what was published, the hub has written down, where publishers cannot
     noted = json.loads(desk.succeed(fleet("history --json web")))
-    assert noted[0]["sequence"] == number and noted[0]["commit"] is None, noted[0]
+    assert noted[0]["manifest"]["sequence"] == number and noted[0]["manifest"]["commit"] is None, noted[0]
     assert str(number) in desk.succeed(fleet("history", "alice"))
 
 with subtest("a directory that is synced in any order: the host waits for what is missing"):

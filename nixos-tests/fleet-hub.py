@@ -200,8 +200,9 @@ with subtest("A release says what it is made from; the hub keeps what has been p
     assert (found["commit"], found["author"], found["summary"], found["dirty"]) == (commit, "Deploy <deploy@localhost>", "web: say 1", False), found
     assert commit[:12] in hub.execute(fleet("status --wide web"))[1]
     noted = json.loads(hub.succeed(fleet("history --json web")))
-    assert [one["sequence"] for one in noted] == sorted((one["sequence"] for one in noted), reverse=True) and len(noted) > 5, noted
-    assert noted[0] == {**found, "seen": noted[0]["seen"]}, noted[0]
+    sequence = [one["manifest"]["sequence"] for one in noted]
+    assert sequence == sorted(sequence, reverse=True) and len(sequence) > 5, noted
+    assert noted[0]["manifest"] == found, noted[0]
     assert re.search(f"web +{found['sequence']} +{commit[:12]} +web: say 1 - Deploy", hub.succeed(fleet("history")))
     # what somebody else publishes the hub notes, too, in its own time
     release = f"{SERVED}/hosts/web/release"

@@ -30,7 +30,6 @@ const SETTLED: Duration = Duration::from_secs(60);
 pub struct Noted {
     /// When the hub has seen it first, in seconds since 1970.
     seen: u64,
-    #[serde(flatten)]
     manifest: Manifest,
 }
 
