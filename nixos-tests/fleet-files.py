@@ -22,7 +22,8 @@ def serve(name, content):
 
 
 def ask():
-    """Has the host ask its hub, and waits until root has seen what came."""
+    """Has the host ask its hub, as if it had not for a while, and waits until root has seen what came."""
+    web.succeed(f"systemctl stop ekiben-files.path; systemctl reset-failed ekiben-files.path; touch -c -d '2 hours ago' {KEPT}/index.json; systemctl start ekiben-files.path")
     follow(web, "files")
     ended = run(web, "fleet")
     # no release is published here, and files do not wait for one
@@ -78,7 +79,14 @@ web.succeed(f"runuser -u app -- cat {SECRETS}/deep/er/token")
 tells()
 web.require_unit_state("ekiben-files.service", "inactive")
 
-with subtest("nothing new: nothing is written"):
+with subtest("nothing new: root does not even look"):
+    starts = "journalctl -q -o cat -u ekiben-files | grep -c ^Starting"
+    looked = web.succeed(starts)
+    assert "the hub has none for web yet" in run(web, "fleet")["error"]
+    wait_until_idle(web, "files")
+    assert web.succeed(starts) == looked
+
+with subtest("nothing new for a while: root looks, and nothing is written"):
     before = web.succeed(f"stat -c '%n %i %z' {SECRETS}/plain {SECRETS}/deep/er/token")
     ask()
     assert web.succeed(f"stat -c '%n %i %z' {SECRETS}/plain {SECRETS}/deep/er/token") == before

@@ -10,6 +10,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use nix::unistd::{Group, User};
 use serde_json::Value;
@@ -33,10 +34,12 @@ const MADE: u32 = 0o711;
 /// each may be in.
 const MOST: usize = 256;
 const DEPTH: usize = 16;
+/// After how long root looks at the files again although the hub has nothing new: some may have been removed.
+const AGAIN: Duration = Duration::from_secs(60 * 60);
 /// How many troubles the hub is told of.
 const SAID: usize = 20;
 
-/// Fetches what the hub has for this host and tells root by replacing the index. Where the hub has
+/// Fetches what the hub has for this host and tells root by replacing the index, if that is another one or it is time to look again. Where the hub has
 /// no index, everything is left unchanged.
 pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<()> {
     let kept = layout.own("files");
@@ -57,8 +60,12 @@ pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<(
                     files::clear(&entry.path()).context(doing)?;
                 }
             }
-            // also if it is the same: what could not be put in its place before may be possible now
-            return files::write(&layout.own(INDEX), &contents, 0o600).context(doing);
+            let known = layout.own(INDEX);
+            let age = || SystemTime::now().duration_since(known.metadata()?.modified()?).map_err(io::Error::other);
+            let is_same = fs::read(&known).is_ok_and(|known| known == contents) && age().is_ok_and(|age| age < AGAIN);
+            // what could not be put in its place before may be possible now
+            let is_done = is_same && !layout.trouble_with_files().exists();
+            return if is_done { Ok(()) } else { files::write(&known, &contents, 0o600).context(doing) };
         }
     }
     Err("the file does not match the index").context(doing).map_err(Error::transient)
