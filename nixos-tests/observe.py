@@ -57,6 +57,10 @@ with subtest("a system that dies on its feet is put back, whatever it dies of an
     assert "running (observe)" in late.succeed("ekiben status")
     sick.succeed("touch /run/scenario-late")
 
+    # what fails of Ekiben's own is no new system's doing
+    again.succeed("mv /etc/scenario/token-app /etc/scenario/token-away; systemctl restart ekiben-webhook-tokens.service || true")
+    again.wait_until_succeeds("systemctl is-failed ekiben-webhook-tokens.service")
+
     assert 3 < end(early, "rolledBack", "Failed to keep up scenario-trouble.service") < 12
     assert 18 < end(late, "rolledBack", "Failed to keep up scenario-trouble.service") < 25
     assert 3 < end(restarted, "rolledBack", "Failed to keep up scenario-trouble.service (died and was restarted)") < 15
@@ -67,6 +71,8 @@ with subtest("a system that dies on its feet is put back, whatever it dies of an
         assert (running(machine), generation(machine)) == before[machine]
         assert status(machine, "app")["bad"], status(machine, "app")
     check_deployed(again, "app")
+    assert again.fail("ekiben status app").count("ekiben-webhook-tokens.service has failed") == 1
+    again.succeed("mv /etc/scenario/token-away /etc/scenario/token-app; systemctl restart ekiben-webhook-tokens.service")
 
 with subtest("no time is added where nothing is switched"):
     assert run(again, "app")["result"] == "unchanged"

@@ -58,7 +58,11 @@ pub fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
 
 /// What to say where units have failed, but not by the switch.
 fn failed_again(before: &Before) -> Result<String> {
-    let again: Vec<_> = Units::now()?.failed.intersection(&before.units.failed).cloned().collect();
+    let now = Units::now()?;
+    let again: Vec<_> = now.failed.intersection(&before.units.failed).cloned().collect();
+    if let Some(unit) = now.failed.difference(&before.units.failed).find(|unit| units::is_report(unit)) {
+        return Ok(format!("{unit} has failed, not by the switch; see systemctl status {unit}"));
+    }
     Ok(if again.is_empty() {
         "switch-to-configuration exited with 4, though no unit of the system has failed; see its output in the journal".into()
     } else {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
 use crate::program::Program;
@@ -25,6 +26,8 @@ const GENERATED: &str = "/run/systemd/generator";
 const FLEETING: [&str; 3] = [".device", ".scope", ".slice"];
 /// Of a user, who may do with them what he likes.
 const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
+/// Of Ekiben's units, those that have failed where something is to be seen to; each instance has one more.
+const REPORTS: [&str; 3] = ["deliver", "hub-collect", "webhook-tokens"];
 /// What the state of a unit is told from.
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
                           RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic,Job";
@@ -107,7 +110,7 @@ impl Units {
     pub fn worse_under(&self, old: &Path, new: &Path) -> Result<Worse> {
         let now = Self::now()?;
         let mut worse = BTreeMap::new();
-        for name in now.failed.difference(&self.failed).filter(|name| brings(old, name) || brings(new, name)) {
+        for name in now.failed.difference(&self.failed).filter(|name| !is_report(name) && (brings(old, name) || brings(new, name))) {
             worse.insert(name.clone(), "failed".to_owned());
         }
         let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
@@ -289,6 +292,13 @@ fn is_up(active: &str) -> bool {
     ["active", "activating", "reloading", "refreshing"].contains(&active)
 }
 
+/// Whether a unit that fails says how something of Ekiben's has ended, such as another instance's run: that is no
+/// switch's doing.
+pub fn is_report(name: &str) -> bool {
+    let ours = name.strip_prefix("ekiben-").and_then(|name| name.strip_suffix(".service"));
+    ours.is_some_and(|name| name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok())
+}
+
 /// Whether a unit is one of a system's own.
 fn brings(system: &Path, name: &str) -> bool {
     // what tells of runs may fail for reasons of its own, too
@@ -367,6 +377,16 @@ mod tests {
             }
         }
         assert!(brings(&old, "app.service") && brings(&old, "many@one.service"));
+        for (name, expected) in [
+            ("ekiben-web.service", true),
+            ("ekiben-retry@web.service", true),
+            ("ekiben-webhook-tokens.service", true),
+            ("ekiben-webhook.service", false),
+            ("ekiben-web.path", false),
+            ("web.service", false),
+        ] {
+            assert_eq!(is_report(name), expected, "{name}");
+        }
         for foreign in ["mine.service", "user@1000.service", "session-1.scope", "many@one.timer"] {
             assert!(!brings(&old, foreign), "{foreign}");
         }
