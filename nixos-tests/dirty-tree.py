@@ -48,7 +48,7 @@ with subtest("so does whatever git is in the middle of"):
     deploy(machine, "! git merge side")
     refused("a merge is in progress; finish or abort it")
     deploy(machine, "git merge --abort; ! git rebase side")
-    refused("HEAD is detached; check out a branch")
+    refused("a rebase is in progress; finish or abort it")
     deploy(machine, "git rebase --abort; ! git cherry-pick side")
     refused("a cherry-pick is in progress; finish or abort it")
     deploy(machine, "git cherry-pick --abort; git bisect start")
@@ -56,6 +56,10 @@ with subtest("so does whatever git is in the middle of"):
     deploy(machine, "git bisect reset; git checkout -q --detach")
     refused("HEAD is detached; check out a branch")
     deploy(machine, "git checkout -q main")
+    for name in some(machine, ("HEAD", "refs/heads/main", "index"), 1):
+        deploy(machine, f"touch .git/{name}.lock")
+        refused(f".git/{name}.lock exists")
+        deploy(machine, f"rm .git/{name}.lock")
 
 with subtest("so does a repository that is none, has no commit, or is not the whole of one"):
     machine.succeed(f"mv {REPOSITORY} {REPOSITORY}.away")
@@ -144,6 +148,7 @@ if is_host(machine):
             (".git/refs/heads", "chown root: .git/refs/heads"),
             (".git/logs/HEAD", "chown root: .git/logs/HEAD"),
             ("", "chown root: . .git"),
+            ("", "chown -R root: .; chmod 700 ."),
         ):
             publish(machine, "app", str(next(COUNT)))
             machine.succeed(f"cd {REPOSITORY}; {make}")

@@ -11,6 +11,19 @@ if wanted is None:
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed
+    with subtest("a git that is killed has not said no"):
+        path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
+        drop_in = "/run/systemd/system/ekiben-app.service.d"
+        machine.succeed(f"mkdir -p /opt/killed {drop_in}; printf '[Service]\\nEnvironment=PATH=/opt/killed:{path}\\n' > {drop_in}/test.conf; systemctl daemon-reload")
+        for question in ("symbolic-ref HEAD", "--verify --quiet HEAD:", "config --get branch.main.merge", "merge-base --is-ancestor"):
+            before = prepare_trial(str(next(COUNT)))
+            script = f"#!/bin/sh\ncase \"$*\" in *'{question}'*) kill -KILL $$;; esac\nexec {machine.succeed('command -v git').strip()} \"$@\"\n"
+            machine.succeed(f"printf %s {shlex.quote(script)} > /opt/killed/git; chmod 755 /opt/killed/git")
+            ended = run_asked()
+            assert ended["result"] == "failed" and "git was ended by signal 9" in ended["error"], (question, ended)
+            assert what_stays(machine) == before
+        machine.succeed(f"rm -r /opt/killed {drop_in}; systemctl daemon-reload")
+        succeed_after(" afterwards")
     failed = make(sample(operations(), ACTS, 100))
     assert not failed, f"{len(failed)} trials failed: {failed}"
 elif wanted == "":

@@ -30,11 +30,12 @@ impl Repository {
                 self.head
             )));
         }
-        let index = self.git_directory.join("index");
-        let lock = index.with_extension("lock");
-        if lock.symlink_metadata().is_ok() {
-            let what = "another git process is running, or has left the file behind; in that case remove it";
-            return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", index.display(), lock.display())));
+        for name in ["index", "HEAD", &self.branch] {
+            let [file, lock] = [name, &format!("{name}.lock")].map(|name| self.git_directory.join(name));
+            if lock.symlink_metadata().is_ok() {
+                let what = "another git process is running, or has left the file behind; in that case remove it";
+                return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", file.display(), lock.display())));
+            }
         }
         savepoint.check(&self.branch, &files)?;
         let index = self.copy_of_index(scratch)?;

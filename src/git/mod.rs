@@ -64,9 +64,10 @@ impl Repository {
     pub fn open(instance: &Instance) -> Result<Self> {
         let directory = &instance.flake_ref.directory;
         let place = instance.flake_path.display();
-        fs::metadata(directory).context(|| format!("open {}", directory.display()))?;
-        let top = ask(directory, ["rev-parse", "--show-toplevel"], || format!("open the repository {place}"))?;
-        let one = |argument: &str| ask(directory, ["rev-parse", argument], || format!("open the repository {place}"));
+        fs::read_dir(directory).context(|| format!("open {}", directory.display()))?;
+        let doing = || format!("open the repository {place}");
+        let top = ask(directory, ["rev-parse", "--show-toplevel"], doing)?;
+        let one = |argument: &str| ask(directory, ["rev-parse", argument], doing);
         let top = PathBuf::from(top);
         if top != fs::canonicalize(&instance.flake_path).context(|| format!("open {place}"))? {
             return Err(Error::new(format!(
@@ -88,24 +89,25 @@ impl Repository {
                 return Err(Error::new(format!("Failed to open the repository {place}: {only}")));
             }
         }
-        let shared = ask(directory, ["config", "--get-all", "core.sharedRepository"], String::new)?;
+        let shared = ask(directory, ["config", "--get-all", "core.sharedRepository"], doing)?;
         // the last one is ours
         if let Some(shared) = shared.lines().rev().nth(1) {
             share(shared);
         }
         let not_now = |why: &str| Err(Error::new(format!("Failed to start from {place}: {why}")));
-        let Ok(branch) = ask(directory, ["symbolic-ref", "HEAD"], String::new) else {
+        // a rebase detaches HEAD, too
+        if let Some((_, what)) = UNDER_WAY.iter().find(|(file, _)| git_directory.join(file).exists()) {
+            return not_now(&format!("a {what} is in progress; finish or abort it"));
+        }
+        let Some(branch) = look_for(directory, ["symbolic-ref", "HEAD"], doing)? else {
             return not_now("HEAD is detached; check out a branch");
         };
         if branch.contains('\u{fffd}') {
             return not_now("the name of its branch is not UTF-8; rename the branch");
         }
-        let Ok(head) = ask(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], String::new) else {
+        let Some(head) = look_for(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], doing)? else {
             return not_now("the branch has no commit yet; commit the flake");
         };
-        if let Some((_, what)) = UNDER_WAY.iter().find(|(file, _)| git_directory.join(file).exists()) {
-            return not_now(&format!("a {what} is in progress; finish or abort it"));
-        }
         Ok(Self { prefix: one("--show-prefix")?, top, branch, head, git_directory })
     }
 
@@ -144,7 +146,7 @@ impl Repository {
             let place = self.top.join(&path);
             Err(Error::new(format!("Failed to start from {}: it {where_}; commit or restore it", place.display())))
         };
-        let committed = self.ask(["rev-parse", "--verify", "--quiet", &format!("HEAD:{path}")]).ok();
+        let committed = self.look_for(["rev-parse", "--verify", "--quiet", &format!("HEAD:{path}")])?;
         let staged = self.ask(["ls-files", "--stage", "--", &path])?;
         let mut staged = staged.split_whitespace();
         let (mode, staged) = (staged.next().unwrap_or_default(), staged.next().map(String::from));
@@ -207,6 +209,11 @@ impl Repository {
         let arguments: Vec<&str> = arguments.into_iter().collect();
         ask(&self.top, arguments.iter(), || format!("run git {} in {}", arguments.join(" "), self.top.display()))
     }
+
+    /// The same where there may be no answer.
+    fn look_for<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Option<String>> {
+        answered(self.ask(arguments))
+    }
 }
 
 /// Has what is written be for others, too, as `core.sharedRepository` says.
@@ -238,7 +245,7 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
         }
     };
     remove_directory();
-    if ask(place, ["rev-parse", "--verify", "--quiet", reference], doing).is_err() {
+    if look_for(place, ["rev-parse", "--verify", "--quiet", reference], doing)?.is_none() {
         return Ok(());
     }
     // it is among the packed ones
@@ -330,6 +337,18 @@ pub fn git(directory: &Path) -> Program {
 
 fn ask<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>, doing: impl Fn() -> String) -> Result<String> {
     git(directory).args(arguments).output(doing, None).map(|bytes| line(&bytes))
+}
+
+fn look_for<'a>(directory: &Path, arguments: impl IntoIterator<Item = &'a str>, doing: impl Fn() -> String) -> Result<Option<String>> {
+    answered(ask(directory, arguments, doing))
+}
+
+/// A git that fails says no; one that was killed, or that this machine has let down, says nothing.
+fn answered(answer: Result<String>) -> Result<Option<String>> {
+    if let Err(error) = answer {
+        return if error.is_transient() { Err(error) } else { Ok(None) };
+    }
+    answer.map(Some)
 }
 
 fn line(bytes: &[u8]) -> String {

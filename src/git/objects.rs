@@ -17,7 +17,7 @@ impl Repository {
     /// A file as it is in a commit, if it is there.
     pub fn read_file(&self, commit: &str, path: &str) -> Result<Option<Vec<u8>>> {
         let object = format!("{commit}:{path}");
-        if self.ask(["rev-parse", "--verify", "--quiet", &object]).is_err() {
+        if self.look_for(["rev-parse", "--verify", "--quiet", &object])?.is_none() {
             return Ok(None);
         }
         self.git().args(["cat-file", "blob", &object]).output(|| format!("read {object}"), None).map(Some)
@@ -114,7 +114,8 @@ impl Repository {
 
     /// Has what a commit's files are, in a clone that fetches objects as git needs them: nix does not.
     pub fn complete(&self, commit: &str) -> Result<()> {
-        let Ok(promisors) = self.ask(["config", "--name-only", "--type=bool", "--get-regexp", r"^remote\..*\.promisor$"]) else {
+        let promisors = self.look_for(["config", "--name-only", "--type=bool", "--get-regexp", r"^remote\..*\.promisor$"])?;
+        let Some(promisors) = promisors else {
             return Ok(());
         };
         let remote = promisors.lines().next().unwrap_or_default();
@@ -137,8 +138,8 @@ impl Repository {
     }
 
     /// Whether `descendant` is `commit` or comes after it.
-    pub fn contains(&self, descendant: &str, commit: &str) -> bool {
-        self.ask(["merge-base", "--is-ancestor", commit, descendant]).is_ok()
+    pub fn contains(&self, descendant: &str, commit: &str) -> Result<bool> {
+        self.look_for(["merge-base", "--is-ancestor", commit, descendant]).map(|yes| yes.is_some())
     }
 }
 

@@ -7,7 +7,7 @@ use crate::config::Instance;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::objects::by;
-use crate::git::{ask, git};
+use crate::git::{ask, git, look_for};
 
 /// Makes a repository of our own where there is none yet, with a first commit that holds nothing. It
 /// gets its name when it is whole; what is there without a commit is what an attempt has left.
@@ -19,7 +19,7 @@ pub fn create(instance: &Instance) -> Result<()> {
         files::clear(place).context(doing)?;
     }
     files::clear(&new).context(doing)?;
-    if place.is_dir() && ask(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing).is_ok() {
+    if place.is_dir() && look_for(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing)?.is_some() {
         // nobody else's git is at work there
         return remove_locks(&git_directory).and_then(|()| take_as_it_is(&git_directory)).context(doing);
     }

@@ -39,13 +39,13 @@ impl Repository {
         self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
-        if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head) {
+        if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head)? {
             let what = format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch);
             return Err(what).context(doing);
         }
-        let base = if self.contains(&theirs, &self.head) {
+        let base = if self.contains(&theirs, &self.head)? {
             theirs.clone()
-        } else if self.contains(&self.head, &theirs) {
+        } else if self.contains(&self.head, &theirs)? {
             self.head.clone()
         } else {
             return Err(format!("{} and its upstream have diverged; merge or rebase them", self.branch)).context(doing);
@@ -65,8 +65,8 @@ impl Repository {
             let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
             let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
             listed.success()?;
-            if self.contains(commit, &theirs) {
-                if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit) {
+            if self.contains(commit, &theirs)? {
+                if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit)? {
                     return Err(format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch))
                         .context(doing);
                 }
@@ -82,22 +82,26 @@ impl Repository {
     }
 
     /// The newest commit of `ours` that the upstream has had before, and has no longer.
-    fn withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str) -> Option<String> {
-        let common = self.ask(["merge-base", upstream.last.as_deref()?, ours]).ok()?;
-        (!self.contains(theirs, &common)).then_some(common)
+    fn withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str) -> Result<Option<String>> {
+        let Some(last) = &upstream.last else { return Ok(None) };
+        let Some(common) = self.look_for(["merge-base", last, ours])? else { return Ok(None) };
+        Ok(if self.contains(theirs, &common)? { None } else { Some(common) })
     }
 
     fn upstream(&self, memory: &Path) -> Result<Upstream> {
         let name = self.branch.trim_start_matches("refs/heads/");
-        let setting = |what: &str| self.ask(["config", "--get", &format!("branch.{name}.{what}")]);
-        let (Ok(remote), Ok(branch)) = (setting("remote"), setting("merge")) else {
+        let setting = |what: &str| self.look_for(["config", "--get", &format!("branch.{name}.{what}")]);
+        let (Some(remote), Some(branch)) = (setting("remote")?, setting("merge")?) else {
             return Err(Error::new(format!(
                 "Failed to find the upstream of {name}: it has none; set it with git branch --set-upstream-to"
             )));
         };
         let known = fs::read_to_string(memory).unwrap_or_default();
         let last = known.strip_prefix(&format!("{remote} {branch} ")).map(String::from);
-        let last = last.or_else(|| self.ask(["rev-parse", "--verify", "--quiet", &format!("{name}@{{upstream}}")]).ok());
+        let last = match last {
+            None => self.look_for(["rev-parse", "--verify", "--quiet", &format!("{name}@{{upstream}}")])?,
+            last => last,
+        };
         Ok(Upstream { remote, branch, last })
     }
 }

@@ -63,8 +63,8 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<
         let is_branch = repository.head == *proposal.commit;
         return if is_branch { Ok(()) } else { repository.keep(&layout.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
     }
-    let is_in_branch = || repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit);
-    if fate == Fate::Accept && is_in_branch() {
+    let is_in_branch = || Ok(repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit)?);
+    if fate == Fate::Accept && is_in_branch()? {
         // done before this was cut off, or by the user
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
