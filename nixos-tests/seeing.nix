@@ -8,7 +8,7 @@
   ];
   nodes.machine = {
     # what is recommended there is what is tried here
-    environment.etc."scenario/manual.md".text = builtins.readFile ../src/run/README.md;
+    environment.etc."scenario/manual".text = builtins.readFile ../src/run/README.md;
     services.ekiben = {
       enable = true;
       metrics = "/var/lib/node-exporter/ekiben.prom";

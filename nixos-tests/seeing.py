@@ -175,7 +175,7 @@ with subtest("a command that fails is tried again, is in the journal, and change
     assert json.loads(told()[0]["body"])["run"]["id"] == ended["id"]
     machine.succeed("rm /srv/other/ready")
 
-MANUAL = machine.succeed("cat /etc/scenario/manual.md")
+MANUAL = machine.succeed("cat /etc/scenario/manual")
 
 
 def block(language, title=""):
@@ -287,3 +287,71 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
     machine.succeed("cd /run/rules; promtool check rules rules.yml")
     code, said = machine.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
     assert code == 0, said
+
+
+def at(text):
+    """A transcript without what is another at each run."""
+    for what, instead in (
+        (r"\b[0-9a-f]{40}\b", "<commit>"), (r"\b[0-9a-f]{32}\b", "<run>"), (r"\b[0-9a-f]{8}\b", "<commit>"), (r"/nix/store/\S+", "<system>"),
+        (r"\w{3} \d{4}-\d\d-\d\d \d\d:\d\d \w+", "<moment>"), (r"\b\d+ (s|min|h|d)\b", "<span>"), (r" {2,}", "  "),
+    ):
+        text = re.sub(what, instead, text)
+    return text
+
+
+def shows_in(state, expected, healthy):
+    """Checks what is shown of the machine in a state, and the exit status."""
+    code, said = machine.execute("ekiben status app")
+    said = at(said)
+    assert said.splitlines()[: len(expected)] == expected, f"{state}:\n{said}"
+    short = machine.execute("ekiben status")
+    assert (code == 0, short[0] == 0) == (healthy, healthy), (state, said, short)
+    assert all(len(line) <= 80 for line in short[1].splitlines()[:2]), short
+    return short[1]
+
+
+with subtest("status shows in each state what was, what is and what to do"):
+    import re
+    wait_until_at_rest(machine, "app")
+    ran = ["  took  prepare <span>, build <span>, activate <span>"]
+    shows_in("deployed", [
+        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  deployed, <span> ago, asked for", "  proposed  <commit>",
+        "  summary  update app", *ran, "  log  ekiben log app <run>",
+    ], True)
+    machine.succeed("ekiben hold app --reason 'not now'", "ekiben trigger app")
+    wait_until_at_rest(machine, "app")
+    said = shows_in("held", ["app: held, queued", "  held  until <moment> by root: not now; run ekiben resume app to end that", "  deployed  <commit>"], True)
+    assert "to end that: ekiben resume app" in said, said
+    machine.succeed("ekiben resume app")
+    machine.wait_until_succeeds(knows("app", ".held == null and .running == null and .queued == false"))
+    wait_until_at_rest(machine, "app")
+    publish(machine, "app", "10", trouble="build")
+    notified("failed")
+    said = shows_in("failed", [
+        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  failed, <span> ago, asked for", "  proposed  <commit>",
+        "  summary  update app", "  took  prepare <span>, build <span>", "  stage  build",
+    ], False)
+    assert "app: failed in stage build; see ekiben status app" in said, said
+    publish(machine, "app", "11", trouble="activation")
+    notified("rolledBack")
+    assert "app: rolled back in stage activate; see ekiben status app" in machine.fail("ekiben status")
+
+with subtest("status is coloured on a terminal, and on no other, and not where NO_COLOR says so"):
+    on_terminal = "script --quiet --return --command 'ekiben status' /dev/null"
+    assert "\x1b[31mrolled back\x1b[0m" in machine.execute(on_terminal)[1]
+    assert "\x1b" not in machine.execute(f"NO_COLOR=1 {on_terminal}")[1] + machine.execute("ekiben status")[1]
+
+with subtest("the log of a run is one command away"):
+    first, second = status(machine, "app")["runs"][:2]
+    last, earlier = machine.succeed("ekiben log app"), machine.succeed(f"ekiben log app {second['id']}")
+    assert "Run ended: rolled back" in last and "Run ended: failed" in earlier and "Run ended: failed" not in last, (last, earlier)
+    assert first["error"] in last
+    for odd in ("x", "../x", "--boot", "app app app"):
+        machine.fail(f"ekiben log app {odd}")
+
+with subtest("while it builds, status says so"):
+    publish(machine, "app", "12", trouble="build-hangs")
+    machine.succeed("ekiben trigger app")
+    machine.wait_until_succeeds("ekiben status | grep -F 'running (build)'", timeout=60)
+    assert "  running   since" in machine.execute("ekiben status app")[1]
+    machine.succeed("systemctl stop ekiben-app.service")

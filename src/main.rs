@@ -36,7 +36,7 @@ use crate::layout::Layout;
 use crate::output::print;
 use crate::run::notes::Proposal;
 use crate::run::status::Status;
-use crate::run::{holding, metrics, notify, status, trigger};
+use crate::run::{holding, metrics, notify, show, trigger};
 use crate::stages::branch::{self, Fate};
 use crate::stages::{activate, begin, boot, build, conclude, prepare, reboot};
 #[cfg(feature = "fault-points")]
@@ -53,6 +53,8 @@ Usage: ekiben [--config FILE] COMMAND
   hold INSTANCE [DURATION] [--reason TEXT]
                                deploy nothing for so long (default: 1d); requests are kept
   resume INSTANCE              end that before its time
+  log INSTANCE [RUN] [--follow]
+                               show the log of the last run, or of that one
   check FILE                   check a configuration file
   forget-releases [INSTANCE]   accept the next release of the fleet's hub, whatever its number
 
@@ -106,10 +108,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["hold", name, words @ ..] => holding::hold(&config()?, name, words),
         ["resume", name] => holding::resume(&config()?, name),
         ["holds"] => holding::watch(),
-        ["status", "--json"] => return status::show(&config()?, None, true),
-        ["status", "--json", name] | ["status", name, "--json"] => return status::show(&config()?, Some(name), true),
-        ["status"] => return status::show(&config()?, None, false),
-        ["status", name] if !name.starts_with('-') => return status::show(&config()?, Some(name), false),
+        ["status", "--json"] => return show::show(&config()?, None, true),
+        ["status", "--json", name] | ["status", name, "--json"] => return show::show(&config()?, Some(name), true),
+        ["status"] => return show::show(&config()?, None, false),
+        ["status", name] if !name.starts_with('-') => return show::show(&config()?, Some(name), false),
+        ["log", name, words @ ..] => show::log(&config()?, name, words),
         ["forget-releases", name] => seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
         ["forget-releases"] => config().and_then(|config| seen::forget("fleet", config.instance("fleet")?)),

@@ -1,6 +1,6 @@
 //! Standard output: what is printed there has passed [`crate::text`], and a reader may stop reading at any point.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use serde::Serialize;
 
@@ -10,6 +10,18 @@ use crate::text::{is_shown, lines};
 /// Shows lines on standard output; a reader that has gone is no error.
 pub fn print(text: &str) -> Result<()> {
     write_out(&lines(text))
+}
+
+/// The same; on a terminal, unless `NO_COLOR` is set, the first of these words that a line has is of its colour.
+pub fn print_marked(text: &str, marks: &[(&str, u8)]) -> Result<()> {
+    if !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty()) {
+        return print(text);
+    }
+    let marked = |line: &str| {
+        let mark = marks.iter().find(|(word, _)| line.contains(word));
+        mark.map_or_else(|| line.to_owned(), |(word, colour)| line.replacen(word, &format!("\x1b[{colour}m{word}\x1b[0m"), 1)) + "\n"
+    };
+    write_out(&lines(text).lines().map(marked).collect::<String>())
 }
 
 /// Shows a value as JSON. What may not be shown is escaped, so that nothing is lost.

@@ -7,9 +7,8 @@ use crate::config::Config;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
-use crate::run::Outcome;
 use crate::run::hold::Hold;
-use crate::run::status::Status;
+use crate::run::status::{Status, drift};
 
 /// One family of metrics: its name behind `ekiben_`, what it tells, and its samples of an instance: the labels besides the
 /// instance's name, and the value.
@@ -37,9 +36,7 @@ const FAMILIES: [Family; 12] = [
     ("reboot_awaited", "Whether what was deployed takes effect at the next boot.", |_, status| {
         one(status.awaiting.is_some() || status.runs.first().is_some_and(|run| run.reboot_needed))
     }),
-    ("drifted", "Whether the last run has found the machine to run something else than what was deployed.", |_, status| {
-        one(status.runs.first().is_some_and(|run| run.result == Outcome::Drifted))
-    }),
+    ("drifted", "Whether the machine runs something else than what was deployed.", |layout, _| one(drift(layout).is_some())),
     ("release_expiry_timestamp_seconds", "When the release of the fleet's hub expires.", |_, status| some(status.expires)),
     ("deployed_info", "Which revision was deployed last.", |_, status| {
         status.deployed.iter().map(|deployed| (label("revision", &deployed.commit), 1)).collect()

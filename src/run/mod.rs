@@ -8,6 +8,7 @@ pub mod metrics;
 pub mod notes;
 pub mod notify;
 pub mod queue;
+pub mod show;
 pub mod status;
 pub mod trigger;
 

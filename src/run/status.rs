@@ -1,5 +1,5 @@
 //! What everybody may know of an instance: a file that root writes and anybody may read, and
-//! `ekiben status`, which shows it.
+//! `ekiben status` shows.
 //!
 //! What a failing program said may hold what is not for everybody; it is in a file of its own
 //! that only root can read.
@@ -8,40 +8,29 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, FlakeRef, Instance};
+use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::gather::gather;
 use crate::layout::Layout;
 use crate::nix::profile;
-use crate::program::Program;
 use crate::run::Release;
-use crate::run::hold::{Hold, moment};
+use crate::run::hold::Hold;
 use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::system::{self, now};
-use crate::{output, table};
 
 /// How many ended runs are remembered.
-const HISTORY: usize = 20;
+const HISTORY: usize = 50;
 /// More than a status and a program's output take, in bytes.
 const RESERVE: u64 = 128 * 1024;
 /// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
 const FIRST_PAUSE: u64 = 60;
 /// No pause is longer.
 const LONGEST_PAUSE: u64 = 3600;
-/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
-const PATIENCE: u64 = 60;
-/// The kinds of units that an instance has.
-const KINDS: [&str; 3] = ["path", "service", "timer"];
-/// The units of the webhook.
-const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -139,16 +128,16 @@ pub struct Bad {
     options: Instance,
     /// The commit that was tried last.
     #[serde(default)]
-    commit: String,
+    pub commit: String,
     /// What came of it.
     #[serde(default)]
-    error: String,
+    pub error: String,
     /// How often it has been tried.
     #[serde(default)]
-    tries: u32,
+    pub tries: u32,
     /// When it was tried last, in seconds since 1970.
     #[serde(default)]
-    tried: u64,
+    pub tried: u64,
 }
 
 impl Bad {
@@ -228,7 +217,7 @@ impl Status {
     }
 
     /// Whether the last run has failed.
-    fn has_failed(&self) -> bool {
+    pub fn has_failed(&self) -> bool {
         self.runs.first().is_some_and(|run| run.result.is_failure())
     }
 
@@ -561,175 +550,8 @@ pub fn for_clients(layout: &Layout) -> Result<String> {
         .context(|| "write the state".into())
 }
 
-/// An instance as `ekiben status --json` shows it.
-#[derive(Serialize)]
-struct Details {
-    /// Whether there is nothing to see to.
-    well: bool,
-    /// What there is to see to besides the last run.
-    problems: Vec<String>,
-    /// Whether a request waits for a run; none if this user may not know.
-    queued: Option<bool>,
-    /// Why it waits, if nothing is deployed for now.
-    hold: Option<Hold>,
-    #[serde(flatten)]
-    status: Status,
-    /// What the program that failed last said; empty if this user may not know.
-    output: String,
-}
-
-/// Shows one instance, or all; for humans, with an exit status that says whether all are well; or as JSON, which says so itself.
-pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitCode> {
-    let names: Vec<&str> = match instance {
-        Some(name) => config.instance(name).map(|_| vec![name])?,
-        None => config.instances.keys().map(String::as_str).collect(),
-    };
-    // before all else: what began later is no fault
-    let units = unit_states(&names);
-    let is_asked_for =
-        |name: &str| config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
-    let shown: BTreeMap<String, Details> =
-        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units, is_asked_for(name)))));
-    if json {
-        return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
-    }
-    if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
-        output::print(&details(name, shown, now()))?;
-    } else {
-        output::print(&table(&shown, now()))?;
-    }
-    Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// How systemd says that the instances' units are, by their names; nothing if it does not say.
-fn unit_states(instances: &[&str]) -> BTreeMap<String, String> {
-    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
-    let ask = Program::new("systemctl").args(["show", "--property=Id,ActiveState", "--"]).args(units);
-    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
-        log::warn!("{error}.");
-        Vec::new()
-    });
-    let said = String::from_utf8_lossy(&said);
-    let value = |unit: &str, key: &str| unit.lines().find_map(|line| line.strip_prefix(key).map(String::from));
-    gather(said.split("\n\n").filter_map(|unit| Some((value(unit, "Id=")?, value(unit, "ActiveState=")?))))
-}
-
-/// What there is to see to of the webhook.
-fn webhook_problems(units: &BTreeMap<String, String>) -> impl Iterator<Item = String> {
-    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|state| state == "failed"));
-    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
-}
-
-/// What there is to see to of an instance, besides how its last run ended.
-fn problems(name: &str, units: &BTreeMap<String, String>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
-    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", String::as_str);
-    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
-    let is_idle = matches!(state("service"), "inactive" | "failed");
-    // of a run that has failed, there is a report
-    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
-    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
-    let waits = requested.filter(|since| is_idle && is_old(since));
-    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
-    // a boot is judged by another unit
-    let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
-    let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
-    let stale = status.expires.filter(|expires| *expires < now);
-    let stale = stale.map(|expires| {
-        format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
-    });
-    failed.chain(waits).chain(cut_off).chain(stale).collect()
-}
-
-/// A line for each instance.
-fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
-    let mut rows = vec![["INSTANCE", "STATE", "LAST RUN", "WHEN", "COMMIT"].map(String::from)];
-    for (name, shown) in shown {
-        let last = shown.status.runs.first();
-        rows.push([
-            name.clone(),
-            shown.state(),
-            last.map_or("never".into(), |run| run.result.to_string()),
-            last.map_or(String::new(), |run| ago(run.finished, now)),
-            shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(12).collect()),
-        ]);
-    }
-    let problems = shown.iter().flat_map(|(name, shown)| shown.problems.iter().map(move |problem| format!("{name}: {problem}")));
-    table::lines(&rows).into_iter().chain(problems).collect::<Vec<_>>().join("\n") + "\n"
-}
-
-/// All that is known of one instance.
-fn details(name: &str, shown: &Details, now: u64) -> String {
-    let mut lines = vec![format!("{name}: {}", shown.state())];
-    let mut add = |what: &str, value: &str| {
-        if !value.is_empty() {
-            lines.push(format!("  {what:<9} {value}"));
-        }
-    };
-    for problem in &shown.problems {
-        add("problem", problem);
-    }
-    if let Some(hold) = &shown.hold {
-        add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
-    }
-    if let Some(deployed) = &shown.status.deployed {
-        add("deployed", &deployed.commit);
-        add("system", &deployed.system.display().to_string());
-    }
-    if let Some(run) = shown.status.runs.first() {
-        add("last run", &format!("{}, {}", run.result, ago(run.finished, now)));
-        add("proposed", run.commit.as_deref().unwrap_or_default());
-        add("summary", run.summary.as_deref().unwrap_or_default());
-        add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
-        add("error", run.error.as_deref().unwrap_or_default());
-        for warning in &run.warnings {
-            add("warning", warning);
-        }
-        if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {
-            add("bad", &format!("{}, tried {}, last {}: {}", bad.commit, times(bad.tries), ago(bad.tried, now), bad.error));
-        }
-        if run.reboot_needed {
-            let which = if shown.status.has_failed() { "old" } else { "new" };
-            add("reboot", &format!("needed to run the {which} system"));
-        }
-    }
-    if let Some(awaiting) = &shown.status.awaiting {
-        add("awaiting", &format!("the next boot: {}", awaiting.commit));
-    }
-    lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
-    lines.join("\n") + "\n"
-}
-
-impl Details {
-    fn of(name: &str, units: &BTreeMap<String, String>, has_webhook: bool) -> Self {
-        let layout = Layout::new(name);
-        let (request, status) = (layout.request(), Status::read(&layout));
-        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
-        let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
-        let mut problems = problems(name, units, &status, since, now());
-        problems.extend(drift(&layout));
-        problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
-        Self {
-            well: problems.is_empty() && !status.has_failed(),
-            problems,
-            queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
-            hold: Hold::read(&layout),
-            status,
-            output: fs::read_to_string(layout.output()).unwrap_or_default(),
-        }
-    }
-
-    fn state(&self) -> String {
-        match (&self.status.running, &self.hold, self.queued) {
-            (Some(running), ..) => format!("running ({})", running.stage),
-            (None, Some(_), Some(true)) => "held, queued".into(),
-            (None, Some(_), _) => "held".into(),
-            (None, None, Some(true)) => "queued".into(),
-            (None, None, _) => "idle".into(),
-        }
-    }
-}
-
-fn times(count: u32) -> String {
+/// How often something was done.
+pub fn times(count: u32) -> String {
     if count == 1 { "once".into() } else { format!("{count} times") }
 }
 
@@ -786,34 +608,6 @@ mod tests {
         assert!(check(&bad(100, now - 3601), Trigger::Request).is_ok());
         // the clock has been set back by a day
         assert!(check(&bad(1, now + 86400), Trigger::Request).is_ok());
-    }
-
-    #[test]
-    fn what_stands_still_and_what_has_failed_is_a_problem() {
-        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
-        let running = |started| Status {
-            running: Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started, stages: Vec::new() }),
-            ..Status::default()
-        };
-        let found = |service: &str, path: &str, status: &Status, requested| {
-            let units = [("service", service), ("path", path), ("timer", "active")];
-            let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), state.to_owned())).into();
-            problems("app", &units, status, requested, now).join("; ")
-        };
-        let (idle, none) = (Status::default(), "");
-        assert_eq!(found("inactive", "active", &idle, None), none);
-        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
-        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
-        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
-        assert_eq!(found("inactive", "active", &running(new), None), none);
-        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
-        assert!(
-            found("failed", "active", &running(old), None)
-                .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
-        );
-        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
-        // systemd has not answered
-        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
     }
 
     #[test]

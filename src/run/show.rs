@@ -1,0 +1,336 @@
+//! `ekiben status` and `ekiben log`: what is known of the instances, and of their units, for people and as JSON.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::process::ExitCode;
+use std::time::UNIX_EPOCH;
+
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::error::{Context, Error, Result};
+use crate::gather::gather;
+use crate::layout::Layout;
+use crate::names::RunId;
+use crate::program::Program;
+use crate::run::hold::{Hold, moment};
+use crate::run::status::{Status, ago, drift, times};
+use crate::run::{Stage, Trigger};
+use crate::system::now;
+use crate::{output, table};
+
+/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
+const PATIENCE: u64 = 60;
+/// The kinds of units that an instance has.
+const KINDS: [&str; 3] = ["path", "service", "timer"];
+/// The units of the webhook.
+const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
+/// What is asked of systemd.
+const PROPERTIES: &str = "--property=Id,ActiveState,NextElapseUSecRealtime,ExecStart";
+/// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
+const MARKS: [(&str, u8); 9] = [
+    ("problem", 31),
+    ("rollback failed", 31),
+    ("rolled back", 31),
+    ("failed", 31),
+    ("drifted", 31),
+    ("held", 33),
+    ("awaiting", 33),
+    ("deployed", 32),
+    ("unchanged", 32),
+];
+/// How many earlier runs are shown.
+const EARLIER: usize = 10;
+
+/// An instance as `ekiben status --json` shows it.
+#[derive(Serialize)]
+struct Details {
+    /// Whether there is nothing to see to.
+    well: bool,
+    /// What there is to see to besides the last run.
+    problems: Vec<String>,
+    /// Whether a request waits for a run; none if this user may not know.
+    queued: Option<bool>,
+    /// Why it waits, if nothing is deployed for now.
+    hold: Option<Hold>,
+    /// When its timer looks for something new, in seconds since 1970.
+    next: Option<u64>,
+    /// Whether the run under way builds.
+    #[serde(skip)]
+    is_building: bool,
+    #[serde(flatten)]
+    status: Status,
+    /// What the program that failed last said; empty if this user may not know.
+    output: String,
+}
+
+/// Shows one instance, or all; for humans, with an exit status that says whether all are well; or as JSON, which says so itself.
+pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitCode> {
+    let names: Vec<&str> = match instance {
+        Some(name) => config.instance(name).map(|_| vec![name])?,
+        None => config.instances.keys().map(String::as_str).collect(),
+    };
+    // before all else: what began later is no fault
+    let units = unit_states(&names);
+    let is_asked_for =
+        |name: &str| config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
+    let shown: BTreeMap<String, Details> =
+        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units, is_asked_for(name)))));
+    if json {
+        return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
+    }
+    if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
+        output::print_marked(&details(name, shown, now()), &MARKS)?;
+    } else {
+        output::print_marked(&table(&shown, now()), &MARKS)?;
+    }
+    Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What systemd says of a unit.
+#[derive(Default)]
+struct Unit {
+    state: String,
+    /// Of a timer: when it elapses next.
+    next: Option<u64>,
+    /// Of a service: whether it is in the second of the user's stages, which root does not announce.
+    is_building: bool,
+}
+
+/// How systemd says that the instances' units are, by their names; nothing if it does not say.
+fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
+    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
+    let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
+    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
+        log::warn!("{error}.");
+        Vec::new()
+    });
+    let said = String::from_utf8_lossy(&said);
+    let unit = |text: &str| {
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key).map(String::from));
+        let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());
+        let runs = |line: &str| line.starts_with("ExecStart=") && !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]");
+        let is_building = text.lines().any(|line| runs(line) && line.contains(" build "));
+        Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building }))
+    };
+    gather(said.split("\n\n").filter_map(unit))
+}
+
+/// What there is to see to of the webhook.
+fn webhook_problems(units: &BTreeMap<String, Unit>) -> impl Iterator<Item = String> {
+    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|unit| unit.state == "failed"));
+    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
+}
+
+/// What there is to see to of an instance, besides how its last run ended.
+fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", |unit| &*unit.state);
+    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
+    let is_idle = matches!(state("service"), "inactive" | "failed");
+    // of a run that has failed, there is a report
+    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
+    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
+    let waits = requested.filter(|since| is_idle && is_old(since));
+    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
+    // a boot is judged by another unit
+    let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
+    let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
+    let stale = status.expires.filter(|expires| *expires < now);
+    let stale = stale.map(|expires| {
+        format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
+    });
+    failed.chain(waits).chain(cut_off).chain(stale).collect()
+}
+
+/// A line for each instance; then, for each, what there is to know and to do.
+fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
+    let mut rows = vec![["INSTANCE", "STATE", "LAST RUN", "WHEN", "NEXT", "COMMIT"].map(String::from)];
+    for (name, shown) in shown {
+        let last = shown.status.runs.first();
+        rows.push([
+            name.clone(),
+            shown.state(),
+            last.map_or("never".into(), |run| run.result.to_string()),
+            last.map_or(String::new(), |run| ago(run.finished, now)),
+            shown.next.map_or(String::new(), |next| format!("in {}", span(next.saturating_sub(now)))),
+            shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(8).collect()),
+        ]);
+    }
+    let mut lines = table::lines(&rows);
+    for (name, shown) in shown {
+        let failure = shown.status.runs.first().filter(|run| run.result.is_failure()).map(|run| {
+            let stage = run.stage.map(|stage| format!(" in stage {stage}")).unwrap_or_default();
+            format!("{}{stage}; see ekiben status {name}", run.result)
+        });
+        let held =
+            shown.hold.as_ref().map(|hold| format!("held until {} {}; to end that: ekiben resume {name}", moment(hold.until), hold.why()));
+        let awaiting = shown.status.awaiting.as_ref().map(|_| "awaits the next boot; reboot to have it deployed".to_owned());
+        let known = shown.problems.iter().cloned().chain(failure).chain(held).chain(awaiting);
+        lines.extend(known.map(|what| format!("{name}: {what}")));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// All that is known of one instance.
+fn details(name: &str, shown: &Details, now: u64) -> String {
+    let mut lines = vec![format!("{name}: {}", shown.state())];
+    let mut add = |what: &str, value: &str| {
+        if !value.is_empty() {
+            lines.push(format!("  {what:<9} {value}"));
+        }
+    };
+    for problem in &shown.problems {
+        add("problem", problem);
+    }
+    if let Some(running) = &shown.status.running {
+        add("running", &format!("since {}, {}", moment(running.started), asked(running.trigger)));
+    }
+    if let Some(hold) = &shown.hold {
+        add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
+    }
+    add("next", &shown.next.map(|next| format!("by the timer, {}", moment(next))).unwrap_or_default());
+    if let Some(deployed) = &shown.status.deployed {
+        add("deployed", &deployed.commit);
+        add("system", &deployed.system.display().to_string());
+    }
+    if let Some(run) = shown.status.runs.first() {
+        add("last run", &format!("{}, {}, {}", run.result, ago(run.finished, now), asked(run.trigger)));
+        add("proposed", run.commit.as_deref().unwrap_or_default());
+        add("summary", run.summary.as_deref().unwrap_or_default());
+        let took: Vec<_> = run.stages.iter().map(|(stage, seconds)| format!("{stage} {}", span(*seconds))).collect();
+        add("took", &took.join(", "));
+        add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
+        add("error", run.error.as_deref().unwrap_or_default());
+        for warning in &run.warnings {
+            add("warning", warning);
+        }
+        if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {
+            add("bad", &format!("{}, tried {}, last {}: {}", bad.commit, times(bad.tries), ago(bad.tried, now), bad.error));
+        }
+        if run.reboot_needed {
+            let which = if shown.status.has_failed() { "old" } else { "new" };
+            add("reboot", &format!("needed to run the {which} system"));
+        }
+        add("log", &format!("ekiben log {name} {}", run.id));
+    }
+    if let Some(awaiting) = &shown.status.awaiting {
+        add("awaiting", &format!("the next boot: {}", awaiting.commit));
+    }
+    for run in shown.status.runs.iter().skip(1).take(EARLIER) {
+        let commit: String = run.commit.iter().flat_map(|commit| commit.chars().take(8)).collect();
+        add("earlier", &format!("{}, {:<15}  {commit:<8}  {}", moment(run.finished), run.result.to_string(), run.id));
+    }
+    lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
+    lines.join("\n") + "\n"
+}
+
+/// Who has asked for a run.
+fn asked(trigger: Trigger) -> &'static str {
+    match trigger {
+        Trigger::Request => "asked for",
+        Trigger::Timer => "by the timer or by hand",
+    }
+}
+
+/// `ekiben log`: has journalctl show the last run of an instance, or the run of that identifier, or what comes.
+pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
+    config.instance(name)?;
+    let (run, follow) = match words {
+        [] => (None, false),
+        ["--follow"] => (None, true),
+        [run] => (Some(*run), false),
+        [run, "--follow"] | ["--follow", run] => (Some(*run), true),
+        _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
+    };
+    let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
+    let last = || Status::read(&Layout::new(name)).runs.into_iter().next().map(|run| run.id);
+    let unit = format!("--unit=ekiben-{name}.service");
+    let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
+    let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
+    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {
+        // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
+        Some(run) => journalctl.args([
+            format!("_SYSTEMD_INVOCATION_ID={run}"),
+            "+".into(),
+            format!("INVOCATION_ID={run}"),
+            "+".into(),
+            format!("_BOOT_ID={run}"),
+            "_SYSTEMD_UNIT=ekiben-boot.service".into(),
+        ]),
+        None => journalctl.arg(unit),
+    };
+    Err(journalctl.replace_with(File::open("/dev/null").context(|| "open /dev/null".into())?))
+}
+
+impl Details {
+    fn of(name: &str, units: &BTreeMap<String, Unit>, has_webhook: bool) -> Self {
+        let layout = Layout::new(name);
+        let (request, status) = (layout.request(), Status::read(&layout));
+        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
+        let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
+        let mut problems = problems(name, units, &status, since, now());
+        problems.extend(drift(&layout));
+        problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
+        Self {
+            well: problems.is_empty() && !status.has_failed(),
+            problems,
+            queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
+            hold: Hold::read(&layout),
+            next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
+            is_building: units.get(&format!("ekiben-{name}.service")).is_some_and(|service| service.is_building),
+            status,
+            output: fs::read_to_string(layout.output()).unwrap_or_default(),
+        }
+    }
+
+    fn state(&self) -> String {
+        match (&self.status.running, &self.hold, self.queued) {
+            (Some(running), ..) => format!("running ({})", if self.is_building { Stage::Build } else { running.stage }),
+            (None, Some(_), Some(true)) => "held, queued".into(),
+            (None, Some(_), _) => "held".into(),
+            (None, None, Some(true)) => "queued".into(),
+            (None, None, _) => "idle".into(),
+        }
+    }
+}
+
+/// A time span in its largest unit.
+fn span(seconds: u64) -> String {
+    ago(0, seconds).trim_end_matches(" ago").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::status::Running;
+
+    #[test]
+    fn what_stands_still_and_what_has_failed_is_a_problem() {
+        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
+        let running = |started| {
+            let mut status = Status::default();
+            status.running = Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started, stages: Vec::new() });
+            status
+        };
+        let found = |service: &str, path: &str, status: &Status, requested| {
+            let units = [("service", service), ("path", path), ("timer", "active")];
+            let units =
+                units.map(|(kind, state)| (format!("ekiben-app.{kind}"), Unit { state: state.to_owned(), ..Unit::default() })).into();
+            problems("app", &units, status, requested, now).join("; ")
+        };
+        let (idle, none) = (Status::default(), "");
+        assert_eq!(found("inactive", "active", &idle, None), none);
+        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
+        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("inactive", "active", &running(new), None), none);
+        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
+        assert!(
+            found("failed", "active", &running(old), None)
+                .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
+        );
+        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
+        // systemd has not answered
+        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
+    }
+}
