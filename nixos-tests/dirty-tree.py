@@ -1,5 +1,3 @@
-import itertools
-
 machine.start()
 install(machine)
 deploy(machine, "echo one > notes; echo one > list; git add .; git commit -qm files")
@@ -31,6 +29,7 @@ with subtest("edited, staged and untracked files survive a deployment, and are n
     deploy(machine, "git diff --quiet HEAD -- flake.lock")
     deploy(machine, "git checkout -q flake.nix notes; git reset -q; git checkout -q list; rm -r untracked d")
 
+# on hosts alone
 with subtest("an edited lock file stops the run before it starts"):
     publish(machine, "app", "3")
     deploy(machine, "echo >> flake.lock")

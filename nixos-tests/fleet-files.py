@@ -115,6 +115,7 @@ with subtest("what somebody has written stays, until it is moved away"):
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
     tells()
 
+# on hosts alone
 with subtest("the hub serves nothing that somebody else could have chosen"):
     hub.succeed("systemctl stop ekiben-hub-files.timer", "mkdir -p /srv/agenix.d/1; echo fourth plain > /srv/agenix.d/1/plain; chown nobody /srv/agenix.d/1/plain; ln -sfn /srv/agenix.d/1 /srv/agenix")
     hub.succeed("install -d -o nobody /srv/nobody /srv/nobody/own; ln -s /etc/shadow /srv/nobody/plain; ln -s /root/secrets /srv/nobody/dir; ln -s /srv/nobody/plain /srv/link; ln -s /etc/shadow /srv/theirs; chown -h nobody /srv/theirs")
@@ -260,8 +261,9 @@ with subtest("no index: all stays as it is"):
     assert "the hub has none for web yet" in run(web, "fleet")["error"]
     assert picture() == before
 
+# everywhere
 with subtest("all is well again; at boot, what was on a file system in memory is there without the hub"):
-    web.succeed(f"rm -r {SECRETS}/theirs {SECRETS}/everybodys {SECRETS}/link {SECRETS}/directory {SECRETS}/dangling {SECRETS}/fifo")
+    web.succeed(f"rm -rf {SECRETS}/theirs {SECRETS}/everybodys {SECRETS}/link {SECRETS}/directory {SECRETS}/dangling {SECRETS}/fifo")
     hub.succeed("systemctl start ekiben-hub-files.service")
     ask()
     tells()

@@ -93,6 +93,7 @@ with subtest("what does not run is rolled back, and the hub says so"):
     becomes(hub, "plain", "up to date")
     hub.succeed(fleet("status plain"))
 
+# on hosts alone
 with subtest("a host that is at work is seen as that"):
     change_hosts(hub, "pair", trouble="build-hangs")
     hub.succeed(fleet("deploy --no-build db"), fleet("status db"))

@@ -26,6 +26,7 @@ def results(instance, since):
     return [result for _, result in new[::-1]]
 
 
+# on hosts alone
 with subtest("two instances on one repository at once"):
     content = str(next(COUNT))
     for name in ("app", "other"):
@@ -59,6 +60,7 @@ with subtest("two repositories on one machine at once"):
     assert generation(machine).endswith(f" {running(machine)}")
 
 
+# everywhere
 def begin(point):
     """Starts a run that has something to deploy, and waits until it is held at a point."""
     publish(machine, "app", str(next(COUNT)))
@@ -97,8 +99,9 @@ def interrupt(point, command, by_hand=False):
 
 
 UPDATE = "nix flake update other; git commit -qam 'by hand'"
+# on hosts alone
 POINTS = ("activate: switched", "activate: persisted", "accept: saved", "prepare: committed", "build: built", "activate: begun")
-for point in some(machine, POINTS):
+for point in POINTS:
     with subtest(f"a commit by hand at {point}: the run starts over from it"):
         # before there is a candidate, within the same run
         expected = ["deployed"] if point.startswith("prepare") else ["startedOver", "deployed"]
@@ -112,11 +115,12 @@ MOVES = (
     ("activate: begun", "git commit -q --amend -m amended"),
     ("activate: switched", "git switch -qC elsewhere"),
 )
-for point, command in some(machine, MOVES, 1):
+for point, command in MOVES:
     with subtest(f"{command} at {point}: the run starts over from there"):
         assert interrupt(point, command) == ["startedOver", "deployed"], status(machine, "app")
         check_deployed(machine, "app")
 
+# everywhere
 with subtest("nixos-rebuild by hand before the switch: the run starts over from it"):
     assert interrupt("activate: begun", UPDATE, by_hand=True) == ["startedOver", "deployed"], status(machine, "app")
     check_deployed(machine, "app")
@@ -131,6 +135,7 @@ with subtest("nixos-rebuild by hand after the switch: it stays, and the run says
     settle()
     check_deployed(machine, "app")
 
+# on hosts alone
 if is_host(machine):
     with subtest("a user stops what checks the candidate: nobody else waits for that"):
         since = last_id("app")

@@ -81,6 +81,7 @@ with subtest("a request survives a crash of the machine"):
     check_deployed(server, "app")
     assert shows(server, "app") == "5"
 
+# on hosts alone
 with subtest("a webhook that is restarted 20 times refuses nobody"):
     server.wait_for_open_port(8787)
     client.succeed(
@@ -185,7 +186,7 @@ def times_of(word):
     return [float(line.split()[0]) for line in lines]
 
 
-for place in some(server, ("runs", "queue", "status"), 1):
+for place in ("runs", "queue", "status"):
     with subtest(f"a run that cannot begin, since {place} cannot be written, has failed, says so once, and begins when it can"):
         started = starts()
         content = f"6-{place}"
