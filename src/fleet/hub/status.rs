@@ -289,7 +289,7 @@ fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) 
     hosts.sort_by_key(|(_, shown)| (if shown.exit > 0 { shown.exit } else { u8::MAX }, shown.state_alone, &shown.state));
     let totals = hosts.chunk_by(|(_, one), (_, other)| one.state == other.state);
     let totals: Vec<_> = totals.map(|of_state| format!("{} {}", of_state.len(), of_state[0].1.state)).collect();
-    let mut text = wrapped(&format!("{} hosts: {}", hosts.len(), totals.join("; ")), "");
+    let mut text = wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
     let mut rows =
         vec![["HOST", "STATE", "HEARD", "RUN", "PUBLISHED"].iter().chain(&wide_heads).map(ToString::to_string).collect::<Vec<_>>()];
