@@ -4,10 +4,10 @@
 //! read here as somebody else's is never a link, a pipe, sparse or larger than asked for.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Context, Result};
 use crate::program::Program;
 
-/// Replaces the file `path` by one with these contents and permissions. Whatever lies in the way of the
+/// Replaces the file `path` by one with these contents and permissions, whatever the umask is. Whatever lies in the way of the
 /// new file on its way there, put by whomever, is removed.
 pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
@@ -34,7 +34,8 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
         Err(error) if error.kind() == ErrorKind::IsADirectory => clear(path).and_then(|()| fs::rename(&new, path)),
         other => other,
     };
-    let written = file.write_all(contents).and_then(|()| file.sync_all()).and_then(|()| rename());
+    let permit = file.set_permissions(Permissions::from_mode(mode));
+    let written = permit.and_then(|()| file.write_all(contents)).and_then(|()| file.sync_all()).and_then(|()| rename());
     if written.is_err() {
         // a full disk must not stay full because of this file
         let _ = fs::remove_file(&new);
