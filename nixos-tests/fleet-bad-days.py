@@ -181,6 +181,14 @@ for what, trouble in (("full", f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {OU
         assert told(rolled_back[-1]["id"])[0]["result"] == "rolledBack"
         deploys(next(COUNT))
 
+with subtest("a journal that cannot be read keeps no run from its end"):
+    archive(next(COUNT))
+    offer()
+    web.succeed("mount --bind $(readlink -f $(command -v false)) $(readlink -f $(command -v journalctl))")
+    ended = run(web, "fleet")
+    web.succeed("umount $(readlink -f $(command -v journalctl))")
+    assert ended["result"] == "deployed" and told(ended["id"])[0]["result"] == "deployed", ended
+
 with subtest("the hub has a report: the host keeps it no longer"):
     hub.succeed("systemctl start ekiben-hub-collect.service")
     assert run(web, "fleet")["result"] == "unchanged"

@@ -16,7 +16,7 @@ use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::stages::{boot, conclude, rollback};
-use crate::system::{boot_id, now};
+use crate::system::{again, boot_id, now};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -83,7 +83,7 @@ pub fn retry(layout: &Layout) -> Result<()> {
         pause = PAUSES[1];
     }
     let unit = format!("ekiben-{}.service", layout.name());
-    Program::as_root("systemctl").args(["start", "--no-block", &unit]).output(|| format!("start {unit}"), None).map(drop)
+    again(|| Program::as_root("systemctl").args(["start", "--no-block", &unit]).output(|| format!("start {unit}"), None)).map(drop)
 }
 
 /// Opens the journal, and takes the request that waits, if there is one.

@@ -47,8 +47,10 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
     let system = fs::canonicalize("/run/current-system").context(doing)?;
     let system = system.as_path().try_into().context(doing)?;
     let report = Report { format: FORMAT, host: hub.name.clone(), system, run: run.clone() };
-    let script = r#"journalctl --quiet --sync
-        journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" + "_BOOT_ID=$3" _SYSTEMD_UNIT=ekiben-boot.service | tail --bytes="$2" | gzip -n"#;
+    // without a journal, the log is what is wrong with that
+    let script = r#"{ journalctl --quiet --sync || :
+        journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" + "_BOOT_ID=$3" _SYSTEMD_UNIT=ekiben-boot.service
+        } 2>&1 | tail --bytes="$2" | gzip -n"#;
     let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, LOG, &id]).output(doing, None)?;
     if !layout.outbox().exists() {
         layout.make();
