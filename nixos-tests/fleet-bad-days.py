@@ -184,7 +184,7 @@ for what, trouble in (("full", f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {OU
 with subtest("a journal that cannot be read keeps no run from its end"):
     archive(next(COUNT))
     offer()
-    web.succeed("mount --bind $(readlink -f $(command -v false)) $(readlink -f $(command -v journalctl))")
+    web.succeed("mount --bind $(readlink -f $(type -P false)) $(readlink -f $(command -v journalctl))")
     ended = run(web, "fleet")
     web.succeed("umount $(readlink -f $(command -v journalctl))")
     assert ended["result"] == "deployed" and told(ended["id"])[0]["result"] == "deployed", ended

@@ -91,6 +91,17 @@ with subtest("a run is about to read the configuration when that goes, in a swit
     settle()
     assert known("other")["served"] >= number
 
+with subtest("an instance whose run could not begin goes, and so does what tries that again"):
+    publish(machine, "app", str(next(COUNT)), variant="renamed")
+    deploy(machine, "nix flake update app; git commit -qam 'another name'")
+    machine.succeed("mount --bind -o ro /var/lib/ekiben/runs /var/lib/ekiben/runs; ! systemctl start ekiben-app.service")
+    machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-retry@app.service | grep -x activating")
+    rebuild(machine)
+    machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-retry@app.service | grep -x inactive")
+    machine.succeed("umount /var/lib/ekiben/runs")
+    by_hand()
+    settle()
+
 with subtest("a switch changes the instance's user"):
     asked = switch("user", asked_meanwhile=("other",))
     settle()

@@ -16,7 +16,7 @@ use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::stages::{boot, conclude, rollback};
-use crate::system::{again, boot_id, now};
+use crate::system::{again, boot_id, has_unit, now};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -77,12 +77,16 @@ pub fn retry(layout: &Layout) -> Result<()> {
         let since = runs.first().filter(|run| run.stage == Some(Stage::Begin)).map_or(0, |run| run.started);
         thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, LONGEST)));
     }
+    let unit = format!("ekiben-{}.service", layout.name());
     let mut pause = PAUSES[0];
-    while layout.check_can_be_written().is_err() {
+    while has_unit(&unit) && layout.check_can_be_written().is_err() {
         thread::sleep(pause);
         pause = PAUSES[1];
     }
-    let unit = format!("ekiben-{}.service", layout.name());
+    if !has_unit(&unit) {
+        // a switch has taken the instance away
+        return Ok(());
+    }
     again(|| Program::as_root("systemctl").args(["start", "--no-block", &unit]).output(|| format!("start {unit}"), None)).map(drop)
 }
 

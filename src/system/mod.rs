@@ -31,9 +31,14 @@ const LOAN: Duration = Duration::from_secs(10);
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
+/// Whether the running system has a unit of its own with this file.
+pub fn has_unit(file: &str) -> bool {
+    Path::new("/etc/systemd/system").join(file).exists()
+}
+
 /// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
 pub fn start_if_there(unit: &str, file: &str) {
-    if Path::new("/etc/systemd/system").join(file).exists() {
+    if has_unit(file) {
         let start = Program::as_root("systemctl").args(["restart", "--no-block", "--", unit]);
         start.output(|| format!("start {unit}"), None).map_or_else(|error| log::warn!("{error}."), drop);
     }
