@@ -106,7 +106,7 @@ with subtest("a request that cannot be written is refused"):
 
 with subtest("the state is that of the token's instance, and tells how it is, not why"):
     state = json.loads(client.succeed(f"curl -fsS {token('app')} {URL}"))
-    assert sorted(state) == ["bad", "last", "queued", "running", "served"], state
+    assert sorted(state) == ["bad", "hold", "last", "queued", "running", "served"], state
     assert state["last"]["result"] == "deployed" and state["last"]["commit"] == head(server), state
     assert (state["queued"], state["running"]) == (False, None), state
     assert json.loads(client.succeed(f"curl -fsS {token('other')} {URL}"))["served"] < state["served"]
