@@ -109,6 +109,23 @@ fn next_secret(text: &str) -> Option<(usize, usize)> {
     [of_url, of_parameter, of_header, of_setting].into_iter().flatten().filter(|(from, end)| from < end).min()
 }
 
+/// How often something was done.
+pub fn times(count: u32) -> String {
+    if count == 1 { "once".into() } else { format!("{count} times") }
+}
+
+/// How long ago a moment is, in its largest unit.
+pub fn ago(then: u64, now: u64) -> String {
+    let seconds = now.saturating_sub(then);
+    let (count, unit) = match seconds {
+        0..60 => (seconds, "s"),
+        60..3600 => (seconds / 60, "min"),
+        3600..86400 => (seconds / 3600, "h"),
+        _ => (seconds / 86400, "d"),
+    };
+    format!("{count} {unit} ago")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

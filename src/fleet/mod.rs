@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::{Account, FilePath, HostName, Mode, ObjectId, RunId, Sha256, StorePath};
 use crate::run::Stage;
-use crate::run::status::Ended;
+use crate::run::ended::Ended;
 use crate::run::{Outcome, Release};
 
 /// The format of everything here.

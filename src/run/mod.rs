@@ -1,6 +1,9 @@
 //! What a run leaves on disk, and who reads it: the request, the notes of the user's stages, root's journal, and the
 //! status that all may read. This file has the words that all of these share.
 
+pub mod bad;
+pub mod client;
+pub mod ended;
 pub mod hold;
 pub mod holding;
 pub mod journal;

@@ -10,7 +10,8 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::layout::Layout;
 use crate::program::Program;
-use crate::run::status::{Ended, Status};
+use crate::run::ended::Ended;
+use crate::run::status::Status;
 use crate::run::{Outcome, Stage, Trigger};
 
 /// The format of what is told.

@@ -14,9 +14,10 @@ use crate::layout::Layout;
 use crate::names::RunId;
 use crate::program::Program;
 use crate::run::hold::{Hold, moment};
-use crate::run::status::{Status, ago, drift, times};
+use crate::run::status::{Status, drift};
 use crate::run::{Stage, Trigger};
 use crate::system::now;
+use crate::text::{ago, times};
 use crate::{output, table};
 
 /// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.

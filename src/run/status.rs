@@ -12,25 +12,22 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
 use crate::nix::profile;
 use crate::run::Release;
-use crate::run::hold::Hold;
+use crate::run::bad::Bad;
+use crate::run::ended::{self, Ended};
 use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
-use crate::run::{Failure, Outcome, Stage, Trigger};
+use crate::run::{Outcome, Stage, Trigger};
 use crate::system::{self, now};
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 50;
 /// More than a status and a program's output take, in bytes.
 const RESERVE: u64 = 128 * 1024;
-/// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
-const FIRST_PAUSE: u64 = 60;
-/// No pause is longer.
-const LONGEST_PAUSE: u64 = 3600;
 
 /// What is known of one instance.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -119,84 +116,6 @@ pub struct Tried {
     pub run: Ended,
 }
 
-/// A candidate that failed by its own fault.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Bad {
-    base: String,
-    tree: String,
-    options: Instance,
-    /// The commit that was tried last.
-    #[serde(default)]
-    pub commit: String,
-    /// What came of it.
-    #[serde(default)]
-    pub error: String,
-    /// How often it has been tried.
-    #[serde(default)]
-    pub tries: u32,
-    /// When it was tried last, in seconds since 1970.
-    #[serde(default)]
-    pub tried: u64,
-}
-
-impl Bad {
-    fn is(&self, proposal: &Proposal, options: &Instance) -> bool {
-        (&*self.base, &*self.tree, &self.options) == (&*proposal.base, &*proposal.tree, options)
-    }
-
-    /// How long it is not tried again after it was tried last, in seconds, whoever asks: each try disturbs what
-    /// runs, and whoever may ask may not mean well. The first pause is no longer than it takes to mend something.
-    fn pause(&self) -> u64 {
-        (FIRST_PAUSE << self.tries.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
-    }
-
-    /// Whether it may not be tried yet; a clock that has been set back does not make that longer.
-    fn is_too_early(&self, now: u64) -> bool {
-        now.abs_diff(self.tried) < self.pause()
-    }
-}
-
-/// A run that has ended.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Ended {
-    /// The identifier that systemd gave it.
-    pub id: String,
-    /// How.
-    pub result: Outcome,
-    /// Why it began.
-    pub trigger: Trigger,
-    /// When it began, in seconds since 1970.
-    pub started: u64,
-    /// When it ended.
-    pub finished: u64,
-    /// What it proposed to run.
-    pub commit: Option<String>,
-    /// The commit that this was, or was made from: one that others know.
-    #[serde(default)]
-    pub base: Option<String>,
-    /// What was new in it.
-    pub summary: Option<String>,
-    /// The release of a fleet's hub that this was, or was made from.
-    #[serde(default)]
-    pub release: Option<Release>,
-    /// In which stage it failed.
-    pub stage: Option<Stage>,
-    /// Why it failed.
-    pub error: Option<String>,
-    /// Whether nothing was tried: what it proposes is known to be bad.
-    #[serde(default)]
-    pub refused: bool,
-    /// What to know all the same.
-    pub warnings: Vec<String>,
-    /// Whether the machine runs the new system only after a reboot.
-    pub reboot_needed: bool,
-    /// How long its stages took, in seconds.
-    #[serde(default)]
-    pub stages: Vec<(Stage, u64)>,
-}
-
 impl Status {
     /// Reads what is known; nothing, if the file is not there or makes no sense.
     pub fn read(layout: &Layout) -> Self {
@@ -223,19 +142,8 @@ impl Status {
 
     /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.
     pub fn check_not_bad(&self, instance: &str, proposal: &Proposal, options: &Instance) -> Result<()> {
-        let Some(bad) = self.bad.as_ref().filter(|bad| bad.is(proposal, options)) else { return Ok(()) };
         let is_asked = self.running.as_ref().is_none_or(|running| running.trigger == Trigger::Request);
-        let (now, retry) = (now(), bad.tried + bad.pause());
-        if is_asked && !bad.is_too_early(now) {
-            return Ok(());
-        }
-        let ask = format!("run `ekiben trigger {instance}` to try it again");
-        let wait = if bad.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
-        let (commit, tries, when) = (&proposal.commit, times(bad.tries), ago(bad.tried, now));
-        Err(Error::new(format!(
-            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last {when}; {ask}{wait}): {}",
-            bad.error
-        )))
+        self.bad.as_ref().map_or(Ok(()), |bad| bad.check(instance, proposal, options, is_asked))
     }
 
     /// Says that a run is in one of root's stages.
@@ -307,7 +215,7 @@ impl Status {
         let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self::read(layout);
         let running = status.running.take();
-        ended.stages = durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
+        ended.stages = ended::durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
         // a run that has to be started over has served nobody
         if ended.result != Outcome::StartedOver {
             status.served = status.served.max(run.request.unwrap_or(0));
@@ -395,34 +303,6 @@ impl Status {
     }
 }
 
-impl Ended {
-    /// The end of `run`, now.
-    pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
-        Self {
-            id: run.id.to_string(),
-            result,
-            trigger: run.trigger,
-            started: run.started,
-            finished: now(),
-            commit: None,
-            base: None,
-            refused: false,
-            summary: None,
-            release: None,
-            stage: failure.map(|failure| failure.stage),
-            error: failure.map(|failure| failure.message.clone()),
-            warnings: run.warnings.clone(),
-            reboot_needed: run.reboot_needed,
-            stages: Vec::new(),
-        }
-    }
-
-    /// Whether it has found nothing to do.
-    pub fn is_idle(&self) -> bool {
-        matches!(self.result, Outcome::Unchanged | Outcome::Drifted)
-    }
-}
-
 /// Notes, after a boot, that what was deployed has booted; says so if something else has.
 pub fn note_boot(layout: &Layout) -> Result<()> {
     let running = system::current()?;
@@ -456,17 +336,6 @@ pub fn drift(layout: &Layout) -> Option<String> {
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 
-/// How long the stages took that have begun then; when the build has, the user's notes say.
-fn durations(mut begun: Vec<(Stage, u64)>, run: &Run, finished: u64) -> Vec<(Stage, u64)> {
-    let end = begun.get(1).map_or(finished, |(_, next)| *next);
-    let build = run.notes.as_ref().and_then(|notes| notes.build_began).filter(|began| (run.started..=end).contains(began));
-    if let (Some(build), Some((Stage::Prepare, _))) = (build, begun.first()) {
-        begun.insert(1, (Stage::Build, build));
-    }
-    let ends: Vec<_> = begun.iter().skip(1).map(|(_, next)| *next).chain([finished]).collect();
-    begun.iter().zip(ends).map(|((stage, began), end)| (*stage, end.saturating_sub(*began))).collect()
-}
-
 /// Has whoever wants to know be told of the end of a run.
 fn tell(layout: &Layout, run: &str) {
     let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", layout.name());
@@ -490,135 +359,4 @@ fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
     let path = layout.output();
     let doing = || format!("write {}", path.display());
     if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
-}
-
-/// An instance as whoever holds a token of it may know it: how it is, not why.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ForClients {
-    /// Whether a request waits for a run.
-    queued: bool,
-    /// Why it waits, if nothing is deployed for now.
-    hold: Option<Hold>,
-    /// The run under way.
-    running: Option<Running>,
-    /// The highest number of a request that an ended run has served.
-    served: u64,
-    /// The run that ended last.
-    last: Option<LastForClients>,
-    /// What is known to be bad.
-    bad: Option<KnownBad>,
-}
-
-/// A candidate that will not be tried again for now.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct KnownBad {
-    commit: String,
-    /// How often it has been tried.
-    tries: u32,
-    /// From when on a request has it tried again, in seconds since 1970.
-    retry_after: u64,
-}
-
-/// How that run ended.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct LastForClients {
-    result: Outcome,
-    stage: Option<Stage>,
-    commit: Option<String>,
-    started: u64,
-    finished: u64,
-    reboot_needed: bool,
-}
-
-/// How an instance is, as JSON, for a client of the webhook.
-pub fn for_clients(layout: &Layout) -> Result<String> {
-    let path = layout.request();
-    // before the status: a run that takes the request meanwhile shows there
-    let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
-    let Status { running, served, held, runs, bad, .. } = Status::read(layout);
-    let bad = bad.map(|bad| KnownBad { retry_after: bad.tried + bad.pause(), commit: bad.commit, tries: bad.tries });
-    let last = runs.into_iter().next().map(|run| {
-        let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
-        LastForClients { result, stage, commit, started, finished, reboot_needed }
-    });
-    let (queued, hold) = (queued || held.is_some(), Hold::read(layout));
-    serde_json::to_string(&ForClients { queued, hold, running, served, last, bad })
-        .map(|text| text + "\n")
-        .context(|| "write the state".into())
-}
-
-/// How often something was done.
-pub fn times(count: u32) -> String {
-    if count == 1 { "once".into() } else { format!("{count} times") }
-}
-
-/// How long ago a moment is, in its largest unit.
-pub fn ago(then: u64, now: u64) -> String {
-    let seconds = now.saturating_sub(then);
-    let (count, unit) = match seconds {
-        0..60 => (seconds, "s"),
-        60..3600 => (seconds / 60, "min"),
-        3600..86400 => (seconds / 3600, "h"),
-        _ => (seconds / 86400, "d"),
-    };
-    format!("{count} {unit} ago")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::Directory;
-
-    fn bad(tries: u32, tried: u64) -> Bad {
-        let options = serde_json::json!({
-            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
-            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
-            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
-        });
-        let (hash, error) = ("0".repeat(40), "Failed to pass health check app".into());
-        let options = serde_json::from_value(options).unwrap();
-        Bad { base: hash.clone(), tree: hash.clone(), options, commit: hash, error, tries, tried }
-    }
-
-    fn check(bad: &Bad, trigger: Trigger) -> Result<()> {
-        let running = Some(Running { stage: Stage::Prepare, trigger, started: 0, stages: Vec::new() });
-        let proposal = serde_json::json!({
-            "base": bad.base, "branch": "refs/heads/main", "head": bad.base, "commit": bad.commit, "tree": bad.tree,
-            "summary": "", "unchanged": false,
-        });
-        let proposal = serde_json::from_value(proposal).unwrap();
-        let status = Status { bad: Some(bad.clone()), running, ..Status::default() };
-        status.check_not_bad("app", &proposal, &bad.options)
-    }
-
-    #[test]
-    fn what_is_bad_is_tried_again_when_asked_for_and_less_and_less_often() {
-        let now = now();
-        assert!(check(&bad(1, now - 61), Trigger::Request).is_ok());
-        let error = check(&bad(1, now - 61), Trigger::Timer).unwrap_err().to_string();
-        assert!(error.contains("known to be bad (tried once, last 1 min ago; run `ekiben trigger app`"), "{error}");
-        assert!(error.ends_with("Failed to pass health check app"), "{error}");
-        let error = check(&bad(3, now - 61), Trigger::Request).unwrap_err().to_string();
-        assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
-        assert!(check(&bad(3, now - 241), Trigger::Request).is_ok());
-        assert!(check(&bad(100, now - 3590), Trigger::Request).is_err());
-        assert!(check(&bad(100, now - 3601), Trigger::Request).is_ok());
-        // the clock has been set back by a day
-        assert!(check(&bad(1, now + 86400), Trigger::Request).is_ok());
-    }
-
-    #[test]
-    fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
-        let directory = Directory::new();
-        for below in ["queue", "status"] {
-            fs::create_dir(directory.path().join(below)).unwrap();
-        }
-        let layout = Layout::below(directory.path(), "app");
-        Status { bad: Some(bad(2, 1_000_000)), ..Status::default() }.write(&layout).unwrap();
-        let state: serde_json::Value = serde_json::from_str(&for_clients(&layout).unwrap()).unwrap();
-        assert_eq!(state["bad"], serde_json::json!({ "commit": "0".repeat(40), "tries": 2, "retryAfter": 1_000_120 }));
-    }
 }

@@ -14,9 +14,10 @@ use crate::layout::Layout;
 use crate::output;
 use crate::program::Program;
 use crate::run::Outcome;
+use crate::run::ended::Ended;
 use crate::run::hold::{Hold, moment};
 use crate::run::queue;
-use crate::run::status::{Ended, Status};
+use crate::run::status::Status;
 
 /// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
 const AWAITING_BOOT: u8 = 75;

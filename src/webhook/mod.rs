@@ -25,8 +25,7 @@ use self::gate::{Listener, Request};
 use crate::config::Webhook;
 use crate::error::{Context, Error, Result};
 use crate::layout::Layout;
-use crate::run::queue;
-use crate::run::status;
+use crate::run::{client, queue};
 use crate::webhook::answer::Answer;
 use crate::webhook::token::Tokens;
 
@@ -125,7 +124,7 @@ fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64)
     };
     let layout = Layout::new(instance);
     let answered = if request.method == "GET" {
-        status::for_clients(&layout).map(|state| Answer::new(200, state))
+        client::for_clients(&layout).map(|state| Answer::new(200, state))
     } else {
         queue::request(&layout, *last_number).map(|number| {
             *last_number = number.max(*last_number);

@@ -16,7 +16,8 @@ use crate::gather::gather;
 use crate::layout::Layout;
 use crate::names::RunId;
 use crate::program::Program;
-use crate::run::status::{Ended, Status};
+use crate::run::ended::Ended;
+use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
 
 /// How many reports wait at most.

@@ -23,11 +23,11 @@ use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Recei
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
-use crate::run::status::{Status, ago};
+use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
 use crate::stages::reboot;
 use crate::system::now;
-use crate::text;
+use crate::text::{self, ago};
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);

@@ -12,8 +12,8 @@ use crate::error::{Context, Result};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{LARGE, Manifest};
 use crate::names::HostName;
-use crate::run::status::ago;
 use crate::system::now;
+use crate::text::ago;
 use crate::{files, json, table};
 
 /// How many releases of one host are kept.

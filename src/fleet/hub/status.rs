@@ -19,9 +19,9 @@ use crate::fleet::hub::repository::{Settings, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{Heartbeat, LastRun, Manifest};
 use crate::names::{HostName, StorePath};
-use crate::run::status::ago;
 use crate::run::{Outcome, Release};
 use crate::system::now;
+use crate::text::ago;
 use crate::{output, table, text};
 
 /// How many columns a table takes.

@@ -1,0 +1,120 @@
+//! A candidate that is known to be bad: it is not tried again unasked, nor too often.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Instance;
+use crate::error::{Error, Result};
+use crate::run::notes::Proposal;
+use crate::system::now;
+use crate::text::{ago, times};
+
+/// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
+const FIRST_PAUSE: u64 = 60;
+/// No pause is longer.
+const LONGEST_PAUSE: u64 = 3600;
+
+/// A candidate that failed by its own fault.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bad {
+    /// What it was made from.
+    pub base: String,
+    /// What was in it: unlike the commit, the same if it is made again.
+    pub tree: String,
+    /// How it was to be deployed.
+    pub options: Instance,
+    /// The commit that was tried last.
+    #[serde(default)]
+    pub commit: String,
+    /// What came of it.
+    #[serde(default)]
+    pub error: String,
+    /// How often it has been tried.
+    #[serde(default)]
+    pub tries: u32,
+    /// When it was tried last, in seconds since 1970.
+    #[serde(default)]
+    pub tried: u64,
+}
+
+impl Bad {
+    /// Whether a candidate is this one, made with the same options.
+    pub fn is(&self, proposal: &Proposal, options: &Instance) -> bool {
+        (&*self.base, &*self.tree, &self.options) == (&*proposal.base, &*proposal.tree, options)
+    }
+
+    /// How long it is not tried again after it was tried last, in seconds, whoever asks: each try disturbs what
+    /// runs, and whoever may ask may not mean well. The first pause is no longer than it takes to mend something.
+    fn pause(&self) -> u64 {
+        (FIRST_PAUSE << self.tries.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
+    }
+
+    /// Whether it may not be tried yet; a clock that has been set back does not make that longer.
+    fn is_too_early(&self, now: u64) -> bool {
+        now.abs_diff(self.tried) < self.pause()
+    }
+
+    /// Fails if the candidate is this one, and was not asked for, or too soon.
+    pub fn check(&self, instance: &str, proposal: &Proposal, options: &Instance, is_asked: bool) -> Result<()> {
+        if !self.is(proposal, options) {
+            return Ok(());
+        }
+        let (now, retry) = (now(), self.retry_after());
+        if is_asked && !self.is_too_early(now) {
+            return Ok(());
+        }
+        let ask = format!("run `ekiben trigger {instance}` to try it again");
+        let wait = if self.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
+        let (commit, tries, when) = (&proposal.commit, times(self.tries), ago(self.tried, now));
+        Err(Error::new(format!(
+            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last {when}; {ask}{wait}): {}",
+            self.error
+        )))
+    }
+
+    /// From when on it may be tried again if somebody asks for it, in seconds since 1970.
+    pub fn retry_after(&self) -> u64 {
+        self.tried + self.pause()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bad(tries: u32, tried: u64) -> Bad {
+        let options = serde_json::json!({
+            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
+            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
+            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
+        });
+        let (hash, error) = ("0".repeat(40), "Failed to pass health check app".into());
+        let options = serde_json::from_value(options).unwrap();
+        Bad { base: hash.clone(), tree: hash.clone(), options, commit: hash, error, tries, tried }
+    }
+
+    fn try_again(bad: &Bad, is_asked: bool) -> Result<()> {
+        let proposal = serde_json::json!({
+            "base": bad.base, "branch": "refs/heads/main", "head": bad.base, "commit": bad.commit, "tree": bad.tree,
+            "summary": "", "unchanged": false,
+        });
+        let proposal = serde_json::from_value(proposal).unwrap();
+        bad.check("app", &proposal, &bad.options, is_asked)
+    }
+
+    #[test]
+    fn what_is_bad_is_tried_again_when_asked_for_and_less_and_less_often() {
+        let now = now();
+        assert!(try_again(&bad(1, now - 61), true).is_ok());
+        let error = try_again(&bad(1, now - 61), false).unwrap_err().to_string();
+        assert!(error.contains("known to be bad (tried once, last 1 min ago; run `ekiben trigger app`"), "{error}");
+        assert!(error.ends_with("Failed to pass health check app"), "{error}");
+        let error = try_again(&bad(3, now - 61), true).unwrap_err().to_string();
+        assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
+        assert!(try_again(&bad(3, now - 241), true).is_ok());
+        assert!(try_again(&bad(100, now - 3590), true).is_err());
+        assert!(try_again(&bad(100, now - 3601), true).is_ok());
+        // the clock has been set back by a day
+        assert!(try_again(&bad(1, now + 86400), true).is_ok());
+    }
+}

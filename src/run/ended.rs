@@ -1,0 +1,86 @@
+//! A run that has ended, as the status remembers it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::run::journal::Run;
+use crate::run::{Failure, Outcome, Release, Stage, Trigger};
+use crate::system::now;
+
+/// A run that has ended.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    /// The identifier that systemd gave it.
+    pub id: String,
+    /// How.
+    pub result: Outcome,
+    /// Why it began.
+    pub trigger: Trigger,
+    /// When it began, in seconds since 1970.
+    pub started: u64,
+    /// When it ended.
+    pub finished: u64,
+    /// What it proposed to run.
+    pub commit: Option<String>,
+    /// The commit that this was, or was made from: one that others know.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// What was new in it.
+    pub summary: Option<String>,
+    /// The release of a fleet's hub that this was, or was made from.
+    #[serde(default)]
+    pub release: Option<Release>,
+    /// In which stage it failed.
+    pub stage: Option<Stage>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Whether nothing was tried: what it proposes is known to be bad.
+    #[serde(default)]
+    pub refused: bool,
+    /// What to know all the same.
+    pub warnings: Vec<String>,
+    /// Whether the machine runs the new system only after a reboot.
+    pub reboot_needed: bool,
+    /// How long its stages took, in seconds.
+    #[serde(default)]
+    pub stages: Vec<(Stage, u64)>,
+}
+
+impl Ended {
+    /// The end of `run`, now.
+    pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
+        Self {
+            id: run.id.to_string(),
+            result,
+            trigger: run.trigger,
+            started: run.started,
+            finished: now(),
+            commit: None,
+            base: None,
+            refused: false,
+            summary: None,
+            release: None,
+            stage: failure.map(|failure| failure.stage),
+            error: failure.map(|failure| failure.message.clone()),
+            warnings: run.warnings.clone(),
+            reboot_needed: run.reboot_needed,
+            stages: Vec::new(),
+        }
+    }
+
+    /// Whether it has found nothing to do.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.result, Outcome::Unchanged | Outcome::Drifted)
+    }
+}
+
+/// How long the stages took that have begun then; when the build has, the user's notes say.
+pub fn durations(mut begun: Vec<(Stage, u64)>, run: &Run, finished: u64) -> Vec<(Stage, u64)> {
+    let end = begun.get(1).map_or(finished, |(_, next)| *next);
+    let build = run.notes.as_ref().and_then(|notes| notes.build_began).filter(|began| (run.started..=end).contains(began));
+    if let (Some(build), Some((Stage::Prepare, _))) = (build, begun.first()) {
+        begun.insert(1, (Stage::Build, build));
+    }
+    let ends: Vec<_> = begun.iter().skip(1).map(|(_, next)| *next).chain([finished]).collect();
+    begun.iter().zip(ends).map(|((stage, began), end)| (*stage, end.saturating_sub(*began))).collect()
+}
