@@ -7,8 +7,9 @@ use crate::config::Config;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
+use crate::run::drift::drift;
 use crate::run::hold::Hold;
-use crate::run::status::{Status, drift};
+use crate::run::status::Status;
 
 /// One family of metrics: its name behind `ekiben_`, what it tells, and its samples of an instance: the labels besides the
 /// instance's name, and the value.

@@ -3,6 +3,7 @@
 
 pub mod bad;
 pub mod client;
+pub mod drift;
 pub mod ended;
 pub mod hold;
 pub mod holding;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,6 @@ use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::layout::Layout;
-use crate::nix::profile;
 use crate::run::Release;
 use crate::run::bad::Bad;
 use crate::run::ended::{self, Ended};
@@ -84,18 +83,18 @@ pub struct Deployed {
     /// The system it was built to.
     pub system: PathBuf,
     /// From which flake.
-    flake_ref: FlakeRef,
+    pub flake_ref: FlakeRef,
     /// With which arguments.
-    flags: Vec<String>,
+    pub flags: Vec<String>,
     /// Higher than that of all earlier deployments by this machine's instances.
-    number: u64,
+    pub number: u64,
     /// The release of a fleet's hub that it is, or is made from.
     pub release: Option<Release>,
     /// What was new in it.
     pub summary: Option<String>,
     /// In which boot it was switched to, if it has not booted itself since.
     #[serde(default)]
-    not_booted_since: Option<String>,
+    pub not_booted_since: Option<String>,
 }
 
 /// A commit that the next boot of this machine brings.
@@ -303,7 +302,7 @@ impl Status {
     }
 }
 
-/// Notes, after a boot, that what was deployed has booted; says so if something else has.
+/// Notes, after a boot, that what was deployed has booted.
 pub fn note_boot(layout: &Layout) -> Result<()> {
     let running = system::current()?;
     for layout in layout.with_status() {
@@ -313,27 +312,7 @@ pub fn note_boot(layout: &Layout) -> Result<()> {
             status.write(&layout)?;
         }
     }
-    if let Some(drift) = drift(layout) {
-        log::warn!("This machine {drift}.");
-    }
     Ok(())
-}
-
-/// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
-/// deployed.
-pub fn drift(layout: &Layout) -> Option<String> {
-    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(layout).into_iter().max_by_key(|deployed| deployed.number)?;
-    let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
-    let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
-    let (how, but) = match not_booted_since {
-        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot"),
-        None if is_booted => (", chosen at boot", ""),
-        _ => (", switched to by hand", ""),
-    };
-    let name = |system: &Path| {
-        profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
-    };
-    Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 
 /// Has whoever wants to know be told of the end of a run.
@@ -342,15 +321,8 @@ fn tell(layout: &Layout, run: &str) {
     system::start_if_there(&unit(run), &unit(""));
 }
 
-/// Whether this very commit is what was last deployed of its flake, by whichever instance.
-pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
-    let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
-    let last = all_deployed(layout).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
-    last.is_some_and(|deployed| deployed.commit == commit)
-}
-
 /// What each of this machine's instances deployed last.
-fn all_deployed(layout: &Layout) -> Vec<Deployed> {
+pub fn all_deployed(layout: &Layout) -> Vec<Deployed> {
     layout.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
 }
 

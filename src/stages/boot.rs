@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::nix;
+use crate::run::drift::drift;
 use crate::run::journal::Run;
 use crate::run::status::{self, Status};
 use crate::run::{Failure, Outcome, Stage};
@@ -17,6 +18,9 @@ pub fn boot() -> ExitCode {
     let layout = Layout::new("");
     let is_sick = end_all(&layout);
     status::note_boot(&layout).unwrap_or_else(|error| log::warn!("{error}."));
+    if let Some(drift) = drift(&layout) {
+        log::warn!("This machine {drift}.");
+    }
     if is_sick { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 

@@ -16,11 +16,12 @@ use crate::fault;
 use crate::fleet::host::outbox;
 use crate::layout::Layout;
 use crate::nix::{self, integrity, profile};
+use crate::run::drift::drift;
 use crate::run::ended::Ended;
 use crate::run::journal::{Decision, Phase, Run};
 use crate::run::notes::{Notes, run_id};
 use crate::run::queue;
-use crate::run::status::{self, Status};
+use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage};
 use crate::stages::branch::Fate;
 use crate::stages::{rollback, settle, trial};
@@ -202,7 +203,7 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
     }
     let mut result = match run.decision {
         _ if accepted => Outcome::Deployed,
-        Some(Decision::Unchanged) if status::drift(layout).is_some() => Outcome::Drifted,
+        Some(Decision::Unchanged) if drift(layout).is_some() => Outcome::Drifted,
         Some(Decision::Unchanged) => Outcome::Unchanged,
         Some(Decision::StartOver) => Outcome::StartedOver,
         None => Outcome::Failed,

@@ -18,8 +18,9 @@ use crate::names::{Branch, ObjectId};
 use crate::nix;
 use crate::nix::cache::Cache;
 use crate::run::Release;
+use crate::run::drift::is_deployed;
 use crate::run::notes::{Notes, Proposal};
-use crate::run::status::{self, Status};
+use crate::run::status::Status;
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -78,8 +79,8 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
     };
 
     // what has been deployed is Ekiben's own commit on one that was signed
-    let is_deployed = || Status::read(layout).deployed.is_some_and(|deployed| deployed.commit == base);
-    if !instance.signers.is_empty() && !is_deployed() {
+    let was_deployed = || Status::read(layout).deployed.is_some_and(|deployed| deployed.commit == base);
+    if !instance.signers.is_empty() && !was_deployed() {
         repository.check_signed(&base, &instance.signers, scratch)?;
     }
     persist(retries, || repository.complete(&base))?;
@@ -117,7 +118,7 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
     let awaiting = Status::read(layout).awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
     let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
     fault::point("prepare: committed");
-    let unchanged = status::is_deployed(layout, &commit, instance);
+    let unchanged = is_deployed(layout, &commit, instance);
     let tree = repository.tree(&commit)?;
     if commit != repository.head {
         repository.check_forward(&commit, layout.name(), scratch)?;

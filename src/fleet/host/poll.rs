@@ -16,18 +16,16 @@ use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
-use crate::fleet::host::{outbox, release, secrets, seen};
+use crate::fleet::host::{heartbeat, outbox, release, secrets, seen};
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
 use crate::layout::Layout;
 use crate::program::Program;
-use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
-use crate::stages::reboot;
 use crate::system::now;
-use crate::text::{self, ago};
+use crate::text::ago;
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);
@@ -35,8 +33,6 @@ const REACH: Duration = Duration::from_secs(30);
 const DELIVERY: Duration = Duration::from_secs(300);
 /// The heartbeat that the hub has taken last.
 const TOLD: &str = "heartbeat.json";
-/// Why what the hub offers was refused, if it was.
-const REFUSED: &str = "refused";
 
 /// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns its
 /// manifest, and the commit to start from: HEAD, if the release is in it, or a new one on top.
@@ -48,7 +44,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
     let untold = files.as_ref().err().map(ToString::to_string);
     let taken = files.and_then(|()| take(&mut session, layout, instance, hub, repository, scratch.path()));
 
-    let mut beat = heartbeat(layout, hub);
+    let mut beat = heartbeat::now(layout, hub);
     beat.files = beat.files.or(untold);
     match &taken {
         Ok((manifest, commit)) => {
@@ -121,7 +117,7 @@ fn take(
 
 /// Writes down why what the hub offers is refused, or that it is not.
 fn note_refusal(layout: &Layout, error: Option<&Error>) -> Result<()> {
-    let path = layout.own(REFUSED);
+    let path = layout.own(heartbeat::REFUSED);
     match error {
         // the next poll may well accept the same
         Some(error) if error.is_transient() => Ok(()),
@@ -200,13 +196,13 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
 pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
     let told = fs::read(layout.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat(layout, hub)).context(|| "write the heartbeat".into())?;
+    let now = serde_json::to_vec_pretty(&heartbeat::now(layout, hub)).context(|| "write the heartbeat".into())?;
     if outbox::waiting(layout)?.is_empty() && told == now {
         return Ok(());
     }
     let scratch = scratch(layout)?;
     let mut session = Session::open(hub, &identity(layout)?, scratch.path(), DELIVERY)?;
-    deliver_by(&mut session, layout, scratch.path(), &heartbeat(layout, hub))?;
+    deliver_by(&mut session, layout, scratch.path(), &heartbeat::now(layout, hub))?;
     session.close()
 }
 
@@ -250,48 +246,6 @@ fn deliver_by(session: &mut Session, layout: &Layout, scratch: &Path, heartbeat:
     send(&beat)?;
     fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
     reports.into_iter().collect()
-}
-
-/// How the instance is.
-fn heartbeat(layout: &Layout, hub: &Hub) -> Heartbeat {
-    let status = Status::read(layout);
-    // a host that cannot read what it has seen is to be heard all the same
-    let seen = seen::newest(layout, None).unwrap_or_default();
-    let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
-    // a release that could not even be proposed has not been tried
-    let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
-    let drifted = status.runs.first().filter(|run| run.result == Outcome::Drifted);
-    let last = drifted.or(tried.map(|tried| &tried.run)).or(refused);
-    let deployed = status.deployed.as_ref();
-    let system = crate::system::current().ok();
-    let nixos = fs::read_to_string("/run/current-system/nixos-version").ok().map(|version| text::line(version.trim_end()));
-    let revision = nixos.as_deref().and_then(|version| version.rsplit('.').next());
-    let is_revision = |text: &&str| text.len() >= 7 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    Heartbeat {
-        format: FORMAT,
-        host: hub.name.clone(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        deployed: deployed.and_then(|deployed| deployed.release.clone()),
-        system: system.and_then(|system| system.as_path().try_into().ok()),
-        running: None,
-        last: last.map(|run| LastRun {
-            release: run.release.clone(),
-            result: run.result,
-            stage: run.stage,
-            error: run.error.clone(),
-            finished: run.finished,
-        }),
-        runs: tried.map_or(0, |tried| tried.count),
-        self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
-        reboot_needed: reboot::is_needed(),
-        files: fs::read_to_string(layout.trouble_with_files()).ok(),
-        refused: fs::read_to_string(layout.own(REFUSED)).ok(),
-        expires: status.expires,
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
-        nixpkgs: revision.filter(is_revision).map(String::from),
-        nixos,
-        seen,
-    }
 }
 
 /// The private key: systemd's copy of it, which only the instance's user can read. Fails if it is as in module.nix

@@ -1,0 +1,57 @@
+//! What a host tells its hub of itself.
+
+use std::fs;
+
+use crate::config::Hub;
+use crate::fleet::host::seen;
+use crate::fleet::{FORMAT, Heartbeat, LastRun};
+use crate::layout::Layout;
+use crate::run::Outcome;
+use crate::run::status::Status;
+use crate::stages::reboot;
+use crate::text;
+
+/// Why what the hub offers was refused, if it was.
+pub const REFUSED: &str = "refused";
+
+/// How the instance is.
+pub fn now(layout: &Layout, hub: &Hub) -> Heartbeat {
+    let status = Status::read(layout);
+    // a host that cannot read what it has seen is to be heard all the same
+    let seen = seen::newest(layout, None).unwrap_or_default();
+    let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
+    // a release that could not even be proposed has not been tried
+    let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
+    let drifted = status.runs.first().filter(|run| run.result == Outcome::Drifted);
+    let last = drifted.or(tried.map(|tried| &tried.run)).or(refused);
+    let deployed = status.deployed.as_ref();
+    let system = crate::system::current().ok();
+    let nixos = fs::read_to_string("/run/current-system/nixos-version").ok().map(|version| text::line(version.trim_end()));
+    let revision = nixos.as_deref().and_then(|version| version.rsplit('.').next());
+    let is_revision = |text: &&str| text.len() >= 7 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    Heartbeat {
+        format: FORMAT,
+        host: hub.name.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        deployed: deployed.and_then(|deployed| deployed.release.clone()),
+        system: system.and_then(|system| system.as_path().try_into().ok()),
+        running: None,
+        last: last.map(|run| LastRun {
+            release: run.release.clone(),
+            result: run.result,
+            stage: run.stage,
+            error: run.error.clone(),
+            finished: run.finished,
+        }),
+        runs: tried.map_or(0, |tried| tried.count),
+        self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
+        reboot_needed: reboot::is_needed(),
+        files: fs::read_to_string(layout.trouble_with_files()).ok(),
+        refused: fs::read_to_string(layout.own(REFUSED)).ok(),
+        expires: status.expires,
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
+        nixpkgs: revision.filter(is_revision).map(String::from),
+        nixos,
+        seen,
+    }
+}

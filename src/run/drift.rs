@@ -1,0 +1,33 @@
+//! What this machine runs, beside what was deployed.
+
+use std::path::Path;
+
+use crate::config::Instance;
+use crate::layout::Layout;
+use crate::nix::profile;
+use crate::run::status::{Deployed, all_deployed};
+use crate::system;
+
+/// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
+/// deployed.
+pub fn drift(layout: &Layout) -> Option<String> {
+    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(layout).into_iter().max_by_key(|deployed| deployed.number)?;
+    let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
+    let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
+    let (how, but) = match not_booted_since {
+        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot"),
+        None if is_booted => (", chosen at boot", ""),
+        _ => (", switched to by hand", ""),
+    };
+    let name = |system: &Path| {
+        profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
+    };
+    Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+}
+
+/// Whether this very commit is what was last deployed of its flake, by whichever instance.
+pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
+    let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
+    let last = all_deployed(layout).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
+    last.is_some_and(|deployed| deployed.commit == commit)
+}
