@@ -154,7 +154,13 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
         if size() >= manifest.size || !tarball.is_file() {
             files::clear(tarball).context(doing)?;
         }
-        if !session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)? {
+        let found = session.get(&format!("release/{}", manifest.archive()), tarball, LARGE).inspect_err(|error| {
+            // or there is no room to tell the hub, either
+            if error.to_string().contains("No space left on device") {
+                let _ = files::clear(tarball);
+            }
+        })?;
+        if !found {
             return Err("the hub does not have its archive").context(doing);
         }
         if is_right() {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{Context, Result};
-use crate::fleet::hub::repository::Settings;
+use crate::fleet::hub::settings::Settings;
 use crate::names::host_name;
 
 const README: &str = "\

@@ -13,4 +13,5 @@ mod push;
 mod remote;
 mod repository;
 pub mod served;
+pub mod settings;
 mod status;

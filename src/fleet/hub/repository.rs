@@ -4,25 +4,20 @@
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, Metadata};
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use ::nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Provenance;
-use crate::fleet::SMALL;
 use crate::fleet::archive::pack;
 use crate::fleet::archive::unpack::unpack;
 use crate::fleet::hub::jobs;
-use crate::fleet::hub::served;
+use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::{Temporary, home};
 use crate::json;
 use crate::names::{HostName, ObjectId, Sha256, StorePath};
@@ -33,81 +28,6 @@ use crate::text;
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
 const NAMES: &str = "builtins.attrNames";
 const SYSTEM: &str = "system: { derivation = system.drvPath; toplevel = system.outPath; }";
-
-/// `fleet.json`.
-#[derive(Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct Settings {
-    /// What the hub serves; here, or `sftp://` where.
-    pub directory: PathBuf,
-    /// The private key to sign releases with.
-    pub signing_key: Option<PathBuf>,
-    /// After how many seconds without a heartbeat a host is silent.
-    pub silent_after: u64,
-    /// The same for single hosts, by their names.
-    pub silent_after_of: BTreeMap<HostName, u64>,
-    /// For how many seconds a release counts as new.
-    pub expires_after: Option<u64>,
-    /// More arguments for `nix eval` and `nix build`.
-    pub flags: Vec<String>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            directory: "/var/lib/ekiben-hub".into(),
-            signing_key: None,
-            silent_after: 3600,
-            silent_after_of: BTreeMap::new(),
-            expires_after: Some(30 * 24 * 60 * 60),
-            flags: Vec::new(),
-        }
-    }
-}
-
-impl Settings {
-    /// Reads the settings of the repository in this directory, which say what is run and what is signed:
-    /// they have to be this user's own, as the directory that they are in.
-    pub fn read(repository: &Path) -> Result<Self> {
-        let path = repository.join("fleet.json");
-        let doing = || format!("read {}", path.display());
-        let mut file = File::open(&path).context(doing)?;
-        check_owner(&path, &file.metadata().context(doing)?)?;
-        check_owner(repository, &fs::metadata(repository).context(doing)?)?;
-        let mut text = String::new();
-        file.by_ref().take(SMALL).read_to_string(&mut text).context(doing)?;
-        let mut settings: Self = json::parse(&text).context(doing)?;
-        if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
-            return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
-        }
-        settings.signing_key = settings.signing_key.map(|key| repository.join(key));
-        Ok(settings)
-    }
-
-    /// How long a host may be silent.
-    pub fn silence(&self, host: &HostName) -> Duration {
-        Duration::from_secs(self.silent_after_of.get(host).copied().unwrap_or(self.silent_after))
-    }
-}
-
-/// Fails unless a file or a directory is this user's, or root's, and not everybody's to change.
-fn check_owner(path: &Path, metadata: &Metadata) -> Result<()> {
-    let (owner, user) = (metadata.uid(), geteuid().as_raw());
-    let why = if ![user, 0].contains(&owner) {
-        let (owner, user) = (files::user_name(owner), files::user_name(user));
-        format!("owned by {owner}, not by {user}; run this as {owner}, change the owner, or use --repository")
-    } else if metadata.mode() & 0o002 != 0 {
-        "world-writable; remove the permission with chmod o-w".into()
-    } else {
-        return Ok(());
-    };
-    Err(why).context(|| format!("trust {}", path.display()))
-}
-
-/// The repository that `directory` is in.
-pub fn find(directory: &Path) -> Option<&Path> {
-    directory.ancestors().find(|place| place.join("fleet.json").exists())
-}
 
 /// A directory with configurations, packed.
 pub struct Packed {
@@ -386,7 +306,6 @@ pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Res
 mod tests {
     use super::*;
     use crate::testing::Directory;
-    use std::os::unix::fs::PermissionsExt;
 
     fn host(name: &str, place: &str, attr: Option<&str>) -> Host {
         let source = Packed {
@@ -402,36 +321,6 @@ mod tests {
 
     fn names(hosts: &[Host]) -> Vec<&str> {
         hosts.iter().map(|host| &*host.name).collect()
-    }
-
-    #[test]
-    fn settings_are_checked() {
-        let place = Directory::new();
-        let read = |text: &str| {
-            fs::write(place.path().join("fleet.json"), text).unwrap();
-            Settings::read(place.path())
-        };
-        let settings = read("{}").unwrap();
-        assert_eq!((settings.directory, settings.signing_key, settings.silent_after), ("/var/lib/ekiben-hub".into(), None, 3600));
-        assert_eq!(read(r#"{"signingKey": "key"}"#).unwrap().signing_key, Some(place.path().join("key")));
-        for (text, error) in [
-            (r#"{"silentafter": 1}"#, "silentafter: unknown field"),
-            (r#"{"silentAfter": -1}"#, "silentAfter: invalid value"),
-            (r#"{"flags": "-L"}"#, "flags: invalid type"),
-            (r#"{"directory": "served"}"#, "directory: expected an absolute path or sftp://..., found \"served\""),
-        ] {
-            let said = read(text).unwrap_err().to_string();
-            assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
-        }
-        // everybody's is nobody's
-        for path in [place.path().to_owned(), place.path().join("fleet.json")] {
-            let before = fs::metadata(&path).unwrap().permissions();
-            fs::set_permissions(&path, PermissionsExt::from_mode(0o777)).unwrap();
-            assert!(Settings::read(place.path()).unwrap_err().to_string().contains("world-writable"));
-            fs::set_permissions(&path, before).unwrap();
-        }
-        fs::create_dir_all(place.path().join("hosts/web")).unwrap();
-        assert_eq!(find(&place.path().join("hosts/web")), Some(place.path()));
     }
 
     #[test]

@@ -13,8 +13,9 @@ use ::nix::sys::stat::{Mode, umask};
 use crate::error::{Context, Error, Result};
 use crate::fleet::hub::jobs::{Board, parallel};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::repository::{FleetRepository, Host, Settings, find, select};
+use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::settings::{Settings, find};
 use crate::fleet::hub::{collect, guide, status};
 use crate::output;
 
