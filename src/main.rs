@@ -9,10 +9,10 @@ mod fleet;
 mod gather;
 mod git;
 mod json;
-mod layout;
 mod names;
 mod nix;
 mod output;
+mod paths;
 mod program;
 mod run;
 mod stages;
@@ -32,8 +32,8 @@ use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fleet::host::{poll, secrets, seen};
 use crate::fleet::hub::{command, offer};
-use crate::layout::Layout;
 use crate::output::print;
+use crate::paths::Paths;
 use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{holding, metrics, notify, show, trigger};
@@ -135,28 +135,26 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => {
             let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
-            activate::activate(&layout(name)?, config.as_ref())
+            activate::activate(&paths(name)?, config.as_ref())
         }
         ["metrics", file] => metrics::write(&config()?, Path::new(file)),
-        ["notify", name, run, on, command] => notify::notify(&layout(name)?, run, on, command),
+        ["notify", name, run, on, command] => notify::notify(&paths(name)?, run, on, command),
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, poll::deliver),
-        ["install", name] => {
-            stage(file, name, |layout, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(layout, hub)))
-        }
+        ["install", name] => stage(file, name, |paths, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(paths, hub))),
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
         ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
-        ["retry", name] => layout(name).and_then(|layout| begin::retry(&layout)),
-        ["conclude", name] => layout(name).and_then(|layout| conclude::conclude(&layout)),
+        ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
+        ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),
         ["candidate", fate, name, options, proposal] => {
             let options = serde_json::from_slice(options.as_bytes()).context(|| "read the run's options".into())?;
             let proposal: Option<Proposal> = serde_json::from_slice(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
-            return branch::candidate(fate, &layout(name)?, &options, proposal.as_ref());
+            return branch::candidate(fate, &paths(name)?, &options, proposal.as_ref());
         }
         #[cfg(feature = "fault-points")]
         ["fault-points"] => print(&fault::POINTS.map(|point| format!("{point}\n")).concat()),
@@ -172,10 +170,10 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
 
 /// Runs a stage, unless the instance is not configured. Then another's switch has just taken it
 /// away: nothing has failed, and the run will start over when the instance is there again.
-fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -> Result<()> {
-    let layout = layout(name)?;
+fn stage(file: &Path, name: &str, stage: fn(&Paths, &Instance) -> Result<()>) -> Result<()> {
+    let paths = paths(name)?;
     if let Some(instance) = configured(file, name)? {
-        return stage(&layout, &instance);
+        return stage(&paths, &instance);
     }
     log::warn!("Instance {name} is no longer configured; nothing to do.");
     Ok(())
@@ -183,7 +181,7 @@ fn stage(file: &Path, name: &str, stage: fn(&Layout, &Instance) -> Result<()>) -
 
 /// Whether the first stage has begun no run, as while there is a hold: then the others have nothing to do.
 fn is_not_begun(name: &str) -> Result<bool> {
-    Ok(Status::read(&layout(name)?).running.is_none())
+    Ok(Status::read(&paths(name)?).running.is_none())
 }
 
 fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {
@@ -194,9 +192,9 @@ fn read_if_there(file: &Path) -> Result<Option<Config>> {
     file.exists().then(|| Config::read(file)).transpose()
 }
 
-fn layout(name: &str) -> Result<Layout> {
+fn paths(name: &str) -> Result<Paths> {
     config::instance_name(name).context(|| "find the instance".into())?;
-    Ok(Layout::new(name))
+    Ok(Paths::new(name))
 }
 
 /// Log lines for the journal carry their priority in front, as in sd-daemon(3); others say it. They may

@@ -10,9 +10,9 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
-use crate::layout::Layout;
 use crate::names::is_store_path;
 use crate::nix::cache::Cache;
+use crate::paths::Paths;
 use crate::program::Program;
 
 /// Where root keeps systems from being collected as garbage while a run needs them.
@@ -231,8 +231,8 @@ fn is_within(store: &Path, path: &Path) -> bool {
 }
 
 /// Lets all that was kept for a run be collected as garbage.
-pub fn unroot(layout: &Layout) -> Result<()> {
-    for root in [layout.name().to_owned(), before_root(layout, "system"), before_root(layout, "generation")] {
+pub fn unroot(paths: &Paths) -> Result<()> {
+    for root in [paths.name().to_owned(), before_root(paths, "system"), before_root(paths, "generation")] {
         let root = Path::new(GC_ROOTS).join(root);
         crate::files::remove(&root).context(|| format!("remove {}", root.display()))?;
     }
@@ -240,8 +240,8 @@ pub fn unroot(layout: &Layout) -> Result<()> {
 }
 
 /// The name of a root for what to go back to; no instance has a name like it.
-pub fn before_root(layout: &Layout, what: &str) -> String {
-    format!("{}.{what}", layout.name())
+pub fn before_root(paths: &Paths, what: &str) -> String {
+    format!("{}.{what}", paths.name())
 }
 
 #[cfg(test)]

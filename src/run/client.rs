@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::error::{Context, Result};
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::ended::Ended;
 use crate::run::hold::Hold;
 use crate::run::status::{Running, Status};
@@ -51,17 +51,17 @@ struct LastForClients {
 }
 
 /// How an instance is, as JSON, for a client of the webhook.
-pub fn for_clients(layout: &Layout) -> Result<String> {
-    let path = layout.request();
+pub fn for_clients(paths: &Paths) -> Result<String> {
+    let path = paths.request();
     // before the status: a run that takes the request meanwhile shows there
     let queued = path.try_exists().context(|| format!("look for {}", path.display()))?;
-    let Status { running, served, held, runs, bad, .. } = Status::read(layout);
+    let Status { running, served, held, runs, bad, .. } = Status::read(paths);
     let bad = bad.map(|bad| KnownBad { retry_after: bad.retry_after(), commit: bad.commit, tries: bad.tries });
     let last = runs.into_iter().next().map(|run| {
         let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
         LastForClients { result, stage, commit, started, finished, reboot_needed }
     });
-    let (queued, hold) = (queued || held.is_some(), Hold::read(layout));
+    let (queued, hold) = (queued || held.is_some(), Hold::read(paths));
     serde_json::to_string(&ForClients { queued, hold, running, served, last, bad })
         .map(|text| text + "\n")
         .context(|| "write the state".into())
@@ -80,7 +80,7 @@ mod tests {
         for below in ["queue", "status"] {
             fs::create_dir(directory.path().join(below)).unwrap();
         }
-        let layout = Layout::below(directory.path(), "app");
+        let paths = Paths::below(directory.path(), "app");
         let options = json!({
             "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
             "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
@@ -89,8 +89,8 @@ mod tests {
         let bad =
             json!({ "base": "0", "tree": "0", "options": options, "commit": "0".repeat(40), "error": "x", "tries": 2, "tried": 1_000_000 });
         let status = json!({ "format": crate::run::journal::FORMAT, "bad": bad });
-        fs::write(layout.status(), status.to_string()).unwrap();
-        let state: Value = serde_json::from_str(&for_clients(&layout).unwrap()).unwrap();
+        fs::write(paths.status(), status.to_string()).unwrap();
+        let state: Value = serde_json::from_str(&for_clients(&paths).unwrap()).unwrap();
         assert_eq!(state["bad"], json!({ "commit": "0".repeat(40), "tries": 2, "retryAfter": 1_000_120 }));
     }
 }

@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use crate::config::Instance;
-use crate::layout::Layout;
 use crate::nix::profile;
+use crate::paths::Paths;
 use crate::run::status::{Deployed, all_deployed};
 use crate::system;
 
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
 /// deployed.
-pub fn drift(layout: &Layout) -> Option<String> {
-    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(layout).into_iter().max_by_key(|deployed| deployed.number)?;
+pub fn drift(paths: &Paths) -> Option<String> {
+    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(paths).into_iter().max_by_key(|deployed| deployed.number)?;
     let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
@@ -26,8 +26,8 @@ pub fn drift(layout: &Layout) -> Option<String> {
 }
 
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.
-pub fn is_deployed(layout: &Layout, commit: &str, instance: &Instance) -> bool {
+pub fn is_deployed(paths: &Paths, commit: &str, instance: &Instance) -> bool {
     let same_flake = |deployed: &Deployed| deployed.flake_ref == instance.flake_ref && deployed.flags == instance.flags;
-    let last = all_deployed(layout).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
+    let last = all_deployed(paths).into_iter().filter(same_flake).max_by_key(|deployed| deployed.number);
     last.is_some_and(|deployed| deployed.commit == commit)
 }

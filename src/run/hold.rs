@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::json;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::system::now;
 
@@ -32,8 +32,8 @@ pub struct Hold {
 
 impl Hold {
     /// The hold that is in force, if one is.
-    pub fn read(layout: &Layout) -> Option<Self> {
-        let path = layout.hold();
+    pub fn read(paths: &Paths) -> Option<Self> {
+        let path = paths.hold();
         let bytes = match files::read_foreign(&path, LIMIT) {
             Err(error) if error.kind() == ErrorKind::NotFound => return None,
             other => other.map_err(|error| error.to_string()),
@@ -49,13 +49,13 @@ impl Hold {
     }
 
     /// Has it be in force, in the place of an earlier one.
-    pub fn write(&self, layout: &Layout) -> Result<()> {
-        files::write_json(&layout.hold(), self, 0o644)
+    pub fn write(&self, paths: &Paths) -> Result<()> {
+        files::write_json(&paths.hold(), self, 0o644)
     }
 
     /// Ends it, whatever lies in its place.
-    pub fn remove(layout: &Layout) -> Result<()> {
-        let path = layout.hold();
+    pub fn remove(paths: &Paths) -> Result<()> {
+        let path = paths.hold();
         files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
     }
 
@@ -80,23 +80,23 @@ mod tests {
     fn a_hold_ends_by_itself_and_what_is_none_holds_nothing() {
         let directory = Directory::new();
         std::fs::create_dir(directory.path().join("holds")).unwrap();
-        let layout = Layout::below(directory.path(), "app");
+        let paths = Paths::below(directory.path(), "app");
         let hold = |until| Hold { since: 0, until, by: "alice".into(), reason: "audit\n\u{1b}[2J".into() };
-        assert!(Hold::read(&layout).is_none());
-        hold(now() + 60).write(&layout).unwrap();
-        let why = Hold::read(&layout).unwrap().why();
+        assert!(Hold::read(&paths).is_none());
+        hold(now() + 60).write(&paths).unwrap();
+        let why = Hold::read(&paths).unwrap().why();
         assert!(why.ends_with(": audit\u{fffd}\u{fffd}[2J"), "{why}");
-        hold(now()).write(&layout).unwrap();
-        assert!(Hold::read(&layout).is_none());
+        hold(now()).write(&paths).unwrap();
+        assert!(Hold::read(&paths).is_none());
         for odd in ["", "{}", "x", &"1".repeat(10_000)] {
-            std::fs::write(layout.hold(), odd).unwrap();
-            assert!(Hold::read(&layout).is_none(), "{odd}");
+            std::fs::write(paths.hold(), odd).unwrap();
+            assert!(Hold::read(&paths).is_none(), "{odd}");
         }
-        Hold::remove(&layout).unwrap();
-        std::fs::create_dir_all(layout.hold().join("deep")).unwrap();
-        assert!(Hold::read(&layout).is_none());
-        Hold::remove(&layout).unwrap();
-        Hold::remove(&layout).unwrap();
-        assert!(!layout.hold().exists());
+        Hold::remove(&paths).unwrap();
+        std::fs::create_dir_all(paths.hold().join("deep")).unwrap();
+        assert!(Hold::read(&paths).is_none());
+        Hold::remove(&paths).unwrap();
+        Hold::remove(&paths).unwrap();
+        assert!(!paths.hold().exists());
     }
 }

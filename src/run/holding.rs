@@ -11,8 +11,8 @@ use nix::unistd::geteuid;
 use crate::config::{Config, instance_name};
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::layout::Layout;
 use crate::output;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::hold::{Hold, moment};
 use crate::run::queue;
@@ -38,12 +38,12 @@ pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         [span] => (*span, ""),
         _ => return Err(Error::new("Failed to understand the hold: expected ekiben hold INSTANCE [DURATION] [--reason TEXT]")),
     };
-    let layout = trigger::layout(config, name, "hold", Layout::hold)?;
+    let paths = trigger::paths(config, name, "hold", Paths::hold)?;
     let since = now();
     let until = since + seconds(span)?;
     let by = std::env::var("SUDO_USER").unwrap_or_else(|_| files::user_name(geteuid().as_raw()));
-    Hold { since, until, by, reason: reason.to_owned() }.write(&layout)?;
-    let run = match Status::read(&layout).running {
+    Hold { since, until, by, reason: reason.to_owned() }.write(&paths)?;
+    let run = match Status::read(&paths).running {
         Some(_) => format!(" A run is under way: see ekiben status {name}. It ends before it switches, unless it already does."),
         None => String::new(),
     };
@@ -52,37 +52,37 @@ pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
 
 /// Ends the hold of an instance; what waits for that runs.
 pub fn resume(config: &Config, name: &str) -> Result<()> {
-    let layout = trigger::layout(config, name, "resume", Layout::hold)?;
-    trigger::layout(config, name, "resume", Layout::request)?;
-    let was_held = Hold::read(&layout).is_some();
-    let next = if lift(&layout)? { " The request that has waited runs now." } else { "" };
+    let paths = trigger::paths(config, name, "resume", Paths::hold)?;
+    trigger::paths(config, name, "resume", Paths::request)?;
+    let was_held = Hold::read(&paths).is_some();
+    let next = if lift(&paths)? { " The request that has waited runs now." } else { "" };
     output::print(&format!("{name} is {}.{next}\n", if was_held { "held no longer" } else { "not held" }))
 }
 
 /// Keeps the request that waits for a run until the hold ends; false if none is in force.
-pub fn keep(layout: &Layout) -> Result<bool> {
-    let Some(hold) = Hold::read(layout) else { return Ok(false) };
-    let number = queue::waiting(layout)?;
-    Status::keep_request(layout, number)?;
-    queue::remove(layout, number)?;
+pub fn keep(paths: &Paths) -> Result<bool> {
+    let Some(hold) = Hold::read(paths) else { return Ok(false) };
+    let number = queue::waiting(paths)?;
+    Status::keep_request(paths, number)?;
+    queue::remove(paths, number)?;
     log::info!("Held until {} {}; nothing is deployed, and a request is kept.", moment(hold.until), hold.why());
     // whoever has ended it meanwhile has not seen what is kept
-    Ok(Hold::read(layout).is_some())
+    Ok(Hold::read(paths).is_some())
 }
 
 /// Ends holds when they are over, until there are none.
 pub fn watch() -> Result<()> {
-    let place = Layout::new("x").hold();
+    let place = Paths::new("x").hold();
     let place = place.parent().unwrap_or(&place);
     loop {
         let names = fs::read_dir(place).context(|| format!("read {}", place.display()))?.flatten();
         let names: Vec<_> = names.filter_map(|file| file.file_name().into_string().ok()).filter(|name| !name.starts_with('.')).collect();
         let mut next = None;
         for name in names {
-            let until = match Some(&*name).filter(|name| instance_name(name).is_ok()).map(Layout::new) {
-                Some(layout) => match Hold::read(&layout) {
+            let until = match Some(&*name).filter(|name| instance_name(name).is_ok()).map(Paths::new) {
+                Some(paths) => match Hold::read(&paths) {
                     None => {
-                        lift(&layout)?;
+                        lift(&paths)?;
                         continue;
                     }
                     Some(hold) => hold.until,
@@ -106,10 +106,10 @@ fn is_old(path: &Path) -> bool {
 }
 
 /// Ends a hold, and has the request that was kept be served; whether there was one.
-fn lift(layout: &Layout) -> Result<bool> {
-    Hold::remove(layout)?;
-    let kept = Status::read(layout).held;
-    kept.map_or(Ok(false), |number| queue::request(layout, number).map(|_| true))
+fn lift(paths: &Paths) -> Result<bool> {
+    Hold::remove(paths)?;
+    let kept = Status::read(paths).held;
+    kept.map_or(Ok(false), |number| queue::request(paths, number).map(|_| true))
 }
 
 /// A time span as in systemd.time(7), in seconds.

@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Instance, LoaderKind};
 use crate::error::{Context, Result};
 use crate::files;
-use crate::layout::Layout;
 use crate::names::RunId;
 use crate::nix::profile::Generation;
+use crate::paths::Paths;
 use crate::run::notes::{Notes, Proposal};
 use crate::run::{Failure, Outcome, Trigger};
 use crate::system::units::Units;
@@ -160,18 +160,18 @@ impl Run {
     }
 
     /// Reads the journal; none if no run is under way. A journal that makes no sense is set aside.
-    pub fn load(layout: &Layout) -> Result<Option<Self>> {
-        Self::load_from(&layout.journal())
+    pub fn load(paths: &Paths) -> Result<Option<Self>> {
+        Self::load_from(&paths.journal())
     }
 
     /// Reads the journal of the run that could not be put back, if the last one could not.
-    pub fn load_stuck(layout: &Layout) -> Result<Option<Self>> {
-        Self::load_from(&layout.stuck())
+    pub fn load_stuck(paths: &Paths) -> Result<Option<Self>> {
+        Self::load_from(&paths.stuck())
     }
 
     /// Reads the journal of the run that has ended until the next boot, if there is one.
-    pub fn load_trial(layout: &Layout) -> Result<Option<Self>> {
-        Ok(Self::load_from(&layout.trial())?.map(|run| Self { is_trial: true, ..run }))
+    pub fn load_trial(paths: &Paths) -> Result<Option<Self>> {
+        Ok(Self::load_from(&paths.trial())?.map(|run| Self { is_trial: true, ..run }))
     }
 
     fn load_from(path: &Path) -> Result<Option<Self>> {
@@ -192,19 +192,19 @@ impl Run {
     }
 
     /// Writes the journal; when this returns, it will be there after a crash.
-    pub fn save(&self, layout: &Layout) -> Result<()> {
-        files::write_json(&if self.is_trial { layout.trial() } else { layout.journal() }, self, 0o600)
+    pub fn save(&self, paths: &Paths) -> Result<()> {
+        files::write_json(&if self.is_trial { paths.trial() } else { paths.journal() }, self, 0o600)
     }
 
     /// Enters a phase, durably, or not at all.
-    pub fn enter(&mut self, phase: Phase, layout: &Layout) -> Result<()> {
+    pub fn enter(&mut self, phase: Phase, paths: &Paths) -> Result<()> {
         let before = std::mem::replace(&mut self.phase, phase);
-        self.save(layout).inspect_err(|_| self.phase = before)
+        self.save(paths).inspect_err(|_| self.phase = before)
     }
 
     /// Removes the journal: the run has ended. So has what waited for a boot, if this has come to change what is booted.
-    pub fn end(&self, layout: &Layout) -> Result<()> {
-        let files = [(layout.trial(), self.reboot_needed), (layout.journal(), !self.is_trial)];
+    pub fn end(&self, paths: &Paths) -> Result<()> {
+        let files = [(paths.trial(), self.reboot_needed), (paths.journal(), !self.is_trial)];
         for (path, _) in files.iter().filter(|(_, is_over)| *is_over) {
             files::remove(path).context(|| format!("remove {}", path.display()))?;
         }
@@ -212,19 +212,19 @@ impl Run {
     }
 
     /// Keeps the journal until the next boot: the run has ended until then.
-    pub fn await_boot(layout: &Layout) -> Result<()> {
-        let (journal, trial) = (layout.journal(), layout.trial());
+    pub fn await_boot(paths: &Paths) -> Result<()> {
+        let (journal, trial) = (paths.journal(), paths.trial());
         fs::rename(&journal, &trial).and_then(|()| files::sync_parent(&trial)).context(|| format!("rename {}", journal.display()))
     }
 
     /// Keeps the journal as that of a run that could not be put back: the next one tries again.
-    pub fn keep_stuck(&self, layout: &Layout) -> Result<()> {
-        files::write_json(&layout.stuck(), self, 0o600)
+    pub fn keep_stuck(&self, paths: &Paths) -> Result<()> {
+        files::write_json(&paths.stuck(), self, 0o600)
     }
 
     /// What could not be put back has been, or something else has taken its place.
-    pub fn forget_stuck(layout: &Layout) -> Result<()> {
-        let path = layout.stuck();
+    pub fn forget_stuck(paths: &Paths) -> Result<()> {
+        let path = paths.stuck();
         files::remove(&path).context(|| format!("remove {}", path.display()))
     }
 

@@ -6,21 +6,21 @@ use std::path::Path;
 use crate::config::Config;
 use crate::error::{Context, Result};
 use crate::files;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::drift::drift;
 use crate::run::hold::Hold;
 use crate::run::status::Status;
 
 /// One family of metrics: its name behind `ekiben_`, what it tells, and its samples of an instance: the labels besides the
 /// instance's name, and the value.
-type Family = (&'static str, &'static str, fn(&Layout, &Status) -> Vec<(String, u64)>);
+type Family = (&'static str, &'static str, fn(&Paths, &Status) -> Vec<(String, u64)>);
 
 /// All but how many runs have ended how.
 const FAMILIES: [Family; 12] = [
     ("running", "Whether a run is under way.", |_, status| one(status.running.is_some())),
-    ("request_waiting", "Whether a request waits for a run.", |layout, status| one(status.held.is_some() || layout.request().exists())),
-    ("hold_end_timestamp_seconds", "When the hold on the instance ends by itself.", |layout, _| {
-        some(Hold::read(layout).map(|hold| hold.until))
+    ("request_waiting", "Whether a request waits for a run.", |paths, status| one(status.held.is_some() || paths.request().exists())),
+    ("hold_end_timestamp_seconds", "When the hold on the instance ends by itself.", |paths, _| {
+        some(Hold::read(paths).map(|hold| hold.until))
     }),
     ("last_run_timestamp_seconds", "When the last run has ended.", |_, status| some(status.runs.first().map(|run| run.finished))),
     ("last_run_success", "Whether the last run has not failed.", |_, status| {
@@ -37,7 +37,7 @@ const FAMILIES: [Family; 12] = [
     ("reboot_awaited", "Whether what was deployed takes effect at the next boot.", |_, status| {
         one(status.awaiting.is_some() || status.runs.first().is_some_and(|run| run.reboot_needed))
     }),
-    ("drifted", "Whether the machine runs something else than what was deployed.", |layout, _| one(drift(layout).is_some())),
+    ("drifted", "Whether the machine runs something else than what was deployed.", |paths, _| one(drift(paths).is_some())),
     ("release_expiry_timestamp_seconds", "When the release of the fleet's hub expires.", |_, status| some(status.expires)),
     ("deployed_info", "Which revision was deployed last.", |_, status| {
         status.deployed.iter().map(|deployed| (label("revision", &deployed.commit), 1)).collect()
@@ -46,31 +46,31 @@ const FAMILIES: [Family; 12] = [
 
 /// Writes the file, in one step.
 pub fn write(config: &Config, file: &Path) -> Result<()> {
-    let instances: Vec<_> = config.instances.keys().map(|name| Layout::new(name)).collect();
-    let instances: Vec<_> = instances.iter().map(|layout| (layout, Status::read(layout))).collect();
+    let instances: Vec<_> = config.instances.keys().map(|name| Paths::new(name)).collect();
+    let instances: Vec<_> = instances.iter().map(|paths| (paths, Status::read(paths))).collect();
     files::write(file, text(&instances).as_bytes(), 0o644).context(|| format!("write {}", file.display()))
 }
 
-fn text(instances: &[(&Layout, Status)]) -> String {
+fn text(instances: &[(&Paths, Status)]) -> String {
     let mut lines = Vec::new();
     for (name, help, samples) in FAMILIES {
-        let of_all: Vec<_> = instances.iter().map(|(layout, status)| (*layout, samples(layout, status))).collect();
+        let of_all: Vec<_> = instances.iter().map(|(paths, status)| (*paths, samples(paths, status))).collect();
         family(&mut lines, name, help, "gauge", &of_all);
     }
     let counts = |status: &Status| status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect();
-    let of_all: Vec<_> = instances.iter().map(|(layout, status)| (*layout, counts(status))).collect();
+    let of_all: Vec<_> = instances.iter().map(|(paths, status)| (*paths, counts(status))).collect();
     family(&mut lines, "runs_total", "How many runs have ended how.", "counter", &of_all);
     lines.join("\n") + "\n"
 }
 
 /// A family of one kind, unless there is nothing of it.
-fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: &[(&Layout, Vec<(String, u64)>)]) {
+fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: &[(&Paths, Vec<(String, u64)>)]) {
     if samples.iter().all(|(_, samples)| samples.is_empty()) {
         return;
     }
     lines.push(format!("# HELP ekiben_{name} {help}\n# TYPE ekiben_{name} {kind}"));
-    for (layout, samples) in samples {
-        lines.extend(samples.iter().map(|(label, value)| format!("ekiben_{name}{{name=\"{}\"{label}}} {value}", layout.name())));
+    for (paths, samples) in samples {
+        lines.extend(samples.iter().map(|(label, value)| format!("ekiben_{name}{{name=\"{}\"{label}}} {value}", paths.name())));
     }
 }
 

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::json;
-use crate::layout::Layout;
 use crate::names::{Branch, ObjectId, RunId};
+use crate::paths::Paths;
 use crate::program::TAIL_LINES;
 use crate::run::Release;
 use crate::run::{Failure, Stage};
@@ -69,8 +69,8 @@ pub fn run_id() -> Result<RunId> {
 impl Notes {
     /// Begins the notes of this run, in the stage `prepare`; earlier ones are gone, and so is the
     /// link to an earlier candidate.
-    pub fn begin(layout: &Layout) -> Result<Self> {
-        let candidate = layout.candidate();
+    pub fn begin(paths: &Paths) -> Result<Self> {
+        let candidate = paths.candidate();
         files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
         let notes = Self {
             run: run_id()?,
@@ -82,19 +82,19 @@ impl Notes {
             stage: Stage::Prepare,
             build_began: None,
         };
-        notes.write(layout)?;
+        notes.write(paths)?;
         Ok(notes)
     }
 
     /// Reads the notes of this run.
-    pub fn read(layout: &Layout) -> Result<Self> {
-        let notes = Self::read_of(layout, &run_id()?)?;
-        notes.ok_or("they belong to another run").context(|| format!("read {}", layout.notes().display()))
+    pub fn read(paths: &Paths) -> Result<Self> {
+        let notes = Self::read_of(paths, &run_id()?)?;
+        notes.ok_or("they belong to another run").context(|| format!("read {}", paths.notes().display()))
     }
 
     /// Reads the notes of a run as a stranger's; `None` if there are none of that run.
-    pub fn read_of(layout: &Layout, run: &RunId) -> Result<Option<Self>> {
-        let path = layout.notes();
+    pub fn read_of(paths: &Paths, run: &RunId) -> Result<Option<Self>> {
+        let path = paths.notes();
         let doing = || format!("read {}", path.display());
         let bytes = match files::read_foreign(&path, LIMIT) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -110,17 +110,17 @@ impl Notes {
     }
 
     /// Notes what a stage failed with and fails with it.
-    pub fn fail(&mut self, layout: &Layout, error: Error) -> Result<()> {
+    pub fn fail(&mut self, paths: &Paths, error: Error) -> Result<()> {
         self.failure = Some(Failure::new(self.stage, &error));
-        if let Err(error) = self.write(layout) {
+        if let Err(error) = self.write(paths) {
             log::warn!("{error}.");
         }
         Err(error)
     }
 
     /// Writes the notes.
-    pub fn write(&self, layout: &Layout) -> Result<()> {
-        let path = layout.notes();
+    pub fn write(&self, paths: &Paths) -> Result<()> {
+        let path = paths.notes();
         let doing = || format!("write {}", path.display());
         let text = serde_json::to_vec(self).context(doing)?;
         // a directory of the user's own making in its place is the user's to remove

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::ended::Ended;
 use crate::run::status::Status;
@@ -27,27 +27,27 @@ struct Told<'a> {
 }
 
 /// Runs the command, if the end of the run is to be told by `on`; returns only where it is not, or that has failed.
-pub fn notify(layout: &Layout, run: &str, on: &str, command: &str) -> Result<()> {
-    let runs = Status::read(layout).runs;
+pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
+    let runs = Status::read(paths).runs;
     let runs = runs.iter().skip_while(|ended| ended.id != run).collect::<Vec<_>>();
     let Some((ended, earlier)) = runs.split_first() else {
-        return Err(Error::new(format!("Failed to find run {run} of {}", layout.name())));
+        return Err(Error::new(format!("Failed to find run {run} of {}", paths.name())));
     };
     if !is_told(ended, earlier, on) {
         return Ok(());
     }
     let host = fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
     let host = host.trim();
-    let told = Told { format: FORMAT, instance: layout.name(), host, run: ended };
+    let told = Told { format: FORMAT, instance: paths.name(), host, run: ended };
     let doing = || "write what is told".into();
     let mut input = files::unnamed(&std::env::temp_dir()).context(doing)?;
     serde_json::to_writer(&input, &told).context(doing)?;
     input.write_all(b"\n").and_then(|()| input.rewind()).context(doing)?;
     let why = ended.error.as_deref().or(ended.summary.as_deref()).filter(|why| !why.is_empty());
-    let title = format!("{} on {host}: {}", layout.name(), ended.result);
+    let title = format!("{} on {host}: {}", paths.name(), ended.result);
     let mut shell = Program::new("/bin/sh").args(["-c", command]);
     for (key, value) in [
-        ("INSTANCE", layout.name()),
+        ("INSTANCE", paths.name()),
         ("HOST", host),
         ("RUN", &ended.id),
         ("RESULT", &ended.result.to_string()),

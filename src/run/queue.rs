@@ -20,7 +20,7 @@ use nix::unistd::linkat;
 
 use crate::error::{Context, Result};
 use crate::files;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::status::Status;
 
 /// No number has more digits.
@@ -42,10 +42,10 @@ enum Found {
 
 /// Asks for a run of the instance; returns the request's number when it is safely on disk.
 /// `after` is the highest number known to be taken: the clock may have been set back.
-pub fn request(layout: &Layout, after: u64) -> Result<u64> {
-    let path = layout.request();
+pub fn request(paths: &Paths, after: u64) -> Result<u64> {
+    let path = paths.request();
     let doing = || format!("write {}", path.display());
-    let served = Status::read(layout).served;
+    let served = Status::read(paths).served;
     for _ in 0..TRIES {
         match find(&path, served) {
             Found::Request(number) => {
@@ -101,22 +101,22 @@ fn now() -> u64 {
 
 /// The number of the request that waits for a run, if there is one. What lies in its place and is no request is
 /// cleared away, and counts as one without a number.
-pub fn waiting(layout: &Layout) -> Result<Option<u64>> {
-    match find(&layout.request(), Status::read(layout).served) {
+pub fn waiting(paths: &Paths) -> Result<Option<u64>> {
+    match find(&paths.request(), Status::read(paths).served) {
         Found::Nothing => Ok(None),
         Found::Request(number) => Ok(Some(number)),
-        Found::Odd => clear(layout).map(|()| Some(0)),
+        Found::Odd => clear(paths).map(|()| Some(0)),
     }
 }
 
 /// Removes the request that a run has found waiting, once its journal has the number.
-pub fn remove(layout: &Layout, number: Option<u64>) -> Result<()> {
+pub fn remove(paths: &Paths, number: Option<u64>) -> Result<()> {
     // without a number, it is gone, and what is there now is another
-    if number > Some(0) { clear(layout) } else { Ok(()) }
+    if number > Some(0) { clear(paths) } else { Ok(()) }
 }
 
-fn clear(layout: &Layout) -> Result<()> {
-    let path = layout.request();
+fn clear(paths: &Paths) -> Result<()> {
+    let path = paths.request();
     files::clear(&path).context(|| format!("remove {}", path.display()))?;
     // it has been taken, and must not be lost; one that a crash brings back leads to one run more
     let _ = files::sync_parent(&path);
@@ -130,68 +130,68 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
 
-    fn layout(directory: &Directory) -> Layout {
+    fn paths(directory: &Directory) -> Paths {
         for below in ["queue", "status"] {
             fs::create_dir(directory.path().join(below)).unwrap();
         }
-        Layout::below(directory.path(), "app")
+        Paths::below(directory.path(), "app")
     }
 
     /// What a run does about requests, up to the end of it.
-    fn take(layout: &Layout) -> Option<u64> {
-        let number = waiting(layout).unwrap();
-        let served = number.unwrap_or(0).max(Status::read(layout).served);
-        fs::write(layout.status(), format!("{{\"format\": 1, \"served\": {served}}}")).unwrap();
-        remove(layout, number).unwrap();
+    fn take(paths: &Paths) -> Option<u64> {
+        let number = waiting(paths).unwrap();
+        let served = number.unwrap_or(0).max(Status::read(paths).served);
+        fs::write(paths.status(), format!("{{\"format\": 1, \"served\": {served}}}")).unwrap();
+        remove(paths, number).unwrap();
         number
     }
 
     #[test]
     fn requests_before_a_run_are_one_and_later_ones_are_higher() {
         let directory = Directory::new();
-        let layout = layout(&directory);
-        assert_eq!(take(&layout), None);
-        let first = request(&layout, 0).unwrap();
-        assert_eq!(request(&layout, 0).unwrap(), first);
-        assert_eq!(take(&layout), Some(first));
+        let paths = paths(&directory);
+        assert_eq!(take(&paths), None);
+        let first = request(&paths, 0).unwrap();
+        assert_eq!(request(&paths, 0).unwrap(), first);
+        assert_eq!(take(&paths), Some(first));
         let far = first + 1_000_000;
-        assert_eq!(request(&layout, far).unwrap(), far + 1);
-        assert_eq!(take(&layout), Some(far + 1));
-        assert_eq!(take(&layout), None);
+        assert_eq!(request(&paths, far).unwrap(), far + 1);
+        assert_eq!(take(&paths), Some(far + 1));
+        assert_eq!(take(&paths), None);
         assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
     }
 
     #[test]
     fn a_number_out_of_reach_is_none() {
         let directory = Directory::new();
-        let layout = layout(&directory);
-        let first = request(&layout, 0).unwrap();
-        take(&layout);
+        let paths = paths(&directory);
+        let first = request(&paths, 0).unwrap();
+        take(&paths);
         for odd in [&u64::MAX.to_string(), &(now() + 2 * REACH).to_string(), &first.to_string(), "1", "-1", "x", "", &"1".repeat(30)] {
-            fs::write(layout.request(), odd).unwrap();
-            assert_eq!(take(&layout), Some(0), "{odd}");
-            fs::write(layout.request(), odd).unwrap();
-            let next = request(&layout, 0).unwrap();
-            assert!(first < next && next <= now().max(Status::read(&layout).served) + 1, "{odd}");
-            assert_eq!(take(&layout), Some(next), "{odd}");
+            fs::write(paths.request(), odd).unwrap();
+            assert_eq!(take(&paths), Some(0), "{odd}");
+            fs::write(paths.request(), odd).unwrap();
+            let next = request(&paths, 0).unwrap();
+            assert!(first < next && next <= now().max(Status::read(&paths).served) + 1, "{odd}");
+            assert_eq!(take(&paths), Some(next), "{odd}");
         }
     }
 
     #[test]
     fn whatever_lies_in_the_place_of_a_request_is_cleared_away_but_no_request_that_follows() {
         let directory = Directory::new();
-        let layout = layout(&directory);
-        fs::create_dir_all(layout.request().join("deep")).unwrap();
-        assert!(request(&layout, 0).is_err());
-        let odd = waiting(&layout).unwrap();
-        let next = request(&layout, 0).unwrap();
-        remove(&layout, odd).unwrap();
-        assert_eq!((odd, take(&layout)), (Some(0), Some(next)));
+        let paths = paths(&directory);
+        fs::create_dir_all(paths.request().join("deep")).unwrap();
+        assert!(request(&paths, 0).is_err());
+        let odd = waiting(&paths).unwrap();
+        let next = request(&paths, 0).unwrap();
+        remove(&paths, odd).unwrap();
+        assert_eq!((odd, take(&paths)), (Some(0), Some(next)));
         for target in ["/etc/passwd", "/nowhere"] {
-            std::os::unix::fs::symlink(target, layout.request()).unwrap();
+            std::os::unix::fs::symlink(target, paths.request()).unwrap();
             // a path unit would not see the latter
-            let number = request(&layout, 0).unwrap();
-            assert_eq!(take(&layout), Some(number));
+            let number = request(&paths, 0).unwrap();
+            assert_eq!(take(&paths), Some(number));
         }
         assert!(fs::metadata("/etc/passwd").is_ok());
         assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
@@ -200,8 +200,8 @@ mod tests {
     #[test]
     fn nothing_that_others_make_in_the_queue_is_in_the_way() {
         let directory = Directory::new();
-        let layout = layout(&directory);
+        let paths = paths(&directory);
         fs::create_dir(directory.path().join("queue").join(format!(".app-{}", std::process::id()))).unwrap();
-        request(&layout, 0).unwrap();
+        request(&paths, 0).unwrap();
     }
 }

@@ -10,8 +10,8 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
-use crate::layout::Layout;
 use crate::names::RunId;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::drift::drift;
 use crate::run::hold::{Hold, moment};
@@ -245,7 +245,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
     };
     let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
-    let last = || Status::read(&Layout::new(name)).runs.into_iter().next().map(|run| run.id);
+    let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
     let unit = format!("--unit=ekiben-{name}.service");
     let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
@@ -266,22 +266,22 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
 
 impl Details {
     fn of(name: &str, units: &BTreeMap<String, Unit>, has_webhook: bool) -> Self {
-        let layout = Layout::new(name);
-        let (request, status) = (layout.request(), Status::read(&layout));
+        let paths = Paths::new(name);
+        let (request, status) = (paths.request(), Status::read(&paths));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
         let mut problems = problems(name, units, &status, since, now());
-        problems.extend(drift(&layout));
+        problems.extend(drift(&paths));
         problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
         Self {
             well: problems.is_empty() && !status.has_failed(),
             problems,
             queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
-            hold: Hold::read(&layout),
+            hold: Hold::read(&paths),
             next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
             is_building: units.get(&format!("ekiben-{name}.service")).is_some_and(|service| service.is_building),
             status,
-            output: fs::read_to_string(layout.output()).unwrap_or_default(),
+            output: fs::read_to_string(paths.output()).unwrap_or_default(),
         }
     }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Result};
 use crate::files;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::Release;
 use crate::run::bad::Bad;
 use crate::run::ended::{self, Ended};
@@ -117,8 +117,8 @@ pub struct Tried {
 
 impl Status {
     /// Reads what is known; nothing, if the file is not there or makes no sense.
-    pub fn read(layout: &Layout) -> Self {
-        let path = layout.status();
+    pub fn read(paths: &Paths) -> Self {
+        let path = paths.status();
         let text = match fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Self::default(),
             other => other.map_err(|error| error.to_string()),
@@ -146,27 +146,27 @@ impl Status {
     }
 
     /// Says that a run is in one of root's stages.
-    pub fn announce(layout: &Layout, run: &Run, stage: Stage) -> Result<()> {
-        let status = Self::read(layout);
+    pub fn announce(paths: &Paths, run: &Run, stage: Stage) -> Result<()> {
+        let status = Self::read(paths);
         let mut stages = status.running.filter(|running| running.started == run.started).map_or(Vec::new(), |running| running.stages);
         stages.push((stage, now()));
         let running = Running { stage, trigger: run.trigger, started: run.started, stages };
         // the run's journal has the number of what was kept
-        Self { running: Some(running), held: None, ..status }.write(layout)
+        Self { running: Some(running), held: None, ..status }.write(paths)
     }
 
     /// Keeps the number of a request, if one waits, until a hold ends; no run is under way.
-    pub fn keep_request(layout: &Layout, number: Option<u64>) -> Result<()> {
-        let status = Self::read(layout);
+    pub fn keep_request(paths: &Paths, number: Option<u64>) -> Result<()> {
+        let status = Self::read(paths);
         if number <= status.held && status.running.is_none() {
             return Ok(());
         }
-        Self { running: None, held: number.max(status.held), ..status }.write(layout)
+        Self { running: None, held: number.max(status.held), ..status }.write(paths)
     }
 
     /// Says that this process' run failed before it had a journal, unless it has been reported.
-    pub fn report_unopened(layout: &Layout, why: &str) -> Result<()> {
-        let mut status = Self { running: None, ..Self::read(layout) };
+    pub fn report_unopened(paths: &Paths, why: &str) -> Result<()> {
+        let mut status = Self { running: None, ..Self::read(paths) };
         let id = run_id()?.to_string();
         let mut started = now();
         if let Some(last) = status.runs.first() {
@@ -197,22 +197,22 @@ impl Status {
             stages: Vec::new(),
         });
         // what is kept for the report of a run that has begun stays
-        status.write_plainly(layout)?;
-        tell(layout, &id);
+        status.write_plainly(paths)?;
+        tell(paths, &id);
         Ok(())
     }
 
     /// Keeps room for a report on a disk that is full then.
-    pub fn reserve(layout: &Layout) {
-        if let Err(error) = files::reserve(&layout.reserve(), RESERVE) {
-            log::warn!("Failed to write {}: {error}.", layout.reserve().display());
+    pub fn reserve(paths: &Paths) {
+        if let Err(error) = files::reserve(&paths.reserve(), RESERVE) {
+            log::warn!("Failed to write {}: {error}.", paths.reserve().display());
         }
     }
 
     /// Says how a run ended, and draws the conclusions for the next.
-    pub fn report(layout: &Layout, run: &Run, mut ended: Ended) -> Result<()> {
-        let number = 1 + all_deployed(layout).iter().map(|deployed| deployed.number).max().unwrap_or(0);
-        let mut status = Self::read(layout);
+    pub fn report(paths: &Paths, run: &Run, mut ended: Ended) -> Result<()> {
+        let number = 1 + all_deployed(paths).iter().map(|deployed| deployed.number).max().unwrap_or(0);
+        let mut status = Self::read(paths);
         let running = status.running.take();
         ended.stages = ended::durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
         // a run that has to be started over has served nobody
@@ -255,7 +255,7 @@ impl Status {
         let awaiting = run.candidate.clone().zip(ended.commit.clone()).map(|(system, commit)| Awaiting { commit, system });
         status.awaiting = match ended.result {
             Outcome::AwaitingBoot => awaiting,
-            _ => status.awaiting.filter(|_| !run.reboot_needed && layout.trial().exists()),
+            _ => status.awaiting.filter(|_| !run.reboot_needed && paths.trial().exists()),
         };
         if ended.result == Outcome::RolledBack && ended.reboot_needed {
             status.unfit = run.candidate.clone().map(|system| (system::boot_id(), system));
@@ -267,11 +267,11 @@ impl Status {
             status.tried = Some(Tried { count, run: ended.clone() });
         }
         status.remember(ended);
-        status.write(layout)?;
+        status.write(paths)?;
         if !is_again {
-            tell(layout, &run.id);
+            tell(paths, &run.id);
         }
-        if is_refusal { Ok(()) } else { keep_output(layout, failure.map_or(&[][..], |failure| &failure.tail)) }
+        if is_refusal { Ok(()) } else { keep_output(paths, failure.map_or(&[][..], |failure| &failure.tail)) }
     }
 
     fn remember(&mut self, ended: Ended) {
@@ -287,48 +287,48 @@ impl Status {
         self.runs.truncate(HISTORY);
     }
 
-    fn write(mut self, layout: &Layout) -> Result<()> {
-        self.write_plainly(layout).or_else(|error| {
-            files::remove(&layout.reserve()).map_err(|_| error)?;
-            self.write_plainly(layout)
+    fn write(mut self, paths: &Paths) -> Result<()> {
+        self.write_plainly(paths).or_else(|error| {
+            files::remove(&paths.reserve()).map_err(|_| error)?;
+            self.write_plainly(paths)
         })
     }
 
-    fn write_plainly(&mut self, layout: &Layout) -> Result<()> {
+    fn write_plainly(&mut self, paths: &Paths) -> Result<()> {
         self.format = FORMAT;
-        files::write_json(&layout.status(), self, 0o644)?;
+        files::write_json(&paths.status(), self, 0o644)?;
         system::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
         Ok(())
     }
 }
 
 /// Notes, after a boot, that what was deployed has booted.
-pub fn note_boot(layout: &Layout) -> Result<()> {
+pub fn note_boot(paths: &Paths) -> Result<()> {
     let running = system::current()?;
-    for layout in layout.with_status() {
-        let mut status = Status::read(&layout);
+    for paths in paths.with_status() {
+        let mut status = Status::read(&paths);
         let deployed = status.deployed.as_mut().filter(|deployed| system::is_of(&deployed.system, &running));
         if deployed.is_some_and(|deployed| deployed.not_booted_since.take().is_some()) {
-            status.write(&layout)?;
+            status.write(&paths)?;
         }
     }
     Ok(())
 }
 
 /// Has whoever wants to know be told of the end of a run.
-fn tell(layout: &Layout, run: &str) {
-    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", layout.name());
+fn tell(paths: &Paths, run: &str) {
+    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
     system::start_if_there(&unit(run), &unit(""));
 }
 
 /// What each of this machine's instances deployed last.
-pub fn all_deployed(layout: &Layout) -> Vec<Deployed> {
-    layout.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
+pub fn all_deployed(paths: &Paths) -> Vec<Deployed> {
+    paths.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
 }
 
 /// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
-fn keep_output(layout: &Layout, tail: &[String]) -> Result<()> {
-    let path = layout.output();
+fn keep_output(paths: &Paths, tail: &[String]) -> Result<()> {
+    let path = paths.output();
     let doing = || format!("write {}", path.display());
     if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
 }

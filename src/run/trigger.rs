@@ -10,8 +10,8 @@ use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
 use crate::output;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::Outcome;
 use crate::run::ended::Ended;
@@ -26,19 +26,19 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Asks for a run.
 pub fn trigger(config: &Config, name: &str) -> Result<()> {
-    let layout = layout(config, name, "trigger", Layout::request)?;
-    let number = request(&layout)?;
-    let held = Hold::read(&layout).map(|hold| held(name, &hold)).unwrap_or_default();
+    let paths = paths(config, name, "trigger", Paths::request)?;
+    let number = request(&paths)?;
+    let held = Hold::read(&paths).map(|hold| held(name, &hold)).unwrap_or_default();
     output::print(&format!("Request {number} for {name}; see ekiben status {name}.\n{held}"))
 }
 
 /// Asks for a run and waits for its end, with its log as far as this user may read the journal. Fails
 /// if the run does.
 pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
-    let layout = layout(config, name, "trigger", Layout::request)?;
+    let paths = paths(config, name, "trigger", Paths::request)?;
     let unit = format!("--unit=ekiben-{name}.service");
     let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).show()?;
-    let ended = request(&layout).map(|number| wait(&layout, number));
+    let ended = request(&paths).map(|number| wait(&paths, number));
     // it may be gone already
     let _ = log.kill();
     let _ = log.wait();
@@ -53,16 +53,16 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
 }
 
 /// Waits until a run has served the request; returns the last run.
-fn wait(layout: &Layout, number: u64) -> Option<Ended> {
+fn wait(paths: &Paths, number: u64) -> Option<Ended> {
     let mut said = None;
     loop {
-        let status = Status::read(layout);
+        let status = Status::read(paths);
         if status.served >= number && status.running.is_none() {
             return status.runs.into_iter().next();
         }
-        let hold = Hold::read(layout).filter(|_| status.running.is_none());
+        let hold = Hold::read(paths).filter(|_| status.running.is_none());
         if let Some(hold) = hold.filter(|hold| said.replace(hold.until) != Some(hold.until)) {
-            let _ = output::print(&held(layout.name(), &hold));
+            let _ = output::print(&held(paths.name(), &hold));
         }
         std::thread::sleep(PAUSE);
     }
@@ -74,18 +74,18 @@ fn held(name: &str, hold: &Hold) -> String {
 }
 
 /// Where the instance is, if this user may write what is asked for.
-pub fn layout(config: &Config, name: &str, what: &str, file: fn(&Layout) -> PathBuf) -> Result<Layout> {
+pub fn paths(config: &Config, name: &str, what: &str, file: fn(&Paths) -> PathBuf) -> Result<Paths> {
     config.instance(name)?;
-    let layout = Layout::new(name);
-    let file = file(&layout);
+    let paths = Paths::new(name);
+    let file = file(&paths);
     match access(file.parent().unwrap_or(&file), AccessFlags::W_OK) {
         Err(Errno::EACCES) => return Err(Error::new(format!("Failed to {what} {name}: only root and members of the group ekiben may"))),
-        Err(Errno::ENOENT) if geteuid().is_root() => layout.restore(),
+        Err(Errno::ENOENT) if geteuid().is_root() => paths.restore(),
         _ => {}
     }
-    Ok(layout)
+    Ok(paths)
 }
 
-fn request(layout: &Layout) -> Result<u64> {
-    queue::request(layout, Status::read(layout).served)
+fn request(paths: &Paths) -> Result<u64> {
+    queue::request(paths, Status::read(paths).served)
 }

@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use crate::config::{Config, Operation};
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::layout::Layout;
 use crate::nix::profile::Generation;
 use crate::nix::{self, integrity, profile};
+use crate::paths::Paths;
 use crate::run::hold::Hold;
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::notes::Notes;
@@ -32,21 +32,21 @@ use crate::system::{self, Turn};
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
-pub fn activate(layout: &Layout, config: Option<&Config>) -> Result<()> {
-    let Some(mut run) = Run::load(layout)? else {
-        if Status::read(layout).running.is_none() {
+pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
+    let Some(mut run) = Run::load(paths)? else {
+        if Status::read(paths).running.is_none() {
             // none has begun
             return Ok(());
         }
         return Err(Error::new("Failed to activate: no run is under way"));
     };
-    Status::announce(layout, &run, Stage::Activate)?;
+    Status::announce(paths, &run, Stage::Activate)?;
     fault::point("activate: begun");
     let mut turn = None;
     run.boot_loader = config.and_then(|config| config.boot_loader);
     if config.is_none() {
         run.decision = Some(Decision::StartOver);
-    } else if let Err(error) = attempt(layout, &mut run, &mut turn) {
+    } else if let Err(error) = attempt(paths, &mut run, &mut turn) {
         log::warn!("{error}.");
         if run.phase != Phase::Begun && system::is_stopping()? {
             // its units have been stopped for that, and could not be started: the next boot goes on from here
@@ -54,55 +54,55 @@ pub fn activate(layout: &Layout, config: Option<&Config>) -> Result<()> {
         }
         run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
         // the end is the same if this cannot be written, but for the reason in its report
-        let _ = run.save(layout);
+        let _ = run.save(paths);
     }
-    conclude::end(layout, run, turn)
+    conclude::end(paths, run, turn)
 }
 
 /// As far as the candidate running, booted from now on; the branch is the conclusion's.
-fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
-    run.notes = Notes::read_of(layout, &run.id)?;
+fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
+    run.notes = Notes::read_of(paths, &run.id)?;
     let Some(proposal) = run.proposal() else {
         return Err(Error::new("Failed to activate: there is no proposal"));
     };
     if proposal.unchanged {
-        if let Some(trial) = Run::load_trial(layout)? {
+        if let Some(trial) = Run::load_trial(paths)? {
             let turn = Turn::take()?;
-            boot::withdraw(layout, &trial)?;
+            boot::withdraw(paths, &trial)?;
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
         run.decision = Some(Decision::Unchanged);
-        return run.save(layout);
+        return run.save(paths);
     }
-    let system = nix::trusted_system(&layout.candidate(), layout.name())?;
+    let system = nix::trusted_system(&paths.candidate(), paths.name())?;
     if run.instance.operation == Operation::Switch {
-        check_outlives_switch(&system, layout.name())?;
+        check_outlives_switch(&system, paths.name())?;
     }
     run.candidate = Some(system.clone());
     // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
     while turn.is_none() {
         let count = Turn::count();
-        if !settle::settle(layout, run, Fate::Check)? {
+        if !settle::settle(paths, run, Fate::Check)? {
             run.decision = Some(Decision::StartOver);
-            return run.save(layout);
+            return run.save(paths);
         }
         *turn = Turn::take_at(count)?;
     }
     fault::point("activate: candidate checked");
-    if renews(layout, run, &system)? {
-        return run.enter(Phase::AwaitingBoot, layout);
+    if renews(paths, run, &system)? {
+        return run.enter(Phase::AwaitingBoot, paths);
     }
-    if Hold::read(layout).is_some() {
+    if Hold::read(paths).is_some() {
         // what is asked for then is kept until the hold ends
         run.decision = Some(Decision::StartOver);
-        return run.save(layout);
+        return run.save(paths);
     }
-    boot::supersede(layout)?;
+    boot::supersede(paths)?;
 
     let generation = profile::current_generation()?;
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
-    let before = before(layout, run, generation.clone())?;
+    let before = before(paths, run, generation.clone())?;
     run.before = Some(before.clone());
     integrity::sync()?;
 
@@ -110,42 +110,42 @@ fn attempt(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<()
     if run.instance.operation == Operation::Switch && before.system != target {
         let inhibitors = switched::inhibitors(&system::current()?, &target);
         if inhibitors.is_empty() {
-            run.enter(Phase::Switching, layout)?;
+            run.enter(Phase::Switching, paths)?;
             fault::point("activate: switching");
-            switch::switch(layout, run, &target, &before)?;
+            switch::switch(paths, run, &target, &before)?;
             fault::point("activate: switched");
         } else {
             switch::at_boot(run, &inhibitors.join("; "));
         }
         if !run.reboot_needed {
             let restarts = (run.instance.observe > 0).then(Restarts::now).transpose()?;
-            let is_new = switch::verify(layout, run, &target, &before)?;
+            let is_new = switch::verify(paths, run, &target, &before)?;
             fault::point("activate: healthy");
             if let Some(restarts) = restarts {
                 let restarts = if is_new { Restarts::now()? } else { restarts };
-                let observed = switch::observe(layout, run, &target, &before, restarts);
+                let observed = switch::observe(paths, run, &target, &before, restarts);
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
             }
         }
         if !run.reboot_needed && system::current()? != target || profile::current_generation()? != generation {
             // another hand: what it did is to stay
-            switch::leave(layout, run)?;
+            switch::leave(paths, run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
     run.reboot_needed |= run.instance.operation == Operation::Boot && !system::is_of(&system, &before.system);
     if !is_booted {
         run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
-        run.enter(Phase::Persisting, layout)?;
+        run.enter(Phase::Persisting, paths)?;
         fault::point("activate: persisting");
         profile::set_profile(&system)?;
         fault::point("activate: profile set");
         install(run, &system, generation)?;
         fault::point("activate: boot loader set");
     }
-    run.warnings.extend(missing_from(&system, layout.name()));
+    run.warnings.extend(missing_from(&system, paths.name()));
     integrity::sync()?;
-    run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted }, layout)?;
+    run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted }, paths)?;
     fault::point("activate: persisted");
     Ok(())
 }
@@ -163,9 +163,9 @@ fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf>
 }
 
 /// Whether the system already waits for the next boot, by this instance's doing: then there is nothing to change.
-fn renews(layout: &Layout, run: &mut Run, system: &Path) -> Result<bool> {
+fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
     let waits = |trial: &Run| trial.candidate.as_deref() == Some(system);
-    let Some(trial) = Run::load_trial(layout)?.filter(waits) else { return Ok(false) };
+    let Some(trial) = Run::load_trial(paths)?.filter(waits) else { return Ok(false) };
     if profile::current_generation()?.is_none_or(|next| next.system != system) {
         return Ok(false);
     }
@@ -210,9 +210,9 @@ fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
 
 /// What there is to go back to, kept from being collected as garbage. Where a run could not be put back and
 /// its system still runs, that is what was before that one.
-fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
+fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
     let system = system::current()?;
-    let stuck = Run::load_stuck(layout)?.filter(|stuck| stuck.candidate.as_ref().is_some_and(|stuck| system::is_of(stuck, &system)));
+    let stuck = Run::load_stuck(paths)?.filter(|stuck| stuck.candidate.as_ref().is_some_and(|stuck| system::is_of(stuck, &system)));
     let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
         run.passed = passed;
         before
@@ -222,9 +222,9 @@ fn before(layout: &Layout, run: &mut Run, generation: Option<Generation>) -> Res
         }
         Before { system, generation, last_generation: profile::last_generation()?, units: Units::before()? }
     };
-    nix::keep(&before.system, &nix::before_root(layout, "system"))?;
+    nix::keep(&before.system, &nix::before_root(paths, "system"))?;
     if let Some(generation) = &before.generation {
-        nix::keep(&generation.system, &nix::before_root(layout, "generation"))?;
+        nix::keep(&generation.system, &nix::before_root(paths, "generation"))?;
     }
     Ok(before)
 }

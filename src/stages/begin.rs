@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::holding;
 use crate::run::journal::Run;
@@ -28,27 +28,27 @@ const SHORTEST: u64 = 1;
 const LONGEST: u64 = 10;
 
 /// Runs the stage. If it fails, there is no run, and the request is still there.
-pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
-    layout.restore();
-    let concluded = conclude::conclude(layout);
-    boot::end_all(layout);
-    if layout.journal().exists() || Run::load_trial(layout)?.is_some_and(|trial| trial.boot != boot_id()) {
+pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
+    paths.restore();
+    let concluded = conclude::conclude(paths);
+    boot::end_all(paths);
+    if paths.journal().exists() || Run::load_trial(paths)?.is_some_and(|trial| trial.boot != boot_id()) {
         return concluded.and_then(|()| Err(Error::new("Failed to start the run: the previous run has not ended")));
     }
     if let Err(error) = concluded {
         // that run has been reported; this one is another
         log::warn!("{error}.");
     }
-    match holding::keep(layout) {
+    match holding::keep(paths) {
         Ok(false) => {}
         Ok(true) => return Ok(()),
         Err(error) => {
-            let _ = Status::report_unopened(layout, &error.to_string());
+            let _ = Status::report_unopened(paths, &error.to_string());
             return Err(error);
         }
     }
     let mut run = Run::new(run_id()?, instance.clone());
-    match rollback::go_back_again(layout) {
+    match rollback::go_back_again(paths) {
         Ok(false) => {}
         Ok(true) => run.warnings.push("the rollback of an earlier run, which had failed, is complete".into()),
         Err(error) => {
@@ -56,30 +56,30 @@ pub fn begin(layout: &Layout, instance: &Instance) -> Result<()> {
             run.warnings.push(format!("the rollback of an earlier run failed again: {error}"));
         }
     }
-    open(layout, &mut run).or_else(|error| {
-        if layout.journal().exists() {
-            run.end(layout)?;
+    open(paths, &mut run).or_else(|error| {
+        if paths.journal().exists() {
+            run.end(paths)?;
         }
-        let _ = Status::report_unopened(layout, &error.to_string());
+        let _ = Status::report_unopened(paths, &error.to_string());
         Err(error)
     })
 }
 
 /// After a run that has failed: if it could not begin, has another one start as soon as it can. Until then the unit is
 /// seen to have failed.
-pub fn retry(layout: &Layout) -> Result<()> {
+pub fn retry(paths: &Paths) -> Result<()> {
     if !conclude::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default()) {
         return Ok(());
     }
-    layout.restore();
-    if layout.check_can_be_written().is_ok() {
-        let runs = Status::read(layout).runs;
+    paths.restore();
+    if paths.check_can_be_written().is_ok() {
+        let runs = Status::read(paths).runs;
         let since = runs.first().filter(|run| run.stage == Some(Stage::Begin)).map_or(0, |run| run.started);
         thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, LONGEST)));
     }
-    let unit = format!("ekiben-{}.service", layout.name());
+    let unit = format!("ekiben-{}.service", paths.name());
     let mut pause = PAUSES[0];
-    while has_unit(&unit) && layout.check_can_be_written().is_err() {
+    while has_unit(&unit) && paths.check_can_be_written().is_err() {
         thread::sleep(pause);
         pause = PAUSES[1];
     }
@@ -91,15 +91,15 @@ pub fn retry(layout: &Layout) -> Result<()> {
 }
 
 /// Opens the journal, and takes the request that waits, if there is one.
-fn open(layout: &Layout, run: &mut Run) -> Result<()> {
-    let waiting = queue::waiting(layout)?;
-    run.request = waiting.max(Status::read(layout).held);
+fn open(paths: &Paths, run: &mut Run) -> Result<()> {
+    let waiting = queue::waiting(paths)?;
+    run.request = waiting.max(Status::read(paths).held);
     run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
-    run.save(layout)?;
+    run.save(paths)?;
     fault::point("begin: journal opened");
-    Status::reserve(layout);
-    Status::announce(layout, run, Stage::Prepare)?;
-    queue::remove(layout, waiting)?;
+    Status::reserve(paths);
+    Status::announce(paths, run, Stage::Prepare)?;
+    queue::remove(paths, waiting)?;
     fault::point("begin: request taken");
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::git::{self, Repository};
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::notes::Proposal;
 
 /// What root may ask for.
@@ -43,17 +43,17 @@ impl Fate {
 }
 
 /// Does it. Without a proposal there is nothing but to drop it.
-pub fn candidate(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
-    carry_out(fate, layout, instance, proposal).map_err(|error| git::explain(instance, error))
+pub fn candidate(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
+    carry_out(fate, paths, instance, proposal).map_err(|error| git::explain(instance, error))
 }
 
-fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
+fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
     let repository = Repository::open(instance);
     if let Ok(repository) = &repository {
-        repository.recover(layout.name())?;
+        repository.recover(paths.name())?;
     }
     if fate == Fate::Drop {
-        return git::drop_reference(instance, &layout.reference(), layout.name()).map(|()| ExitCode::SUCCESS);
+        return git::drop_reference(instance, &paths.reference(), paths.name()).map(|()| ExitCode::SUCCESS);
     }
     let Some(proposal) = proposal else {
         return Err(Error::new("Failed to find the run's proposal"));
@@ -61,7 +61,7 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<
     let repository = repository?;
     if fate == Fate::Keep {
         let is_branch = repository.head == *proposal.commit;
-        return if is_branch { Ok(()) } else { repository.keep(&layout.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
+        return if is_branch { Ok(()) } else { repository.keep(&paths.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
     }
     let is_in_branch = || Ok(repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit)?);
     if fate == Fate::Accept && is_in_branch()? {
@@ -69,29 +69,29 @@ fn carry_out(fate: Fate, layout: &Layout, instance: &Instance, proposal: Option<
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != *proposal.commit {
-        let scratch = layout.scratch()?;
+        let scratch = paths.scratch()?;
         repository.check_lock_file_is_clean(&scratch)?;
-        repository.check_forward(&proposal.commit, layout.name(), &scratch)?;
+        repository.check_forward(&proposal.commit, paths.name(), &scratch)?;
         if fate == Fate::Accept {
-            if let Err(error) = repository.forward(&proposal.commit, layout.name()) {
+            if let Err(error) = repository.forward(&proposal.commit, paths.name()) {
                 let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
                 return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
             }
         }
     }
     if fate == Fate::Accept {
-        publish(&repository, proposal, layout, instance);
+        publish(&repository, proposal, paths, instance);
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.
-fn publish(repository: &Repository, proposal: &Proposal, layout: &Layout, instance: &Instance) {
-    if let Err(error) = git::drop_reference(instance, &layout.reference(), layout.name()) {
+fn publish(repository: &Repository, proposal: &Proposal, paths: &Paths, instance: &Instance) {
+    if let Err(error) = git::drop_reference(instance, &paths.reference(), paths.name()) {
         log::warn!("{error}.");
     }
     if instance.push {
-        if let Err(error) = repository.push(&proposal.commit, &layout.upstream(), layout.name()) {
+        if let Err(error) = repository.push(&proposal.commit, &paths.upstream(), paths.name()) {
             log::warn!("{error}.");
         }
     }

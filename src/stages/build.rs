@@ -7,15 +7,15 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::fleet::host::release;
 use crate::git::Repository;
-use crate::layout::Layout;
 use crate::nix::{self, Source};
+use crate::paths::Paths;
 use crate::run::Stage;
 use crate::run::notes::Notes;
 use crate::system::now;
 
 /// Runs the stage; the system is what the link `candidate` points to.
-pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
-    let mut notes = Notes::read(layout)?;
+pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
+    let mut notes = Notes::read(paths)?;
     let Some(proposal) = &notes.proposal else {
         return Err(Error::new("Failed to build: there is no proposal"));
     };
@@ -24,13 +24,13 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
     }
     let commit = proposal.commit.clone();
     (notes.stage, notes.build_began) = (Stage::Build, Some(now()));
-    notes.write(layout)?;
+    notes.write(paths)?;
     fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {
         let limit = Duration::from_secs(instance.timeouts.build);
-        let build = |source: &Source| nix::build_system(source, &instance.flags, &layout.candidate(), limit);
+        let build = |source: &Source| nix::build_system(source, &instance.flags, &paths.candidate(), limit);
         if instance.hub.is_some() {
-            return release::build(&repository, &commit, &layout.own("source"), build);
+            return release::build(&repository, &commit, &paths.own("source"), build);
         }
         build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });
@@ -38,11 +38,11 @@ pub fn build(layout: &Layout, instance: &Instance) -> Result<()> {
     match result {
         Ok(()) => {
             notes.built = true;
-            notes.write(layout)?;
+            notes.write(paths)?;
             fault::point("build: noted");
             Ok(())
         }
         // sources are fetched, too
-        Err(error) => notes.fail(layout, error.of_network()),
+        Err(error) => notes.fail(paths, error.of_network()),
     }
 }

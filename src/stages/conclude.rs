@@ -14,8 +14,8 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::fleet::host::outbox;
-use crate::layout::Layout;
 use crate::nix::{self, integrity, profile};
+use crate::paths::Paths;
 use crate::run::drift::drift;
 use crate::run::ended::Ended;
 use crate::run::journal::{Decision, Phase, Run};
@@ -38,21 +38,21 @@ const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 const COULD_NOT_BEGIN: [&str; 4] = ["75", "238", "239", "243"];
 
 /// Ends the run whose journal is there, if there is one.
-pub fn conclude(layout: &Layout) -> Result<()> {
+pub fn conclude(paths: &Paths) -> Result<()> {
     if could_not_begin(&exit_status()) {
         // which has tried to end what there was to end
-        let _ = Status::report_unopened(layout, "it could not begin; see the journal of its unit");
+        let _ = Status::report_unopened(paths, "it could not begin; see the journal of its unit");
         return Ok(());
     }
     if !service_result().is_empty() {
         // the unit's own limit is for what ignores being stopped; each step of this has one
         let _ = sd_notify::notify(&[NotifyState::Custom(&format!("EXTEND_TIMEOUT_USEC={}", LIMIT.as_micros()))]);
     }
-    let ended = conclude_as(layout, None);
+    let ended = conclude_as(paths, None);
     // after the unit's stages, not at the beginning of the next run
-    if !service_result().is_empty() && !layout.request().exists() {
+    if !service_result().is_empty() && !paths.request().exists() {
         let was_stopped = service_result() == "signal" && exit_status() == "TERM";
-        if let Err(error) = system::sort_out_starts(layout.name(), !was_stopped) {
+        if let Err(error) = system::sort_out_starts(paths.name(), !was_stopped) {
             log::warn!("{error}.");
         }
     }
@@ -65,15 +65,15 @@ pub fn could_not_begin(exit_status: &str) -> bool {
 }
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
-fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
-    let Some(run) = Run::load(layout)? else {
+fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
+    let Some(run) = Run::load(paths)? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
-            _ => Status::report_unopened(layout, "the run could not start; see the journal of its unit"),
+            _ => Status::report_unopened(paths, "the run could not start; see the journal of its unit"),
         };
     };
-    if is_at_work(layout, &run)? {
-        let name = layout.name();
+    if is_at_work(paths, &run)? {
+        let name = paths.name();
         return Err(Error::new(format!(
             "Failed to end the run of {name}: it is under way; wait for its end, or stop it: systemctl stop ekiben-{name}"
         )));
@@ -81,12 +81,12 @@ fn conclude_as(layout: &Layout, decision: Option<Decision>) -> Result<()> {
     check_can_end()?;
     let turn = Turn::take()?;
     // while waiting for the turn, the run may have been ended
-    match Run::load(layout)? {
+    match Run::load(paths)? {
         Some(mut run) => {
             if run.phase == Phase::Begun && run.failure.is_none() {
                 run.decision = run.decision.or(decision);
             }
-            end(layout, run, Some(turn))
+            end(paths, run, Some(turn))
         }
         None => Ok(()),
     }
@@ -101,23 +101,23 @@ pub fn check_can_end() -> Result<()> {
 }
 
 /// Whether the unit of a run is still at it; what systemd runs in the end of that unit is part of the run.
-fn is_at_work(layout: &Layout, run: &Run) -> Result<bool> {
+fn is_at_work(paths: &Paths, run: &Run) -> Result<bool> {
     let is_ours = run_id().is_ok_and(|id| id == run.id);
-    Ok(!is_ours && system::is_at_work(layout.name(), &run.id)?)
+    Ok(!is_ours && system::is_at_work(paths.name(), &run.id)?)
 }
 
 /// Ends the runs that were cut off of instances that are not configured any more: the switch to a
 /// system without them was their last deed. Waits for those that are still at work.
 pub fn conclude_orphans(config: &Config) -> Result<()> {
-    let mut orphans = Layout::new("").with_journal();
-    orphans.retain(|layout| config.instance(layout.name()).is_err());
+    let mut orphans = Paths::new("").with_journal();
+    orphans.retain(|paths| config.instance(paths.name()).is_err());
     while !orphans.is_empty() {
         let mut waiting = Vec::new();
-        for layout in orphans {
-            match Run::load(&layout)? {
-                Some(run) if is_at_work(&layout, &run)? => waiting.push(layout),
+        for paths in orphans {
+            match Run::load(&paths)? {
+                Some(run) if is_at_work(&paths, &run)? => waiting.push(paths),
                 // it goes on where the instance is there again
-                _ => conclude_as(&layout, Some(Decision::StartOver)).unwrap_or_else(|error| log::warn!("{error}.")),
+                _ => conclude_as(&paths, Some(Decision::StartOver)).unwrap_or_else(|error| log::warn!("{error}.")),
             }
         }
         orphans = waiting;
@@ -129,33 +129,33 @@ pub fn conclude_orphans(config: &Config) -> Result<()> {
 }
 
 /// Ends a run; whoever changes what this machine runs has the turn. Fails if the run did, after reporting it.
-pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
+pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     let result = match run.result {
         Some(result) => result,
-        None => come_to_an_end(layout, &mut run, &mut turn)?,
+        None => come_to_an_end(paths, &mut run, &mut turn)?,
     };
-    if let Err(error) = report(layout, &run, result) {
+    if let Err(error) = report(paths, &run, result) {
         // all is as it should be, but nobody knows: the next one to end this run says it
         run.result = Some(result);
-        return run.save(layout).and(Err(error));
+        return run.save(paths).and(Err(error));
     }
     if result == Outcome::AwaitingBoot {
-        Run::await_boot(layout)?;
+        Run::await_boot(paths)?;
     }
     drop(turn);
     fault::point("conclude: reported");
-    let waits = result == Outcome::AwaitingBoot || !run.reboot_needed && layout.trial().exists();
+    let waits = result == Outcome::AwaitingBoot || !run.reboot_needed && paths.trial().exists();
     let kept = match result {
-        Outcome::Deployed => Run::forget_stuck(layout),
-        Outcome::Stuck => run.keep_stuck(layout),
+        Outcome::Deployed => Run::forget_stuck(paths),
+        Outcome::Stuck => run.keep_stuck(paths),
         _ => Ok(()),
     };
     // what is stuck, or on trial, may still be to go back to what is kept for that
-    if let Err(error) = kept.and_then(|()| if waits || layout.stuck().exists() { Ok(()) } else { nix::unroot(layout) }) {
+    if let Err(error) = kept.and_then(|()| if waits || paths.stuck().exists() { Ok(()) } else { nix::unroot(paths) }) {
         log::warn!("{error}.");
     }
     if result != Outcome::AwaitingBoot {
-        run.end(layout)?;
+        run.end(paths)?;
     }
     if let Some(failure) = run.failure.filter(|_| result != Outcome::Deployed) {
         return Err(Error::new(format!("Run ended: {result} in stage {}: {}", failure.stage, failure.message)));
@@ -165,7 +165,7 @@ pub fn end(layout: &Layout, mut run: Run, mut turn: Option<Turn>) -> Result<()> 
 }
 
 /// Has the candidate be the branch, or everything be as it was; returns which of it.
-fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<Outcome> {
+fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Outcome> {
     let is_later = run.boot != boot_id();
     if is_later && run.phase != Phase::AwaitingBoot {
         if let Err(error) = integrity::mend(run.started) {
@@ -173,7 +173,7 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
         }
     }
     if run.notes.is_none() {
-        run.notes = Notes::read_of(layout, &run.id).unwrap_or_else(|error| {
+        run.notes = Notes::read_of(paths, &run.id).unwrap_or_else(|error| {
             log::warn!("{error}.");
             None
         });
@@ -183,10 +183,10 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
     }
     if run.reboot_needed && is_later && trial::is_due(run)? {
         Turn::retake(turn)?;
-        run.failure = trial::judge(layout, run).err().map(|error| Failure::new(Stage::Boot, &error));
+        run.failure = trial::judge(paths, run).err().map(|error| Failure::new(Stage::Boot, &error));
     }
     if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
-        match settle::accept(layout, run, turn) {
+        match settle::accept(paths, run, turn) {
             Ok(true) => {}
             Ok(false) => run.decision = Some(Decision::StartOver),
             Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
@@ -199,35 +199,35 @@ fn come_to_an_end(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Re
         run.decision = Some(Decision::StartOver);
     }
     if run.failure.is_none() && run.decision.is_none() && !accepted {
-        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(layout, run)));
+        run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(paths, run)));
     }
     let mut result = match run.decision {
         _ if accepted => Outcome::Deployed,
-        Some(Decision::Unchanged) if drift(layout).is_some() => Outcome::Drifted,
+        Some(Decision::Unchanged) if drift(paths).is_some() => Outcome::Drifted,
         Some(Decision::Unchanged) => Outcome::Unchanged,
         Some(Decision::StartOver) => Outcome::StartedOver,
         None => Outcome::Failed,
     };
     if !accepted && run.phase != Phase::Begun {
         Turn::retake(turn)?;
-        result = rollback::back(layout, run, result);
+        result = rollback::back(paths, run, result);
     }
 
     if !matches!(result, Outcome::Deployed | Outcome::Unchanged | Outcome::Drifted) {
         // what the user's git does keeps nobody else waiting
         *turn = None;
         // what waits for a boot goes on to be kept
-        let trial = if run.reboot_needed { None } else { Run::load_trial(layout)? };
+        let trial = if run.reboot_needed { None } else { Run::load_trial(paths)? };
         // a ref that is left over is overwritten by the next run
         if let Err(error) =
-            trial.map_or_else(|| settle::settle(layout, run, Fate::Drop), |mut trial| settle::settle(layout, &mut trial, Fate::Keep))
+            trial.map_or_else(|| settle::settle(paths, run, Fate::Drop), |mut trial| settle::settle(paths, &mut trial, Fate::Keep))
         {
             log::warn!("{error}.");
         }
     }
     if result == Outcome::StartedOver {
         // or else this run has not come to its end: it is ended again
-        queue::request(layout, run.request.unwrap_or(0)).or_else(|error| run.save(layout).and(Err(error)))?;
+        queue::request(paths, run.request.unwrap_or(0)).or_else(|error| run.save(paths).and(Err(error)))?;
     }
     Ok(result)
 }
@@ -243,7 +243,7 @@ fn exit_status() -> String {
 }
 
 /// What to report of a run of which no stage says what went wrong; systemd knows some of it.
-fn cut_off(layout: &Layout, run: &Run) -> Failure {
+fn cut_off(paths: &Paths, run: &Run) -> Failure {
     // whatever it was, it is not to happen again and again
     let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Observing | Phase::Returning);
     let message = match service_result().as_str() {
@@ -256,8 +256,8 @@ fn cut_off(layout: &Layout, run: &Run) -> Failure {
         "exit-code" => format!(
             "the stage exited with {}, and could not write why into {}: see journalctl --unit ekiben-{}",
             exit_status(),
-            layout.notes().display(),
-            layout.name()
+            paths.notes().display(),
+            paths.name()
         ),
         _ => "the run was interrupted".into(),
     };
@@ -276,7 +276,7 @@ fn reached(run: &Run) -> Stage {
 }
 
 /// Reports how a run has ended, to the status and to the hub.
-pub fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
+pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
     let failure = run.failure.as_ref();
     let proposal = run.proposal();
     let mut ended = Ended::new(run, result, failure);
@@ -285,6 +285,6 @@ pub fn report(layout: &Layout, run: &Run, result: Outcome) -> Result<()> {
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.base = proposal.map(|proposal| proposal.base.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
-    Status::report(layout, run, ended)?;
-    run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(layout, hub))
+    Status::report(paths, run, ended)?;
+    run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(paths, hub))
 }

@@ -13,10 +13,10 @@ use crate::fault;
 use crate::fleet::host::poll;
 use crate::git::lockfile::{LockFile, NO_FIT};
 use crate::git::{self, Repository, own};
-use crate::layout::Layout;
 use crate::names::{Branch, ObjectId};
 use crate::nix;
 use crate::nix::cache::Cache;
+use crate::paths::Paths;
 use crate::run::Release;
 use crate::run::drift::is_deployed;
 use crate::run::notes::{Notes, Proposal};
@@ -26,34 +26,34 @@ use crate::run::status::Status;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs the stage; what comes of it is in the notes.
-pub fn prepare(layout: &Layout, instance: &Instance) -> Result<()> {
-    let mut notes = Notes::begin(layout)?;
+pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
+    let mut notes = Notes::begin(paths)?;
     fault::point("prepare: begun");
-    match propose_from_head(layout, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
+    match propose_from_head(paths, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
         Ok(proposal) => {
             log::info!("{}.", describe(&proposal));
-            let known = Status::read(layout).check_not_bad(layout.name(), &proposal, instance);
+            let known = Status::read(paths).check_not_bad(paths.name(), &proposal, instance);
             notes.proposal = Some(proposal);
             if let Err(error) = known {
-                return notes.fail(layout, error);
+                return notes.fail(paths, error);
             }
-            notes.write(layout)?;
+            notes.write(paths)?;
             fault::point("prepare: noted");
             Ok(())
         }
-        Err(error) => notes.fail(layout, error),
+        Err(error) => notes.fail(paths, error),
     }
 }
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.
-fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
-    let scratch = layout.scratch()?;
+fn propose_from_head(paths: &Paths, instance: &Instance, notes: &mut Notes) -> Result<Proposal> {
+    let scratch = paths.scratch()?;
     if instance.hub.is_some() {
         own::create(instance)?;
     }
     loop {
         let repository = Repository::open(instance)?;
-        match propose(layout, instance, &repository, &scratch, notes) {
+        match propose(paths, instance, &repository, &scratch, notes) {
             Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
                 log::info!("{error}; starting over.");
             }
@@ -62,24 +62,24 @@ fn propose_from_head(layout: &Layout, instance: &Instance, notes: &mut Notes) ->
     }
 }
 
-fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratch: &Path, notes: &mut Notes) -> Result<Proposal> {
-    repository.recover(layout.name())?;
+fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch: &Path, notes: &mut Notes) -> Result<Proposal> {
+    repository.recover(paths.name())?;
     repository.check_lock_file_is_clean(scratch)?;
     let index = scratch.join("index");
-    let reference = layout.reference();
+    let reference = paths.reference();
     let retries = instance.network_retries;
     let base = if let Some(hub) = &instance.hub {
-        let (manifest, commit) = persist(retries, || poll::fetch(layout, instance, hub, repository))?;
+        let (manifest, commit) = persist(retries, || poll::fetch(paths, instance, hub, repository))?;
         (notes.release, notes.expires) = (Some(manifest.release), manifest.expires);
         commit
     } else if instance.pull {
-        persist(retries, || repository.fetch_upstream(&reference, &layout.upstream(), layout.name()))?
+        persist(retries, || repository.fetch_upstream(&reference, &paths.upstream(), paths.name()))?
     } else {
         repository.head.clone()
     };
 
     // what has been deployed is Ekiben's own commit on one that was signed
-    let was_deployed = || Status::read(layout).deployed.is_some_and(|deployed| deployed.commit == base);
+    let was_deployed = || Status::read(paths).deployed.is_some_and(|deployed| deployed.commit == base);
     if !instance.signers.is_empty() && !was_deployed() {
         repository.check_signed(&base, &instance.signers, scratch)?;
     }
@@ -115,16 +115,16 @@ fn propose(layout: &Layout, instance: &Instance, repository: &Repository, scratc
         _ => base.clone(),
     };
     // what already waits for the next boot is the same when it is proposed again
-    let awaiting = Status::read(layout).awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
+    let awaiting = Status::read(paths).awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
     let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
     fault::point("prepare: committed");
-    let unchanged = is_deployed(layout, &commit, instance);
+    let unchanged = is_deployed(paths, &commit, instance);
     let tree = repository.tree(&commit)?;
     if commit != repository.head {
-        repository.check_forward(&commit, layout.name(), scratch)?;
+        repository.check_forward(&commit, paths.name(), scratch)?;
         repository.rehearse_forward(&commit, scratch)?;
         repository.keep(&reference, &commit)?;
-    } else if let Err(error) = git::drop_reference(instance, &reference, layout.name()) {
+    } else if let Err(error) = git::drop_reference(instance, &reference, paths.name()) {
         log::warn!("{error}.");
     }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());

@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
 use crate::files;
-use crate::layout::Layout;
 use crate::nix::profile::SYSTEM_PROFILE;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::hold::Hold;
 use crate::run::journal::Run;
@@ -62,8 +62,8 @@ pub fn reboot(config: &Config) -> Result<()> {
     let running = system::current()?;
     let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
     let Some((way, policy)) = decide(&parts, system::is_of(&next, &running), boots_another(&next)) else { return Ok(()) };
-    if config.instances.keys().any(|name| Hold::read(&Layout::new(name)).is_some())
-        || !Layout::new("").with_journal().is_empty()
+    if config.instances.keys().any(|name| Hold::read(&Paths::new(name)).is_some())
+        || !Paths::new("").with_journal().is_empty()
         || !is_time(policy.window.as_ref())?
     {
         return Ok(());
@@ -91,11 +91,11 @@ pub fn reboot(config: &Config) -> Result<()> {
 }
 
 fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> Part<'a> {
-    let layout = Layout::new(name);
-    let status = Status::read(&layout);
+    let paths = Paths::new(name);
+    let status = Status::read(&paths);
     let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
     // what has waited for this boot is yet to be judged
-    let trial = Run::load_trial(&layout).ok().flatten().filter(|trial| trial.boot == system::boot_id());
+    let trial = Run::load_trial(&paths).ok().flatten().filter(|trial| trial.boot == system::boot_id());
     Part {
         policy: &instance.reboot,
         waits: trial.is_some_and(|trial| trial.candidate.as_deref() == Some(next)),
@@ -123,8 +123,8 @@ fn decide<'a>(parts: &[Part<'a>], runs_next: bool, boots_another: bool) -> Optio
 /// Reboots now. By kexec, a system that the boot loader was to boot once needs none: if it hangs, the next power cycle
 /// boots another.
 fn by(kexec: bool, loader: Option<LoaderKind>, next: &Path) -> Result<()> {
-    let is_armed = |layout: &Layout| Run::load_trial(layout).is_ok_and(|trial| trial.is_some_and(|trial| trial.boots_once));
-    let loader = BootLoader::of(loader).filter(|_| Layout::new("").with_trial().iter().any(is_armed));
+    let is_armed = |paths: &Paths| Run::load_trial(paths).is_ok_and(|trial| trial.is_some_and(|trial| trial.boots_once));
+    let loader = BootLoader::of(loader).filter(|_| Paths::new("").with_trial().iter().any(is_armed));
     let systemctl = |words: &[&str]| Program::new("systemctl").args(words).output(|| words.join(" "), None).map(drop);
     // systemctl finds a kernel by itself only where the boot loader is one of systemd's; NixOS has a service for all
     let forget = || loader.as_ref().map_or(Ok(()), BootLoader::forget);

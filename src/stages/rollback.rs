@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::fault;
-use crate::layout::Layout;
 use crate::nix::{self, profile};
+use crate::paths::Paths;
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::{Failure, Outcome, Stage};
 use crate::system::boot_id;
@@ -25,7 +25,7 @@ const RECOVERY: Duration = Duration::from_secs(10);
 const RETURNS: u32 = 3;
 
 /// Puts back what the journal says was before, unless that is switched off; says so if that fails.
-pub fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
+pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
     let Some(before) = run.before.clone() else { return result };
     if !run.instance.rollback && run.failure.is_some() {
         run.warnings
@@ -36,11 +36,11 @@ pub fn back(layout: &Layout, run: &mut Run, result: Outcome) -> Outcome {
     let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
     note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
-    if let Err(error) = run.enter(Phase::Returning, layout) {
+    if let Err(error) = run.enter(Phase::Returning, paths) {
         log::error!("{error}.");
     }
     fault::point("back: begun");
-    match put_back(layout, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
+    match put_back(paths, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
             if !same.is_empty() {
                 run.warnings.push(format!("{} with the old system, too", units::failed_to_start(&same)));
@@ -97,7 +97,7 @@ fn excuse(run: &mut Run, same: &Worse) {
 
 /// Puts back the system that was before, and what is booted if that was touched; returns the units that are
 /// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
-pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
+pub fn put_back(paths: &Paths, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
     // what another hand has done in the meantime is to stay
     let ours = |system: &Path| run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, system)) || before.system == system;
     let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
@@ -105,7 +105,7 @@ pub fn put_back(layout: &Layout, run: &Run, before: &Before, touched_boot: bool)
     let current = system::current()?;
     // after a reboot the old system has come up by itself; and what only a boot brings, only a boot takes away
     let worse = if ours(&current) && !run.reboot_needed && (run.boot == boot_id() || current != before.system) {
-        put_back_system(layout, run, before)
+        put_back_system(paths, run, before)
     } else {
         Ok(Worse::new())
     };
@@ -134,13 +134,13 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
 }
 
 /// Activates the old system, and again if units that ran before do not come back within a while.
-fn put_back_system(layout: &Layout, run: &Run, before: &Before) -> Result<Worse> {
+fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
     let candidate = run.candidate.as_deref().unwrap_or(&before.system);
     let mut worse = Worse::new();
     for _ in 0..2 {
         system::again(|| {
             let activate = || system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system");
-            let ended = system::letting_go_of_jobs(layout.name(), activate)?;
+            let ended = system::letting_go_of_jobs(paths.name(), activate)?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
         })?;
         let until = Instant::now() + RECOVERY;
@@ -164,8 +164,8 @@ fn put_back_system(layout: &Layout, run: &Run, before: &Before) -> Result<Worse>
 
 /// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
 /// that has been done.
-pub fn go_back_again(layout: &Layout) -> Result<bool> {
-    let Some(mut run) = Run::load_stuck(layout)? else { return Ok(false) };
+pub fn go_back_again(paths: &Paths) -> Result<bool> {
+    let Some(mut run) = Run::load_stuck(paths)? else { return Ok(false) };
     let Some(before) = run.before.clone() else { return Ok(false) };
     let _turn = Turn::take()?;
     let current = system::current()?;
@@ -176,11 +176,11 @@ pub fn go_back_again(layout: &Layout) -> Result<bool> {
             return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); manual intervention is required")));
         }
         run.returns += 1;
-        run.keep_stuck(layout)?;
+        run.keep_stuck(paths)?;
         log::warn!("Rolling back to {}, which failed before ...", before.system.display());
-        with_either(&run, put_back(layout, &run, &before, true)?)?;
+        with_either(&run, put_back(paths, &run, &before, true)?)?;
     }
-    Run::forget_stuck(layout)?;
-    nix::unroot(layout)?;
+    Run::forget_stuck(paths)?;
+    nix::unroot(paths)?;
     Ok(!is_by_hand)
 }

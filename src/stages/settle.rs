@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
-use crate::layout::Layout;
 use crate::nix::profile;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::journal::Run;
 use crate::stages::branch::{Fate, MOVED};
@@ -19,11 +19,11 @@ const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Makes the candidate the branch, if it is what this machine runs, before and after; false if the branch has moved.
-pub fn accept(layout: &Layout, run: &mut Run, turn: &mut Option<Turn>) -> Result<bool> {
+pub fn accept(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<bool> {
     Turn::retake(turn)?;
     check_is_in_place(run)?;
     let Some(mine) = turn.take() else { return Ok(false) };
-    let (settled, kept) = mine.lend(|| settle(layout, run, Fate::Accept));
+    let (settled, kept) = mine.lend(|| settle(paths, run, Fate::Accept));
     *turn = kept;
     Turn::retake(turn)?;
     let is_branch = settled?;
@@ -47,14 +47,14 @@ fn check_is_in_place(run: &Run) -> Result<()> {
 }
 
 /// Has the user's own git deal with the candidate; false if the branch has moved.
-pub fn settle(layout: &Layout, run: &mut Run, fate: Fate) -> Result<bool> {
+pub fn settle(paths: &Paths, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
     let options = serde_json::to_string_pretty(&run.instance).context(|| "write the run's options".into())?;
     let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
     let doing = || format!("{} the candidate", fate.word());
     let ask = || {
         let ourselves = Program::ourselves_as(&run.instance.user)?;
-        let ended = ourselves.args(["candidate", fate.word(), layout.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
+        let ended = ourselves.args(["candidate", fate.word(), paths.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
         let was_killed = ended.status.code().is_none();
         if was_killed { Err(Error::new(format!("Failed to {}: killed", doing())).with_tail(ended.tail)) } else { Ok(ended) }
     };

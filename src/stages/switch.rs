@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::OnUnitFailure;
 use crate::error::Result;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::Stage;
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::status::Status;
@@ -22,7 +22,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 5;
 
 /// Activates the candidate without making it what is booted.
-pub fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+pub fn switch(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
     match Switched::of(ended)? {
         Switched::Runs { units_failed, users, tail } => {
@@ -38,7 +38,7 @@ pub fn switch(layout: &Layout, run: &mut Run, system: &Path, before: &Before) ->
             Ok(())
         }
         Switched::Refused(error) => {
-            leave(layout, run)?;
+            leave(paths, run)?;
             Err(error)
         }
     }
@@ -51,9 +51,9 @@ pub fn at_boot(run: &mut Run, why: &str) {
 }
 
 /// Notes that there is nothing to put back.
-pub fn leave(layout: &Layout, run: &mut Run) -> Result<()> {
+pub fn leave(paths: &Paths, run: &mut Run) -> Result<()> {
     run.before = None;
-    run.enter(Phase::Begun, layout)
+    run.enter(Phase::Begun, paths)
 }
 
 /// What to say where units have failed, but not by the switch.
@@ -94,10 +94,10 @@ pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Opti
 
 /// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
 /// how often systemd had started services again by the end of the switch.
-pub fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
+pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
     log::info!("Observing the new system for {} s ...", run.instance.observe);
-    run.enter(Phase::Observing, layout)?;
-    Status::announce(layout, run, Stage::Observe)?;
+    run.enter(Phase::Observing, paths)?;
+    Status::announce(paths, run, Stage::Observe)?;
     let limit = Duration::from_secs(run.instance.observe);
     let mut until = Instant::now() + limit;
     for look in 1.. {
@@ -109,8 +109,8 @@ pub fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, m
         }
         let is_close = left.is_zero() || look % LOOKS == 0;
         check_units(run, system, before, is_close.then_some(&restarts))?;
-        if is_close && verify(layout, run, system, before)? {
-            run.enter(Phase::Observing, layout)?;
+        if is_close && verify(paths, run, system, before)? {
+            run.enter(Phase::Observing, paths)?;
             restarts = Restarts::now()?;
             until = Instant::now() + limit;
         } else if left.is_zero() {
@@ -123,7 +123,7 @@ pub fn observe(layout: &Layout, run: &mut Run, system: &Path, before: &Before, m
 /// Has the health checks say whether the candidate does its work. Where nothing but another machine
 /// fails to answer, the old system is asked whose doing that is: the candidate stays if it is the same there.
 /// Whether it has been switched to anew for that.
-pub fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
+pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
     let checks = run.instance.health_checks.clone();
     let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
     health::verify(&checks, &local)?;
@@ -132,15 +132,15 @@ pub fn verify(layout: &Layout, run: &mut Run, system: &Path, before: &Before) ->
         return Err(error);
     }
     log::warn!("{error}. Rolling back to {} to check whether the old system fails, too ...", before.system.display());
-    run.enter(Phase::Returning, layout)?;
-    rollback::put_back(layout, run, before, false)?;
+    run.enter(Phase::Returning, paths)?;
+    rollback::put_back(paths, run, before, false)?;
     if health::verify(&checks, &remote).is_ok() {
         return Err(error);
     }
     log::warn!("The check fails with the old system, too; keeping the new one.");
     run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
     run.passed = local;
-    run.enter(Phase::Switching, layout)?;
-    switch(layout, run, system, before)?;
+    run.enter(Phase::Switching, paths)?;
+    switch(paths, run, system, before)?;
     health::verify(&checks, &run.passed).map(|()| true)
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::fault;
-use crate::layout::Layout;
 use crate::names::RunId;
 use crate::nix::{integrity, profile};
+use crate::paths::Paths;
 use crate::run::Stage;
 use crate::run::journal::{Phase, Run};
 use crate::run::status::Status;
@@ -33,13 +33,13 @@ pub fn is_due(run: &Run) -> Result<bool> {
 }
 
 /// Has the system be what is booted from now on, if it has booted and stays well for a while.
-pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
+pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     let (Some(system), Some(before)) = (run.candidate.clone(), run.before.clone()) else {
         return Err(Error::new("Failed to find what is on trial"));
     };
     // a report of its own, with what the journal has of this boot
     run.id = RunId::try_from(boot_id().replace('-', "")).context(|| "name the boot".into())?;
-    Status::announce(layout, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
+    Status::announce(paths, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
     fault::point("boot: begun");
     check_has_booted(run, &system)?;
     log::info!("{} has booted; observing it ...", system.display());
@@ -63,7 +63,7 @@ pub fn judge(layout: &Layout, run: &mut Run) -> Result<()> {
     }
     fault::point("boot: boot loader set");
     integrity::sync()?;
-    run.enter(Phase::Persisted, layout)
+    run.enter(Phase::Persisted, paths)
 }
 
 /// Fails unless the system is the one that has booted and runs.

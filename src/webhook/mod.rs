@@ -24,7 +24,7 @@ use sd_notify::NotifyState;
 use self::gate::{Listener, Request};
 use crate::config::Webhook;
 use crate::error::{Context, Error, Result};
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::{client, queue};
 use crate::webhook::answer::Answer;
 use crate::webhook::token::Tokens;
@@ -122,11 +122,11 @@ fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64)
             Answer::refusal(401, "unauthorized").with_header("WWW-Authenticate", "Bearer")
         };
     };
-    let layout = Layout::new(instance);
+    let paths = Paths::new(instance);
     let answered = if request.method == "GET" {
-        client::for_clients(&layout).map(|state| Answer::new(200, state))
+        client::for_clients(&paths).map(|state| Answer::new(200, state))
     } else {
-        queue::request(&layout, *last_number).map(|number| {
+        queue::request(&paths, *last_number).map(|number| {
             *last_number = number.max(*last_number);
             log::info!("Request {number} for {instance}.");
             Answer::new(202, format!("{{\"request\":{number}}}\n"))

@@ -5,7 +5,7 @@ use std::fs;
 use crate::config::Hub;
 use crate::fleet::host::seen;
 use crate::fleet::{FORMAT, Heartbeat, LastRun};
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::run::Outcome;
 use crate::run::status::Status;
 use crate::stages::reboot;
@@ -15,10 +15,10 @@ use crate::text;
 pub const REFUSED: &str = "refused";
 
 /// How the instance is.
-pub fn now(layout: &Layout, hub: &Hub) -> Heartbeat {
-    let status = Status::read(layout);
+pub fn now(paths: &Paths, hub: &Hub) -> Heartbeat {
+    let status = Status::read(paths);
     // a host that cannot read what it has seen is to be heard all the same
-    let seen = seen::newest(layout, None).unwrap_or_default();
+    let seen = seen::newest(paths, None).unwrap_or_default();
     let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
     // a release that could not even be proposed has not been tried
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
@@ -46,8 +46,8 @@ pub fn now(layout: &Layout, hub: &Hub) -> Heartbeat {
         runs: tried.map_or(0, |tried| tried.count),
         self_updated: deployed.is_some_and(|deployed| deployed.summary.as_deref().is_some_and(|what| what.contains("update "))),
         reboot_needed: reboot::is_needed(),
-        files: fs::read_to_string(layout.trouble_with_files()).ok(),
-        refused: fs::read_to_string(layout.own(REFUSED)).ok(),
+        files: fs::read_to_string(paths.trouble_with_files()).ok(),
+        refused: fs::read_to_string(paths.own(REFUSED)).ok(),
         expires: status.expires,
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
         nixpkgs: revision.filter(is_revision).map(String::from),

@@ -13,8 +13,8 @@ use crate::error::{Context, Result};
 use crate::files;
 use crate::fleet::{FORMAT, Received, Report, SMALL};
 use crate::gather::gather;
-use crate::layout::Layout;
 use crate::names::RunId;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::ended::Ended;
 use crate::run::status::Status;
@@ -28,11 +28,11 @@ const LOG: &str = "4194304";
 
 /// Adds the report of the run that ended last, with what the journal has of it; not if that had nothing to do, could
 /// not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
-pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
-    if let Err(error) = tidy(layout) {
+pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
+    if let Err(error) = tidy(paths) {
         log::warn!("{error}.");
     }
-    let status = Status::read(layout);
+    let status = Status::read(paths);
     let Some(run) = status.runs.first().filter(|run| run.release.is_some() && !run.is_idle()) else {
         return Ok(());
     };
@@ -53,10 +53,10 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
         journalctl --quiet --output=cat --lines="$1" "_SYSTEMD_INVOCATION_ID=$3" + "_BOOT_ID=$3" _SYSTEMD_UNIT=ekiben-boot.service
         } 2>&1 | tail --bytes="$2" | gzip -n"#;
     let log = Program::as_root("/bin/sh").args(["-euc", script, "sh", LINES, LOG, &id]).output(doing, None)?;
-    if !layout.outbox().exists() {
-        layout.make();
+    if !paths.outbox().exists() {
+        paths.make();
     }
-    let [log_file, report_file] = files_of(layout, &id);
+    let [log_file, report_file] = files_of(paths, &id);
     // the log first: what there is a report of is complete
     files::write(&log_file, &log, 0o640).context(|| format!("write {}", log_file.display()))?;
     files::write_json(&report_file, &report, 0o640)
@@ -64,18 +64,18 @@ pub fn add_last(layout: &Layout, hub: &Hub) -> Result<()> {
 
 /// Removes the reports that the hub has, by what the instance's user was told, those that are too many, and
 /// whatever else is no report.
-fn tidy(layout: &Layout) -> Result<()> {
-    let doing = || format!("clean up {}", layout.outbox().display());
-    let received = files::read_foreign(&layout.own("received.json"), SMALL).ok();
+fn tidy(paths: &Paths) -> Result<()> {
+    let doing = || format!("clean up {}", paths.outbox().display());
+    let received = files::read_foreign(&paths.own("received.json"), SMALL).ok();
     let received: Received = received.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let mut kept = waiting(layout)?;
+    let mut kept = waiting(paths)?;
     kept.retain(|run| !received.reports.contains(run));
     kept.drain(..kept.len().saturating_sub(MOST));
-    let kept: BTreeSet<_> = gather(kept.iter().flat_map(|run| files_of(layout, run)));
-    for file in fs::read_dir(layout.outbox()).context(doing)? {
+    let kept: BTreeSet<_> = gather(kept.iter().flat_map(|run| files_of(paths, run)));
+    for file in fs::read_dir(paths.outbox()).context(doing)? {
         let path = file.context(doing)?.path();
         // root's other unit may be writing it just now
-        let is_trouble = path.to_string_lossy().starts_with(&*layout.trouble_with_files().to_string_lossy());
+        let is_trouble = path.to_string_lossy().starts_with(&*paths.trouble_with_files().to_string_lossy());
         if !kept.contains(&path) && !is_trouble {
             files::clear(&path).context(doing)?;
         }
@@ -84,8 +84,8 @@ fn tidy(layout: &Layout) -> Result<()> {
 }
 
 /// The runs whose reports wait, the oldest first.
-pub fn waiting(layout: &Layout) -> Result<Vec<RunId>> {
-    let directory = layout.outbox();
+pub fn waiting(paths: &Paths) -> Result<Vec<RunId>> {
+    let directory = paths.outbox();
     let doing = || format!("read {}", directory.display());
     let mut runs = Vec::new();
     for file in fs::read_dir(&directory).context(doing)? {
@@ -102,8 +102,8 @@ pub fn waiting(layout: &Layout) -> Result<Vec<RunId>> {
 }
 
 /// What is sent of a run, in this order: its log, and its report.
-pub fn files_of(layout: &Layout, run: &RunId) -> [PathBuf; 2] {
-    ["log.gz", "json"].map(|extension| layout.outbox().join(format!("{run}.{extension}")))
+pub fn files_of(paths: &Paths, run: &RunId) -> [PathBuf; 2] {
+    ["log.gz", "json"].map(|extension| paths.outbox().join(format!("{run}.{extension}")))
 }
 
 #[cfg(test)]
@@ -116,13 +116,13 @@ mod tests {
     #[test]
     fn what_waits_is_the_newest_that_the_hub_has_not_got_and_nothing_else() {
         let place = Directory::new();
-        let layout = Layout::below(place.path(), "fleet");
-        let outbox = layout.outbox();
+        let paths = Paths::below(place.path(), "fleet");
+        let outbox = paths.outbox();
         fs::create_dir_all(&outbox).unwrap();
-        fs::create_dir_all(layout.own("")).unwrap();
+        fs::create_dir_all(paths.own("")).unwrap();
         let run = |number: usize| RunId::try_from(format!("{number:032x}")).unwrap();
         for number in 0..MOST + 10 {
-            for file in files_of(&layout, &run(number)) {
+            for file in files_of(&paths, &run(number)) {
                 let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number as u64);
                 File::create(file).unwrap().set_modified(time).unwrap();
             }
@@ -131,17 +131,17 @@ mod tests {
         File::create(outbox.join(format!("{}.log.gz", "a".repeat(32)))).unwrap();
         fs::create_dir_all(outbox.join(format!("{}.json/deep", "b".repeat(32)))).unwrap();
         File::create(outbox.join("x.json")).unwrap();
-        File::create(layout.trouble_with_files()).unwrap();
-        files::write_json(&layout.own("received.json"), &Received { reports: vec![run(20), run(MOST + 9)] }, 0o644).unwrap();
+        File::create(paths.trouble_with_files()).unwrap();
+        files::write_json(&paths.own("received.json"), &Received { reports: vec![run(20), run(MOST + 9)] }, 0o644).unwrap();
 
-        tidy(&layout).unwrap();
+        tidy(&paths).unwrap();
         let expected: Vec<_> = (8..MOST + 9).filter(|number| *number != 20).map(run).collect();
-        assert_eq!(waiting(&layout).unwrap(), expected);
+        assert_eq!(waiting(&paths).unwrap(), expected);
         assert_eq!(expected.len(), MOST);
         assert_eq!(fs::read_dir(&outbox).unwrap().count(), 2 * MOST + 1);
         // what the user says makes no sense: nothing counts as received
-        fs::write(layout.own("received.json"), r#"{"reports": ["../../status/fleet"]}"#).unwrap();
-        tidy(&layout).unwrap();
-        assert_eq!(waiting(&layout).unwrap(), expected);
+        fs::write(paths.own("received.json"), r#"{"reports": ["../../status/fleet"]}"#).unwrap();
+        tidy(&paths).unwrap();
+        assert_eq!(waiting(&paths).unwrap(), expected);
     }
 }

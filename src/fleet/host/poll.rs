@@ -21,7 +21,7 @@ use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
-use crate::layout::Layout;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::{Outcome, Stage};
 use crate::system::now;
@@ -36,15 +36,15 @@ const TOLD: &str = "heartbeat.json";
 
 /// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns its
 /// manifest, and the commit to start from: HEAD, if the release is in it, or a new one on top.
-pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
-    let scratch = scratch(layout)?;
+pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
+    let scratch = scratch(paths)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
-    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), limit)?;
-    let files = if hub.file_directories.is_empty() { Ok(()) } else { secrets::fetch(&mut session, layout, scratch.path()) };
+    let mut session = Session::open(hub, &identity(paths)?, scratch.path(), limit)?;
+    let files = if hub.file_directories.is_empty() { Ok(()) } else { secrets::fetch(&mut session, paths, scratch.path()) };
     let untold = files.as_ref().err().map(ToString::to_string);
-    let taken = files.and_then(|()| take(&mut session, layout, instance, hub, repository, scratch.path()));
+    let taken = files.and_then(|()| take(&mut session, paths, instance, hub, repository, scratch.path()));
 
-    let mut beat = heartbeat::now(layout, hub);
+    let mut beat = heartbeat::now(paths, hub);
     beat.files = beat.files.or(untold);
     match &taken {
         Ok((manifest, commit)) => {
@@ -60,7 +60,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
         }
     }
     // what the hub does not want to be told now, the next poll tells
-    let told = deliver_by(&mut session, layout, scratch.path(), &beat).and_then(|()| session.close());
+    let told = deliver_by(&mut session, paths, scratch.path(), &beat).and_then(|()| session.close());
     told.unwrap_or_else(|error| log::warn!("{error}."));
     taken
 }
@@ -68,7 +68,7 @@ pub fn fetch(layout: &Layout, instance: &Instance, hub: &Hub, repository: &Repos
 /// Takes what the hub offers; what is refused of it is noted, whatever it is refused for.
 fn take(
     session: &mut Session,
-    layout: &Layout,
+    paths: &Paths,
     instance: &Instance,
     hub: &Hub,
     repository: &Repository,
@@ -82,25 +82,25 @@ fn take(
     let accept = || {
         let manifest = read_manifest(&place, hub, scratch)?;
         let release = &manifest.release;
-        seen::check(layout, release, committed.clone(), now())?;
+        seen::check(paths, release, committed.clone(), now())?;
         let known = committed.is_some_and(|committed| committed.id == release.id);
         if let Some(expires) = manifest.expires.filter(|_| !known && manifest.has_expired(now())) {
             let why = format!("it expired {}; the hub replays it, or nobody has renewed it: deploy again", ago(expires, now()));
             return Err(why).context(|| format!("accept release {} of {}", release.sequence, release.id));
         }
-        let tarball = layout.own(&manifest.archive());
-        remove_archives(layout, Some(&tarball).filter(|_| !known))?;
+        let tarball = paths.own(&manifest.archive());
+        remove_archives(paths, Some(&tarball).filter(|_| !known))?;
         let source = scratch.join("source");
         if !known {
             fetch_archive(session, &manifest, &tarball)?;
             unpack(&tarball, &source)?;
         }
-        seen::remember(layout, release)?;
+        seen::remember(paths, release)?;
         Ok((manifest, source, known))
     };
     let accepted = accept();
     // whatever becomes of the note, the reason is what the run ends with
-    note_refusal(layout, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
+    note_refusal(paths, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
     let (manifest, source, known) = accepted?;
     if known {
         return Ok((manifest, repository.head.clone()));
@@ -116,8 +116,8 @@ fn take(
 }
 
 /// Writes down why what the hub offers is refused, or that it is not.
-fn note_refusal(layout: &Layout, error: Option<&Error>) -> Result<()> {
-    let path = layout.own(heartbeat::REFUSED);
+fn note_refusal(paths: &Paths, error: Option<&Error>) -> Result<()> {
+    let path = paths.own(heartbeat::REFUSED);
     match error {
         // the next poll may well accept the same
         Some(error) if error.is_transient() => Ok(()),
@@ -128,8 +128,8 @@ fn note_refusal(layout: &Layout, error: Option<&Error>) -> Result<()> {
 }
 
 /// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
-fn remove_archives(layout: &Layout, kept: Option<&PathBuf>) -> Result<()> {
-    let directory = layout.own("");
+fn remove_archives(paths: &Paths, kept: Option<&PathBuf>) -> Result<()> {
+    let directory = paths.own("");
     for file in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
         if file.file_name().as_encoded_bytes().ends_with(b".tar.gz") && Some(&file.path()) != kept {
             files::clear(&file.path()).context(|| format!("remove {}", file.path().display()))?;
@@ -199,16 +199,16 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
 }
 
 /// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
-pub fn deliver(layout: &Layout, instance: &Instance) -> Result<()> {
+pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
-    let told = fs::read(layout.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat::now(layout, hub)).context(|| "write the heartbeat".into())?;
-    if outbox::waiting(layout)?.is_empty() && told == now {
+    let told = fs::read(paths.own(TOLD)).unwrap_or_default();
+    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub)).context(|| "write the heartbeat".into())?;
+    if outbox::waiting(paths)?.is_empty() && told == now {
         return Ok(());
     }
-    let scratch = scratch(layout)?;
-    let mut session = Session::open(hub, &identity(layout)?, scratch.path(), DELIVERY)?;
-    deliver_by(&mut session, layout, scratch.path(), &heartbeat::now(layout, hub))?;
+    let scratch = scratch(paths)?;
+    let mut session = Session::open(hub, &identity(paths)?, scratch.path(), DELIVERY)?;
+    deliver_by(&mut session, paths, scratch.path(), &heartbeat::now(paths, hub))?;
     session.close()
 }
 
@@ -220,9 +220,9 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
         let ourselves = Program::ourselves_as(&instance.user)?.args(["reach", name]);
         return ourselves.output(|| "reach the hub".into(), None).map(drop);
     }
-    let layout = Layout::new(name);
-    let scratch = scratch(&layout)?;
-    match Session::open(hub, &identity(&layout)?, scratch.path(), REACH) {
+    let paths = Paths::new(name);
+    let scratch = scratch(&paths)?;
+    match Session::open(hub, &identity(&paths)?, scratch.path(), REACH) {
         Ok(session) => session.close(),
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
@@ -232,35 +232,35 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
 
 /// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
 /// rest waiting; what counts as told is what it has taken.
-fn deliver_by(session: &mut Session, layout: &Layout, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
-    let mut waiting = outbox::waiting(layout)?;
+fn deliver_by(session: &mut Session, paths: &Paths, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
+    let mut waiting = outbox::waiting(paths)?;
     let place = scratch.join("received.json");
     // who has sent nothing need not ask what has arrived
     if !waiting.is_empty() && session.get("release/received.json", &place, SMALL)? {
         let received: Received = read_foreign(&place)?;
-        files::write_json(&layout.own("received.json"), &received, 0o644)?;
+        files::write_json(&paths.own("received.json"), &received, 0o644)?;
         waiting.retain(|run| !received.reports.contains(run));
     }
     let mut send = |file: &Path| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         session.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
     };
-    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(layout, run).iter().try_for_each(|file| send(file))).collect();
+    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(paths, run).iter().try_for_each(|file| send(file))).collect();
     // the directory is the user's alone; on the hub, others have to read what is sent
     let beat = scratch.join(TOLD);
     files::write_json(&beat, heartbeat, 0o644)?;
     send(&beat)?;
-    fs::rename(&beat, layout.own(TOLD)).context(|| format!("write {}", layout.own(TOLD).display()))?;
+    fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
     reports.into_iter().collect()
 }
 
 /// The private key: systemd's copy of it, which only the instance's user can read. Fails if it is as in module.nix
 /// where there is none to copy.
-fn identity(layout: &Layout) -> Result<PathBuf> {
+fn identity(paths: &Paths) -> Result<PathBuf> {
     let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     // what root has this ask for a run has none of its own
     let of = |unit: &str| PathBuf::from(format!("/run/credentials/ekiben-{unit}.service"));
-    let path = own.unwrap_or_else(|| Some(of(layout.name())).filter(|run| run.exists()).unwrap_or_else(|| of("boot"))).join("identity");
+    let path = own.unwrap_or_else(|| Some(of(paths.name())).filter(|run| run.exists()).unwrap_or_else(|| of("boot"))).join("identity");
     if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
         return Err(Error::new(
             "Failed to read the private key of this host: the file of `services.ekiben.fleet.identityFile` is missing or empty",
@@ -270,8 +270,8 @@ fn identity(layout: &Layout) -> Result<PathBuf> {
 }
 
 /// A directory for files that nobody needs later; whatever is in its way is not.
-fn scratch(layout: &Layout) -> Result<Temporary> {
-    let place = layout.own("fetched");
+fn scratch(paths: &Paths) -> Result<Temporary> {
+    let place = paths.own("fetched");
     Temporary::below(&place).or_else(|error| {
         log::warn!("{error}; removing {}.", place.display());
         files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))

@@ -21,8 +21,8 @@ use crate::files;
 use crate::fleet::sftp::Session;
 use crate::fleet::{SMALL, Served, sha256};
 use crate::json;
-use crate::layout::Layout;
 use crate::names::Sha256;
+use crate::paths::Paths;
 
 /// Among what was fetched; the others are named as in `files` on the hub.
 const INDEX: &str = "files/index.json";
@@ -41,8 +41,8 @@ const SAID: usize = 20;
 
 /// Fetches what the hub has for this host and tells root by replacing the index, if that is another one or it is time to look again. Where the hub has
 /// no index, everything is left unchanged.
-pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<()> {
-    let kept = layout.own("files");
+pub fn fetch(session: &mut Session, paths: &Paths, scratch: &Path) -> Result<()> {
+    let kept = paths.own("files");
     let doing = || "fetch files".to_owned();
     fs::create_dir_all(&kept).context(doing)?;
     let index = scratch.join("index.json");
@@ -60,11 +60,11 @@ pub fn fetch(session: &mut Session, layout: &Layout, scratch: &Path) -> Result<(
                     files::clear(&entry.path()).context(doing)?;
                 }
             }
-            let known = layout.own(INDEX);
+            let known = paths.own(INDEX);
             let age = || SystemTime::now().duration_since(known.metadata()?.modified()?).map_err(io::Error::other);
             let is_same = fs::read(&known).is_ok_and(|known| known == contents) && age().is_ok_and(|age| age < AGAIN);
             // what could not be put in its place before may be possible now
-            let is_done = is_same && !layout.trouble_with_files().exists();
+            let is_done = is_same && !paths.trouble_with_files().exists();
             return if is_done { Ok(()) } else { files::write(&known, &contents, 0o600).context(doing) };
         }
     }
@@ -106,8 +106,8 @@ fn read_index(contents: &[u8]) -> Result<(Vec<Served>, Vec<String>)> {
 
 /// Puts what was fetched in its places, and removes what the hub has no more. What is wrong with one
 /// file does not keep the others waiting; the hub is told of it with the next heartbeat.
-pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
-    let contents = match files::read_foreign_below(&layout.own(""), INDEX, SMALL) {
+pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
+    let contents = match files::read_foreign_below(&paths.own(""), INDEX, SMALL) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         contents => contents.context(|| "read the index of the hub's files".into())?,
     };
@@ -115,7 +115,7 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
     for why in &failed {
         log::error!("{why}.");
     }
-    let before: Vec<Served> = files::read_json(&layout.installed())
+    let before: Vec<Served> = files::read_json(&paths.installed())
         .unwrap_or_else(|error| {
             // what is in its place as it should be counts as ours again
             log::warn!("{error}.");
@@ -123,10 +123,10 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
         })
         .unwrap_or_default();
     // before anything is put anywhere, or a crash could leave files that are nobody's
-    files::write_json(&layout.installed(), &[&before[..], &served].concat(), 0o600)?;
+    files::write_json(&paths.installed(), &[&before[..], &served].concat(), 0o600)?;
     let mut installed = Vec::new();
     let gone = before.iter().filter(|old| served.iter().all(|new| new.path != old.path)).map(|old| (old, remove(old, hub)));
-    let placed = served.iter().map(|new| (new, place(layout, hub, new, &before)));
+    let placed = served.iter().map(|new| (new, place(paths, hub, new, &before)));
     for (file, done) in gone.chain(placed) {
         match done {
             Ok(true) => installed.push(file.clone()),
@@ -138,8 +138,8 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
             }
         }
     }
-    files::write_json(&layout.installed(), &installed, 0o600)?;
-    let trouble = layout.trouble_with_files();
+    files::write_json(&paths.installed(), &installed, 0o600)?;
+    let trouble = paths.trouble_with_files();
     let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("\n");
     let told = if failed.is_empty() { files::remove(&trouble) } else { files::write(&trouble, text.as_bytes(), 0o640) };
     told.context(|| format!("write {}", trouble.display()))?;
@@ -147,10 +147,10 @@ pub fn install(layout: &Layout, hub: &Hub) -> Result<()> {
 }
 
 /// Puts a file in its place, unless it is there; `before` are the files that are ours.
-fn place(layout: &Layout, hub: &Hub, served: &Served, before: &[Served]) -> Result<bool> {
+fn place(paths: &Paths, hub: &Hub, served: &Served, before: &[Served]) -> Result<bool> {
     let path: &Path = served.path.as_ref();
     let doing = || format!("install {path:?}");
-    let contents = files::read_foreign_below(&layout.own(""), format!("files/{}", served.file), SMALL).context(doing)?;
+    let contents = files::read_foreign_below(&paths.own(""), format!("files/{}", served.file), SMALL).context(doing)?;
     if sha256::of(&contents)? != served.sha256 {
         return Err("the file does not match the index").context(doing);
     }

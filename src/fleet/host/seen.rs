@@ -11,8 +11,8 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::host::release;
 use crate::git::Repository;
-use crate::layout::Layout;
 use crate::output::{print, print_json};
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::Release;
 use crate::run::status::Status;
@@ -28,7 +28,7 @@ const SET: u64 = 1_735_689_600;
 
 /// Fails unless a release is the newest that is known, or one after it: `committed` is the one in the
 /// repository. Neither may its number, which is a time or less than one, be of a day that is yet to come.
-pub fn check(layout: &Layout, release: &Release, committed: Option<Release>, now: u64) -> Result<()> {
+pub fn check(paths: &Paths, release: &Release, committed: Option<Release>, now: u64) -> Result<()> {
     let doing = || format!("accept release {} of {}", release.sequence, release.id);
     let highest = now + DAY;
     if u64::from(release.sequence) > highest {
@@ -39,7 +39,7 @@ pub fn check(layout: &Layout, release: &Release, committed: Option<Release>, now
             Err(format!("expected a number of at most {highest}, which is tomorrow by this machine's clock")).context(doing)
         };
     }
-    match newest(layout, committed)? {
+    match newest(paths, committed)? {
         Some(newest) if newest.sequence > release.sequence || newest.sequence == release.sequence && newest.id != release.id => {
             let why = format!(
                 "release {} of {} has been seen before; the hub was restored from a backup, or replays a release",
@@ -52,22 +52,22 @@ pub fn check(layout: &Layout, release: &Release, committed: Option<Release>, now
 }
 
 /// Writes down what the hub offers.
-pub fn remember(layout: &Layout, release: &Release) -> Result<()> {
-    files::write_json(&layout.own(SEEN), release, 0o644)
+pub fn remember(paths: &Paths, release: &Release) -> Result<()> {
+    files::write_json(&paths.own(SEEN), release, 0o644)
 }
 
 /// The newest release that is known, `committed` among them, but for those that have been forgotten.
-pub fn newest(layout: &Layout, committed: Option<Release>) -> Result<Option<Release>> {
-    let seen = files::read_json(&layout.own(SEEN))
-        .map_err(|error| Error::new(format!("{error}; run `ekiben forget-releases {}` as root", layout.name())))?;
-    let forgotten: Vec<Release> = files::read_json(&layout.forgotten())?.unwrap_or_default();
-    let known = reported(layout).into_iter().chain(committed).chain(seen).filter(|release| !forgotten.contains(release));
+pub fn newest(paths: &Paths, committed: Option<Release>) -> Result<Option<Release>> {
+    let seen = files::read_json(&paths.own(SEEN))
+        .map_err(|error| Error::new(format!("{error}; run `ekiben forget-releases {}` as root", paths.name())))?;
+    let forgotten: Vec<Release> = files::read_json(&paths.forgotten())?.unwrap_or_default();
+    let known = reported(paths).into_iter().chain(committed).chain(seen).filter(|release| !forgotten.contains(release));
     Ok(known.max_by_key(|release| release.sequence))
 }
 
 /// The releases that runs have been about, as root has written down.
-fn reported(layout: &Layout) -> Vec<Release> {
-    let status = Status::read(layout);
+fn reported(paths: &Paths) -> Vec<Release> {
+    let status = Status::read(paths);
     let runs = status.runs.into_iter().chain(status.tried.map(|tried| tried.run));
     let deployed = status.deployed.and_then(|deployed| deployed.release);
     runs.filter_map(|run| run.release).chain(deployed).collect()
@@ -76,7 +76,7 @@ fn reported(layout: &Layout) -> Vec<Release> {
 /// Has an instance forget the releases that it knows of now: it takes the next one that its hub offers,
 /// whatever number that has, and from then on none before that one.
 pub fn forget(name: &str, instance: &Instance) -> Result<()> {
-    let layout = Layout::new(name);
+    let paths = Paths::new(name);
     let doing = || format!("forget the releases of {name}");
     if instance.hub.is_none() {
         return Err("the instance has no hub").context(doing);
@@ -87,16 +87,16 @@ pub fn forget(name: &str, instance: &Instance) -> Result<()> {
     // what lies in the user's files is for the user to read, and to remove
     let own = Program::ourselves_as(&instance.user)?.args(["forget-own-releases", name]).output(doing, None)?;
     let own: Vec<Release> = serde_json::from_slice(&own).context(doing)?;
-    let releases: Vec<_> = own.into_iter().take(OWN).chain(reported(&layout)).collect();
-    files::write_json(&layout.forgotten(), &releases, 0o644)?;
+    let releases: Vec<_> = own.into_iter().take(OWN).chain(reported(&paths)).collect();
+    files::write_json(&paths.forgotten(), &releases, 0o644)?;
     print(&format!("{name} will accept the next release of its hub, whatever its number.\n"))
 }
 
 /// The user's part of that: says which releases are in the instance's own files.
-pub fn forget_own(layout: &Layout, instance: &Instance) -> Result<()> {
-    let seen = files::read_json(&layout.own(SEEN)).unwrap_or_default();
+pub fn forget_own(paths: &Paths, instance: &Instance) -> Result<()> {
+    let seen = files::read_json(&paths.own(SEEN)).unwrap_or_default();
     let committed = Repository::open(instance).and_then(|repository| release::of(&repository, &repository.head)).unwrap_or_default();
-    files::clear(&layout.own(SEEN)).context(|| format!("remove {}", layout.own(SEEN).display()))?;
+    files::clear(&paths.own(SEEN)).context(|| format!("remove {}", paths.own(SEEN).display()))?;
     print_json(&seen.into_iter().chain(committed.map(|manifest| manifest.release)).collect::<Vec<Release>>())
 }
 
@@ -121,39 +121,39 @@ mod tests {
     #[test]
     fn a_release_that_any_place_knows_of_is_not_gone_back_from() {
         let place = Directory::new();
-        let layout = Layout::below(place.path(), "fleet");
-        let refusal = |sequence, id, committed| check(&layout, &release(sequence, id), committed, NOW).err().map(|error| error.to_string());
+        let paths = Paths::below(place.path(), "fleet");
+        let refusal = |sequence, id, committed| check(&paths, &release(sequence, id), committed, NOW).err().map(|error| error.to_string());
         assert_eq!(refusal(1, "a", None), None);
         let run = json!({
             "id": "x", "result": "rolledBack", "trigger": "timer", "started": 0, "finished": 0, "commit": null, "summary": null,
             "release": release(5, "a"), "stage": null, "error": null, "warnings": [], "rebootNeeded": false,
         });
         for status in [json!({"format": FORMAT, "runs": [run]}), json!({"format": FORMAT, "tried": {"count": 1, "run": run}})] {
-            write(&layout.status(), &status);
+            write(&paths.status(), &status);
             assert!(refusal(4, "b", None).unwrap().contains("release 5 of aaaa"));
             assert!(refusal(5, "b", None).is_some() && refusal(5, "a", None).is_none() && refusal(6, "b", None).is_none());
         }
-        std::fs::remove_file(layout.status()).unwrap();
+        std::fs::remove_file(paths.status()).unwrap();
         assert!(refusal(4, "b", Some(release(5, "a"))).is_some());
-        write(&layout.own(SEEN), &json!(release(7, "c")));
+        write(&paths.own(SEEN), &json!(release(7, "c")));
         assert!(refusal(6, "b", Some(release(5, "a"))).is_some());
 
         // forgotten once, known again with the next one
-        write(&layout.forgotten(), &json!([release(5, "a"), release(7, "c")]));
+        write(&paths.forgotten(), &json!([release(5, "a"), release(7, "c")]));
         assert_eq!(refusal(2, "d", Some(release(5, "a"))), None);
-        remember(&layout, &release(2, "d")).unwrap();
+        remember(&paths, &release(2, "d")).unwrap();
         assert!(refusal(1, "e", Some(release(5, "a"))).is_some());
 
         // of an earlier version, or of somebody else's making
-        write(&layout.own(SEEN), &json!({"id": "a".repeat(64), "sequence": u64::MAX}));
+        write(&paths.own(SEEN), &json!({"id": "a".repeat(64), "sequence": u64::MAX}));
         assert!(refusal(9, "f", None).unwrap().ends_with("run `ekiben forget-releases fleet` as root"));
     }
 
     #[test]
     fn a_number_of_days_to_come_is_refused() {
         let place = Directory::new();
-        let layout = Layout::below(place.path(), "fleet");
-        let refusal = |sequence, now| check(&layout, &release(sequence, "a"), None, now).err();
+        let paths = Paths::below(place.path(), "fleet");
+        let refusal = |sequence, now| check(&paths, &release(sequence, "a"), None, now).err();
         assert!(refusal(NOW + DAY, NOW).is_none());
         let refused = refusal(NOW + DAY + 1, NOW).unwrap();
         assert!(!refused.is_transient() && refused.to_string().contains("tomorrow"));

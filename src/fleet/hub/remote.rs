@@ -52,7 +52,7 @@ impl Elsewhere {
         Ok(Self { server, path, temporary: Temporary::new()?, turn: Mutex::default() })
     }
 
-    /// The directory of what has been fetched, in the layout of the hub's own.
+    /// The directory of what has been fetched, in the paths of the hub's own.
     pub fn place(&self) -> &Path {
         self.temporary.path()
     }

@@ -28,12 +28,12 @@ use crate::program::Program;
 
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]
-pub struct Layout {
+pub struct Paths {
     root: PathBuf,
     name: String,
 }
 
-impl Layout {
+impl Paths {
     /// `name` has to have passed [`crate::config::instance_name`].
     pub fn new(name: &str) -> Self {
         Self::below(Path::new("/var/lib/ekiben"), name)
