@@ -6,6 +6,7 @@ pub mod offer;
 mod collect;
 mod guide;
 mod history;
+mod host_state;
 mod jobs;
 mod memory;
 mod publish;

@@ -1,0 +1,241 @@
+//! How a host can be, as the hub sees it.
+//!
+//! A state follows from what is published and what the host reported last, release by release. No host's
+//! clock counts: the clocks of the hub and of the reader decide whether a host is silent.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::fleet::{Heartbeat, LastRun, Manifest};
+use crate::run::{Outcome, Release};
+
+/// The exit status that says that a host is not well.
+pub const FAILING: u8 = 2;
+
+/// How a host can be; what is graver comes first.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum HostState {
+    /// The release did not run well, nor could the host go back.
+    RollbackFailed,
+    /// It could not be built, or was not tried any further.
+    Failing,
+    /// It did not run well, and the host went back.
+    RolledBack,
+    /// The host does not accept what it is offered.
+    Refusing,
+    /// It runs something else than what it deployed: by another hand.
+    Drifted,
+    /// It has not been heard of for long.
+    Silent,
+    /// Its release has expired.
+    Stale,
+    /// The hub offers less than what was published last.
+    WentBack,
+    /// What is published for it, or what it has sent, cannot be read.
+    Unreadable,
+    /// It is in the repository, and the hub does not know it.
+    Unkeyed,
+    /// The hub serves it, and it is not in the repository.
+    Unlisted,
+    /// The next boot brings the published release, and decides.
+    AwaitingBoot,
+    /// It is at work on the published release.
+    Building,
+    /// It does not have the published release yet.
+    RebuildPending,
+    /// It does not have the published release yet, but runs the same system.
+    SyncPending,
+    /// It has never been heard of.
+    NewMachine,
+    /// Nothing is published for it.
+    NotDeployed,
+    /// It runs the published release, and took more than one run to.
+    ExtraRuns,
+    /// It runs the published release, with inputs it has updated by itself.
+    AutoUpdated,
+    /// It runs the published release.
+    UpToDate,
+    /// Its directory is what is left of it.
+    Removed,
+}
+
+impl HostState {
+    /// Decides by what is published, and by what was heard of the host how long ago.
+    pub fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration, now: u64) -> Self {
+        if heard.is_some_and(|(heartbeat, age)| age <= silent_after && heartbeat.refused.is_some()) {
+            return Self::Refusing;
+        }
+        let Some(published) = published else { return Self::NotDeployed };
+        let Some((heartbeat, age)) = heard else { return Self::NewMachine };
+        let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
+        // what it has under another number it need not deploy again
+        let is_same = |deployed: &Release| is_published(&heartbeat.seen) && deployed.id == published.release.id;
+        let deployed = is_published(&heartbeat.deployed) || heartbeat.deployed.as_ref().is_some_and(is_same);
+        // a run that failed before it knew of any release is about what comes next
+        let about = |last: &&LastRun| is_published(&last.release) || (last.release.is_none() && !deployed);
+        let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
+        match result {
+            _ if age > silent_after => Self::Silent,
+            _ if is_published(&heartbeat.running) => Self::Building,
+            Some(Outcome::Failed) => Self::Failing,
+            Some(Outcome::RolledBack) => Self::RolledBack,
+            Some(Outcome::Stuck) => Self::RollbackFailed,
+            Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
+            Some(Outcome::Drifted) => Self::Drifted,
+            _ if published.has_expired(now) || heartbeat.expires.is_some_and(|expires| expires < now) => Self::Stale,
+            _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
+            _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
+            _ if deployed => Self::UpToDate,
+            _ if published.toplevel.is_some() && published.toplevel == heartbeat.system => Self::SyncPending,
+            _ => Self::RebuildPending,
+        }
+    }
+
+    /// Which kind of trouble this is, as an exit status; 0 if it is none.
+    pub fn trouble(self) -> u8 {
+        match self {
+            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Refusing | Self::Drifted => FAILING,
+            Self::Silent | Self::Stale => 3,
+            Self::WentBack | Self::Unreadable | Self::Unkeyed | Self::Unlisted => 4,
+            _ => 0,
+        }
+    }
+}
+
+impl fmt::Display for HostState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::RollbackFailed => "rollback failed",
+            Self::Failing => "failing",
+            Self::RolledBack => "rolled back",
+            Self::Refusing => "refusing",
+            Self::Drifted => "drifted",
+            Self::Silent => "silent",
+            Self::Stale => "stale",
+            Self::WentBack => "hub went back",
+            Self::Unreadable => "unreadable",
+            Self::Unkeyed => "no key on the hub",
+            Self::Unlisted => "not in repository",
+            Self::AwaitingBoot => "awaiting boot",
+            Self::Building => "building",
+            Self::RebuildPending => "rebuild pending",
+            Self::SyncPending => "sync pending",
+            Self::NewMachine => "new machine",
+            Self::NotDeployed => "not deployed",
+            Self::ExtraRuns => "extra runs",
+            Self::AutoUpdated => "auto updated",
+            Self::UpToDate => "up to date",
+            Self::Removed => "removed",
+        })
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::fleet::{FORMAT, Provenance};
+
+    pub fn release(sequence: u64) -> Release {
+        Release { id: format!("{sequence:064x}").try_into().unwrap(), sequence: sequence.try_into().unwrap() }
+    }
+
+    pub fn manifest() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            host: "web".try_into().unwrap(),
+            release: release(2),
+            sha256: "0".repeat(64).try_into().unwrap(),
+            size: 0,
+            attr: None,
+            toplevel: Some("/nix/store/0123456789abcdfghijklmnpqrsvwxyz-new".try_into().unwrap()),
+            published: 1000,
+            expires: Some(5000),
+            origin: Provenance::default(),
+        }
+    }
+
+    /// Of a host that has deployed some release.
+    pub fn heartbeat(deployed: u64) -> Heartbeat {
+        Heartbeat {
+            format: FORMAT,
+            host: "web".try_into().unwrap(),
+            version: String::new(),
+            seen: None,
+            deployed: Some(release(deployed)),
+            system: Some("/nix/store/abcdfghijklmnpqrsvwxyz0123456789-old".try_into().unwrap()),
+            running: None,
+            last: None,
+            runs: 1,
+            self_updated: false,
+            reboot_needed: false,
+            files: None,
+            refused: None,
+            expires: None,
+            kernel: Some("6.12".into()),
+            nixos: Some("25.05.20250101.0123456".into()),
+            nixpkgs: None,
+        }
+    }
+
+    pub fn last(release: Option<Release>, result: Outcome) -> LastRun {
+        LastRun { release, result, stage: None, error: Some("no luck".into()), finished: 1000 }
+    }
+
+    #[test]
+    fn a_state_follows_from_releases() {
+        use HostState::{
+            AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
+            RollbackFailed, RolledBack, Silent, Stale, SyncPending, UpToDate,
+        };
+        let state = |heartbeat: &Heartbeat, age| {
+            HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10), 5000)
+        };
+        let of = |published: Option<&Manifest>, heard: Option<&Heartbeat>, now| {
+            HostState::of(published, heard.map(|heartbeat| (heartbeat, Duration::ZERO)), Duration::ZERO, now)
+        };
+        assert_eq!(of(None, None, 0), NotDeployed);
+        assert_eq!(of(None, Some(&heartbeat(2)), 0), NotDeployed);
+        assert_eq!(of(None, Some(&Heartbeat { refused: Some("not signed".into()), ..heartbeat(2) }), 0), Refusing);
+        assert_eq!(of(Some(&manifest()), None, 0), NewMachine);
+        // what is published has expired, or what the host has been offered
+        assert_eq!(of(Some(&manifest()), Some(&heartbeat(2)), 5001), Stale);
+        assert_eq!(of(Some(&manifest()), Some(&Heartbeat { expires: Some(4000), ..heartbeat(1) }), 4001), Stale);
+        let old = || heartbeat(1);
+        let new = || heartbeat(2);
+        let same = || manifest().toplevel;
+        for (expected, heartbeat) in [
+            (RebuildPending, old()),
+            (SyncPending, Heartbeat { system: same(), ..old() }),
+            (UpToDate, new()),
+            // another release with the same contents
+            (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), ..old() }),
+            (
+                UpToDate,
+                Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), seen: Some(release(2)), ..old() },
+            ),
+            (ExtraRuns, Heartbeat { runs: 2, ..new() }),
+            (RebuildPending, Heartbeat { runs: 2, ..old() }),
+            (AutoUpdated, Heartbeat { runs: 2, self_updated: true, ..new() }),
+            // what it does on top of an old one hides nothing
+            (RebuildPending, Heartbeat { self_updated: true, ..old() }),
+            (Building, Heartbeat { running: Some(release(2)), last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { running: Some(release(1)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(Some(release(2)), Outcome::Failed)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Failed)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(None, Outcome::Failed)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(None, Outcome::Failed)), ..new() }),
+            // whatever it runs
+            (Refusing, Heartbeat { refused: Some("not signed".into()), ..new() }),
+            (Refusing, Heartbeat { refused: Some("not signed".into()), ..old() }),
+            (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
+            (RollbackFailed, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
+            (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
+            (AwaitingBoot, Heartbeat { last: Some(last(Some(release(2)), Outcome::AwaitingBoot)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::AwaitingBoot)), ..old() }),
+            (Drifted, Heartbeat { last: Some(last(Some(release(2)), Outcome::Drifted)), ..new() }),
+        ] {
+            assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
+            assert_eq!(state(&heartbeat, 11), Silent);
+        }
+    }
+}
