@@ -55,6 +55,13 @@ with subtest("a hold survives a reboot, and what was asked for runs when it is e
     machine.wait_until_fails("systemctl is-active --quiet ekiben-holds.service", timeout=60)
     assert "not held" in machine.succeed("ekiben resume app")
 
+with subtest("who waits for a request that somebody has removed is told, and does not wait for ever"):
+    machine.succeed("systemctl stop ekiben-app.path")
+    remove = "until rm /var/lib/ekiben/queue/app 2> /dev/null; do sleep 0.1; done"
+    ended, said = machine.execute(f"({remove}) & timeout 60 ekiben trigger --wait app 2>&1")
+    assert ended == 1 and "Failed to find the run of the request for app: nobody has served it" in said, (ended, said)
+    machine.succeed("systemctl start ekiben-app.path")
+
 with subtest("a hold ends by itself"):
     before = runs(machine, "app")
     publish(machine, "app", "3")

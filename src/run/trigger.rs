@@ -21,6 +21,8 @@ use crate::run::status::Status;
 
 /// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
 const AWAITING_BOOT: u8 = 75;
+/// So many looks in a row at which a request is nowhere mean that it is lost.
+const LOST: u32 = 50;
 /// Between two looks at the status.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -48,17 +50,25 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
             Ok(if run.result == Outcome::AwaitingBoot { ExitCode::from(AWAITING_BOOT) } else { ExitCode::SUCCESS })
         }
         Some(run) => Err(Error::new(format!("The run ended: {}: {}", run.result, run.error.unwrap_or_default()))),
-        None => Err(Error::new(format!("Failed to find the run of the request for {name}"))),
+        None => {
+            Err(Error::new(format!("Failed to find the run of the request for {name}: nobody has served it, and it is gone; ask again")))
+        }
     }
 }
 
-/// Waits until a run has served the request; returns the last run.
+/// Waits until a run has served the request; returns the last run, or none if the request has been lost: somebody has
+/// removed it.
 fn wait(paths: &Paths, number: u64) -> Option<Ended> {
-    let mut said = None;
+    let (mut said, mut missed) = (None, 0);
     loop {
         let status = Status::read(paths);
         if status.served >= number && status.running.is_none() {
             return status.runs.into_iter().next();
+        }
+        let is_somewhere = status.running.is_some() || status.held.is_some() || paths.request().symlink_metadata().is_ok();
+        missed = if is_somewhere { 0 } else { missed + 1 };
+        if missed > LOST {
+            return None;
         }
         let hold = Hold::read(paths).filter(|_| status.running.is_none());
         if let Some(hold) = hold.filter(|hold| said.replace(hold.until) != Some(hold.until)) {
