@@ -320,10 +320,11 @@ def shows_in(state, expected, healthy):
 with subtest("status shows in each state what was, what is and what to do"):
     import re
     wait_until_at_rest(machine, "app")
+    new = "  new  app: <commit> -> <commit>"
     ran = ["  took  prepare <span>, build <span>, activate <span>"]
     shows_in("deployed", [
         "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  deployed, <span> ago, asked for", "  proposed  <commit>",
-        "  summary  update app", *ran, "  log  ekiben log app <run>",
+        "  summary  update app", new, *ran, "  log  ekiben log app <run>",
     ], True)
     machine.succeed("ekiben hold app --reason 'not now'", "ekiben trigger app")
     wait_until_at_rest(machine, "app")
@@ -336,7 +337,7 @@ with subtest("status shows in each state what was, what is and what to do"):
     notified("failed")
     said = shows_in("failed", [
         "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  failed, <span> ago, asked for", "  proposed  <commit>",
-        "  summary  update app", "  took  prepare <span>, build <span>", "  stage  build",
+        "  summary  update app", new, "  took  prepare <span>, build <span>", "  stage  build",
     ], False)
     assert "app: failed in stage build; see ekiben status app" in said, said
     publish(machine, "app", "11", trouble="activation")

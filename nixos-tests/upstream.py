@@ -60,6 +60,8 @@ with subtest("an upstream that is ahead is followed, and gets the lock commit"):
     ended = run(server, "follower")
     assert ended["result"] == "deployed", ended
     assert ended["summary"] == "pull, update app", ended
+    assert ended["news"][0].startswith("app: ") and ended["news"][1:] == ["greeting"], ended
+    assert "  new       greeting\n" in server.succeed("ekiben status follower")
     check_deployed(server, "follower")
     assert deploy(server, "cat greeting; git rev-parse HEAD^") == f"hello\n{greeting}"
     assert deploy(server, "git log -1 --format='%an <%ae>'") == "Robot <robot@example.org>"

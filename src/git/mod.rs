@@ -321,6 +321,7 @@ pub fn git(directory: &Path) -> Program {
         "core.fsync=all",
         "gc.auto=0",
         "maintenance.auto=false",
+        "log.showSignature=false",
         // no part of an index beside it
         "core.splitIndex=false",
         // by set-group-id bits, which the sandbox forbids; our umask does the same

@@ -28,6 +28,12 @@ impl Repository {
         self.ask(["rev-parse", &format!("{commit}^{{tree}}")])
     }
 
+    /// The subjects of the latest commits that came after `from`, at most `most`.
+    pub fn subjects(&self, from: &str, to: &str, most: usize) -> Result<Vec<String>> {
+        let log = self.ask(["log", &format!("--max-count={most}"), "--format=%s", &format!("{from}..{to}"), "--"])?;
+        Ok(log.lines().map(String::from).collect())
+    }
+
     /// Whether two commits are the same but for who made them, and when.
     pub fn is_same(&self, commit: &str, other: &str) -> bool {
         let contents = |commit: &str| self.ask(["rev-parse", &format!("{commit}^{{tree}}"), &format!("{commit}^@")]).ok();

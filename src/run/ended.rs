@@ -27,6 +27,9 @@ pub struct Ended {
     pub base: Option<String>,
     /// What was new in it.
     pub summary: Option<String>,
+    /// The same in detail, a line each.
+    #[serde(default)]
+    pub news: Vec<String>,
     /// The release of a fleet's hub that this was, or was made from.
     #[serde(default)]
     pub release: Option<Release>,
@@ -59,6 +62,7 @@ impl Ended {
             base: None,
             refused: false,
             summary: None,
+            news: Vec::new(),
             release: None,
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),

@@ -16,6 +16,8 @@ use crate::program::TAIL_LINES;
 use crate::run::Release;
 use crate::run::{Failure, Stage};
 
+/// How many lines tell in detail what is new.
+pub const NEWS: usize = 40;
 /// More than any run has to say.
 const LIMIT: u64 = 256 * 1024;
 
@@ -56,6 +58,9 @@ pub struct Proposal {
     pub tree: ObjectId,
     /// What is new, in a line; empty if nothing is.
     pub summary: String,
+    /// The same in detail, a line each: the inputs' revisions, and the subjects of what was pulled.
+    #[serde(default)]
+    pub news: Vec<String>,
     /// Whether this very commit has been deployed before.
     pub unchanged: bool,
 }
@@ -102,7 +107,9 @@ impl Notes {
         };
         let notes: Self = json::parse_foreign(&bytes).context(doing)?;
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
-        if !of_user(notes.stage) || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
+        if notes.proposal.as_ref().is_some_and(|proposal| proposal.news.len() > NEWS)
+            || !of_user(notes.stage)
+            || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
         {
             return Err(Error::new("their contents are not valid for this stage")).context(doing);
         }

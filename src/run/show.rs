@@ -199,6 +199,9 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("last run", &format!("{}, {}, {}", run.result, ago(run.finished, now), asked(run.trigger)));
         add("proposed", run.commit.as_deref().unwrap_or_default());
         add("summary", run.summary.as_deref().unwrap_or_default());
+        for line in &run.news {
+            add("new", line);
+        }
         let took: Vec<_> = run.stages.iter().map(|(stage, seconds)| format!("{stage} {}", span(*seconds))).collect();
         add("took", &took.join(", "));
         add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());

@@ -189,6 +189,7 @@ impl Status {
             base: None,
             refused: false,
             summary: None,
+            news: Vec::new(),
             release: None,
             stage: Some(Stage::Begin),
             error: Some(why.to_owned()),

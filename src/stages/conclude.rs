@@ -285,6 +285,7 @@ pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.base = proposal.map(|proposal| proposal.base.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
+    ended.news = proposal.map(|proposal| proposal.news.clone()).unwrap_or_default();
     Status::report(paths, run, ended)?;
     run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(paths, hub))
 }

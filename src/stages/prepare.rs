@@ -19,8 +19,9 @@ use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::Release;
 use crate::run::drift::is_deployed;
-use crate::run::notes::{Notes, Proposal};
+use crate::run::notes::{NEWS, Notes, Proposal};
 use crate::run::status::Status;
+use crate::text;
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -128,6 +129,10 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         log::warn!("{error}.");
     }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
+    let last = Status::read(paths).deployed.map(|deployed| deployed.commit);
+    let last = last.filter(|last| repository.contains(&base, last).is_ok_and(|comes_after| comes_after));
+    let subjects = repository.subjects(last.as_ref().unwrap_or(&repository.head), &base, NEWS)?;
+    let news = changes.iter().map(revisions).chain(subjects).take(NEWS).map(|line| text::line(&line)).collect();
     let id = |hash: &str| ObjectId::try_from(hash).context(|| "describe the candidate".into());
     Ok(Proposal {
         base: id(&base)?,
@@ -136,6 +141,7 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         commit: id(&commit)?,
         tree: id(&tree)?,
         summary,
+        news,
         unchanged,
     })
 }
@@ -169,8 +175,12 @@ type Changes = [(String, String, String)];
 
 /// The commit message: which inputs in the first line, their old and new revisions below.
 fn message(changes: &Changes) -> String {
-    let lines: Vec<_> = changes.iter().map(|(name, old, new)| format!("{name}: {old} -> {new}")).collect();
+    let lines: Vec<_> = changes.iter().map(revisions).collect();
     format!("flake.lock: update {}\n\n{}\n", names(changes), lines.join("\n"))
+}
+
+fn revisions((name, old, new): &(String, String, String)) -> String {
+    format!("{name}: {old} -> {new}")
 }
 
 fn names(changes: &Changes) -> String {
