@@ -473,6 +473,8 @@ let
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
         "ekiben-boot.service"
+        "ekiben-holds.path"
+        "ekiben-holds.service"
         "ekiben-restart@.service"
         "ekiben-retry@.service"
         "ekiben-tgautobot.path"
