@@ -56,8 +56,6 @@ in
       # they evaluate all of NixOS, and an emulated one is slow at it
       scenario.patience = if config.boot.isContainer then 8 else 30;
       system.switch.enable = true;
-      # room enough to evaluate without collecting garbage
-      systemd.globalEnvironment.GC_INITIAL_HEAP_SIZE = "1G";
       nix.settings = {
         experimental-features = [
           "nix-command"
