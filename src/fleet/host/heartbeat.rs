@@ -6,24 +6,26 @@ use crate::config::Hub;
 use crate::fleet::host::seen;
 use crate::fleet::{FORMAT, Heartbeat, LastRun};
 use crate::paths::Paths;
-use crate::run::Outcome;
 use crate::run::status::Status;
+use crate::run::{Outcome, Stage};
 use crate::stages::reboot;
 use crate::text;
 
 /// Why what the hub offers was refused, if it was.
 pub const REFUSED: &str = "refused";
 
-/// How the instance is.
-pub fn now(paths: &Paths, hub: &Hub) -> Heartbeat {
+/// How the instance is; `is_fetched` where its hub has just been asked with success, so that an earlier failure to is past.
+pub fn now(paths: &Paths, hub: &Hub, is_fetched: bool) -> Heartbeat {
     let status = Status::read(paths);
     // a host that cannot read what it has seen is to be heard all the same
     let seen = seen::newest(paths, None).unwrap_or_default();
     let tried = status.tried.as_ref().filter(|tried| tried.run.release == seen);
     // a release that could not even be proposed has not been tried
     let refused = status.runs.first().filter(|run| run.result == Outcome::Failed);
+    // the latest failure, unless it is only that what was tried is known to be bad
+    let failed = refused.filter(|run| !is_fetched && !run.refused && run.stage == Some(Stage::Prepare));
     let drifted = status.runs.first().filter(|run| run.result == Outcome::Drifted);
-    let last = drifted.or(tried.map(|tried| &tried.run)).or(refused);
+    let last = drifted.or(failed).or(tried.map(|tried| &tried.run)).or(refused);
     let deployed = status.deployed.as_ref();
     let system = crate::system::current().ok();
     let nixos = fs::read_to_string("/run/current-system/nixos-version").ok().map(|version| text::line(version.trim_end()));

@@ -44,7 +44,7 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
     let untold = files.as_ref().err().map(ToString::to_string);
     let taken = files.and_then(|()| take(&mut session, paths, instance, hub, repository, scratch.path()));
 
-    let mut beat = heartbeat::now(paths, hub);
+    let mut beat = heartbeat::now(paths, hub, taken.is_ok());
     beat.files = beat.files.or(untold);
     match &taken {
         Ok((manifest, commit)) => {
@@ -202,13 +202,13 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
 pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
     let told = fs::read(paths.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub)).context(|| "write the heartbeat".into())?;
+    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub, false)).context(|| "write the heartbeat".into())?;
     if outbox::waiting(paths)?.is_empty() && told == now {
         return Ok(());
     }
     let scratch = scratch(paths)?;
     let mut session = Session::open(hub, &identity(paths)?, scratch.path(), DELIVERY)?;
-    deliver_by(&mut session, paths, scratch.path(), &heartbeat::now(paths, hub))?;
+    deliver_by(&mut session, paths, scratch.path(), &heartbeat::now(paths, hub, false))?;
     session.close()
 }
 
