@@ -114,37 +114,37 @@ impl Paths {
 
     /// The journal of the run under way.
     pub fn journal(&self) -> PathBuf {
-        self.root.join("runs").join(format!("{}.json", self.name))
+        self.file("runs", "json")
     }
 
     /// The journal of a run that could not be put back.
     pub fn stuck(&self) -> PathBuf {
-        self.root.join("runs").join(format!("{}.stuck", self.name))
+        self.file("runs", "stuck")
     }
 
     /// The journal of a run that has ended until the next boot.
     pub fn trial(&self) -> PathBuf {
-        self.root.join("runs").join(format!("{}.trial", self.name))
+        self.file("runs", "trial")
     }
 
     /// What everybody may know.
     pub fn status(&self) -> PathBuf {
-        self.root.join("status").join(format!("{}.json", self.name))
+        self.file("status", "json")
     }
 
     /// Room on the disk for the status.
     pub fn reserve(&self) -> PathBuf {
-        self.root.join("status").join(format!("{}.reserve", self.name))
+        self.file("status", "reserve")
     }
 
     /// The end of the output of the program that failed last.
     pub fn output(&self) -> PathBuf {
-        self.root.join("status").join(format!("{}.output", self.name))
+        self.file("status", "output")
     }
 
     /// The releases of a fleet's hub that do not count any more.
     pub fn forgotten(&self) -> PathBuf {
-        self.root.join("status").join(format!("{}.forgotten", self.name))
+        self.file("status", "forgotten")
     }
 
     /// What the user's stages tell root's.
@@ -155,6 +155,10 @@ impl Paths {
     /// The link to the system that was built; keeps it from being collected as garbage.
     pub fn candidate(&self) -> PathBuf {
         self.own("candidate")
+    }
+
+    fn file(&self, directory: &str, kind: &str) -> PathBuf {
+        self.root.join(directory).join(format!("{}.{kind}", self.name))
     }
 
     /// A file of the user's own.

@@ -114,16 +114,25 @@ pub fn times(count: u32) -> String {
     if count == 1 { "once".into() } else { format!("{count} times") }
 }
 
-/// How long ago a moment is, in its largest unit.
+/// How long ago a moment is.
 pub fn ago(then: u64, now: u64) -> String {
-    let seconds = now.saturating_sub(then);
+    format!("{} ago", span(now.saturating_sub(then)))
+}
+
+/// A time span in its largest unit.
+pub fn span(seconds: u64) -> String {
     let (count, unit) = match seconds {
         0..60 => (seconds, "s"),
         60..3600 => (seconds / 60, "min"),
         3600..86400 => (seconds / 3600, "h"),
         _ => (seconds / 86400, "d"),
     };
-    format!("{count} {unit} ago")
+    format!("{count} {unit}")
+}
+
+/// As much of a commit or a hash as tells it from others.
+pub fn short(text: &str) -> String {
+    text.chars().take(8).collect()
 }
 
 #[cfg(test)]

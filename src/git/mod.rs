@@ -10,7 +10,7 @@ mod forward;
 mod objects;
 pub mod own;
 mod savepoint;
-mod signature;
+pub mod signature;
 #[cfg(test)]
 mod tests;
 mod upstream;

@@ -53,10 +53,21 @@ impl Ended {
     /// The end of `run`, now.
     pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
         Self {
-            id: run.id.to_string(),
+            stage: failure.map(|failure| failure.stage),
+            error: failure.map(|failure| failure.message.clone()),
+            warnings: run.warnings.clone(),
+            reboot_needed: run.reboot_needed,
+            ..Self::bare(run.id.to_string(), run.trigger, run.started, result)
+        }
+    }
+
+    /// The end of a run, now, of which nothing else is known.
+    pub fn bare(id: String, trigger: Trigger, started: u64, result: Outcome) -> Self {
+        Self {
+            id,
             result,
-            trigger: run.trigger,
-            started: run.started,
+            trigger,
+            started,
             finished: now(),
             commit: None,
             base: None,
@@ -64,10 +75,10 @@ impl Ended {
             summary: None,
             news: Vec::new(),
             release: None,
-            stage: failure.map(|failure| failure.stage),
-            error: failure.map(|failure| failure.message.clone()),
-            warnings: run.warnings.clone(),
-            reboot_needed: run.reboot_needed,
+            stage: None,
+            error: None,
+            warnings: Vec::new(),
+            reboot_needed: false,
             stages: Vec::new(),
         }
     }

@@ -18,7 +18,7 @@ use crate::run::hold::{Hold, moment};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::system::now;
-use crate::text::{ago, times};
+use crate::text::{ago, short, span, times};
 use crate::{output, table};
 
 /// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
@@ -155,7 +155,7 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
             last.map_or("never".into(), |run| run.result.to_string()),
             last.map_or(String::new(), |run| ago(run.finished, now)),
             shown.next.map_or(String::new(), |next| format!("in {}", span(next.saturating_sub(now)))),
-            shown.status.deployed.as_ref().map_or(String::new(), |deployed| deployed.commit.chars().take(8).collect()),
+            shown.status.deployed.as_ref().map_or(String::new(), |deployed| short(&deployed.commit)),
         ]);
     }
     let mut lines = table::lines(&rows);
@@ -222,7 +222,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("awaiting", &format!("the next boot: {}", awaiting.commit));
     }
     for run in shown.status.runs.iter().skip(1).take(EARLIER) {
-        let commit: String = run.commit.iter().flat_map(|commit| commit.chars().take(8)).collect();
+        let commit = run.commit.as_deref().map(short).unwrap_or_default();
         add("earlier", &format!("{}, {:<15}  {commit:<8}  {}", moment(run.finished), run.result.to_string(), run.id));
     }
     lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
@@ -297,11 +297,6 @@ impl Details {
             (None, None, _) => "idle".into(),
         }
     }
-}
-
-/// A time span in its largest unit.
-fn span(seconds: u64) -> String {
-    ago(0, seconds).trim_end_matches(" ago").to_owned()
 }
 
 #[cfg(test)]

@@ -179,24 +179,8 @@ impl Status {
                 status.runs.remove(0);
             }
         }
-        status.remember(Ended {
-            id: id.clone(),
-            result: Outcome::Failed,
-            trigger: Trigger::Timer,
-            started,
-            finished: now(),
-            commit: None,
-            base: None,
-            refused: false,
-            summary: None,
-            news: Vec::new(),
-            release: None,
-            stage: Some(Stage::Begin),
-            error: Some(why.to_owned()),
-            warnings: Vec::new(),
-            reboot_needed: false,
-            stages: Vec::new(),
-        });
+        let ended = Ended::bare(id.clone(), Trigger::Timer, started, Outcome::Failed);
+        status.remember(Ended { stage: Some(Stage::Begin), error: Some(why.to_owned()), ..ended });
         // what is kept for the report of a run that has begun stays
         status.write_plainly(paths)?;
         tell(paths, &id);

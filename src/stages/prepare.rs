@@ -80,8 +80,8 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
     };
 
     // what has been deployed is Ekiben's own commit on one that was signed
-    let was_deployed = || Status::read(paths).deployed.is_some_and(|deployed| deployed.commit == base);
-    if !instance.signers.is_empty() && !was_deployed() {
+    let Status { deployed, awaiting, .. } = Status::read(paths);
+    if !instance.signers.is_empty() && deployed.as_ref().is_none_or(|deployed| deployed.commit != base) {
         repository.check_signed(&base, &instance.signers, scratch)?;
     }
     persist(retries, || repository.complete(&base))?;
@@ -116,7 +116,7 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         _ => base.clone(),
     };
     // what already waits for the next boot is the same when it is proposed again
-    let awaiting = Status::read(paths).awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
+    let awaiting = awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
     let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
     fault::point("prepare: committed");
     let unchanged = is_deployed(paths, &commit, instance);
@@ -129,8 +129,8 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         log::warn!("{error}.");
     }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
-    let last = Status::read(paths).deployed.map(|deployed| deployed.commit);
-    let last = last.filter(|last| repository.contains(&base, last).is_ok_and(|comes_after| comes_after));
+    let last =
+        deployed.map(|deployed| deployed.commit).filter(|last| repository.contains(&base, last).is_ok_and(|comes_after| comes_after));
     let subjects = repository.subjects(last.as_ref().unwrap_or(&repository.head), &base, NEWS)?;
     let news = changes.iter().map(revisions).chain(subjects).take(NEWS).map(|line| text::line(&line)).collect();
     let id = |hash: &str| ObjectId::try_from(hash).context(|| "describe the candidate".into());

@@ -21,6 +21,7 @@ use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
+use crate::git::signature::{SIGNER, allowed_signers};
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::{Outcome, Stage};
@@ -154,13 +155,7 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
         if size() >= manifest.size || !tarball.is_file() {
             files::clear(tarball).context(doing)?;
         }
-        let found = session.get(&format!("release/{}", manifest.archive()), tarball, LARGE).inspect_err(|error| {
-            // or there is no room to tell the hub, either
-            if error.to_string().contains("No space left on device") {
-                let _ = files::clear(tarball);
-            }
-        })?;
-        if !found {
+        if !session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)? {
             return Err("the hub does not have its archive").context(doing);
         }
         if is_right() {
@@ -177,10 +172,9 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let signed: Signed = read_foreign(place)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.ok_or("not signed").context(doing)?;
-        let (signers, file) = (scratch.join("signers"), scratch.join("manifest.sig"));
-        let lines: Vec<_> = hub.signers.iter().map(|key| format!("fleet {key}")).collect();
-        fs::write(&signers, lines.join("\n") + "\n").and_then(|()| fs::write(&file, signature)).context(doing)?;
-        let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "fleet", "-n", NAMESPACE, "-f"]).arg(signers);
+        let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));
+        fs::write(&file, signature).context(doing)?;
+        let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", SIGNER, "-n", NAMESPACE, "-f"]).arg(signers);
         let verified = verify.arg("-s").arg(file).output(|| "verify its signature".into(), Some(signed.manifest.as_bytes()));
         if let Err(error) = verified {
             // it says no more than that

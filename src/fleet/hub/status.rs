@@ -18,7 +18,7 @@ use crate::fleet::hub::settings::Settings;
 use crate::fleet::{Heartbeat, Manifest};
 use crate::names::{HostName, StorePath};
 use crate::system::now;
-use crate::text::ago;
+use crate::text::{short, span};
 use crate::{output, table, text};
 
 /// How many columns a table takes.
@@ -126,10 +126,6 @@ fn hash(path: &StorePath) -> String {
     path.path().file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
 }
 
-fn short(text: &str) -> String {
-    text.chars().take(8).collect()
-}
-
 /// Shows hosts, all if none are named; as JSON, once, or again whenever something changes. The exit status says which
 /// kind of trouble there is, the gravest of them.
 pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, once: bool, wide: bool) -> Result<ExitCode> {
@@ -169,7 +165,7 @@ fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) 
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
     let mut rows =
         vec![["HOST", "STATE", "HEARD", "RUN", "PUBLISHED"].iter().chain(&wide_heads).map(ToString::to_string).collect::<Vec<_>>()];
-    let age = |then: Option<u64>| then.map_or(String::new(), |then| ago(then, now).trim_end_matches(" ago").into());
+    let age = |then: Option<u64>| then.map_or(String::new(), |then| span(now.saturating_sub(then)));
     for (name, shown) in &hosts {
         let (beat, manifest) = (shown.heartbeat.as_ref(), shown.published.as_ref());
         let mark = match (beat.and_then(|beat| beat.system.as_ref()), manifest.and_then(|manifest| manifest.toplevel.as_ref())) {
