@@ -11,6 +11,9 @@ if wanted is None:
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed
+    with subtest("after the fast-forward what is ours in the repository is to go, and the disk fails once"):
+        failed = make(("update", "ekiben", number, "EIO", "candidate accept", ".git/ekiben-app") for number in range(34, 46))
+        assert not failed, failed
     with subtest("a git that is killed has not said no"):
         path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
         drop_in = "/run/systemd/system/ekiben-app.service.d"

@@ -17,6 +17,8 @@ def prepare_trial(content, kind="update"):
     """Something new in the input and in the upstream; returns how things are now."""
     publish(machine, "app", content, trouble="boot-loader" if kind == "back" else "none")
     machine.succeed(as_deploy(f"""
+        # its git may have been the one that was killed; the upstream is somebody else's to mend
+        find /srv/upstream.git -name '*.lock' -delete
         cd /srv/clone; git fetch -q {REPOSITORY} main; git reset -q --hard FETCH_HEAD
         # a file becomes a directory with directories in it, a link a directory; the next time it is the other way round
         if [ -d shape ]; then rm -r shape; echo {content} > shape; else rm -f shape; mkdir -p shape/a/b; touch shape/x shape/a/b/x; fi

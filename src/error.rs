@@ -8,12 +8,14 @@ use crate::text;
 /// What fails here fails with an [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something could not be done.
+/// Why something could not be done. A pointer: every result has room for it, and few have it.
 #[derive(Debug)]
-pub struct Error {
+pub struct Error(Box<Told>);
+
+#[derive(Debug)]
+struct Told {
     message: String,
-    /// The end of the failing program's output; empty if no program was involved.
-    pub tail: Vec<String>,
+    tail: Vec<String>,
     transient: bool,
 }
 
@@ -26,24 +28,30 @@ impl Error {
 
     #[inline(never)]
     fn of(message: &str) -> Self {
-        Self { message: text::line(message), tail: Vec::new(), transient: false }
+        Self(Box::new(Told { message: text::line(message), tail: Vec::new(), transient: false }))
     }
 
     /// The same error, as one that has to do with this moment rather than with what was asked for.
-    pub fn transient(self) -> Self {
-        Self { transient: true, ..self }
+    pub fn transient(mut self) -> Self {
+        self.0.transient = true;
+        self
+    }
+
+    /// The end of the failing program's output; empty if no program was involved.
+    pub fn tail(&self) -> &[String] {
+        &self.0.tail
     }
 
     /// Whether the same may well succeed another time: said so, or by what the failing program said of this
     /// machine.
     pub fn is_transient(&self) -> bool {
-        self.transient || self.says(&MACHINE)
+        self.0.transient || self.says(&MACHINE)
     }
 
     /// Whether the network or the other side is to blame, by what the failing program said.
     pub fn is_of_network(&self) -> bool {
         // without a reason, where the connection was closed
-        self.says(&NETWORK) || self.tail.first().is_some_and(|line| line.contains("Could not read from remote repository"))
+        self.says(&NETWORK) || self.0.tail.first().is_some_and(|line| line.contains("Could not read from remote repository"))
     }
 
     /// The same error of a program that was to reach others: transient if the network is to blame. Of what
@@ -53,13 +61,14 @@ impl Error {
     }
 
     fn says(&self, words: &[&str]) -> bool {
-        let said = self.tail.iter().chain([&self.message]).map(|line| line.to_ascii_lowercase());
+        let said = self.0.tail.iter().chain([&self.0.message]).map(|line| line.to_ascii_lowercase());
         said.into_iter().any(|line| words.iter().any(|words| line.contains(words)))
     }
 
     /// The same error with the end of a program's output.
-    pub fn with_tail(self, tail: Vec<String>) -> Self {
-        Self { tail, ..self }
+    pub fn with_tail(mut self, tail: Vec<String>) -> Self {
+        self.0.tail = tail;
+        self
     }
 }
 
@@ -152,7 +161,7 @@ const NETWORK: [&str; 57] = [
 
 impl fmt::Display for Error {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.message)
+        formatter.write_str(&self.0.message)
     }
 }
 

@@ -215,5 +215,5 @@ impl Repository {
 /// Whether git has found something in its way, and so has changed nothing.
 fn is_refusal(error: &Error) -> bool {
     let words = ["Entry '", "Refusing to remove '", "Untracked working tree file '", "Updating '"];
-    error.tail.iter().filter_map(|line| line.strip_prefix("error: ")).any(|line| words.iter().any(|words| line.starts_with(words)))
+    error.tail().iter().filter_map(|line| line.strip_prefix("error: ")).any(|line| words.iter().any(|words| line.starts_with(words)))
 }

@@ -283,7 +283,7 @@ pub fn explain(instance: &Instance, error: Error) -> Error {
     let (path, top) = (path.display(), top.display());
     let message = format!("{error}; {path} belongs to {owner}, not to {user}: run chown -R {user}: {top}");
     // git's advice would be another one
-    let tail = if said.contains("dubious ownership") { Vec::new() } else { error.tail };
+    let tail = if said.contains("dubious ownership") { Vec::new() } else { error.tail().to_vec() };
     Error::new(message).with_tail(tail)
 }
 

@@ -67,7 +67,7 @@ impl Cache {
             for repository in directories(&place).filter(|_| name.starts_with("gitv")) {
                 unlock(&repository)?;
                 match set_refs_aside(&repository) {
-                    Err(error) if error.is_transient() || error.tail.is_empty() => return Err(error),
+                    Err(error) if error.is_transient() || error.tail().is_empty() => return Err(error),
                     // half made, or damaged
                     Err(error) => {
                         log::warn!("{error}; it is fetched anew.");
@@ -91,7 +91,7 @@ impl Cache {
     }
 
     fn is_emptied_for(&self, error: &Error) -> Result<bool> {
-        let said = error.tail.iter().map(|line| line.to_ascii_lowercase());
+        let said = error.tail().iter().map(|line| line.to_ascii_lowercase());
         let damaged = !error.is_transient() && said.into_iter().any(|line| DAMAGED.iter().any(|words| line.contains(words)));
         if damaged {
             log::warn!("{error}; trying again without {}.", self.directory.display());

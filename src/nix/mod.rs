@@ -107,7 +107,7 @@ pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Durat
 
 /// What is wrong if a program could not speak with the Nix daemon because that does not let this user in.
 fn locked_out(error: &Error) -> Option<Error> {
-    if !error.tail.iter().any(|line| line.contains("cannot open connection to remote store")) {
+    if !error.tail().iter().any(|line| line.contains("cannot open connection to remote store")) {
         return None;
     }
     let words = |program: Program| -> Option<Vec<String>> {

@@ -330,7 +330,7 @@ mod tests {
         let before = Instant::now();
         let error = run("echo on my way; sleep 1000 & sleep 1000", Duration::from_millis(300)).err().unwrap();
         assert_eq!(error.to_string(), "Failed to count: timed out after 0 s");
-        assert_eq!(error.tail, ["on my way"]);
+        assert_eq!(error.tail(), ["on my way"]);
         assert!(before.elapsed() < Duration::from_secs(5));
     }
 
@@ -382,7 +382,7 @@ mod tests {
         let endless = Program::new("cat").arg("/dev/zero").output(|| "try".into(), None).unwrap_err();
         assert_eq!(endless.to_string(), "Failed to run cat: its output has more than 67108864 bytes");
         let chatty = shell("yes no | head -c 10000000 >&2; echo 'error: at last' >&2; exit 1").output(|| "try".into(), None).unwrap_err();
-        assert!(chatty.to_string().ends_with("error: at last") && chatty.tail.len() == TAIL_LINES);
+        assert!(chatty.to_string().ends_with("error: at last") && chatty.tail().len() == TAIL_LINES);
         let missing = Program::new("/no/such/program").output(|| "try".into(), None).unwrap_err();
         assert!(missing.to_string().starts_with("Failed to run /no/such/program: No such file"));
     }

@@ -128,7 +128,7 @@ pub struct Failure {
 impl Failure {
     /// What an error of a stage comes to.
     pub fn new(stage: Stage, error: &Error) -> Self {
-        Self { stage, message: error.to_string(), tail: error.tail.clone(), transient: error.is_transient() }
+        Self { stage, message: error.to_string(), tail: error.tail().to_vec(), transient: error.is_transient() }
     }
 }
 

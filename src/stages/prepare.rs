@@ -167,7 +167,7 @@ fn persist<T>(retries: u32, attempt: impl Fn() -> Result<T>) -> Result<T> {
         let whose = if error.is_of_network() { "the network or the other side" } else { "this machine" };
         let attempts = if retries > 0 { format!(" ({} attempts)", retries + 1) } else { String::new() };
         let message = format!("{error}{attempts}; this looks like a problem of {whose}, not of the configuration");
-        Error::new(message).with_tail(error.tail).transient()
+        Error::new(message).with_tail(error.tail().to_vec()).transient()
     })
 }
 

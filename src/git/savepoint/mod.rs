@@ -60,12 +60,16 @@ impl Savepoint {
         let locks = ["HEAD.lock", "packed-refs.lock", "packed-refs.new", "shallow.lock", &format!("{branch}.lock")].map(PathBuf::from);
         let all = locks.into_iter().chain(below("")).chain(below("logs"));
         let absent: Vec<_> = all.filter(|path| self.git_directory.join(path).symlink_metadata().is_err()).collect();
+        let exists = self.exists();
         let note = || {
             fs::create_dir_all(&self.directory)?;
             files::write(&self.directory.join("locks"), &join(absent.iter().map(|path| path.as_os_str())), 0o600)
         };
-        // unless there is something in it that is needed
-        let noted = note().inspect_err(|_| drop(fs::remove_dir(&self.directory)));
+        let noted = note();
+        // of what was there before, something may be needed
+        if noted.is_err() && !exists {
+            let _ = files::clear(&self.directory);
+        }
         noted.context(|| format!("write to {}", self.directory.display()))
     }
 
@@ -250,7 +254,8 @@ impl Savepoint {
             }
             files::clear(&self.directory)
         };
-        discard().context(|| format!("remove {}", self.directory.display()))
+        // a disk may fail once
+        discard().or_else(|_| discard()).context(|| format!("remove {}", self.directory.display()))
     }
 
     fn user_index(&self) -> PathBuf {

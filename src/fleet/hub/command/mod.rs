@@ -198,7 +198,7 @@ impl Fleet<'_> {
             let said = match &done {
                 Ok(said) => said.clone(),
                 Err(error) => {
-                    let tail = error.tail.iter().skip(error.tail.len().saturating_sub(LINES));
+                    let tail = error.tail().iter().skip(error.tail().len().saturating_sub(LINES));
                     let tail: String = tail.map(|line| "\n  | ".to_owned() + line).collect();
                     let log = if tail.is_empty() { String::new() } else { format!("\n  see {}", repository.log(&host.name).display()) };
                     format!("{error}.{tail}{log}")
