@@ -114,6 +114,28 @@ with subtest("a host fails for a reason of its own, and needs another run"):
     assert last_run(db, "fleet")["result"] == "deployed", last_run(db, "fleet")
     hub.wait_until_succeeds(fleet("status --json db | jq -e '.db.state == \"extra runs\"'"))
 
+with subtest("a host that is held is not silent: its hub is told until when, by whom and what for"):
+    # root speaks for who has used sudo
+    db.succeed("SUDO_USER=alice ekiben hold fleet 2h --reason 'the annual audit'")
+    hub.succeed("systemctl start ekiben-hub-collect.service", f"find /var/lib/ekiben-hub -path '*/db/*' -name heartbeat.json -exec touch -d '2 hours ago' {{}} +")
+    assert states(hub)["db"] == "silent"
+    before = runs(db, "fleet")
+    db.succeed("systemctl start ekiben-fleet.service")
+    becomes(hub, "db", "extra runs, held")
+    content = change_hosts(hub, "pair")
+    hub.succeed(fleet("deploy db"))
+    db.succeed("systemctl start ekiben-fleet.service")
+    said = hub.succeed(fleet("status --once db"))
+    assert "1 host: 1 rebuild pending, held\n" in said and " by alice: the annual audit\n" in said and "  held until " in said, said
+    # nor does a hub that is down fail what is held
+    hub.succeed("systemctl stop sshd")
+    db.succeed("systemctl start ekiben-fleet.service")
+    hub.succeed("systemctl start sshd")
+    assert runs(db, "fleet") == before and shows(db, "app") != content
+    db.succeed("ekiben resume fleet")
+    assert poll(db)["result"] == "deployed" and shows(db, "app") == content
+    becomes(hub, "db", "up to date")
+
 with subtest("a host that is not heard of any more is silent"):
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"silentAfter": 1}))
     web.crash()

@@ -130,7 +130,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
                 Ok(ExitCode::from(begin::TRY_AGAIN))
             });
         }
-        ["prepare" | "build", name] if is_not_begun(name)? => Ok(()),
+        ["prepare", name] if is_not_begun(name)? => stage(file, name, poll::tell),
+        ["build", name] if is_not_begun(name)? => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => {

@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::names::{Account, FilePath, HostName, Mode, ObjectId, RunId, Sha256, StorePath};
 use crate::run::Stage;
 use crate::run::ended::Ended;
+use crate::run::hold::Hold;
 use crate::run::{Outcome, Release};
 
 /// The format of everything here.
@@ -160,6 +161,9 @@ pub struct Heartbeat {
     /// Why it does not accept what the hub offers, if it does not.
     #[serde(default)]
     pub refused: Option<String>,
+    /// Why nothing is deployed there now, if somebody has asked for that.
+    #[serde(default)]
+    pub held: Option<Hold>,
     /// When the release that it was offered last expires, in seconds since 1970.
     #[serde(default)]
     pub expires: Option<u64>,

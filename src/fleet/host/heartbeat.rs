@@ -6,6 +6,7 @@ use crate::config::Hub;
 use crate::fleet::host::seen;
 use crate::fleet::{FORMAT, Heartbeat, LastRun};
 use crate::paths::Paths;
+use crate::run::hold::Hold;
 use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
 use crate::stages::reboot;
@@ -50,6 +51,7 @@ pub fn now(paths: &Paths, hub: &Hub, is_fetched: bool) -> Heartbeat {
         reboot_needed: reboot::is_needed(),
         files: fs::read_to_string(paths.trouble_with_files()).ok(),
         refused: fs::read_to_string(paths.own(REFUSED)).ok(),
+        held: Hold::read(paths),
         expires: status.expires,
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
         nixpkgs: revision.filter(is_revision).map(String::from),

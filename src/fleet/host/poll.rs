@@ -200,6 +200,21 @@ pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
     if outbox::waiting(paths)?.is_empty() && told == now {
         return Ok(());
     }
+    send(paths, hub)
+}
+
+/// Tells the hub how the instance is where a run fetches nothing since there is a hold: it is not silent.
+pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
+    let told = instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub));
+    // the next poll tells, and no run has failed
+    told.or_else(|error| {
+        log::warn!("{error}.");
+        Ok(())
+    })
+}
+
+/// Opens a session for a heartbeat and the reports that wait.
+fn send(paths: &Paths, hub: &Hub) -> Result<()> {
     let scratch = scratch(paths)?;
     let mut session = Session::open(hub, &identity(paths)?, scratch.path(), DELIVERY)?;
     deliver_by(&mut session, paths, scratch.path(), &heartbeat::now(paths, hub, false))?;

@@ -82,7 +82,10 @@ impl HostState {
             Some(Outcome::Stuck) => Self::RollbackFailed,
             Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
             Some(Outcome::Drifted) => Self::Drifted,
-            _ if published.has_expired(now) || heartbeat.expires.is_some_and(|expires| expires < now) => Self::Stale,
+            // a host that is held has not asked
+            _ if published.has_expired(now) || heartbeat.held.is_none() && heartbeat.expires.is_some_and(|expires| expires < now) => {
+                Self::Stale
+            }
             _ if deployed && heartbeat.self_updated => Self::AutoUpdated,
             _ if deployed && heartbeat.runs > 1 => Self::ExtraRuns,
             _ if deployed => Self::UpToDate,
@@ -170,6 +173,7 @@ pub mod tests {
             reboot_needed: false,
             files: None,
             refused: None,
+            held: None,
             expires: None,
             kernel: Some("6.12".into()),
             nixos: Some("25.05.20250101.0123456".into()),

@@ -17,6 +17,7 @@ use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::{Heartbeat, Manifest};
 use crate::names::{HostName, StorePath};
+use crate::run::hold::moment;
 use crate::system::now;
 use crate::text::{short, span};
 use crate::{output, table, text};
@@ -105,7 +106,13 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> R
     }
     trouble.extend(files.into_iter().flat_map(|said| said.lines()).map(String::from));
     let deployed = [HostState::AutoUpdated, HostState::ExtraRuns, HostState::UpToDate].contains(&state);
-    let also = [(deployed && heartbeat.is_some_and(|beat| beat.reboot_needed), ", reboot needed"), (files.is_some(), ", files missing")];
+    let held = heartbeat.and_then(|heartbeat| heartbeat.held.as_ref()).filter(|hold| now() < hold.until);
+    trouble.extend(held.map(|hold| text::line(&format!("held until {} {}", moment(hold.until), hold.why()))));
+    let also = [
+        (held.is_some(), ", held"),
+        (deployed && heartbeat.is_some_and(|beat| beat.reboot_needed), ", reboot needed"),
+        (files.is_some(), ", files missing"),
+    ];
     let local = published.as_ref().map(|manifest| manifest.toplevel.as_ref().map_or(short(&manifest.release.id), hash));
     Row {
         state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
