@@ -29,6 +29,8 @@ pub struct Settings {
     pub silent_after: u64,
     /// The same for single hosts, by their names.
     pub silent_after_of: BTreeMap<HostName, u64>,
+    /// Hosts under one name, which stands for them behind an `@`.
+    pub groups: BTreeMap<HostName, Vec<HostName>>,
     /// For how many seconds a release counts as new.
     pub expires_after: Option<u64>,
     /// More arguments for `nix eval` and `nix build`.
@@ -42,6 +44,7 @@ impl Default for Settings {
             signing_key: None,
             silent_after: 3600,
             silent_after_of: BTreeMap::new(),
+            groups: BTreeMap::new(),
             expires_after: Some(30 * 24 * 60 * 60),
             flags: Vec::new(),
         }
@@ -65,6 +68,27 @@ impl Settings {
         }
         settings.signing_key = settings.signing_key.map(|key| repository.join(key));
         Ok(settings)
+    }
+
+    /// The same words, with the hosts of a group in the place of its name.
+    pub fn expand<'a>(&'a self, words: &[&'a str]) -> Result<Vec<&'a str>> {
+        let mut expanded = Vec::new();
+        for &word in words {
+            let Some(name) = word.strip_prefix('@') else {
+                expanded.push(word);
+                continue;
+            };
+            let doing = || format!("find group {name:?}");
+            let known: Vec<_> = self.groups.keys().map(|name| &**name).collect();
+            let known = if known.is_empty() { "no group".into() } else { known.join(", ") };
+            match self.groups.iter().find(|(group, _)| ***group == *name) {
+                // without a host, all would be meant
+                Some((_, hosts)) if hosts.is_empty() => return Err("fleet.json has no host in it").context(doing),
+                Some((_, hosts)) => expanded.extend(hosts.iter().map(|host| &**host)),
+                None => return Err(format!("fleet.json has {known}")).context(doing),
+            }
+        }
+        Ok(expanded)
     }
 
     /// How long a host may be silent.
@@ -117,6 +141,15 @@ mod tests {
             let said = read(text).unwrap_err().to_string();
             assert!(said.contains("fleet.json: ") && said.contains(error), "{said}");
         }
+        let groups = read(r#"{"groups": {"servers": ["web", "db"], "none": []}}"#).unwrap();
+        assert_eq!(groups.expand(&["deploy", "@servers", "desk"]).unwrap(), ["deploy", "web", "db", "desk"]);
+        for (group, why) in
+            [("@none", "no host in it"), ("@laptops", "fleet.json has none, servers"), ("@", "fleet.json has none, servers")]
+        {
+            assert!(groups.expand(&[group]).unwrap_err().to_string().contains(why), "{group}");
+        }
+        assert!(Settings::default().expand(&["@x"]).unwrap_err().to_string().ends_with("fleet.json has no group"));
+        assert!(read(r#"{"groups": {"all": ["../web"]}}"#).is_err());
         // everybody's is nobody's
         for path in [place.path().to_owned(), place.path().join("fleet.json")] {
             let before = fs::metadata(&path).unwrap().permissions();

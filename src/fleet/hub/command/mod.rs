@@ -41,6 +41,8 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   bootstrap HOST                      print how to add a host
   collect                             collect the reports of the hosts
 
+@GROUP in the place of HOST means the hosts of one of the groups in fleet.json.
+
 Options:
   --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of the working directory)
   --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); for a hub elsewhere
@@ -137,7 +139,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
     let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
     let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
-    match arguments.words[..] {
+    let words = fleet.settings.expand(&arguments.words)?;
+    match words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
         ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
@@ -146,6 +149,9 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["renew", ref hosts @ ..] => fleet.renew(hosts),
         ["history", ref hosts @ ..] => fleet.history(hosts),
         ["status", ref hosts @ ..] => fleet.status(hosts),
+        ["log", ref hosts @ ..] if arguments.words[1..].iter().any(|word| word.starts_with('@')) => {
+            hosts.iter().try_fold(ExitCode::SUCCESS, |_, host| print(&format!("{host}:\n")).and_then(|_| fleet.log(host, None)))
+        }
         ["log", host] => fleet.log(host, None),
         ["log", host, run] => fleet.log(host, Some(run)),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
