@@ -504,7 +504,7 @@ with subtest("the units of the hub can do what they are for, and nothing else"):
     could = take_over(hub, "ekiben-hub-files", READS, MORE)
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in scratch))} == {
         # root's own directories there, and every source
-        *(f"write {HUB}/hosts{place}" for place in ("", "/a", "/a/files", "/b", "/b/files")),
+        *(f"write {HUB}/hosts{place}" for place in ("", "/.removed", "/a", "/a/files", "/b", "/b/files")),
         *(f"read {path}" for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret")),
     }, could
     could = take_over(hub, "ekiben-hub-collect", READS, MORE)

@@ -164,6 +164,16 @@ with subtest("who is taken out of the repository, or loses the key at the hub, i
     # as after a switch of the hub's to a system without
     hub.succeed("systemctl stop ekiben-hub-files.timer", f"echo '[\"db\", \"plain\"]' > {hosts}/known.json")
     assert states(hub)["web"] == "removed" and hub.execute(fleet("status web"))[0] == 0
+    # as the hub's own unit does it, of the same system
+    hub.succeed("jq 'del(.hub.files.web)' /etc/ekiben/config.json > /run/scenario-hub.json; ekiben fleet files /run/scenario-hub.json")
+    said = hub.succeed(fleet("status --once web"))
+    date = hub.succeed("date -d '30 days' '+%a %F'").strip()
+    assert f"what the hub has of it is removed on {date}" in " ".join(said.split()), said
+    hub.succeed(f"cp -a /var/lib/ekiben-hub/{{hosts,received}} /root; jq '.web = 1000' {hosts}/removed.json > /root/removed.json; cat /root/removed.json > {hosts}/removed.json")
+    hub.succeed(f"umount {hosts}/web/reports; ekiben fleet files /run/scenario-hub.json; systemctl start ekiben-hub-collect.service; systemd-tmpfiles --clean")
+    assert hub.succeed(f"ls -A {hosts}/.removed") == ""
+    assert "web" not in states(hub) and hub.succeed(f"ls {hosts} /var/lib/ekiben-hub/received").split().count("web") == 0
+    hub.succeed(f"cp -a /root/hosts/web {hosts}; cp -a /root/received/web /var/lib/ekiben-hub/received; systemctl start 'var-lib-ekiben\\x2dhub-hosts-web-reports.mount'")
     hub.succeed(as_deploy("mv /tmp/web /srv/fleet/hosts/web"))
     assert states(hub)["web"] == "no key on the hub" and hub.execute(fleet("status web"))[0] == 4
     assert "the hub has no key of it" in hub.fail(fleet("deploy web"))

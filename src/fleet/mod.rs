@@ -12,6 +12,7 @@
 //! <directory>/hosts/<host>/reports/<run>.json       a Report
 //! <directory>/hosts/<host>/reports/<run>.log.gz     what the run said
 //! <directory>/hosts/known.json                      a list of the hosts that have a key
+//! <directory>/hosts/removed.json                    when the directories of the others are removed
 //! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
 //! <directory>/hosts/<host>/files/<sha256>           one of these files
 //! <directory>/received/<host>/history               the Manifests that have been published, in lines
@@ -44,6 +45,8 @@ pub const FORMAT: u32 = 1;
 pub const NAMESPACE: &str = "ekiben";
 /// The file beside the hosts' directories that says which of them have a key.
 pub const KNOWN: &str = "known.json";
+/// The file beside it that says of which hosts without one what there is of them is removed, and when.
+pub const REMOVED: &str = "removed.json";
 /// The largest manifest, heartbeat, report or list of reports, in bytes.
 pub const SMALL: u64 = 256 * 1024;
 /// The largest archive, and the largest log, in bytes.

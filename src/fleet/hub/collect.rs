@@ -43,7 +43,9 @@ const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 /// hub's user, whose all has to be that is collected.
 pub fn collect(hub: &ServedDirectory) -> Result<()> {
     hub.check_ours()?;
-    let failed: Vec<_> = hub.hosts()?.into_iter().filter_map(|host| collect_host(hub, &host).err()).collect();
+    let hosts = hub.hosts()?;
+    let mut failed: Vec<_> = hosts.iter().filter_map(|host| collect_host(hub, host).err()).collect();
+    failed.extend(clean_up(hub, &hosts).err());
     for error in &failed {
         log::error!("{error}.");
     }
@@ -57,6 +59,19 @@ pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>) -> Re
         // a user who may only read sees what was collected before
         None => collect(hub).or(Ok(())),
     }
+}
+
+/// Removes what was collected of hosts that the hub neither knows nor serves any more.
+fn clean_up(hub: &ServedDirectory, served: &[HostName]) -> Result<()> {
+    let Some(known) = hub.known() else { return Ok(()) };
+    let place = hub.collected();
+    for entry in fs::read_dir(&place).context(|| format!("read {}", place.display()))?.flatten() {
+        let host = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok());
+        if host.is_some_and(|host| !known.contains(&host) && !served.contains(&host)) && entry.path().is_dir() {
+            files::clear(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {

@@ -262,7 +262,7 @@ in
         directory. Other settings of sshd are unchanged, but `AllowUsers` and `AllowGroups` do not
         apply to these users, and an earlier `Match` block that applies to them takes precedence.
 
-        The directory of a host that is removed here stays, without its files.
+        Of a host that is removed here, everything but its files stays for 30 days.
       '';
     };
     repository = mkOption {
@@ -387,6 +387,8 @@ in
         "d ${hub.directory} 0755 root root -"
         "d ${hub.directory}/received 0750 ${hub.user} ${publisher} -"
         "d ${directories} 0750 root ${publisher} -"
+        # what there is of hosts that were removed a while ago
+        "d ${directories}/.removed 0700 root root 0"
       ]
       ++ lib.optional (hub.user == account) "d ${hub.directory}/home 0700 ${account} ${account} -"
       ++ lib.concatMap (name: [

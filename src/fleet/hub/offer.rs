@@ -11,12 +11,18 @@ use std::path::Path;
 use crate::config::{Offer, Offers};
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::{KNOWN, SMALL, Served, sha256};
-use crate::names::FilePath;
+use crate::fleet::{KNOWN, REMOVED, SMALL, Served, sha256};
+use crate::names::{FilePath, HostName};
+use crate::run::hold::moment;
+use crate::system::now;
 
 const INDEX: &str = "index.json";
 /// For the host's group, which the directory hands on.
 const MODE: u32 = 0o640;
+/// For how long there is a way back for a host that was removed, in seconds.
+const GRACE: u64 = 30 * 24 * 60 * 60;
+/// Where systemd-tmpfiles removes what lies there.
+const ASIDE: &str = ".removed";
 
 /// Serves to each host what it is to have; trouble with one does not keep the others waiting.
 pub fn serve(hub: &Offers) -> Result<()> {
@@ -40,6 +46,7 @@ pub fn serve(hub: &Offers) -> Result<()> {
     }
     let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).context(|| format!("write {KNOWN}"))?;
     put(&hosts.join(KNOWN), &known, 0o644)?;
+    put_aside(&hosts, |host| hub.files.contains_key(host), now())?;
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
 
@@ -66,6 +73,31 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
     Ok(())
 }
 
+/// Puts aside the directories of hosts that have had no key for [`GRACE`], and writes down when it will be that for others.
+fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Result<()> {
+    let before: BTreeMap<String, u64> = files::read_json(&hosts.join(REMOVED)).ok().flatten().unwrap_or_default();
+    let mut removed = BTreeMap::new();
+    for entry in fs::read_dir(hosts).context(|| format!("read {}", hosts.display()))?.flatten() {
+        let Some(host) = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok()) else { continue };
+        if is_known(&host) || !entry.path().is_dir() {
+            continue;
+        }
+        let when = before.get(&*host).map_or(now + GRACE, |when| *when.min(&(now + GRACE)));
+        if when <= now {
+            let aside = hosts.join(ASIDE).join(format!("{host}.{now}"));
+            fs::rename(entry.path(), aside).context(|| format!("remove {}", entry.path().display()))?;
+            log::info!("Removed {}.", entry.path().display());
+            continue;
+        }
+        if !before.contains_key(&*host) {
+            log::info!("{host} has no key any more; what there is of it is removed on {}.", moment(when));
+        }
+        removed.insert(host.to_string(), when);
+    }
+    let text = serde_json::to_vec(&removed).context(|| format!("write {REMOVED}"))?;
+    put(&hosts.join(REMOVED), &text, 0o644)
+}
+
 /// Writes a file, unless it is there as it should be.
 fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     if fs::read(path).is_ok_and(|there| there == contents) {
@@ -85,6 +117,36 @@ mod tests {
 
     fn source(directory: &Path, name: &str) -> String {
         format!(r#"{{"source": "{}/{name}", "mode": "0400", "owner": "root", "group": "wheel"}}"#, directory.display())
+    }
+
+    #[test]
+    fn what_there_is_of_a_host_is_removed_after_a_while_unless_it_comes_back() {
+        let scratch = Directory::new();
+        let hosts = scratch.path();
+        for place in ["a/release", "b", ASIDE] {
+            fs::create_dir_all(hosts.join(place)).unwrap();
+        }
+        fs::write(hosts.join("file"), "").unwrap();
+        let at = |known: &str, now| put_aside(hosts, |host| known.contains(&**host), now).unwrap();
+        let removed = || fs::read_to_string(hosts.join(REMOVED)).unwrap();
+        at("ab", 1000);
+        assert_eq!(removed(), "{}");
+        at("b", 1000);
+        at("b", 1000 + GRACE - 1);
+        assert_eq!(removed(), format!("{{\"a\":{}}}", 1000 + GRACE));
+        // it is there again
+        at("ab", 1000 + GRACE);
+        at("b", 5000 + GRACE);
+        assert!(hosts.join("a/release").is_dir());
+        // by a clock that was ahead, and by nobody
+        for odd in [format!("{{\"a\":{}}}", u64::MAX), "x".into()] {
+            fs::write(hosts.join(REMOVED), odd).unwrap();
+            at("b", 1000);
+            assert_eq!(removed(), format!("{{\"a\":{}}}", 1000 + GRACE));
+        }
+        at("b", 1000 + GRACE);
+        assert!(!hosts.join("a").exists() && hosts.join("b").exists() && hosts.join("file").exists());
+        assert_eq!((removed(), fs::read_dir(hosts.join(ASIDE)).unwrap().count()), ("{}".into(), 1));
     }
 
     fn index(directory: &Path, host: &str) -> Vec<Served> {

@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::fleet::{KNOWN, LARGE};
+use crate::fleet::{KNOWN, LARGE, REMOVED};
 use crate::names::{HostName, Sha256};
 
 /// Why a release is not published that is not on top of the last one.
@@ -71,7 +71,9 @@ impl Elsewhere {
         let mut session = self.open(FETCH)?;
         let hosts = self.place().join("hosts");
         fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
-        session.fetch(&format!("hosts/{KNOWN}"), &hosts.join(KNOWN))?;
+        for file in [KNOWN, REMOVED] {
+            session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
+        }
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
             let files = [("hosts", "/release", MANIFEST), ("received", "", "heartbeat.json")];
             for (above, below, file) in files.into_iter().chain(also.map(|file| ("received", "", file))) {

@@ -5,7 +5,7 @@
 //! read here becomes a type or an error, within limits, and is fit for a terminal. What hosts send is
 //! judged by `collect` before it comes here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -21,7 +21,7 @@ use serde::Deserialize;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
-use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, Received, SMALL, Signed, sha256};
+use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, REMOVED, Received, SMALL, Signed, sha256};
 use crate::json;
 use crate::names::{HostName, Sha256};
 use crate::text;
@@ -60,7 +60,7 @@ impl ServedDirectory {
 
     /// Fails unless this process is the hub's user, who alone collects.
     pub fn check_ours(&self) -> Result<()> {
-        let received = self.directory.join("received");
+        let received = self.collected();
         let doing = || format!("collect into {}", received.display());
         let owner = fs::symlink_metadata(&received).context(doing)?.uid();
         if owner == geteuid().as_raw() {
@@ -133,6 +133,12 @@ impl ServedDirectory {
         json::parse_foreign(&said).ok()
     }
 
+    /// When the hub removes what it has of those that have none, in seconds since 1970.
+    pub fn removed(&self) -> BTreeMap<HostName, u64> {
+        let said = files::read_foreign(&self.directory.join("hosts").join(REMOVED), LARGE).ok();
+        said.and_then(|said| json::parse_foreign(&said).ok()).unwrap_or_default()
+    }
+
     /// Fails unless the hub serves this host.
     pub fn check(&self, host: &HostName) -> Result<()> {
         let place = self.directory.join("hosts").join(host);
@@ -153,9 +159,14 @@ impl ServedDirectory {
         self.directory.join("hosts").join(host).join("reports")
     }
 
-    /// What was collected of that.
+    /// What was collected of all hosts.
+    pub fn collected(&self) -> PathBuf {
+        self.directory.join("received")
+    }
+
+    /// What was collected of that of one.
     pub fn received(&self, host: &HostName) -> PathBuf {
-        self.directory.join("received").join(host)
+        self.collected().join(host)
     }
 
     /// What is published for a host; the error says why it is of no use to it.
@@ -236,7 +247,7 @@ impl ServedDirectory {
 
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
     pub fn turn(&self) -> Result<Flock<File>> {
-        let directory = self.directory.join("received");
+        let directory = self.collected();
         let doing = || format!("create {}", directory.display());
         if !directory.exists() {
             // or the hub's user could not write there ever after

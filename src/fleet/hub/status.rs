@@ -94,7 +94,13 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> R
     match state {
         HostState::Unkeyed => trouble.push("add it to services.ekiben.hub.hosts, or remove it from the repository".into()),
         HostState::Unlisted => trouble.push("remove it from services.ekiben.hub.hosts, or add it to the repository".into()),
-        HostState::Removed => trouble.push("it has no key on the hub, and is not in the repository: remove its directory there".into()),
+        HostState::Removed => {
+            let what = hub
+                .removed()
+                .get(host)
+                .map_or("remove its directory there".into(), |when| format!("what the hub has of it is removed on {}", moment(*when)));
+            trouble.push(format!("it has no key on the hub, and is not in the repository: {what}"));
+        }
         HostState::Stale => trouble.push("its release has expired: deploy, or renew; if that has been done, the hub withholds it".into()),
         _ => {}
     }
