@@ -673,6 +673,14 @@ let
         (variant { instances.app.flakePath = "/var//nixos-config/"; })
         .services.ekiben.settings.instances.app.flakeRef == "/var/nixos-config#host"
     ))
+    (expect "what builds nothing asks caches again at once" (
+      let
+        settings = build: (variant { instances.app.build = build; }).nix.settings;
+      in
+      (settings "substitute").narinfo-cache-negative-ttl == 0
+      && (settings "substitute").always-allow-substitutes
+      && !(settings "local") ? narinfo-cache-negative-ttl
+    ))
     (saying failures variant mistakes)
     (saying failures variant (
       lib.listToAttrs (

@@ -96,10 +96,13 @@ pub struct Instance {
     pub flake_ref: FlakeRef,
     /// Whose repository it is; evaluates and builds.
     pub user: String,
-    /// The inputs to update; all if empty.
-    pub inputs: Vec<String>,
+    /// The inputs to update; all if empty, none at all if `None`.
+    pub inputs: Option<Vec<String>>,
     /// Activate at once, or with the next boot.
     pub operation: Operation,
+    /// Build here, or wait until it has been built elsewhere.
+    #[serde(default)]
+    pub build: Build,
     /// More arguments for `nix build`.
     pub flags: Vec<String>,
     /// Start from the upstream of the branch.
@@ -244,6 +247,17 @@ pub enum Operation {
     Boot,
 }
 
+/// Where systems are built.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Build {
+    /// On this machine, or on those that its Nix knows.
+    #[default]
+    Local,
+    /// Elsewhere: they are fetched from substituters.
+    Substitute,
+}
+
 /// A flake in a repository on this machine and one of its NixOS configurations, as in
 /// `/etc/nixos?dir=hosts#web`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -342,7 +356,7 @@ impl Instance {
         if let Some(text) = self.signers.iter().find(|text| !is_line(text)) {
             return Err(format!("signers: expected SSH public keys of one line each, found {text:?}"));
         }
-        match self.inputs.iter().find(|input| !is_input(input)) {
+        match self.inputs.iter().flatten().find(|input| !is_input(input)) {
             Some(input) => Err(format!("inputs: expected names of flake inputs, found {input:?}")),
             None => Ok(()),
         }

@@ -51,6 +51,19 @@ rec {
       disables this.
     '';
   };
+  build = mkOption {
+    type = types.enum [
+      "local"
+      "substitute"
+    ];
+    default = "local";
+    example = "substitute";
+    description = ''
+      Where new systems are built: by this machine's Nix, or elsewhere, such as in a CI that does
+      {command}`nix copy --to` a binary cache. With `substitute`, a system is evaluated here, nothing is built, and the
+      run waits until {option}`nix.settings.substituters` have it, or {option}`timeouts.build` has passed.
+    '';
+  };
   flags = mkOption {
     type = types.listOf types.str;
     default = [ ];

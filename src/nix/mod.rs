@@ -4,6 +4,7 @@
 pub mod cache;
 pub mod integrity;
 pub mod profile;
+pub mod substitute;
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -81,28 +82,45 @@ pub enum Source<'a> {
     Store(&'a Path),
 }
 
+impl Source<'_> {
+    /// What people call it.
+    fn name(&self) -> String {
+        match self {
+            Self::Flake(_, configuration) => (*configuration).to_owned(),
+            Self::Directory(directory) => directory.join("configuration.nix").display().to_string(),
+            Self::Store(system) => system.display().to_string(),
+        }
+    }
+
+    /// Has nix evaluate or build it.
+    fn give(&self, nix: Program) -> Program {
+        match self {
+            Self::Flake(flake, configuration) => {
+                let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
+                nix.arg("--no-update-lock-file").arg(attribute)
+            }
+            // as nixos-rebuild does it
+            Self::Directory(_) => {
+                let nix = nix.args(["--impure", "-I", &format!("nixos-config={}", self.name()), "--file", "<nixpkgs/nixos>"]);
+                nix.arg("config.system.build.toplevel")
+            }
+            Self::Store(system) => nix.arg(system),
+        }
+    }
+}
+
 /// Builds a NixOS system, and makes `link` a link to it that keeps it from being collected as garbage.
 pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
     let attempt = || {
         let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
-        let (build, name) = match source {
-            Source::Flake(flake, configuration) => {
-                let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
-                (build.arg("--no-update-lock-file").arg(attribute), (*configuration).to_owned())
-            }
-            Source::Directory(directory) => {
-                // as nixos-rebuild does it
-                let configuration = directory.join("configuration.nix").display().to_string();
-                let build = build.args(["--impure", "-I", &format!("nixos-config={configuration}"), "--file", "<nixpkgs/nixos>"]);
-                (build.arg("config.system.build.toplevel"), configuration)
-            }
-            Source::Store(system) => (build.arg(system), system.display().to_string()),
-        };
-        // the candidate is not to blame
-        let of_daemon = |error: Error| locked_out(&error).map_or(error, Error::transient);
-        build.run(limit, || format!("build {name}"))?.success().map_err(of_daemon)
+        source.give(build).run(limit, || format!("build {}", source.name()))?.success().map_err(not_the_candidate)
     };
     Cache::own()?.used(attempt)
+}
+
+/// The error of a nix, which the candidate is not to blame for if the daemon does not let it in.
+fn not_the_candidate(error: Error) -> Error {
+    locked_out(&error).map_or(error, Error::transient)
 }
 
 /// What is wrong if a program could not speak with the Nix daemon because that does not let this user in.

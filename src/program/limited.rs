@@ -46,7 +46,7 @@ impl Program {
         // our ends of the pipe would keep it open
         self.command = Command::new("");
         let mut child = child.context(|| format!("run {}", self.name))?;
-        let mut tail = Tail { watched: self.watched, ..Tail::default() };
+        let mut tail = Tail { watched: self.watched, quiet: self.quiet, ..Tail::default() };
         let mut ended = None;
         loop {
             let heard = tail.follow(&mut reader).context(doing)?;
@@ -101,6 +101,7 @@ struct Tail {
     lines: VecDeque<String>,
     partial: Vec<u8>,
     watched: &'static [&'static str],
+    quiet: bool,
     seen: Vec<String>,
 }
 
@@ -132,7 +133,9 @@ impl Tail {
         }
         // ssh ends its lines as for a terminal
         let line = text::line(String::from_utf8_lossy(&self.partial).trim_end_matches('\r'));
-        log::info!("{line}");
+        if !self.quiet {
+            log::info!("{line}");
+        }
         if self.seen.len() < TAIL_LINES && self.watched.iter().any(|words| line.contains(words)) {
             self.seen.push(line.clone());
         }

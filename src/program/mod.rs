@@ -36,6 +36,7 @@ pub struct Program {
     command: Command,
     name: String,
     watched: &'static [&'static str],
+    quiet: bool,
     reason: Reason,
 }
 
@@ -59,14 +60,14 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
-        Self { command, name: name.to_owned(), watched: &[], reason }
+        Self { command, name: name.to_owned(), watched: &[], quiet: false, reason }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: &[], reason };
+        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, reason };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -119,6 +120,12 @@ impl Program {
     /// Notes whether the program says one of these anywhere in its output.
     pub fn watch_for(mut self, words: &'static [&'static str]) -> Self {
         self.watched = words;
+        self
+    }
+
+    /// Keeps its output out of the journal.
+    pub fn quietly(mut self) -> Self {
+        self.quiet = true;
         self
     }
 

@@ -24,6 +24,7 @@ let
     types
     ;
   inherit (import ../module/types.nix { inherit lib; })
+    build
     externalPath
     flags
     healthCheck
@@ -102,13 +103,13 @@ let
           '';
         };
         inputs = mkOption {
-          type = types.listOf types.str;
+          type = types.nullOr (types.listOf types.str);
           default = [ ];
           example = [ "my-project" ];
           description = ''
-            The flake inputs to update; all of them if empty. `app/nixpkgs` names an input of an input; of
-            an input that follows another one, that one is updated. A run fails if any other input would
-            change.
+            The flake inputs to update; all of them if empty, none if `null`. `app/nixpkgs` names an input of
+            an input; of an input that follows another one, that one is updated. A run fails if any other
+            input would change.
           '';
         };
         dates = mkOption {
@@ -136,7 +137,7 @@ let
           default = false;
           description = "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
         };
-        inherit operation flags;
+        inherit build operation flags;
         pull = mkOption {
           type = types.bool;
           default = false;
@@ -518,6 +519,10 @@ let
       TimeoutStopSec = "30s";
       NotifyAccess = "exec";
       User = instance.user;
+      # what it waits for; systemd hears the stage itself alone
+      BindReadOnlyPaths =
+        networkSandbox.BindReadOnlyPaths
+        ++ lib.optional (instance.build == "substitute") "/run/systemd/notify";
       StateDirectory = "ekiben/instances/${name}";
       StateDirectoryMode = "0700";
       CacheDirectory = "ekiben/${name}";
@@ -744,8 +749,15 @@ in
     systemd.tmpfiles.rules = lib.optional (
       cfg.metrics != null
     ) "d ${dirOf cfg.metrics} 0755 root root -";
-    # a path that a power cut has left empty would be taken for whole
-    nix.settings = mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; };
+    nix.settings = lib.mkMerge [
+      # a path that a power cut has left empty would be taken for whole
+      (mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; })
+      # else what is asked for too early is not asked for again for an hour, and what is imported is built
+      (mkIf (lib.any (instance: instance.build == "substitute") (builtins.attrValues instances)) {
+        always-allow-substitutes = lib.mkDefault true;
+        narinfo-cache-negative-ttl = lib.mkDefault 0;
+      })
+    ];
     systemd = {
       paths = forInstances path instances // {
         ekiben-holds = holdsPath;

@@ -28,7 +28,7 @@ const KINDS: [&str; 3] = ["path", "service", "timer"];
 /// The units of the webhook.
 const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
 /// What is asked of systemd.
-const PROPERTIES: &str = "--property=Id,ActiveState,NextElapseUSecRealtime,ExecStart";
+const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
 const MARKS: [(&str, u8); 9] = [
     ("problem", 31),
@@ -60,6 +60,8 @@ struct Details {
     /// Whether the run under way builds.
     #[serde(skip)]
     is_building: bool,
+    /// What the run under way waits for.
+    waiting: Option<String>,
     #[serde(flatten)]
     status: Status,
     /// What the program that failed last said; empty if this user may not know.
@@ -95,8 +97,9 @@ struct Unit {
     state: String,
     /// Of a timer: when it elapses next.
     next: Option<u64>,
-    /// Of a service: whether it is in the second of the user's stages, which root does not announce.
+    /// Of a service: whether it is in the second of the user's stages, which root does not announce, and what it waits for.
     is_building: bool,
+    waiting: Option<String>,
 }
 
 /// How systemd says that the instances' units are, by their names; nothing if it does not say.
@@ -113,7 +116,8 @@ fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
         let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());
         let runs = |line: &str| line.starts_with("ExecStart=") && !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]");
         let is_building = text.lines().any(|line| runs(line) && line.contains(" build "));
-        Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building }))
+        let waiting = value("StatusText=").filter(|text| is_building && !text.is_empty());
+        Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building, waiting }))
     };
     gather(said.split("\n\n").filter_map(unit))
 }
@@ -167,7 +171,8 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         let held =
             shown.hold.as_ref().map(|hold| format!("held until {} {}; to end that: ekiben resume {name}", moment(hold.until), hold.why()));
         let awaiting = shown.status.awaiting.as_ref().map(|_| "awaits the next boot; reboot to have it deployed".to_owned());
-        let known = shown.problems.iter().cloned().chain(failure).chain(held).chain(awaiting);
+        let waiting = shown.waiting.as_ref().map(|what| format!("waiting: {what}"));
+        let known = shown.problems.iter().cloned().chain(failure).chain(waiting).chain(held).chain(awaiting);
         lines.extend(known.map(|what| format!("{name}: {what}")));
     }
     lines.join("\n") + "\n"
@@ -186,6 +191,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     }
     if let Some(running) = &shown.status.running {
         add("running", &format!("since {}, {}", moment(running.started), asked(running.trigger)));
+        add("waiting", shown.waiting.as_deref().unwrap_or_default());
     }
     if let Some(hold) = &shown.hold {
         add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
@@ -273,6 +279,7 @@ impl Details {
         let (request, status) = (paths.request(), Status::read(&paths));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
+        let service = units.get(&format!("ekiben-{name}.service"));
         let mut problems = problems(name, units, &status, since, now());
         problems.extend(drift(&paths));
         problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
@@ -282,7 +289,8 @@ impl Details {
             queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
             hold: Hold::read(&paths),
             next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
-            is_building: units.get(&format!("ekiben-{name}.service")).is_some_and(|service| service.is_building),
+            is_building: service.is_some_and(|service| service.is_building),
+            waiting: service.and_then(|service| service.waiting.clone()),
             status,
             output: fs::read_to_string(paths.output()).unwrap_or_default(),
         }

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::config::Instance;
+use crate::config::{Build, Instance};
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::fleet::host::release;
 use crate::git::Repository;
-use crate::nix::{self, Source};
+use crate::nix::{self, Source, substitute};
 use crate::paths::Paths;
 use crate::run::Stage;
 use crate::run::notes::Notes;
@@ -28,9 +28,13 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {
         let limit = Duration::from_secs(instance.timeouts.build);
-        let build = |source: &Source| nix::build_system(source, &instance.flags, &paths.candidate(), limit);
+        let get = match instance.build {
+            Build::Local => nix::build_system,
+            Build::Substitute => substitute::fetch_system,
+        };
+        let build = |source: &Source| get(source, &instance.flags, &paths.candidate(), limit);
         if instance.hub.is_some() {
-            return release::build(&repository, &commit, &paths.own("source"), build);
+            return release::build(&repository, &commit, &paths.own("source"), instance.build == Build::Substitute, build);
         }
         build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });

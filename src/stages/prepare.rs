@@ -88,10 +88,10 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
     let old = repository.read_file(&base, &repository.lock_file())?;
     let old_lock = LockFile::parse(old.as_deref())?;
     // one that follows another is updated by updating that
-    let inputs: Vec<_> = instance.inputs.iter().map(|input| old_lock.resolve(input).unwrap_or_else(|_| input.clone())).collect();
+    let inputs: Vec<_> = instance.inputs.iter().flatten().map(|input| old_lock.resolve(input).unwrap_or_else(|_| input.clone())).collect();
     // of a release, inputs are the hub's business
-    let is_hubs = instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none());
-    let new = if is_hubs {
+    let is_others = instance.inputs.is_none() || instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none());
+    let new = if is_others {
         old.clone()
     } else {
         let flake = repository.flake_at(&base, instance)?;
@@ -102,7 +102,7 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
     fault::point("prepare: inputs updated");
     let new_lock = LockFile::parse(new.as_deref())?;
     // nix only warns of an input that is none
-    for input in instance.inputs.iter().filter(|_| !is_hubs) {
+    for input in instance.inputs.iter().flatten().filter(|_| !is_others) {
         let now = new_lock.resolve(input)?;
         if !inputs.contains(&now) {
             return Err(Error::new(format!("Failed to update {input}: it follows {now} now; {NO_FIT}")));

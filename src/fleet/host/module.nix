@@ -15,6 +15,7 @@ let
     ;
   inherit (import ../../module/types.nix { inherit lib; })
     externalPath
+    build
     flags
     healthCheck
     observe
@@ -68,6 +69,7 @@ let
       operation
       observe
       reboot
+      build
       flags
       ;
     flakePath = "/var/lib/ekiben/instances/fleet/repository";
@@ -245,6 +247,7 @@ in
       operation
       observe
       reboot
+      build
       flags
       ;
   };

@@ -24,15 +24,15 @@ pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
 }
 
 /// Builds the system of a commit as the hub does: from a directory with its files and nothing else.
-/// What the hub has built may be had without, if a substituter has it. `build` does it, `directory`
-/// is for the files.
-pub fn build(repository: &Repository, commit: &str, directory: &Path, build: impl Fn(&Source) -> Result<()>) -> Result<()> {
+/// What the hub has built may be had without, if a substituter has it, or must be (`only`). `build` does it,
+/// `directory` is for the files.
+pub fn build(repository: &Repository, commit: &str, directory: &Path, only: bool, build: impl Fn(&Source) -> Result<()>) -> Result<()> {
     let manifest = of(repository, commit)?.ok_or_else(|| Error::new(format!("Failed to build {commit}: not a release")))?;
     let is_the_release = repository.subject(commit)? == format!("release {}", manifest.release.sequence);
     if let Some(system) = manifest.toplevel.as_ref().filter(|_| is_the_release) {
         match build(&Source::Store(system.path())) {
-            Ok(()) => return Ok(()),
-            Err(error) => log::info!("{error}; evaluating the release on this host."),
+            Err(error) if !only => log::info!("{error}; evaluating the release on this host."),
+            result => return result,
         }
     }
     make_anew(directory)?;
