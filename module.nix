@@ -64,6 +64,8 @@ in
       "d /var/lib/ekiben 0755 root root -"
       "d /var/lib/ekiben/queue 2770 root ekiben -"
       "d /var/lib/ekiben/holds 2775 root ekiben -"
+      # sticky: whose file it is says who has asked
+      "d /var/lib/ekiben/rollbacks 3775 root ekiben -"
       "d /var/lib/ekiben/runs 0700 root root -"
       "d /var/lib/ekiben/status 0755 root root -"
       "d /var/lib/ekiben/root 0755 root root -"

@@ -261,6 +261,56 @@ for way, (point, content) in itertools.product(("kill", "crash"), [(point, "") f
             assert running(machine) == system and machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
             assert run(machine, "app")["result"] == "unchanged"
 
+with subtest("what awaits a boot is withdrawn by a rollback, and not proposed again; cut off, too"):
+    for point in (None, "activate: begun", "back: profile restored"):
+        before = state()
+        system = awaits()
+        if point:
+            hold(machine, point)
+            machine.succeed("systemd-run --collect --unit=rollback ekiben rollback app")
+            held(point, "ekiben-app")
+            machine.succeed("systemctl kill --kill-whom=main --signal=KILL ekiben-app.service")
+            machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
+            wait_until_at_rest(machine, "app")
+            machine.succeed("systemctl stop rollback || true", "systemctl reset-failed ekiben-app.service || true")
+        if point == "activate: begun":
+            assert last_run(machine, "app")["result"] == "failed" and generation(machine).endswith(system)
+            machine.succeed("ekiben rollback app")
+        elif not point:
+            machine.succeed("ekiben rollback app")
+        known = status(machine, "app")
+        assert known["runs"][0]["result"] == "restored" and known["awaiting"] is None, known
+        assert run(machine, "app")["result"] == "withheld"
+        assert state() == before and machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben") == ""
+        boot()
+        assert state() == before and system not in machine.boots
+
+with subtest("what a boot has brought, a boot takes away by a rollback, if the old system is well then"):
+    before = state()
+    awaits()
+    boot()
+    after = state()
+    assert machine.execute("ekiben rollback app")[0] == 75
+    known = status(machine, "app")
+    assert (known["deployed"]["commit"], known["awaiting"]["system"]) == (after["head"], before["running"]), known
+    assert run(machine, "app")["result"] == "withheld" and generation(machine) == before["generation"]
+    assert "the next boot undoes" in machine.fail("ekiben rollback app 2>&1")
+    boot()
+    ended = last_run(machine, "app")
+    assert ended["result"] == "restored" and ended["undid"] == after["head"], ended
+    assert state() == {**before, "head": after["head"]}
+    assert run(machine, "app")["result"] == "withheld"
+    awaits()
+    boot()
+    assert status(machine, "app")["undone"] is None
+    after = state()
+    assert machine.execute("ekiben rollback app")[0] == 75
+    # another one is chosen
+    boot(after["running"])
+    assert last_run(machine, "app")["result"] == "rolledBack" and state() == after, last_run(machine, "app")
+    assert status(machine, "app")["undone"] is None
+    assert run(machine, "app")["result"] == "unchanged"
+
 with subtest("what was switched to and does not boot is said, and nothing is put back"):
     publish(machine, "app", str(next(COUNT)))
     old = running(machine)

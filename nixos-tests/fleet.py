@@ -105,6 +105,23 @@ with subtest("a group stands for its hosts, and nothing for a group that is none
             assert why in hub.fail(fleet(f"{command} {group}"))
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
 
+with subtest("a release that somebody at the host has undone is not deployed again there, and the hub says so; the next one is"):
+    before = shows(plain, "app")
+    content = change_hosts(hub, "plain")
+    hub.succeed(fleet("deploy plain"))
+    assert poll(plain)["result"] == "deployed" and shows(plain, "app") == content
+    plain.succeed("ekiben rollback fleet")
+    assert shows(plain, "app") == before
+    becomes(hub, "plain", "undone by hand")
+    assert hub.execute(fleet("status plain"))[0] == 2
+    assert poll(plain)["result"] == "withheld", last_run(plain, "fleet")
+    assert states(hub)["plain"] == "undone by hand" and shows(plain, "app") == before
+    assert "the hub is ahead on purpose" in plain.succeed("ekiben status fleet")
+    content = change_hosts(hub, "plain")
+    hub.succeed(fleet("deploy plain"))
+    assert poll(plain)["result"] == "deployed" and shows(plain, "app") == content
+    becomes(hub, "plain", "up to date")
+
 with subtest("a host that is at work is seen as that"):
     change_hosts(hub, "pair", trouble="build-hangs")
     hub.succeed(fleet("deploy --no-build db"), fleet("status db"))

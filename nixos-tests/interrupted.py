@@ -81,6 +81,41 @@ for way, point in PLACES:
             assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
             check_deployed(machine, "app")
 
+with subtest("a deployment is undone by hand, and that is cut off"):
+    def deploy_next():
+        publish(machine, "app", str(next(COUNT)))
+        assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+        return what_stays(machine)
+
+    deploy_next()
+    for way, point, expected in some(machine, (
+        ("crash", "activate: switched", "old"),
+        ("kill", "begin: journal opened", "restored"),
+        ("stop", "activate: switching", "old"),
+        ("crash", "activate: profile set", "old"),
+        ("kill", "activate: boot loader set", "old"),
+        ("kill-all", "activate: persisted", "restored"),
+        ("crash", "activate: persisted", "restored"),
+        ("crash", "conclude: reported", "restored"),
+    ), 1):
+        earlier, later = what_stays(machine), deploy_next()
+        undone = head(machine)
+        hold(machine, point)
+        follow(machine, "app")
+        machine.succeed("systemd-run --collect --unit=rollback ekiben rollback app")
+        wait_until_said(machine, "app", f"Held at {point}.")
+        cut_off(way)
+        machine.succeed("systemctl stop rollback || true", "systemctl reset-failed ekiben-app.service || true")
+        ended = next(run for run in status(machine, "app")["runs"] if run["trigger"] == "rollback")
+        print(f"{way} at {point}: {ended['result']}")
+        same = ("running", "shows", "repository", "generation")
+        expectation = earlier | {"repository": later["repository"]} if expected == "restored" else later
+        assert [what_stays(machine)[key] for key in same] == [expectation[key] for key in same], differences(expectation, what_stays(machine))
+        assert (ended["result"] == "restored") == (expected == "restored"), ended
+        known = status(machine, "app")
+        assert (known["undone"] or {}).get("commit") == (undone if expected == "restored" else None), known
+        assert run(machine, "app")["result"] == ("withheld" if expected == "restored" else "unchanged"), last_run(machine, "app")
+
 for way in WAYS:
     for trouble, words in some(machine, (("hang", "activating the configuration"), ("build-hangs", "building '/nix")), 1):
         with subtest(f"{way} while it is {words}"):

@@ -323,7 +323,7 @@ with subtest("status shows in each state what was, what is and what to do"):
     new = "  new  app: <commit> -> <commit>"
     ran = ["  took  prepare <span>, build <span>, activate <span>"]
     shows_in("deployed", [
-        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  deployed, <span> ago, asked for", "  proposed  <commit>",
+        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  deployed, <span> ago, asked for by user root", "  proposed  <commit>",
         "  summary  update app", new, *ran, "  log  ekiben log app <run>",
     ], True)
     machine.succeed("ekiben hold app --reason 'not now'", "ekiben trigger app")
@@ -336,7 +336,7 @@ with subtest("status shows in each state what was, what is and what to do"):
     publish(machine, "app", "10", trouble="build")
     notified("failed")
     said = shows_in("failed", [
-        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  failed, <span> ago, asked for", "  proposed  <commit>",
+        "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  failed, <span> ago, asked for by user root", "  proposed  <commit>",
         "  summary  update app", new, "  took  prepare <span>, build <span>", "  stage  build",
     ], False)
     assert "app: failed in stage build; see ekiben status app" in said, said
@@ -356,6 +356,146 @@ with subtest("the log of a run is one command away"):
     assert first["error"] in last
     for odd in ("x", "../x", "--boot", "app app app"):
         machine.fail(f"ekiben log app {odd}")
+
+with subtest("a run says who has asked for it, all of them; nobody can pretend to be another"):
+    def asked(*commands, by):
+        """Has a run follow several requests, or what looks like one; checks who has asked for it."""
+        before = runs(machine, "app")
+        machine.succeed("ekiben hold app", *commands)
+        machine.wait_until_succeeds(knows("app", ".held != null"))
+        wait_until_at_rest(machine, "app")
+        machine.succeed("systemctl stop ekiben-app.path", "ekiben resume app", *commands, "systemctl start ekiben-app.path")
+        ended = wait_for_run(machine, "app", before)
+        assert (ended["trigger"], ended["by"]) == ("request", by), ended
+
+    asked(f"{WEBHOOK} -X POST", f"{MEMBER} ekiben trigger app", "SUDO_USER=alice ekiben trigger app", by=["project app", "user member", "user alice"])
+    assert "asked for by project app, user member, user alice" in machine.execute("ekiben status app")[1]
+    lie = "cd /var/lib/ekiben/queue; rm -f app .app*; printf '%s app {}' $(date +%s%3N) > app; cp app .app.1"
+    for pretends in ("root", "-", "project"):
+        asked(f"{MEMBER} sh -c {shlex.quote(lie.format(pretends))}", by=["user member"])
+
+
+
+def state():
+    """What runs, what is booted, and the branch."""
+    return {"running": running(machine), "generation": generation(machine), "head": head(machine)}
+
+
+with subtest("the last deployment is undone, as somebody has asked; it is not deployed again, but something else is"):
+    machine.succeed("ekiben resume app")
+    wait_until_at_rest(machine, "app")
+    for content in ("20", "21"):
+        publish(machine, "app", content)
+        before, last = state(), status(machine, "app")["deployed"]
+        ended = run(machine, "app")
+        assert ended["result"] == "deployed", ended
+    assert last_run(machine, "app")["by"] == ["systemctl"], last_run(machine, "app")
+    after = state()
+    machine.succeed("ekiben hold app --reason 'it is the night'", f"{WEBHOOK} -X POST")
+    machine.wait_until_succeeds(knows("app", ".held != null"))
+    machine.fail("runuser -u nobody -- ekiben rollback app")
+    assert "only root and members of the group" in machine.execute("runuser -u nobody -- ekiben rollback app 2>&1")[1]
+    # a hold is about what is deployed
+    said = machine.succeed(f"{MEMBER} ekiben rollback app 2>&1")
+    assert said.endswith("The run ended: restored.\n"), said
+    assert state() == {**before, "head": after["head"]}, (before, state())
+    known = status(machine, "app")
+    ended = known["runs"][0]
+    assert (ended["result"], ended["trigger"], ended["by"], ended["undid"]) == ("restored", "rollback", ["user member"], after["head"]), ended
+    assert (ended["commit"], known["deployed"]["commit"], known["held"] is None) == (last["commit"], last["commit"], False), known
+    assert known["undone"]["by"] == "user member" and known["well"], known
+    left = machine.succeed("ls /var/lib/ekiben/rollbacks; ls /nix/var/nix/gcroots/ekiben")
+    assert left == "", left
+    said = machine.succeed("ekiben status app")
+    assert f"ahead     the branch is ahead on purpose: user member had {after['head'][:8]} undone" in said, said
+    assert "ekiben trigger app to deploy" in said and "rollback by user member" in said, said
+    # what was asked for before has waited for the end of the hold
+    machine.succeed("ekiben resume app")
+    wait_until_at_rest(machine, "app")
+    ended = last_run(machine, "app")
+    assert ended["result"] == "withheld" and "project app" in ended["by"], ended
+    for words in ("systemctl start ekiben-app", f"{WEBHOOK} -X POST", "ekiben trigger app"):
+        machine.succeed(words)
+        wait_until_at_rest(machine, "app")
+        ended = last_run(machine, "app")
+        assert ended["result"] == "withheld" and state() == {**before, "head": after["head"]}, ended
+    assert ended["by"] == ["user root"] and answer()["last"]["result"] == "withheld", ended
+    said = machine.fail("ekiben trigger --wait app 2>&1")
+    assert "The run ended: withheld: the branch is ahead on purpose" in said and "s from now" in said, said
+    said = machine.fail("ekiben rollback app 2>&1")
+    assert "was undone" in said, said
+    publish(machine, "app", "22")
+    ended = run(machine, "app")
+    assert ended["result"] == "deployed" and shows(machine, "app") == "22", ended
+    check_deployed(machine, "app")
+    assert status(machine, "app")["undone"] is None
+
+with subtest("somebody at this machine has it back, though not at once; the hand of another is not undone"):
+    machine.succeed("ekiben rollback app")
+    assert shows(machine, "app") == "20"
+    undone = status(machine, "app")["undone"]
+    # as if a minute had passed
+    machine.succeed(f"cd /var/lib/ekiben/status; jq '.undone.since -= 61' app.json > x; mv x app.json")
+    assert run(machine, "app")["result"] == "withheld"
+    machine.succeed("ekiben trigger --wait app")
+    assert shows(machine, "app") == "22" and undone["commit"] == head(machine)
+    check_deployed(machine, "app")
+    first = running(machine)
+    publish(machine, "app", "23")
+    assert run(machine, "app")["result"] == "deployed"
+    rebuild_of = running(machine)
+    # chosen at the boot, or switched to by hand: what ran before
+    machine.succeed(f"{first}/bin/switch-to-configuration test || [ $? = 4 ]")
+    machine.succeed("ekiben rollback app")
+    assert running(machine) == first and generation(machine).endswith(first)
+    assert status(machine, "app")["problems"] == []
+    publish(machine, "app", "24")
+    assert run(machine, "app")["result"] == "deployed"
+    by_hand = before["running"]
+    machine.succeed(f"{by_hand}/bin/switch-to-configuration test || [ $? = 4 ]")
+    kept = state()
+    assert "by hand; use nixos-rebuild" in machine.fail("ekiben rollback app 2>&1")
+    assert state() == kept and last_run(machine, "app")["result"] == "failed"
+    machine.succeed(f"{PROFILE}/bin/switch-to-configuration test || [ $? = 4 ]")
+
+with subtest("where there is nothing to go back to, nothing is done, and why is said"):
+    machine.succeed("rm -f /tmp/x; cp /var/lib/ekiben/status/app.json /tmp/x")
+    kept = state()
+    gone = "/nix/store/" + "a" * 32 + "-nixos-system-gone"
+    machine.succeed(f"cd /var/lib/ekiben/status; jq '.deployed.before.system = \"{gone}\" | .deployed.before.generation.system = \"{gone}\"' /tmp/x > x; mv x app.json")
+    said = machine.fail("ekiben rollback app 2>&1")
+    assert "collected as garbage, revert the commit" in said and state() == kept, said
+    machine.succeed("cd /var/lib/ekiben/status; jq '.deployed.before = null' /tmp/x > x; mv x app.json")
+    said = machine.fail("ekiben rollback app 2>&1")
+    assert "what ran before its last deployment is not known" in said and state() == kept, said
+    machine.succeed("mv /tmp/x /var/lib/ekiben/status/app.json; touch /var/lib/ekiben/rollbacks/app")
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/rollbacks/app")
+    wait_until_at_rest(machine, "app")
+    assert state() == kept
+    # its generation was removed, but not the system
+    before = status(machine, "app")["deployed"]["before"]
+    machine.succeed(f"rm {PROFILE}-{before['generation']['number']}-link", "ekiben rollback app")
+    assert running(machine) == before["system"] and generation(machine).endswith(before["system"])
+
+with subtest("a run says how the new system differs from the one that ran; where that cannot be said, it is deployed all the same"):
+    for version in ("1.0", "2.0"):
+        machine.succeed(as_deploy(f"echo {version} > /srv/app/version"))
+        publish(machine, "app", f"30-{version}")
+        ended = run(machine, "app")
+        assert ended["result"] == "deployed", ended
+    assert ended["changes"] == ["app: 1.0 → 2.0"], ended
+    assert "  changed   app: 1.0 → 2.0" in machine.succeed("ekiben status app")
+    path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
+    drop_in = "/run/systemd/system/ekiben-app.service.d"
+    script = f"#!/bin/sh\ncase \"$*\" in *diff-closures*) echo 'error: no' >&2; exit 1;; esac\nexec {machine.succeed('command -v nix').strip()} \"$@\"\n"
+    machine.succeed(
+        f"mkdir -p /opt/fails {drop_in}; printf %s {shlex.quote(script)} > /opt/fails/nix; chmod 755 /opt/fails/nix",
+        f"printf '[Service]\\nEnvironment=PATH=/opt/fails:{path}\\n' > {drop_in}/test.conf; systemctl daemon-reload",
+    )
+    publish(machine, "app", "31")
+    ended = run(machine, "app")
+    assert (ended["result"], ended["changes"]) == ("deployed", []), ended
+    machine.succeed(f"rm -r {drop_in} /opt/fails; systemctl daemon-reload")
 
 with subtest("while it builds, status says so"):
     publish(machine, "app", "12", trouble="build-hangs")

@@ -13,7 +13,7 @@ with subtest("what is new is deployed without being asked for"):
     machine.wait_until_succeeds(knows("often", ".deployed"))
     machine.succeed("systemctl stop ekiben-often.timer")
     wait_until_idle(machine, "often")
-    assert [run for run in status(machine, "often")["runs"] if run["result"] == "deployed"][0]["trigger"] == "timer"
+    assert [run for run in status(machine, "often")["runs"] if run["result"] == "deployed"][0]["by"] == ["timer"]
     assert (shows(machine, "app"), shows(machine, "other")) == ("2", "1")
     assert shows(machine, "revision") == head(machine)
 
@@ -34,7 +34,7 @@ with subtest("a run that was due while the machine was off is made up for"):
     machine.crash()
     machine.start()
     wait_for_run(machine, "seldom", 0)
-    assert last_run(machine, "seldom")["trigger"] == "timer"
+    assert last_run(machine, "seldom")["trigger"] == "timer" and last_run(machine, "seldom")["by"] == ["timer"]
     assert shows(machine, "other") == "2"
     # that timer has done so once
     wait_until_at_rest(machine, "seldom")

@@ -131,6 +131,14 @@ pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_foreign_below(path.parent().ok_or(ErrorKind::InvalidInput)?, name, limit)
 }
 
+/// The same, with whose file it is.
+pub fn read_owned(path: &Path, limit: u64) -> io::Result<(Vec<u8>, u32)> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    let owner = file.metadata()?.uid();
+    read_regular(file, limit).map(|contents| (contents, owner))
+}
+
 /// The same with more than a name, below a directory that is trusted: what leads from there to the file is
 /// somebody else's, too, and no link.
 pub fn read_foreign_below(directory: &Path, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {

@@ -36,7 +36,7 @@ use crate::output::print;
 use crate::paths::Paths;
 use crate::run::notes::Proposal;
 use crate::run::status::Status;
-use crate::run::{holding, metrics, notify, show, trigger};
+use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch::{self, Fate};
 use crate::stages::{activate, begin, boot, build, conclude, prepare, reboot};
 #[cfg(feature = "fault-points")]
@@ -53,6 +53,7 @@ Usage: ekiben [--config FILE] COMMAND
   hold INSTANCE [DURATION] [--reason TEXT]
                                deploy nothing for so long (default: 1d); requests are kept
   resume INSTANCE              end that before its time
+  rollback INSTANCE            have what ran before the last deployment run again; see it do so
   log INSTANCE [RUN] [--follow]
                                show the log of the last run, or of that one
   check FILE                   check a configuration file
@@ -105,6 +106,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
         ["trigger", "--wait", name] => return trigger::trigger_and_wait(&config()?, name),
+        ["rollback", name] => return trigger::roll_back(&config()?, name),
         ["hold", name, words @ ..] => holding::hold(&config()?, name, words),
         ["resume", name] => holding::resume(&config()?, name),
         ["holds"] => holding::watch(),
@@ -130,8 +132,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
                 Ok(ExitCode::from(begin::TRY_AGAIN))
             });
         }
-        ["prepare", name] if is_not_begun(name)? => stage(file, name, poll::tell),
-        ["build", name] if is_not_begun(name)? => Ok(()),
+        ["prepare", name] if running(name)?.is_none() => stage(file, name, poll::tell),
+        ["prepare" | "build", name] if matches!(running(name)?, None | Some(Trigger::Rollback)) => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
         ["activate", name] => {
@@ -180,9 +182,9 @@ fn stage(file: &Path, name: &str, stage: fn(&Paths, &Instance) -> Result<()>) ->
     Ok(())
 }
 
-/// Whether the first stage has begun no run, as while there is a hold: then the others have nothing to do.
-fn is_not_begun(name: &str) -> Result<bool> {
-    Ok(Status::read(&paths(name)?).running.is_none())
+/// Why the run that the first stage has begun is; none while there is a hold.
+fn running(name: &str) -> Result<Option<Trigger>> {
+    Ok(Status::read(&paths(name)?).running.map(|running| running.trigger))
 }
 
 fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {

@@ -3,6 +3,8 @@
 //! ```text
 //! queue/<instance>              a request; root and group ekiben may write here
 //! holds/<instance>              a hold; root and group ekiben may write here, the webhook may not
+//! rollbacks/<instance>          the wish to have the last deployment undone; root and group ekiben may write here, the webhook
+//!                               may not see it
 //! rebooted                      the system that the machine was rebooted into last
 //! runs/<instance>.json          the journal of the run under way; root only
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
@@ -67,7 +69,10 @@ impl Paths {
 
     /// Has the directories made that somebody has removed, as at boot; for root only.
     pub fn restore(&self) {
-        if [self.request(), self.hold(), self.journal(), self.status()].iter().all(|file| file.parent().is_some_and(Path::exists)) {
+        if [self.request(), self.hold(), self.rollback(), self.journal(), self.status()]
+            .iter()
+            .all(|file| file.parent().is_some_and(Path::exists))
+        {
             return;
         }
         self.make();
@@ -110,6 +115,11 @@ impl Paths {
     /// What says that nothing is to be deployed for now.
     pub fn hold(&self) -> PathBuf {
         self.root.join("holds").join(&self.name)
+    }
+
+    /// What says that the last deployment is to be undone.
+    pub fn rollback(&self) -> PathBuf {
+        self.root.join("rollbacks").join(&self.name)
     }
 
     /// The journal of the run under way.

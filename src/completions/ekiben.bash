@@ -9,7 +9,7 @@ _ekiben() {
     local word=${COMP_WORDS[COMP_CWORD]} before="${COMP_WORDS[*]:1:COMP_CWORD-1}" words= options=
     local instances="_ekiben_names ekiben status" hosts="_ekiben_names ekiben fleet status --once"
     case $before in
-        "") words="trigger hold resume status log check forget-releases fleet" options="--config --help --version" ;;
+        "") words="trigger hold resume rollback status log check forget-releases fleet" options="--config --help --version" ;;
         check | *--config | *--repository | *--directory)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return ;;
@@ -17,7 +17,7 @@ _ekiben() {
         status*) words=$($instances) options="--json" ;;
         log*) words=$($instances) options="--follow" ;;
         hold*) words=$($instances) options="--reason" ;;
-        forget-releases | resume) words=$($instances) ;;
+        forget-releases | resume | rollback) words=$($instances) ;;
         fleet)
             words="init build deploy renew status history log diff flake-update bootstrap collect"
             options="--repository --directory --help" ;;

@@ -16,7 +16,7 @@ function __ekiben_first
 end
 
 complete -c ekiben -f
-complete -c ekiben -n __ekiben_first -a "trigger hold resume status log check forget-releases fleet"
+complete -c ekiben -n __ekiben_first -a "trigger hold resume rollback status log check forget-releases fleet"
 complete -c ekiben -n __ekiben_first -l config -r -F
 complete -c ekiben -n __ekiben_first -l help
 complete -c ekiben -n __ekiben_first -l version
@@ -24,7 +24,7 @@ complete -c ekiben -n "__ekiben_after trigger" -l wait
 complete -c ekiben -n "__ekiben_after status" -l json
 complete -c ekiben -n "__ekiben_after hold" -l reason -x
 complete -c ekiben -n "__ekiben_after log" -l follow
-for command in trigger hold resume status log forget-releases
+for command in trigger hold resume rollback status log forget-releases
     complete -c ekiben -n "__ekiben_after $command" -a "(__ekiben_names ekiben status)"
 end
 complete -c ekiben -n "__ekiben_after check" -F

@@ -11,14 +11,14 @@ _ekiben() {
     local -a instances=(_ekiben_names ekiben status) hosts=(_ekiben_names ekiben fleet status --once) found options
     case $before in
         "")
-            found=(trigger hold resume status log check forget-releases fleet)
+            found=(trigger hold resume rollback status log check forget-releases fleet)
             options=(--config --help --version) ;;
         check | *--config | *--repository | *--directory) _files; return ;;
         trigger*) found=($($instances)) options=(--wait) ;;
         status*) found=($($instances)) options=(--json) ;;
         log*) found=($($instances)) options=(--follow) ;;
         hold*) found=($($instances)) options=(--reason) ;;
-        forget-releases | resume) found=($($instances)) ;;
+        forget-releases | resume | rollback) found=($($instances)) ;;
         fleet)
             found=(init build deploy renew status history log diff flake-update bootstrap collect)
             options=(--repository --directory --help) ;;

@@ -15,6 +15,7 @@ use crate::names::is_store_path;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::program::Program;
+use crate::text;
 
 /// Where root keeps systems from being collected as garbage while a run needs them.
 const GC_ROOTS: &str = "/nix/var/nix/gcroots/ekiben";
@@ -123,6 +124,24 @@ fn not_the_candidate(error: Error) -> Error {
     locked_out(&error).map_or(error, Error::transient)
 }
 
+/// Which packages of two systems are of other versions, or other sizes, a line each; of many, the first `most`.
+pub fn differences(old: &Path, new: &Path, most: usize) -> Result<Vec<String>> {
+    let program = Program::new("timeout").args(["60", "nix", "--extra-experimental-features", "nix-command", "store", "diff-closures"]);
+    let said = program.arg(old).arg(new).output(|| format!("compare with {}", old.display()), None)?;
+    let said = String::from_utf8_lossy(&said);
+    let mut lines: Vec<_> = said.lines().map(|line| text::line(&without_colours(line))).collect();
+    let more = lines.len().saturating_sub(most);
+    lines.truncate(most);
+    lines.extend((more > 0).then(|| format!("... and {more} more")));
+    Ok(lines)
+}
+
+/// Nix marks versions on whatever is no terminal, too.
+fn without_colours(line: &str) -> String {
+    let plain = |part: &str| part.split_once('m').map_or(String::new(), |(_, plain)| plain.to_owned());
+    line.split("\x1b[").enumerate().map(|(at, part)| if at == 0 { part.to_owned() } else { plain(part) }).collect()
+}
+
 /// What is wrong if a program could not speak with the Nix daemon because that does not let this user in.
 fn locked_out(error: &Error) -> Option<Error> {
     if !error.tail().iter().any(|line| line.contains("cannot open connection to remote store")) {
@@ -155,19 +174,22 @@ pub fn nix() -> Program {
 /// the store that is a NixOS system, kept from being collected as garbage until [`unroot`].
 pub fn trusted_system(link: &Path, root: &str) -> Result<PathBuf> {
     let target = fs::read_link(link).context(|| format!("read the candidate {}", link.display()))?;
+    check_system(&target, root).map(|()| target)
+}
+
+/// Fails unless this is a valid path of the store that is a NixOS system, and keeps it from being collected as garbage
+/// until [`unroot`].
+pub fn check_system(target: &Path, root: &str) -> Result<()> {
     let refuse = |why: &str| Err(Error::new(format!("Failed to accept {target:?} as a system: {why}")));
-    if !is_store_path(&target) {
+    if !is_store_path(target) {
         return refuse("not a store path");
     }
-    let valid = Program::as_root("nix-store").arg("--check-validity").arg(&target);
+    let valid = Program::as_root("nix-store").arg("--check-validity").arg(target);
     if let Err(error) = valid.output(|| "ask the store".into(), None) {
         return refuse(&error.to_string());
     }
-    keep(&target, root)?;
-    if let Err(why) = check_is_system(Path::new(STORE), &target) {
-        return refuse(&why);
-    }
-    Ok(target)
+    keep(target, root)?;
+    check_is_system(Path::new(STORE), target).or_else(|why| refuse(&why))
 }
 
 /// Keeps a system from being collected as garbage until [`unroot`].
@@ -320,6 +342,11 @@ mod tests {
         symlink(outside.join("bin"), system.join("bin")).unwrap();
         assert!(check(&system).unwrap_err().ends_with("bin/switch-to-configuration leads out of the store, or to nothing"));
         assert!(check(&store.join("etc")).unwrap_err().ends_with("init is missing"));
+    }
+
+    #[test]
+    fn colours_are_left_out() {
+        assert_eq!(without_colours("a: \x1b[1m1\x1b[0m → 2, \x1b[31;1m+8.0 KiB\x1b[0m"), "a: 1 → 2, +8.0 KiB");
     }
 
     #[test]

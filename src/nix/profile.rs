@@ -21,6 +21,13 @@ pub struct Generation {
     pub system: PathBuf,
 }
 
+impl Generation {
+    /// Whether there still is a link by its number to its system.
+    pub fn is_there(&self) -> bool {
+        fs::read_link(format!("{SYSTEM_PROFILE}-{}-link", self.number)).is_ok_and(|target| target == self.system)
+    }
+}
+
 /// The generation that the system profile points to; `None` if it has never been set.
 pub fn current_generation() -> Result<Option<Generation>> {
     let profile = Path::new(SYSTEM_PROFILE);

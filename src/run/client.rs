@@ -61,6 +61,7 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
         let Ended { result, stage, commit, started, finished, reboot_needed, .. } = run;
         LastForClients { result, stage, commit, started, finished, reboot_needed }
     });
+    let running = running.map(|running| Running { by: Vec::new(), ..running });
     let (queued, hold) = (queued || held.is_some(), Hold::read(paths));
     serde_json::to_string(&ForClients { queued, hold, running, served, last, bad })
         .map(|text| text + "\n")

@@ -16,12 +16,18 @@ pub struct Ended {
     pub result: Outcome,
     /// Why it began.
     pub trigger: Trigger,
+    /// Who or what has asked for it.
+    #[serde(default)]
+    pub by: Vec<String>,
     /// When it began, in seconds since 1970.
     pub started: u64,
     /// When it ended.
     pub finished: u64,
     /// What it proposed to run.
     pub commit: Option<String>,
+    /// The commit that was to be undone.
+    #[serde(default)]
+    pub undid: Option<String>,
     /// The commit that this was, or was made from: one that others know.
     #[serde(default)]
     pub base: Option<String>,
@@ -30,6 +36,9 @@ pub struct Ended {
     /// The same in detail, a line each.
     #[serde(default)]
     pub news: Vec<String>,
+    /// How the new system differs from what ran, a line each.
+    #[serde(default)]
+    pub changes: Vec<String>,
     /// The release of a fleet's hub that this was, or was made from.
     #[serde(default)]
     pub release: Option<Release>,
@@ -57,6 +66,8 @@ impl Ended {
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),
             reboot_needed: run.reboot_needed,
+            by: run.by.clone(),
+            undid: run.undoes.as_ref().map(|undone| undone.commit.clone()),
             ..Self::bare(run.id.to_string(), run.trigger, run.started, result)
         }
     }
@@ -67,13 +78,16 @@ impl Ended {
             id,
             result,
             trigger,
+            by: Vec::new(),
             started,
             finished: now(),
             commit: None,
+            undid: None,
             base: None,
             refused: false,
             summary: None,
             news: Vec::new(),
+            changes: Vec::new(),
             release: None,
             stage: None,
             error: None,
@@ -85,7 +99,7 @@ impl Ended {
 
     /// Whether it has found nothing to do.
     pub fn is_idle(&self) -> bool {
-        matches!(self.result, Outcome::Unchanged | Outcome::Drifted)
+        matches!(self.result, Outcome::Unchanged | Outcome::Drifted | Outcome::Withheld)
     }
 }
 

@@ -6,14 +6,13 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
-use nix::unistd::geteuid;
-
 use crate::config::{Config, instance_name};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
+use crate::run::asker;
 use crate::run::hold::{Hold, moment};
 use crate::run::queue;
 use crate::run::status::Status;
@@ -41,7 +40,7 @@ pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     let paths = trigger::paths(config, name, "hold", Paths::hold)?;
     let since = now();
     let until = since + seconds(span)?;
-    let by = std::env::var("SUDO_USER").unwrap_or_else(|_| files::user_name(geteuid().as_raw()));
+    let by = asker::this_user();
     Hold { since, until, by, reason: reason.to_owned() }.write(&paths)?;
     let run = match Status::read(&paths).running {
         Some(_) => format!(" A run is under way: see ekiben status {name}. It ends before it switches, unless it already does."),
@@ -63,7 +62,8 @@ pub fn resume(config: &Config, name: &str) -> Result<()> {
 pub fn keep(paths: &Paths) -> Result<bool> {
     let Some(hold) = Hold::read(paths) else { return Ok(false) };
     let number = queue::waiting(paths)?;
-    Status::keep_request(paths, number)?;
+    let by = number.map(|number| queue::askers(paths, number)).unwrap_or_default();
+    Status::keep_request(paths, number, by)?;
     queue::remove(paths, number)?;
     log::info!("Held until {} {}; nothing is deployed, and a request is kept.", moment(hold.until), hold.why());
     // whoever has ended it meanwhile has not seen what is kept
@@ -109,7 +109,7 @@ fn is_old(path: &Path) -> bool {
 fn lift(paths: &Paths) -> Result<bool> {
     Hold::remove(paths)?;
     let kept = Status::read(paths).held;
-    kept.map_or(Ok(false), |number| queue::request(paths, number).map(|_| true))
+    kept.map_or(Ok(false), |number| queue::request(paths, number, asker::NOBODY).map(|_| true))
 }
 
 /// A time span as in systemd.time(7), in seconds.

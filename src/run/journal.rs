@@ -18,6 +18,7 @@ use crate::names::RunId;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::notes::{Notes, Proposal};
+use crate::run::undo::Undone;
 use crate::run::{Failure, Outcome, Trigger};
 use crate::system::units::Units;
 use crate::system::{boot_id, now};
@@ -51,6 +52,12 @@ pub enum Phase {
 pub enum Decision {
     /// Nothing is new.
     Unchanged,
+    /// Nothing is new since a deployment was undone by hand.
+    Withheld,
+    /// What awaits the next boot is to be withdrawn, by hand.
+    Withdraw,
+    /// What could not be gone back to runs again.
+    Restored,
     /// The branch moved since the run began: another run has to start from there.
     StartOver,
 }
@@ -80,6 +87,12 @@ pub struct Run {
     pub instance: Instance,
     /// Why it began.
     pub trigger: Trigger,
+    /// Who or what has asked for it.
+    #[serde(default)]
+    pub by: Vec<String>,
+    /// The deployment that it is to undo.
+    #[serde(default)]
+    pub undoes: Option<Undone>,
     /// The request it serves.
     pub request: Option<u64>,
     /// When it began, in seconds since 1970.
@@ -92,6 +105,9 @@ pub struct Run {
     pub decision: Option<Decision>,
     /// What it activates, once that is known.
     pub candidate: Option<PathBuf>,
+    /// What that was booted as, if it is gone back to.
+    #[serde(default)]
+    pub generation: Option<Generation>,
     /// What to put back.
     pub before: Option<Before>,
     /// The health checks that passed before the switch.
@@ -137,12 +153,15 @@ impl Run {
             id,
             instance,
             trigger: Trigger::Timer,
+            by: Vec::new(),
+            undoes: None,
             request: None,
             started: now(),
             boot: boot_id(),
             phase: Phase::Begun,
             decision: None,
             candidate: None,
+            generation: None,
             before: None,
             passed: Vec::new(),
             notes: None,

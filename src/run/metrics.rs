@@ -16,7 +16,7 @@ use crate::run::status::Status;
 type Family = (&'static str, &'static str, fn(&Paths, &Status) -> Vec<(String, u64)>);
 
 /// All but how many runs have ended how.
-const FAMILIES: [Family; 12] = [
+const FAMILIES: [Family; 13] = [
     ("running", "Whether a run is under way.", |_, status| one(status.running.is_some())),
     ("request_waiting", "Whether a request waits for a run.", |paths, status| one(status.held.is_some() || paths.request().exists())),
     ("hold_end_timestamp_seconds", "When the hold on the instance ends by itself.", |paths, _| {
@@ -38,6 +38,7 @@ const FAMILIES: [Family; 12] = [
         one(status.awaiting.is_some() || status.runs.first().is_some_and(|run| run.reboot_needed))
     }),
     ("drifted", "Whether the machine runs something else than what was deployed.", |paths, _| one(drift(paths).is_some())),
+    ("undone", "Whether the last deployment was undone by hand.", |_, status| one(status.undone.is_some())),
     ("release_expiry_timestamp_seconds", "When the release of the fleet's hub expires.", |_, status| some(status.expires)),
     ("deployed_info", "Which revision was deployed last.", |_, status| {
         status.deployed.iter().map(|deployed| (label("revision", &deployed.commit), 1)).collect()

@@ -1,6 +1,7 @@
 //! What a run leaves on disk, and who reads it: the request, the notes of the user's stages, root's journal, and the
 //! status that all may read. This file has the words that all of these share.
 
+pub mod asker;
 pub mod bad;
 pub mod client;
 pub mod drift;
@@ -15,6 +16,7 @@ pub mod queue;
 pub mod show;
 pub mod status;
 pub mod trigger;
+pub mod undo;
 
 use std::fmt;
 
@@ -66,6 +68,8 @@ pub enum Trigger {
     Request,
     /// Nobody: the timer, `systemctl start`, or a run that was cut off.
     Timer,
+    /// Somebody wants the last deployment undone: by `ekiben rollback`.
+    Rollback,
 }
 
 /// How a run can end.
@@ -80,6 +84,10 @@ pub enum Outcome {
     Unchanged,
     /// The same, but the machine runs something else than what was deployed last.
     Drifted,
+    /// The last deployment was undone, as somebody had asked: what ran before it runs.
+    Restored,
+    /// Nothing is new since a deployment was undone by hand.
+    Withheld,
     /// The branch moved; another run starts from there.
     StartedOver,
     /// It failed before anything was changed.
@@ -104,6 +112,8 @@ impl fmt::Display for Outcome {
             Self::AwaitingBoot => "awaiting boot",
             Self::Unchanged => "unchanged",
             Self::Drifted => "drifted",
+            Self::Restored => "restored",
+            Self::Withheld => "withheld",
             Self::StartedOver => "started over",
             Self::Failed => "failed",
             Self::RolledBack => "rolled back",

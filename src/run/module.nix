@@ -330,6 +330,7 @@ let
     # each takes one of the few inotify instances that root has
     pathConfig.PathExists = [
       "/var/lib/ekiben/queue/${name}"
+      "/var/lib/ekiben/rollbacks/${name}"
       # a run that was cut off
       "/var/lib/ekiben/runs/${name}.json"
     ];

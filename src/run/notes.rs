@@ -16,7 +16,7 @@ use crate::program::TAIL_LINES;
 use crate::run::Release;
 use crate::run::{Failure, Stage};
 
-/// How many lines tell in detail what is new.
+/// How many lines tell in detail what is new, or changes.
 pub const NEWS: usize = 40;
 /// More than any run has to say.
 const LIMIT: u64 = 256 * 1024;
@@ -34,6 +34,9 @@ pub struct Notes {
     pub proposal: Option<Proposal>,
     /// Whether the proposal has been built.
     pub built: bool,
+    /// How what was built differs from what runs, a line each.
+    #[serde(default)]
+    pub changes: Vec<String>,
     /// What went wrong.
     pub failure: Option<Failure>,
     /// The stage that wrote last.
@@ -63,6 +66,9 @@ pub struct Proposal {
     pub news: Vec<String>,
     /// Whether this very commit has been deployed before.
     pub unchanged: bool,
+    /// Why it is not deployed, though it is not what has been: its deployment was undone by hand.
+    #[serde(default)]
+    pub withheld: Option<String>,
 }
 
 /// The identifier of the run that this process belongs to: systemd's, the same in all stages.
@@ -83,6 +89,7 @@ impl Notes {
             expires: None,
             proposal: None,
             built: false,
+            changes: Vec::new(),
             failure: None,
             stage: Stage::Prepare,
             build_began: None,
@@ -108,6 +115,7 @@ impl Notes {
         let notes: Self = json::parse_foreign(&bytes).context(doing)?;
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if notes.proposal.as_ref().is_some_and(|proposal| proposal.news.len() > NEWS)
+            || notes.changes.len() > NEWS + 1
             || !of_user(notes.stage)
             || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
         {

@@ -73,6 +73,7 @@ fn is_told(ended: &Ended, earlier: &[&Ended], on: &str) -> bool {
     match ended.result {
         Outcome::StartedOver => false,
         _ if on == "always" => true,
+        Outcome::Withheld => false,
         // one report for all attempts to begin
         result if result.is_failure() && ended.stage == Some(Stage::Begin) => ended.started == ended.finished,
         // nobody has asked, and it was told

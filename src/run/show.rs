@@ -30,17 +30,21 @@ const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "
 /// What is asked of systemd.
 const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
-const MARKS: [(&str, u8); 9] = [
+const MARKS: [(&str, u8); 11] = [
+    ("ahead", 33),
     ("problem", 31),
     ("rollback failed", 31),
     ("rolled back", 31),
     ("failed", 31),
     ("drifted", 31),
     ("held", 33),
+    ("restored", 33),
     ("awaiting", 33),
     ("deployed", 32),
     ("unchanged", 32),
 ];
+/// How many changes between systems are shown.
+const CHANGES: usize = 20;
 /// How many earlier runs are shown.
 const EARLIER: usize = 10;
 
@@ -171,8 +175,9 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         let held =
             shown.hold.as_ref().map(|hold| format!("held until {} {}; to end that: ekiben resume {name}", moment(hold.until), hold.why()));
         let awaiting = shown.status.awaiting.as_ref().map(|_| "awaits the next boot; reboot to have it deployed".to_owned());
+        let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name, now));
         let waiting = shown.waiting.as_ref().map(|what| format!("waiting: {what}"));
-        let known = shown.problems.iter().cloned().chain(failure).chain(waiting).chain(held).chain(awaiting);
+        let known = shown.problems.iter().cloned().chain(failure).chain(waiting).chain(held).chain(awaiting).chain(ahead);
         lines.extend(known.map(|what| format!("{name}: {what}")));
     }
     lines.join("\n") + "\n"
@@ -190,11 +195,14 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("problem", problem);
     }
     if let Some(running) = &shown.status.running {
-        add("running", &format!("since {}, {}", moment(running.started), asked(running.trigger)));
+        add("running", &format!("since {}, {}", moment(running.started), asked(running.trigger, &running.by)));
         add("waiting", shown.waiting.as_deref().unwrap_or_default());
     }
     if let Some(hold) = &shown.hold {
         add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
+    }
+    if let Some(undone) = &shown.status.undone {
+        add("ahead", &undone.notice(name, now));
     }
     add("next", &shown.next.map(|next| format!("by the timer, {}", moment(next))).unwrap_or_default());
     if let Some(deployed) = &shown.status.deployed {
@@ -202,11 +210,17 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("system", &deployed.system.display().to_string());
     }
     if let Some(run) = shown.status.runs.first() {
-        add("last run", &format!("{}, {}, {}", run.result, ago(run.finished, now), asked(run.trigger)));
+        add("last run", &format!("{}, {}, {}", run.result, ago(run.finished, now), asked(run.trigger, &run.by)));
         add("proposed", run.commit.as_deref().unwrap_or_default());
         add("summary", run.summary.as_deref().unwrap_or_default());
         for line in &run.news {
             add("new", line);
+        }
+        for line in run.changes.iter().take(CHANGES) {
+            add("changed", line);
+        }
+        if run.changes.len() > CHANGES {
+            add("changed", &format!("more; see ekiben status --json {name}"));
         }
         let took: Vec<_> = run.stages.iter().map(|(stage, seconds)| format!("{stage} {}", span(*seconds))).collect();
         add("took", &took.join(", "));
@@ -235,11 +249,15 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Who has asked for a run.
-fn asked(trigger: Trigger) -> &'static str {
+/// Who or what has asked for a run.
+fn asked(trigger: Trigger, by: &[String]) -> String {
+    let by = by.join(", ");
     match trigger {
-        Trigger::Request => "asked for",
-        Trigger::Timer => "by the timer or by hand",
+        Trigger::Request if by.is_empty() => "asked for".into(),
+        Trigger::Request => format!("asked for by {by}"),
+        Trigger::Rollback => format!("rollback by {by}"),
+        Trigger::Timer if by.is_empty() => "by the timer or by hand".into(),
+        Trigger::Timer => format!("by {by}"),
     }
 }
 
@@ -317,7 +335,7 @@ mod tests {
         let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
         let running = |started| {
             let mut status = Status::default();
-            status.running = Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, started, stages: Vec::new() });
+            status.running = Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, by: Vec::new(), started, stages: Vec::new() });
             status
         };
         let found = |service: &str, path: &str, status: &Status, requested| {

@@ -12,19 +12,25 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::Release;
+use crate::run::asker;
 use crate::run::bad::Bad;
 use crate::run::ended::{self, Ended};
-use crate::run::journal::{FORMAT, Run};
+use crate::run::journal::{Before, FORMAT, Phase, Run};
 use crate::run::notes::{Proposal, run_id};
+use crate::run::undo::Undone;
 use crate::run::{Outcome, Stage, Trigger};
 use crate::system::{self, now};
+use crate::text::{ago, short};
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 50;
+/// Of how many of them what was new and what changes is.
+const DETAILED: usize = 10;
 /// More than a status and a program's output take, in bytes.
 const RESERVE: u64 = 128 * 1024;
 
@@ -39,12 +45,16 @@ pub struct Status {
     pub served: u64,
     /// The number of a request that is kept until a hold ends.
     pub held: Option<u64>,
+    /// Who has asked for what is kept.
+    pub held_by: Vec<String>,
     /// What was deployed last.
     pub deployed: Option<Deployed>,
     /// What waits for the next boot.
     pub awaiting: Option<Awaiting>,
     /// What has booted and is not to go on running: in which boot, and the system.
     pub unfit: Option<(String, PathBuf)>,
+    /// What was deployed, was undone by hand, and is not deployed again until there is something else.
+    pub undone: Option<Undone>,
     /// What could not be built or did not run, and is not tried again by the timer.
     pub bad: Option<Bad>,
     /// The last run that tried to deploy a release of a fleet's hub.
@@ -67,6 +77,9 @@ pub struct Running {
     pub stage: Stage,
     /// Why the run began.
     pub trigger: Trigger,
+    /// Who or what has asked for it.
+    #[serde(default)]
+    pub by: Vec<String>,
     /// When, in seconds since 1970.
     pub started: u64,
     /// Which stages of root's have begun, and when.
@@ -95,6 +108,26 @@ pub struct Deployed {
     /// In which boot it was switched to, if it has not booted itself since.
     #[serde(default)]
     pub not_booted_since: Option<String>,
+    /// What it was made from, and what was in it.
+    #[serde(default)]
+    pub base: String,
+    /// The same if it is made again.
+    #[serde(default)]
+    pub tree: String,
+    /// What there is to go back to.
+    #[serde(default)]
+    pub before: Option<Box<Earlier>>,
+}
+
+/// What ran before something was deployed.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Earlier {
+    /// The system.
+    pub system: PathBuf,
+    /// What was booted.
+    pub generation: Option<Generation>,
+    /// What the instance had deployed last then.
+    pub deployed: Option<Deployed>,
 }
 
 /// A commit that the next boot of this machine brings.
@@ -145,22 +178,48 @@ impl Status {
         self.bad.as_ref().map_or(Ok(()), |bad| bad.check(instance, proposal, options, is_asked))
     }
 
+    /// Why a candidate is withheld, if it is: its deployment was undone by hand.
+    pub fn withholds(&self, instance: &str, proposal: &Proposal) -> Option<String> {
+        let by = self.running.as_ref().map_or(&[][..], |running| &running.by);
+        self.undone.as_ref().filter(|undone| undone.is(proposal))?.withholds(instance, by, now())
+    }
+
+    /// The commit of the deployment that can be undone: what awaits the next boot, or else what was deployed last.
+    pub fn last_deployment(&self, instance: &str) -> Result<String> {
+        let why = match (&self.awaiting, &self.deployed, &self.undone) {
+            (Some(next), _, Some(undone)) if undone.before.as_deref().unwrap_or_default() == next.commit => {
+                format!("the next boot undoes {} already; reboot", short(&undone.commit))
+            }
+            (Some(Awaiting { commit, .. }), ..) | (_, Some(Deployed { commit, before: Some(_), .. }), _) => return Ok(commit.clone()),
+            (.., Some(undone)) => {
+                let when = ago(undone.since, now());
+                format!("{} was undone {when} by {}, and what ran before that is not known", short(&undone.commit), undone.by)
+            }
+            (_, Some(_), _) => "what ran before its last deployment is not known; use nixos-rebuild switch --rollback".into(),
+            _ => "it has deployed nothing".into(),
+        };
+        Err(Error::new(format!("Failed to roll back {instance}: {why}")))
+    }
+
     /// Says that a run is in one of root's stages.
     pub fn announce(paths: &Paths, run: &Run, stage: Stage) -> Result<()> {
         let status = Self::read(paths);
         let mut stages = status.running.filter(|running| running.started == run.started).map_or(Vec::new(), |running| running.stages);
         stages.push((stage, now()));
-        let running = Running { stage, trigger: run.trigger, started: run.started, stages };
+        let running = Running { stage, trigger: run.trigger, by: run.by.clone(), started: run.started, stages };
         // the run's journal has the number of what was kept
-        Self { running: Some(running), held: None, ..status }.write(paths)
+        let is_kept = run.trigger == Trigger::Rollback;
+        let (held, held_by) = if is_kept { (status.held, status.held_by) } else { (None, Vec::new()) };
+        Self { running: Some(running), held, held_by, ..status }.write(paths)
     }
 
     /// Keeps the number of a request, if one waits, until a hold ends; no run is under way.
-    pub fn keep_request(paths: &Paths, number: Option<u64>) -> Result<()> {
-        let status = Self::read(paths);
+    pub fn keep_request(paths: &Paths, number: Option<u64>, by: Vec<String>) -> Result<()> {
+        let mut status = Self::read(paths);
         if number <= status.held && status.running.is_none() {
             return Ok(());
         }
+        status.held_by = asker::all(status.held_by.into_iter().chain(by));
         Self { running: None, held: number.max(status.held), ..status }.write(paths)
     }
 
@@ -217,15 +276,28 @@ impl Status {
         let is_again = status.runs.iter().any(|known| (&known.id, known.result) == (&ended.id, ended.result));
         match (ended.result, run.proposal()) {
             _ if is_again => {}
-            (Outcome::Deployed, Some(Proposal { commit, .. })) => {
+            (Outcome::Deployed, Some(Proposal { commit, base, tree, .. })) => {
                 let Instance { flake_ref, flags, .. } = options;
+                let earlier = status.deployed.take().map(|deployed| Deployed { before: None, ..deployed });
+                let before = run.before.clone().map(|Before { system, generation, .. }| Earlier { system, generation, deployed: earlier });
+                let (base, tree, before) = (base.to_string(), tree.to_string(), before.map(Box::new));
                 let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
                 let (release, summary) = (ended.release.clone(), ended.summary.clone());
                 let not_booted_since = (!run.reboot_needed).then(system::boot_id);
-                status.deployed = Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since });
-                status.bad = None;
+                status.deployed =
+                    Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since, base, tree, before });
+                (status.bad, status.undone) = (None, None);
             }
             (Outcome::Unchanged | Outcome::Drifted, _) => status.bad = None,
+            (Outcome::Restored, _) if run.undoes.is_some() => {
+                status.undone.clone_from(&run.undoes);
+                if run.phase == Phase::Persisted {
+                    status.deployed = status.deployed.and_then(|deployed| deployed.before?.deployed);
+                }
+            }
+            (Outcome::AwaitingBoot, _) if run.undoes.is_some() => status.undone.clone_from(&run.undoes),
+            // it had waited for a boot to be undone, and stays
+            _ if run.undoes.is_some() && run.reboot_needed => status.undone = None,
             (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
                 if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
                     && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
@@ -237,7 +309,7 @@ impl Status {
             }
             _ => {}
         }
-        let awaiting = run.candidate.clone().zip(ended.commit.clone()).map(|(system, commit)| Awaiting { commit, system });
+        let awaiting = run.candidate.clone().map(|system| Awaiting { commit: ended.commit.clone().unwrap_or_default(), system });
         status.awaiting = match ended.result {
             Outcome::AwaitingBoot => awaiting,
             _ => status.awaiting.filter(|_| !run.reboot_needed && paths.trial().exists()),
@@ -248,7 +320,8 @@ impl Status {
         if ended.release.is_some() && !is_again && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
             let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
             // what has waited for a boot since is the same one
-            let count = earlier.map_or(1, |tried| tried.count + u32::from(tried.run.result != Outcome::AwaitingBoot));
+            let count = earlier
+                .map_or(1, |tried| tried.count + u32::from(tried.run.result != Outcome::AwaitingBoot && ended.result != Outcome::Restored));
             status.tried = Some(Tried { count, run: ended.clone() });
         }
         status.remember(ended);
@@ -270,6 +343,9 @@ impl Status {
         self.runs.retain(|run| run.id != ended.id);
         self.runs.insert(0, ended);
         self.runs.truncate(HISTORY);
+        for run in self.runs.iter_mut().skip(DETAILED) {
+            (run.news, run.changes) = (Vec::new(), Vec::new());
+        }
     }
 
     fn write(mut self, paths: &Paths) -> Result<()> {

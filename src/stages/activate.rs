@@ -21,9 +21,9 @@ use crate::run::hold::Hold;
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::notes::Notes;
 use crate::run::status::Status;
-use crate::run::{Failure, Stage};
+use crate::run::{Failure, Stage, Trigger};
 use crate::stages::branch::Fate;
-use crate::stages::{boot, conclude, settle, switch};
+use crate::stages::{boot, conclude, rollback, settle, switch, undo};
 use crate::system::boot_loader::BootLoader;
 use crate::system::health;
 use crate::system::switched;
@@ -44,7 +44,9 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
     fault::point("activate: begun");
     let mut turn = None;
     run.boot_loader = config.and_then(|config| config.boot_loader);
-    if config.is_none() {
+    if run.failure.is_some() || run.decision.is_some() {
+        // there is nothing to do any more
+    } else if config.is_none() && run.trigger != Trigger::Rollback {
         run.decision = Some(Decision::StartOver);
     } else if let Err(error) = attempt(paths, &mut run, &mut turn) {
         log::warn!("{error}.");
@@ -59,44 +61,57 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
     conclude::end(paths, run, turn)
 }
 
-/// As far as the candidate running, booted from now on; the branch is the conclusion's.
-fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
+/// Finds the candidate, and takes the turn to run it; nothing where the run has come to its end already.
+fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
     run.notes = Notes::read_of(paths, &run.id)?;
     let Some(proposal) = run.proposal() else {
         return Err(Error::new("Failed to activate: there is no proposal"));
     };
+    if proposal.withheld.is_some() {
+        run.warnings.extend(proposal.withheld.clone());
+        run.decision = Some(Decision::Withheld);
+        return run.save(paths).map(|()| None);
+    }
     if proposal.unchanged {
         if let Some(trial) = Run::load_trial(paths)? {
             let turn = Turn::take()?;
-            boot::withdraw(paths, &trial)?;
+            rollback::withdraw(paths, &trial)?;
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
         run.decision = Some(Decision::Unchanged);
-        return run.save(paths);
+        return run.save(paths).map(|()| None);
     }
     let system = nix::trusted_system(&paths.candidate(), paths.name())?;
-    if run.instance.operation == Operation::Switch {
-        check_outlives_switch(&system, paths.name())?;
-    }
     run.candidate = Some(system.clone());
     // the user's git may take its time: not while others wait, and again if another run has changed things meanwhile
     while turn.is_none() {
         let count = Turn::count();
         if !settle::settle(paths, run, Fate::Check)? {
             run.decision = Some(Decision::StartOver);
-            return run.save(paths);
+            return run.save(paths).map(|()| None);
         }
         *turn = Turn::take_at(count)?;
     }
     fault::point("activate: candidate checked");
     if renews(paths, run, &system)? {
-        return run.enter(Phase::AwaitingBoot, paths);
+        return run.enter(Phase::AwaitingBoot, paths).map(|()| None);
     }
     if Hold::read(paths).is_some() {
         // what is asked for then is kept until the hold ends
         run.decision = Some(Decision::StartOver);
-        return run.save(paths);
+        return run.save(paths).map(|()| None);
+    }
+    Ok(Some(system))
+}
+
+/// As far as the candidate running, booted from now on; the branch is the conclusion's.
+fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> {
+    let choose = if run.trigger == Trigger::Rollback { undo::choose } else { choose };
+    let Some(system) = choose(paths, run, turn)? else { return Ok(()) };
+    run.candidate = Some(system.clone());
+    if run.instance.operation == Operation::Switch {
+        check_outlives_switch(&system, paths.name())?;
     }
     boot::supersede(paths)?;
 
@@ -138,7 +153,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
         run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
         run.enter(Phase::Persisting, paths)?;
         fault::point("activate: persisting");
-        profile::set_profile(&system)?;
+        undo::set_profile(&system, run.generation.as_ref())?;
         fault::point("activate: profile set");
         install(run, &system, generation)?;
         fault::point("activate: boot loader set");

@@ -9,12 +9,14 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::paths::Paths;
 use crate::program::Program;
+use crate::run::asker;
 use crate::run::holding;
-use crate::run::journal::Run;
+use crate::run::journal::{Decision, Run};
 use crate::run::notes::run_id;
 use crate::run::queue;
 use crate::run::status::Status;
-use crate::run::{Stage, Trigger};
+use crate::run::undo;
+use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::{boot, conclude, rollback};
 use crate::system::{again, boot_id, has_unit, now};
 
@@ -39,7 +41,9 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         // that run has been reported; this one is another
         log::warn!("{error}.");
     }
-    match holding::keep(paths) {
+    // a hold is about deployments
+    let undoes = undo::waiting(paths)?;
+    match if undoes.is_some() { Ok(false) } else { holding::keep(paths) } {
         Ok(false) => {}
         Ok(true) => return Ok(()),
         Err(error) => {
@@ -48,12 +52,18 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         }
     }
     let mut run = Run::new(run_id()?, instance.clone());
+    run.undoes = undoes;
     match rollback::go_back_again(paths) {
         Ok(false) => {}
-        Ok(true) => run.warnings.push("the rollback of an earlier run, which had failed, is complete".into()),
+        Ok(true) => {
+            run.warnings.push("the rollback of an earlier run, which had failed, is complete".into());
+            // that is what was meant
+            run.decision = run.undoes.as_ref().map(|_| Decision::Restored);
+        }
         Err(error) => {
             log::error!("{error}.");
             run.warnings.push(format!("the rollback of an earlier run failed again: {error}"));
+            run.failure = run.undoes.as_ref().map(|_| Failure::new(Stage::Begin, &error));
         }
     }
     open(paths, &mut run).or_else(|error| {
@@ -93,13 +103,28 @@ pub fn retry(paths: &Paths) -> Result<()> {
 /// Opens the journal, and takes the request that waits, if there is one.
 fn open(paths: &Paths, run: &mut Run) -> Result<()> {
     let waiting = queue::waiting(paths)?;
-    run.request = waiting.max(Status::read(paths).held);
-    run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
+    if let Some(undone) = &run.undoes {
+        (run.trigger, run.by) = (Trigger::Rollback, vec![undone.by.clone()]);
+    } else {
+        let status = Status::read(paths);
+        run.request = waiting.max(status.held);
+        run.trigger = if run.request.is_some() { Trigger::Request } else { Trigger::Timer };
+        // it is still the same that they ask for
+        let started_over = status.runs.into_iter().next().filter(|last| last.result == Outcome::StartedOver && run.request.is_some());
+        let earlier = started_over.map(|last| last.by).unwrap_or_default().into_iter().chain(status.held_by);
+        run.by = asker::all(earlier.chain(waiting.map(|number| queue::askers(paths, number)).unwrap_or_default()));
+        if run.by.is_empty() {
+            run.by.push(asker::unasked().into());
+        }
+    }
+    if run.decision.is_some() {
+        run.undoes = None;
+    }
     run.save(paths)?;
     fault::point("begin: journal opened");
     Status::reserve(paths);
     Status::announce(paths, run, Stage::Prepare)?;
-    queue::remove(paths, waiting)?;
+    if run.trigger == Trigger::Rollback { undo::remove(paths) } else { queue::remove(paths, waiting) }?;
     fault::point("begin: request taken");
     Ok(())
 }

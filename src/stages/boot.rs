@@ -52,21 +52,13 @@ pub fn end_trial(paths: &Paths) -> Result<()> {
     waiting()?.map_or(Ok(()), |run| conclude::end(paths, run, Some(turn)))
 }
 
-/// Takes what waits for a boot out of the profile and the boot loader; whoever does so has the turn.
-pub fn withdraw(paths: &Paths, trial: &Run) -> Result<()> {
-    if let Some(before) = &trial.before {
-        rollback::put_back(paths, trial, before, true)?;
-    }
-    trial.end(paths)
-}
-
 /// The same with all that wait, before `instance` has another system take effect: one waits at a time. What git keeps of
 /// another's goes with that one's next run.
 pub fn supersede(instance: &Paths) -> Result<()> {
     for paths in instance.with_trial() {
         let Some(mut trial) = Run::load_trial(&paths)? else { continue };
         log::warn!("Withdrawing the system of {} that awaits the next boot ...", paths.name());
-        withdraw(&paths, &trial)?;
+        rollback::withdraw(&paths, &trial)?;
         if paths.name() != instance.name() {
             let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
             trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));

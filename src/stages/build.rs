@@ -1,17 +1,19 @@
 //! The second of the user's stages: build the candidate, from its commit and nothing else.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::config::{Build, Instance};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::host::release;
 use crate::git::Repository;
 use crate::nix::{self, Source, substitute};
 use crate::paths::Paths;
 use crate::run::Stage;
-use crate::run::notes::Notes;
-use crate::system::now;
+use crate::run::notes::{NEWS, Notes};
+use crate::system::{self, now};
 
 /// Runs the stage; the system is what the link `candidate` points to.
 pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
@@ -19,7 +21,7 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     let Some(proposal) = &notes.proposal else {
         return Err(Error::new("Failed to build: there is no proposal"));
     };
-    if proposal.unchanged {
+    if proposal.unchanged || proposal.withheld.is_some() {
         return Ok(());
     }
     let commit = proposal.commit.clone();
@@ -42,6 +44,10 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     match result {
         Ok(()) => {
             notes.built = true;
+            notes.changes = changes(&paths.candidate()).unwrap_or_else(|error| {
+                log::warn!("{error}.");
+                Vec::new()
+            });
             notes.write(paths)?;
             fault::point("build: noted");
             Ok(())
@@ -49,4 +55,10 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         // sources are fetched, too
         Err(error) => notes.fail(paths, error.of_network()),
     }
+}
+
+/// How the system that was built differs from what runs; it may be missing from a report.
+fn changes(candidate: &Path) -> Result<Vec<String>> {
+    let candidate = fs::read_link(candidate).context(|| format!("read {}", candidate.display()))?;
+    nix::differences(&system::current()?, &candidate, NEWS)
 }

@@ -16,17 +16,19 @@ use crate::fault;
 use crate::fleet::host::outbox;
 use crate::nix::{self, integrity, profile};
 use crate::paths::Paths;
+use crate::run::asker;
 use crate::run::drift::drift;
 use crate::run::ended::Ended;
 use crate::run::journal::{Decision, Phase, Run};
 use crate::run::notes::{Notes, run_id};
 use crate::run::queue;
 use crate::run::status::Status;
-use crate::run::{Failure, Outcome, Stage};
+use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::branch::Fate;
-use crate::stages::{rollback, settle, trial};
+use crate::stages::{rollback, settle, trial, undo};
 use crate::system::boot_id;
 use crate::system::{self, Turn};
+use crate::text::short;
 
 /// Between two looks at something that takes its time.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -146,7 +148,7 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     fault::point("conclude: reported");
     let waits = result == Outcome::AwaitingBoot || !run.reboot_needed && paths.trial().exists();
     let kept = match result {
-        Outcome::Deployed => Run::forget_stuck(paths),
+        Outcome::Deployed | Outcome::Restored => Run::forget_stuck(paths),
         Outcome::Stuck => run.keep_stuck(paths),
         _ => Ok(()),
     };
@@ -172,7 +174,18 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
             log::warn!("{error}.");
         }
     }
-    if run.notes.is_none() {
+    let is_rollback = run.trigger == Trigger::Rollback;
+    if is_rollback && run.decision == Some(Decision::StartOver) {
+        // whoever has asked for it asks again
+        run.decision = None;
+    }
+    if run.decision == Some(Decision::Withdraw) {
+        Turn::retake(turn)?;
+        if let Err(error) = undo::withdraw(paths, run) {
+            (run.decision, run.failure) = (None, Some(Failure::new(Stage::Activate, &error)));
+        }
+    }
+    if run.notes.is_none() && !is_rollback {
         run.notes = Notes::read_of(paths, &run.id).unwrap_or_else(|error| {
             log::warn!("{error}.");
             None
@@ -186,7 +199,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         run.failure = trial::judge(paths, run).err().map(|error| Failure::new(Stage::Boot, &error));
     }
     if run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none() {
-        match settle::accept(paths, run, turn) {
+        match if is_rollback { settle::check_is_in_place(run).map(|()| true) } else { settle::accept(paths, run, turn) } {
             Ok(true) => {}
             Ok(false) => run.decision = Some(Decision::StartOver),
             Err(error) => run.failure = Some(Failure::new(Stage::Conclude, &error)),
@@ -194,7 +207,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         fault::point("conclude: accepted");
     }
     let accepted = run.phase == Phase::Persisted && run.failure.is_none() && run.decision.is_none();
-    if run.phase == Phase::Begun && run.decision.is_none() && service_result() == "success" {
+    if run.phase == Phase::Begun && run.decision.is_none() && service_result() == "success" && !is_rollback {
         // no line failed, yet they are over: a switch by another hand has changed them under this run
         run.decision = Some(Decision::StartOver);
     }
@@ -202,7 +215,10 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(paths, run)));
     }
     let mut result = match run.decision {
+        _ if accepted && is_rollback => Outcome::Restored,
         _ if accepted => Outcome::Deployed,
+        Some(Decision::Withdraw | Decision::Restored) => Outcome::Restored,
+        Some(Decision::Withheld) => Outcome::Withheld,
         Some(Decision::Unchanged) if drift(paths).is_some() => Outcome::Drifted,
         Some(Decision::Unchanged) => Outcome::Unchanged,
         Some(Decision::StartOver) => Outcome::StartedOver,
@@ -217,7 +233,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         // what the user's git does keeps nobody else waiting
         *turn = None;
         // what waits for a boot goes on to be kept
-        let trial = if run.reboot_needed { None } else { Run::load_trial(paths)? };
+        let trial = if run.reboot_needed { None } else { Run::load_trial(paths)?.filter(|trial| trial.trigger != Trigger::Rollback) };
         // a ref that is left over is overwritten by the next run
         if let Err(error) =
             trial.map_or_else(|| settle::settle(paths, run, Fate::Drop), |mut trial| settle::settle(paths, &mut trial, Fate::Keep))
@@ -227,7 +243,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     }
     if result == Outcome::StartedOver {
         // or else this run has not come to its end: it is ended again
-        queue::request(paths, run.request.unwrap_or(0)).or_else(|error| run.save(paths).and(Err(error)))?;
+        queue::request(paths, run.request.unwrap_or(0), asker::NOBODY).or_else(|error| run.save(paths).and(Err(error)))?;
     }
     Ok(result)
 }
@@ -269,6 +285,7 @@ fn reached(run: &Run) -> Stage {
     match &run.notes {
         _ if run.phase == Phase::Observing => Stage::Observe,
         _ if run.phase != Phase::Begun => Stage::Activate,
+        _ if run.trigger == Trigger::Rollback => Stage::Activate,
         Some(notes) if notes.built => Stage::Activate,
         Some(notes) => notes.stage,
         None => Stage::Prepare,
@@ -282,10 +299,18 @@ pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
     let mut ended = Ended::new(run, result, failure);
     ended.reboot_needed &= profile::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
     ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
+    ended.changes = run.notes.as_ref().map(|notes| notes.changes.clone()).unwrap_or_default();
     ended.commit = proposal.map(|proposal| proposal.commit.to_string());
     ended.base = proposal.map(|proposal| proposal.base.to_string());
     ended.summary = proposal.map(|proposal| proposal.summary.clone());
     ended.news = proposal.map(|proposal| proposal.news.clone()).unwrap_or_default();
+    if let Some(undone) = &run.undoes {
+        let what = undone.summary.as_deref().filter(|what| !what.is_empty()).map(|what| format!(": {what}")).unwrap_or_default();
+        ended.summary = Some(format!("undo {}{what}", short(&undone.commit)));
+        ended.commit.clone_from(&undone.before);
+        // a hub is told of the release that does not run any more
+        ended.release = undone.release.clone().filter(|_| result == Outcome::Restored);
+    }
     Status::report(paths, run, ended)?;
     run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(paths, hub))
 }

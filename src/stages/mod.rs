@@ -19,3 +19,4 @@ pub mod switch;
 pub mod boot;
 pub mod reboot;
 pub mod trial;
+pub mod undo;

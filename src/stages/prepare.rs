@@ -31,9 +31,11 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
     let mut notes = Notes::begin(paths)?;
     fault::point("prepare: begun");
     match propose_from_head(paths, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
-        Ok(proposal) => {
+        Ok(mut proposal) => {
+            let status = Status::read(paths);
+            proposal.withheld = status.withholds(paths.name(), &proposal);
             log::info!("{}.", describe(&proposal));
-            let known = Status::read(paths).check_not_bad(paths.name(), &proposal, instance);
+            let known = if proposal.withheld.is_some() { Ok(()) } else { status.check_not_bad(paths.name(), &proposal, instance) };
             notes.proposal = Some(proposal);
             if let Err(error) = known {
                 return notes.fail(paths, error);
@@ -143,6 +145,7 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         summary,
         news,
         unchanged,
+        withheld: None,
     })
 }
 
@@ -198,7 +201,9 @@ fn summary(head: &str, base: &str, changes: &Changes, release: Option<&Release>)
 }
 
 fn describe(proposal: &Proposal) -> String {
-    if proposal.unchanged {
+    if let Some(why) = &proposal.withheld {
+        format!("Not deploying {}: {why}", proposal.commit)
+    } else if proposal.unchanged {
         format!("Nothing is new: {} has been deployed", proposal.commit)
     } else if proposal.summary.is_empty() {
         format!("Found {}, which has not been deployed yet", proposal.commit)

@@ -162,6 +162,14 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
     Ok(worse)
 }
 
+/// Takes what waits for a boot out of the profile and the boot loader; whoever does so has the turn.
+pub fn withdraw(paths: &Paths, trial: &Run) -> Result<()> {
+    if let Some(before) = &trial.before {
+        put_back(paths, trial, before, true)?;
+    }
+    trial.end(paths)
+}
+
 /// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
 /// that has been done.
 pub fn go_back_again(paths: &Paths) -> Result<bool> {

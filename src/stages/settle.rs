@@ -34,7 +34,7 @@ pub fn accept(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<b
 }
 
 /// Fails unless the candidate runs and will be booted: another hand may have switched, or have booted something else.
-fn check_is_in_place(run: &Run) -> Result<()> {
+pub fn check_is_in_place(run: &Run) -> Result<()> {
     let (next, current) = (profile::current_generation()?.map(|generation| generation.system), system::current()?);
     let has_booted = run.boot != boot_id();
     let wrong = [

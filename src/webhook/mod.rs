@@ -114,7 +114,7 @@ fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64)
         return Answer::refusal(405, "only GET and POST are answered").with_header("Allow", "GET, POST");
     }
     let token = request.authorization.as_deref().and_then(bearer).or(request.gitlab_token.as_deref());
-    let Some(instance) = token.and_then(|token| tokens.instance(token.as_bytes())) else {
+    let Some((project, instance)) = token.and_then(|token| tokens.project(token.as_bytes())) else {
         // it may well be the one that could not be read
         return if token.is_some() && !tokens.unfit().is_empty() {
             Answer::refusal(503, "a project's token could not be read, perhaps this one's; see the state of ekiben-webhook.service")
@@ -126,9 +126,9 @@ fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64)
     let answered = if request.method == "GET" {
         client::for_clients(&paths).map(|state| Answer::new(200, state))
     } else {
-        queue::request(&paths, *last_number).map(|number| {
+        queue::request(&paths, *last_number, project).map(|number| {
             *last_number = number.max(*last_number);
-            log::info!("Request {number} for {instance}.");
+            log::info!("Request {number} for {instance} by project {project}.");
             Answer::new(202, format!("{{\"request\":{number}}}\n"))
         })
     };

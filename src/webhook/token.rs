@@ -20,7 +20,7 @@ struct Token([u8; LONGEST + 2]);
 
 /// The tokens of all projects.
 pub struct Tokens {
-    fit: Vec<(Token, String)>,
+    fit: Vec<(Token, String, String)>,
     unfit: Vec<Error>,
 }
 
@@ -65,7 +65,7 @@ impl Tokens {
                     unfit.push(Error::new(format!("Failed to tell projects {name} and {other} apart: they have the same token")));
                 }
             } else {
-                fit.push((Token(token.0), project.instance.clone()));
+                fit.push((Token(token.0), (*name).clone(), project.instance.clone()));
             }
         }
         Self { fit, unfit }
@@ -76,14 +76,14 @@ impl Tokens {
         &self.unfit
     }
 
-    /// The instance that the bearer of this token may start. Takes the same time whichever token it
+    /// The project of this token, and the instance that its bearer may start. Takes the same time whichever token it
     /// is, or is like.
-    pub fn instance(&self, candidate: &[u8]) -> Option<&str> {
+    pub fn project(&self, candidate: &[u8]) -> Option<(&str, &str)> {
         let candidate = Token::new(candidate)?;
         let mut found = None;
-        for (token, instance) in &self.fit {
+        for (token, project, instance) in &self.fit {
             if constant_time_eq_n(&token.0, &candidate.0) {
-                found = Some(instance.as_str());
+                found = Some((project.as_str(), instance.as_str()));
             }
         }
         found
@@ -137,12 +137,12 @@ mod tests {
     fn a_token_finds_its_own_instance_only() {
         let long = "x".repeat(LONGEST);
         let tokens = read(&[("a", GOOD), ("b", "ABCDEFGHIJKLMNOP=="), ("c", &long)]);
-        assert_eq!(tokens.instance(GOOD.as_bytes()), Some("a-instance"));
-        assert_eq!(tokens.instance(b"ABCDEFGHIJKLMNOP=="), Some("b-instance"));
-        assert_eq!(tokens.instance(long.as_bytes()), Some("c-instance"));
+        assert_eq!(tokens.project(GOOD.as_bytes()).map(|(_, instance)| instance), Some("a-instance"));
+        assert_eq!(tokens.project(b"ABCDEFGHIJKLMNOP==").map(|(_, instance)| instance), Some("b-instance"));
+        assert_eq!(tokens.project(long.as_bytes()).map(|(_, instance)| instance), Some("c-instance"));
         let longer = "x".repeat(LONGEST + 1);
         for wrong in ["", "abcdefghijklmno", "abcdefghijklmnopq", "abcdefghijklmnop\0", "ABCDEFGHIJKLMNOP", &longer] {
-            assert_eq!(tokens.instance(wrong.as_bytes()), None);
+            assert_eq!(tokens.project(wrong.as_bytes()).map(|(_, instance)| instance), None);
         }
     }
 
@@ -156,16 +156,16 @@ mod tests {
         }
         let projects = BTreeMap::from([("a".to_owned(), project("a", &["/etc/1", "/etc/2", "/etc/3"]))]);
         let tokens = Tokens::read(directory.path(), &projects);
-        assert_eq!(tokens.instance(GOOD.as_bytes()), Some("a-instance"));
-        assert_eq!(tokens.instance(b"another-token-0123"), Some("a-instance"));
-        assert_eq!(tokens.instance(b"unread-token-0123"), None);
+        assert_eq!(tokens.project(GOOD.as_bytes()).map(|(_, instance)| instance), Some("a-instance"));
+        assert_eq!(tokens.project(b"another-token-0123").map(|(_, instance)| instance), Some("a-instance"));
+        assert_eq!(tokens.project(b"unread-token-0123").map(|(_, instance)| instance), None);
         assert_eq!(said(&tokens), ["Failed to read the token of project a from /etc/3: missing or empty"]);
     }
 
     #[test]
     fn one_line_end_is_not_part_of_the_token() {
         for text in [format!("{GOOD}\n"), format!("{GOOD}\r\n")] {
-            assert!(read(&[("a", &text)]).instance(GOOD.as_bytes()).is_some());
+            assert!(read(&[("a", &text)]).project(GOOD.as_bytes()).is_some());
         }
         assert_eq!(said(&read(&[("a", &format!("{GOOD}\n\n"))])).len(), 1);
     }
@@ -178,8 +178,8 @@ mod tests {
             let said = said(&tokens);
             assert!(said.len() == 1 && said[0].starts_with("Failed to read the token of project web from /etc/web: "), "{said:?}");
             assert!(bad.len() < 6 || !said[0].contains(bad), "{said:?}");
-            assert_eq!(tokens.instance(bad.as_bytes()), None);
-            assert_eq!(tokens.instance(GOOD.as_bytes()), Some("app-instance"));
+            assert_eq!(tokens.project(bad.as_bytes()).map(|(_, instance)| instance), None);
+            assert_eq!(tokens.project(GOOD.as_bytes()), Some(("app", "app-instance")));
         }
     }
 
@@ -187,7 +187,7 @@ mod tests {
     fn the_same_token_for_two_projects_is_nobodys() {
         let tokens = read(&[("a", GOOD), ("b", "0123456789abcdef"), ("c", GOOD)]);
         assert_eq!(said(&tokens), ["Failed to tell projects a and c apart: they have the same token"]);
-        assert_eq!(tokens.instance(GOOD.as_bytes()), None);
-        assert_eq!(tokens.instance(b"0123456789abcdef"), Some("b-instance"));
+        assert_eq!(tokens.project(GOOD.as_bytes()).map(|(_, instance)| instance), None);
+        assert_eq!(tokens.project(b"0123456789abcdef").map(|(_, instance)| instance), Some("b-instance"));
     }
 }

@@ -21,6 +21,8 @@ pub enum HostState {
     Failing,
     /// It did not run well, and the host went back.
     RolledBack,
+    /// Somebody at the host has had it undone.
+    Undone,
     /// The host does not accept what it is offered.
     Refusing,
     /// It runs something else than what it deployed: by another hand.
@@ -79,6 +81,7 @@ impl HostState {
             _ if is_published(&heartbeat.running) => Self::Building,
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
+            Some(Outcome::Restored) => Self::Undone,
             Some(Outcome::Stuck) => Self::RollbackFailed,
             Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
             Some(Outcome::Drifted) => Self::Drifted,
@@ -97,7 +100,7 @@ impl HostState {
     /// Which kind of trouble this is, as an exit status; 0 if it is none.
     pub fn trouble(self) -> u8 {
         match self {
-            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Refusing | Self::Drifted => FAILING,
+            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Undone | Self::Refusing | Self::Drifted => FAILING,
             Self::Silent | Self::Stale => 3,
             Self::WentBack | Self::Unreadable | Self::Unkeyed | Self::Unlisted => 4,
             _ => 0,
@@ -111,6 +114,7 @@ impl fmt::Display for HostState {
             Self::RollbackFailed => "rollback failed",
             Self::Failing => "failing",
             Self::RolledBack => "rolled back",
+            Self::Undone => "undone by hand",
             Self::Refusing => "refusing",
             Self::Drifted => "drifted",
             Self::Silent => "silent",
@@ -189,7 +193,7 @@ pub mod tests {
     fn a_state_follows_from_releases() {
         use HostState::{
             AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
-            RollbackFailed, RolledBack, Silent, Stale, SyncPending, UpToDate,
+            RollbackFailed, RolledBack, Silent, Stale, SyncPending, Undone, UpToDate,
         };
         let state = |heartbeat: &Heartbeat, age| {
             HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10), 5000)
@@ -233,6 +237,8 @@ pub mod tests {
             (Refusing, Heartbeat { refused: Some("not signed".into()), ..old() }),
             (RolledBack, Heartbeat { last: Some(last(Some(release(2)), Outcome::RolledBack)), ..old() }),
             (RollbackFailed, Heartbeat { last: Some(last(Some(release(2)), Outcome::Stuck)), ..old() }),
+            (Undone, Heartbeat { last: Some(last(Some(release(2)), Outcome::Restored)), ..old() }),
+            (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Restored)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
             (AwaitingBoot, Heartbeat { last: Some(last(Some(release(2)), Outcome::AwaitingBoot)), ..old() }),
             (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::AwaitingBoot)), ..old() }),

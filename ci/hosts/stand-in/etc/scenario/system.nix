@@ -15,6 +15,9 @@ let
       default;
   trouble = said "trouble" "none";
   variant = said "variant" "default";
+  # a package that is of another version
+  version = said "version" "";
+  package = if version == "" then "" else builtins.toFile "app-${version}" version;
   # as `specialisation.night`, which says so in /etc/night
   night = if trouble == "specialised" then make "" "night" else "";
   make =
@@ -28,6 +31,7 @@ let
         app
         other
         night
+        package
         revision
         special
         trouble
@@ -50,6 +54,7 @@ let
           cp $app/content $out/etc/app
           cp $other/content $out/etc/other
           echo $revision > $out/etc/revision
+          [ -z "$package" ] || ln -s $package $out/etc/package
           [ -z "$special" ] || echo > $out/etc/$special
           [ -z "$night" ] || { mkdir $out/specialisation; ln -s $night $out/specialisation/night; }
           echo $trouble > $out/trouble

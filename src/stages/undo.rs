@@ -1,0 +1,79 @@
+//! What a run does instead of deploying where somebody has asked for the last deployment to be undone: the system that ran
+//! before becomes its candidate, and goes the way of any other; or what awaits a boot is withdrawn.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::nix::profile::Generation;
+use crate::nix::{self, profile};
+use crate::paths::Paths;
+use crate::run::journal::{Decision, Run};
+use crate::run::status::Status;
+use crate::stages::rollback;
+use crate::system::{self, Turn};
+
+/// Finds the system to go back to, and what was booted with it; nothing where the run has come to its end already.
+pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
+    let name = paths.name();
+    let fail = |why: &str| Error::new(format!("Failed to roll back {name}: {why}"));
+    *turn = Some(Turn::take()?);
+    let status = Status::read(paths);
+    let Some(undone) = run.undoes.as_mut().filter(|undone| status.last_deployment(name).is_ok_and(|last| last == undone.commit)) else {
+        status.last_deployment(name)?;
+        return Err(fail(&format!("something else has been deployed since that was asked for; see ekiben status {name}")));
+    };
+    undone.before = status.deployed.as_ref().map(|deployed| deployed.commit.clone());
+    if let Some(trial) = Run::load_trial(paths)? {
+        if let Some(proposal) = trial.proposal() {
+            (undone.base, undone.tree) = (proposal.base.to_string(), proposal.tree.to_string());
+            undone.summary = Some(proposal.summary.clone());
+        }
+        undone.release = trial.notes.and_then(|notes| notes.release);
+        run.decision = Some(Decision::Withdraw);
+        return run.save(paths).map(|()| None);
+    }
+    let Some((deployed, before)) = status.deployed.and_then(|deployed| deployed.before.clone().map(|before| (deployed, before))) else {
+        return Err(fail("what ran before its last deployment is not known"));
+    };
+    (undone.base, undone.tree) = (deployed.base, deployed.tree);
+    (undone.summary, undone.release) = (deployed.summary, deployed.release);
+    undone.before = before.deployed.map(|deployed| deployed.commit);
+    for other in paths.with_status() {
+        if Status::read(&other).deployed.is_some_and(|other| other.number > deployed.number) {
+            let other = other.name();
+            return Err(fail(&format!("{other} has deployed since, which would be undone, too; run ekiben rollback {other} before")));
+        }
+    }
+    // what another hand has switched to stays, but for what is gone back to
+    let generation = before.generation.filter(|generation| system::is_of(&generation.system, &before.system));
+    let system = generation.as_ref().map_or(before.system, |generation| generation.system.clone());
+    let next = profile::current_generation()?.map(|next| next.system);
+    for other in next.into_iter().chain([system::current()?]) {
+        if ![&deployed.system, &system].iter().any(|known| system::is_of(known, &other)) {
+            let other = profile::generation_of(&other).map_or_else(|| other.display().to_string(), |number| format!("generation {number}"));
+            return Err(fail(&format!("this machine has been switched to {other} by hand; use nixos-rebuild to go on from there")));
+        }
+    }
+    nix::check_system(&system, name).map_err(|error| {
+        fail(&format!("{error}; if it has been collected as garbage, revert the commit and run ekiben trigger {name} instead"))
+    })?;
+    run.generation = generation;
+    run.save(paths)?;
+    Ok(Some(system))
+}
+
+/// Makes the system what is booted: by the generation that it was, if that still is it.
+pub fn set_profile(system: &Path, generation: Option<&Generation>) -> Result<()> {
+    let generation = generation.filter(|generation| generation.is_there());
+    generation.map_or_else(|| profile::set_profile(system), |generation| profile::restore_profile(Some(generation)))
+}
+
+/// Withdraws what awaits the next boot. Fails if that has booted meanwhile, and so become what is deployed.
+pub fn withdraw(paths: &Paths, run: &Run) -> Result<()> {
+    if let Some(trial) = Run::load_trial(paths)? {
+        return rollback::withdraw(paths, &trial);
+    }
+    // done before this was cut off
+    let still_waits = Status::read(paths).awaiting.zip(run.undoes.as_ref()).is_some_and(|(waits, undone)| waits.commit == undone.commit);
+    if still_waits { Ok(()) } else { Err(Error::new("Failed to withdraw what awaited the next boot: that has booted")) }
+}
