@@ -19,7 +19,7 @@ const FORMAT: u32 = 1;
 
 /// What a command is told on its standard input.
 #[derive(Serialize)]
-struct Told<'a> {
+struct Notice<'a> {
     format: u32,
     instance: &'a str,
     host: &'a str,
@@ -38,7 +38,7 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     }
     let host = fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
     let host = host.trim();
-    let told = Told { format: FORMAT, instance: paths.name(), host, run: ended };
+    let told = Notice { format: FORMAT, instance: paths.name(), host, run: ended };
     let doing = || "write what is told".into();
     let mut input = files::unnamed(&std::env::temp_dir()).context(doing)?;
     serde_json::to_writer(&input, &told).context(doing)?;
