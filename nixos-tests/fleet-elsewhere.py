@@ -144,7 +144,10 @@ with subtest("from a third machine, without root, a release is published, follow
     assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
     assert "on its own" in desk.fail(fleet("collect"))
     # the key of the desk's own sshd is no hub's
-    assert "ssh-ed25519 ... (the hub's" in desk.succeed(fleet("bootstrap db"))
+    for user in ("deploy", "alice"):
+        said = desk.succeed(fleet("bootstrap db", user))
+        # by what their own ssh knows
+        assert 'host = "hub";' in said and "port = 2222;" in said and f'hostKey = "{" ".join(HOST_KEY.split()[:2])}";' in said, said
     # somebody else, as their ssh is configured
     assert json.loads(desk.succeed(fleet("status --json", "alice")))["web"]["state"] == "up to date"
     broken = change(trouble="activation")

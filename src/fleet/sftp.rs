@@ -134,7 +134,9 @@ impl Session {
         if ends(&complaint, "not found") {
             // sftp says so, too, if it may not look for it; of what is to be a directory it says why it is none
             let why = self.ask("-cd", &[remote])?.complaint;
-            return if ends(&why, "No such file or directory") { Ok(false) } else { Err(self.refused(&format!("{complaint}{why}"))) };
+            // the latter of a directory above it
+            let is_gone = ends(&why, "No such file or directory") || ends(&why, "No such file");
+            return if is_gone { Ok(false) } else { Err(self.refused(&format!("{complaint}{why}"))) };
         }
         // it goes just now
         if ends(&complaint, "No such file or directory") { Ok(false) } else { Err(self.refused(&complaint)) }
@@ -196,7 +198,9 @@ impl Session {
     }
 
     fn refused(&self, complaint: &str) -> Error {
-        Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.trim().trim_end_matches('.').replace('\n', "; ")))
+        // it ends lines as terminals have it
+        let complaint: Vec<_> = complaint.lines().map(|line| line.trim().trim_end_matches('.')).collect();
+        Error::new(format!("Failed to talk to the hub at {}: {}", self.server, complaint.join("; ")))
     }
 
     /// What sftp has written into its errors since this was asked last.

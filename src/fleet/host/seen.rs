@@ -42,7 +42,7 @@ pub fn check(paths: &Paths, release: &Release, committed: Option<Release>, now: 
     match newest(paths, committed)? {
         Some(newest) if newest.sequence > release.sequence || newest.sequence == release.sequence && newest.id != release.id => {
             let why = format!(
-                "release {} of {} has been seen before; the hub was restored from a backup, or replays a release",
+                "release {} of {} has been seen before; the hub was restored from a backup, or replays a release: deploy again",
                 newest.sequence, newest.id
             );
             Err(why).context(doing)

@@ -44,7 +44,9 @@ const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 pub fn collect(hub: &ServedDirectory) -> Result<()> {
     hub.check_ours()?;
     let hosts = hub.hosts()?;
-    let mut failed: Vec<_> = hosts.iter().filter_map(|host| collect_host(hub, host).err()).collect();
+    // one may have been removed meanwhile
+    let is_served = |host| hub.hosts().is_ok_and(|hosts| hosts.contains(host));
+    let mut failed: Vec<_> = hosts.iter().filter_map(|host| collect_host(hub, host).err().filter(|_| is_served(host))).collect();
     failed.extend(clean_up(hub, &hosts).err());
     for error in &failed {
         log::error!("{error}.");

@@ -52,6 +52,11 @@ impl Elsewhere {
         Ok(Self { server, path, temporary: Temporary::new()?, turn: Mutex::default() })
     }
 
+    /// Which machine it is, as `sftp://` without a path.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
     /// The directory of what has been fetched, in the paths of the hub's own.
     pub fn place(&self) -> &Path {
         self.temporary.path()

@@ -66,7 +66,11 @@ impl Settings {
         if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
             return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
         }
-        settings.signing_key = settings.signing_key.map(|key| repository.join(key));
+        // of several who publish, each has a key of their own
+        settings.signing_key = settings.signing_key.map(|key| match (key.strip_prefix("~"), std::env::var_os("HOME")) {
+            (Ok(below), Some(home)) => PathBuf::from(home).join(below),
+            _ => repository.join(key),
+        });
         Ok(settings)
     }
 
@@ -132,6 +136,8 @@ mod tests {
         let settings = read("{}").unwrap();
         assert_eq!((settings.directory, settings.signing_key, settings.silent_after), ("/var/lib/ekiben-hub".into(), None, 3600));
         assert_eq!(read(r#"{"signingKey": "key"}"#).unwrap().signing_key, Some(place.path().join("key")));
+        let home = PathBuf::from(std::env::var_os("HOME").unwrap());
+        assert_eq!(read(r#"{"signingKey": "~/.ssh/key"}"#).unwrap().signing_key, Some(home.join(".ssh/key")));
         for (text, error) in [
             (r#"{"silentafter": 1}"#, "silentafter: unknown field"),
             (r#"{"silentAfter": -1}"#, "silentAfter: invalid value"),

@@ -173,6 +173,9 @@ fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) 
     let mut hosts: Vec<_> = shown.iter().collect();
     hosts.sort_by_key(|(_, shown)| (if shown.exit > 0 { shown.exit } else { u8::MAX }, shown.state_alone, &shown.state));
     let totals = hosts.chunk_by(|(_, one), (_, other)| one.state == other.state);
+    if hosts.is_empty() {
+        return "no hosts: see ekiben fleet bootstrap\n".into();
+    }
     let totals: Vec<_> = totals.map(|of_state| format!("{} {}", of_state.len(), of_state[0].1.state)).collect();
     let mut text = wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];

@@ -132,8 +132,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let here = std::env::current_dir().context(|| "find the working directory".into())?;
     let named = arguments.options.get("--repository").map(PathBuf::from).or_else(|| std::env::var_os("EKIBEN_FLEET").map(PathBuf::from));
     if arguments.words == ["init"] {
-        let made = guide::init(&named.unwrap_or(here))?;
-        return print(&made.into_iter().map(|path| "Created ".to_owned() + &path + ".\n").collect::<String>());
+        return print(&guide::init(&named.unwrap_or(here))?);
     }
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
@@ -156,7 +155,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["log", host, run] => fleet.log(host, Some(run)),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
         ["flake-update", ref words @ ..] => fleet.flake_update(words),
-        ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, fleet.hub.is_elsewhere(), host)?),
+        ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, &fleet.hub, fleet.place.as_deref(), host)?),
         _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben fleet --help", arguments.words.join(" ")))),
     }
 }
