@@ -143,6 +143,7 @@ with subtest("a newcomer goes on from what init has written, to the first host t
     on_host, on_hub, in_repository, publishing, following = re.split(r"^\d\. ", said, flags=re.M)[1:]
     identity = web.succeed(*blocks(on_host, 2)).split("\n")[-2]
     hosts = evaluated(blocks(on_hub, 2)[0].replace("ssh-ed25519 ...", identity))["services"]["ekiben"]["hub"]["hosts"]
+    hub.succeed("systemctl stop ekiben-hub-collect.timer")
     hub_has(**{name: [host["publicKey"]] for name, host in hosts.items()})
     options = evaluated(blocks(in_repository, 2)[0].strip()[1:-1])["services"]["ekiben"]["fleet"]
     assert options["hub"] == {"host": "hub", "hostKey": " ".join(public(hub, "/etc/scenario/host-key").split()[:2])}, options
@@ -154,6 +155,7 @@ with subtest("a newcomer goes on from what init has written, to the first host t
     # before the hub has heard of it, too
     code, said = status_says()
     assert code == 0 and said.startswith("1 host: 1 not deployed\n"), said
+    hub.succeed("systemctl start ekiben-hub-collect.timer")
     over_ssh, by_hand = blocks(publishing, 2)
     desk.succeed(by("deploy", over_ssh))
     assert shows(web, "app") == content and by_hand.strip() == "nixos-rebuild switch --flake .#web"
