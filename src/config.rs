@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -90,6 +91,9 @@ pub struct Instance {
     /// Where releases come from; `None` if this machine's administrator commits to the repository.
     #[serde(default)]
     pub hub: Option<Hub>,
+    /// Where what is in the repository goes to; `None` if it is this machine that runs it.
+    #[serde(default)]
+    pub publish: Option<Publish>,
     /// The repository.
     pub flake_path: PathBuf,
     /// The flake in it, and the name of the configuration.
@@ -182,6 +186,16 @@ pub struct Hub {
     /// Below these directories, and nowhere else, the hub may put files.
     #[serde(default)]
     pub file_directories: Vec<PathBuf>,
+}
+
+/// A fleet's repository, of which the hub on this machine publishes all hosts.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Publish {
+    /// What the hub serves.
+    pub directory: PathBuf,
+    /// How many hosts are built at once.
+    pub parallel: NonZeroUsize,
 }
 
 /// One address of a hub.
@@ -343,6 +357,12 @@ impl Instance {
         }
         if let Some(hub) = &self.hub {
             hub.check().map_err(|what| format!("hub.{what}"))?;
+        }
+        if let Some(publish) = &self.publish {
+            absolute(&publish.directory).map_err(|what| format!("publish.directory: {what}"))?;
+            if self.hub.is_some() {
+                return Err("publish: expected no hub beside it".into());
+            }
         }
         if let Some(Window { lower, upper }) = &self.reboot.window {
             let is_time = |text: &str| matches!(text.as_bytes(), [b'0'..=b'2', b'0'..=b'9', b':', b'0'..=b'5', b'0'..=b'9']);

@@ -28,17 +28,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
 
+use ::nix::sys::stat::{Mode, umask};
+
 use crate::config::{Config, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fleet::host::{poll, secrets, seen};
-use crate::fleet::hub::{command, offer};
+use crate::fleet::hub::{candidate, command, offer};
+use crate::names::RunId;
 use crate::output::print;
 use crate::paths::Paths;
 use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch::{self, Fate};
-use crate::stages::{activate, begin, boot, build, conclude, prepare, reboot};
+use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 
@@ -69,7 +72,8 @@ What the units run:
   metrics FILE                 write the state for Prometheus
   notify INSTANCE RUN failure | change | always COMMAND
                                tell a command how a run has ended
-  begin | retry | prepare | build | activate | conclude | deliver INSTANCE
+  begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
+  release INSTANCE RUN         publish what the run has built
   install INSTANCE             install the hub's files for this machine
   reach INSTANCE               fail if the instance's hub cannot be reached
   reboot                       reboot if the deployed system needs it, and its instance permits it
@@ -139,6 +143,17 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["activate", name] => {
             let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
             activate::activate(&paths(name)?, config.as_ref())
+        }
+        ["publish", name] => {
+            let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
+            publish::publish(&paths(name)?, config.as_ref())
+        }
+        ["release", name, run] => {
+            let run = RunId::try_from(*run).context(|| "find the run".into())?;
+            let publish = configured(file, name)?.and_then(|instance| instance.publish);
+            // the hosts' own sftp servers have to read it
+            umask(Mode::from_bits_truncate(0o022));
+            candidate::release(&paths(name)?, &publish.ok_or_else(|| Error::new(format!("Failed to publish: {name} does not")))?, &run)
         }
         ["metrics", file] => metrics::write(&config()?, Path::new(file)),
         ["notify", name, run, on, command] => notify::notify(&paths(name)?, run, on, command),

@@ -10,6 +10,7 @@
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
+//! status/<instance>.hosts       which hosts the last run has published
 //! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
 //! status/<instance>.reserve     room for the status on a full disk
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
@@ -150,6 +151,11 @@ impl Paths {
     /// The end of the output of the program that failed last.
     pub fn output(&self) -> PathBuf {
         self.file("status", "output")
+    }
+
+    /// Which hosts the last run has published.
+    pub fn hosts(&self) -> PathBuf {
+        self.file("status", "hosts")
     }
 
     /// The releases of a fleet's hub that do not count any more.

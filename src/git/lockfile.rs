@@ -20,7 +20,41 @@ pub struct LockFile {
     root: String,
 }
 
+/// A lock file, and what it is to become.
+pub struct Update {
+    /// Where it is in the repository.
+    pub path: String,
+    /// What it is, if it is there.
+    pub old: Option<Vec<u8>>,
+    /// What Nix has made of it.
+    pub new: Option<Vec<u8>>,
+    /// The inputs that were to be updated; all if there are none.
+    pub asked: Vec<String>,
+}
+
+impl Update {
+    /// The inputs that differ, with their old and new revisions. Fails if that is one that was not asked for.
+    pub fn changes(&self) -> Result<Vec<(String, String, String)>> {
+        let (old, new) = (LockFile::parse(self.old.as_deref())?, LockFile::parse(self.new.as_deref())?);
+        let inputs = old.meant_by(&self.asked);
+        // nix only warns of an input that is none
+        for input in &self.asked {
+            let now = new.resolve(input)?;
+            if !inputs.contains(&now) {
+                return Err(Error::new(format!("Failed to update {input}: it follows {now} now; {NO_FIT}")));
+            }
+        }
+        old.check_only_changed(&new, &inputs)?;
+        Ok(old.changes(&new))
+    }
+}
+
 impl LockFile {
+    /// What is to be updated for these inputs: one that follows another is updated by updating that.
+    pub fn meant_by(&self, inputs: &[String]) -> Vec<String> {
+        inputs.iter().map(|input| self.resolve(input).unwrap_or_else(|_| input.clone())).collect()
+    }
+
     /// Parses the bytes of a lock file; `None` at all stand for a flake without inputs.
     pub fn parse(bytes: Option<&[u8]>) -> Result<Self> {
         let doing = || "read flake.lock".into();
@@ -64,7 +98,7 @@ impl LockFile {
     }
 
     /// The top-level inputs that differ in any way, with their old and new revisions.
-    pub fn changes(&self, new: &Self) -> Vec<(String, String, String)> {
+    fn changes(&self, new: &Self) -> Vec<(String, String, String)> {
         let names: BTreeSet<_> = gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned());
         let changed = |name: &String| self.difference(new, name, &|_| false).is_some();
         let revisions = |name: String| {
@@ -76,7 +110,7 @@ impl LockFile {
 
     /// Fails if an input changed that neither is one of `allowed` nor hangs on one; an input's
     /// input is named `a/b`. All are allowed if none are named.
-    pub fn check_only_changed(&self, new: &Self, allowed: &[String]) -> Result<()> {
+    fn check_only_changed(&self, new: &Self, allowed: &[String]) -> Result<()> {
         if allowed.is_empty() {
             return Ok(());
         }

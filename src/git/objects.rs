@@ -40,17 +40,25 @@ impl Repository {
         contents(commit).is_some_and(|contents_of_it| contents(other) == Some(contents_of_it))
     }
 
-    /// Makes a commit on top of `base` in which only the lock file differs, and returns its name.
+    /// Makes a commit on top of `base` in which only these lock files differ, and returns its name.
     /// `scratch` is a file for a private index.
-    pub fn commit_lock_file(&self, base: &str, lock: &[u8], message: &str, author: &Author, scratch: &Path) -> Result<String> {
-        let doing = || format!("commit {}", self.lock_file());
+    pub fn commit_lock_files<'a>(
+        &self,
+        base: &str,
+        locks: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+        message: &str,
+        author: &Author,
+        scratch: &Path,
+    ) -> Result<String> {
+        let doing = || format!("commit new lock files on top of {base}");
         let text = |program: Program, input| program.output(doing, input).map(|bytes| line(&bytes));
         files::clear(scratch).context(doing)?;
         let private = || self.git().env("GIT_INDEX_FILE", scratch);
-        let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
         text(private().args(["read-tree", base]), None)?;
-        let entry = format!("100644,{blob},{}", self.lock_file());
-        text(private().args(["update-index", "--add", "--cacheinfo", &entry]), None)?;
+        for (path, lock) in locks {
+            let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
+            text(private().args(["update-index", "--add", "--cacheinfo", &format!("100644,{blob},{path}")]), None)?;
+        }
         let tree = text(private().args(["write-tree"]), None)?;
         let commit = self.git().args(["commit-tree", "-p", base, &tree]);
         text(by(author, commit), Some(message.as_bytes()))

@@ -1,4 +1,4 @@
-//! A repository of Ekiben's own, for the releases of a fleet.
+//! Repositories of Ekiben's own: for the releases of a fleet, and for what one is published from.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use crate::config::Instance;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::objects::by;
-use crate::git::{ask, git, look_for};
+use crate::git::{Repository, ask, git, look_for};
 
 /// Makes a repository of our own where there is none yet, with a first commit that holds nothing. It
 /// gets its name when it is whole; what is there without a commit is what an attempt has left.
@@ -30,6 +30,26 @@ pub fn create(instance: &Instance) -> Result<()> {
     by(&instance.author, commit).output(doing, None)?;
     let moved = files::clear(&git_directory).and_then(|()| fs::rename(new.join(".git"), &git_directory));
     moved.and_then(|()| files::sync(place)).and_then(|()| files::clear(&new)).context(doing)
+}
+
+impl Repository {
+    /// Makes a repository in `directory`, which shares this one's objects, and has nothing but a commit and its files, as
+    /// they are.
+    pub fn check_out(&self, commit: &str, directory: &Path) -> Result<()> {
+        let doing = || format!("check {commit} out into {}", directory.display());
+        files::make_directory(directory).context(doing)?;
+        let theirs = |arguments: &[&str]| git(directory).args(arguments).output(doing, None);
+        theirs(&["init", "--quiet", "--template=", "."])?;
+        let (ours, git_directory) = (self.git_directory.as_path(), directory.join(".git"));
+        take_as_it_is(&git_directory).context(doing)?;
+        let objects = format!("{}\n", ours.join("objects").display());
+        fs::create_dir_all(git_directory.join("objects/info")).context(doing)?;
+        fs::write(git_directory.join("objects/info/alternates"), objects).context(doing)?;
+        if ours.join("shallow").exists() {
+            fs::copy(ours.join("shallow"), git_directory.join("shallow")).context(doing)?;
+        }
+        theirs(&["checkout", "--quiet", "--detach", commit]).map(drop)
+    }
 }
 
 fn remove_locks(directory: &Path) -> std::io::Result<()> {

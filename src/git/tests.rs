@@ -336,3 +336,25 @@ fn what_is_committed_comes_out_as_it_went_in_whatever_it_says_of_itself() {
     repository.forward(&commit, "app").unwrap();
     assert_eq!(shell(place.path(), "diff -r -x .git source repository; git -C repository status --porcelain"), "");
 }
+
+#[test]
+fn what_is_checked_out_is_a_commit_and_no_edit_filter_or_hook_of_the_users() {
+    let directory = Directory::new();
+    let before = "printf 'a\\r\\n' > text; echo '* text eol=lf filter=upper' > .gitattributes; git config filter.upper.smudge 'tr a-z A-Z'";
+    let (repository, commit) = repository(&directory, before, "mkdir -p hosts/a; echo 1 > hosts/a/flake.lock");
+    shell(&repository.top, "echo edited > kept/file; touch untracked");
+    let place = Directory::new();
+    let checked_out = place.path().join("source");
+    for (commit, has_host) in [(&commit, true), (&repository.head, false), (&commit, true)] {
+        repository.check_out(commit, &checked_out).unwrap();
+        assert_eq!(shell(&checked_out, "git rev-parse HEAD; git status --porcelain"), **commit);
+        assert_eq!(fs::read_to_string(checked_out.join("kept/file")).unwrap(), "1\n");
+        assert!(!checked_out.join("untracked").exists() && checked_out.join("hosts").exists() == has_host);
+    }
+    // several lock files, one commit
+    let locks = [("hosts/a/flake.lock", &b"2\n"[..]), ("flake.lock", b"3\n")];
+    let author = Author { name: "a".into(), mail: "a".into() };
+    let new = repository.commit_lock_files(&commit, locks, "new", &author, &place.path().join("index")).unwrap();
+    assert_eq!(shell(&repository.top, &format!("git diff --name-only {commit} {new}")), "flake.lock\nhosts/a/flake.lock");
+    assert_eq!(repository.read_file(&new, "hosts/a/flake.lock").unwrap().unwrap(), b"2\n");
+}

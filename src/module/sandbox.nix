@@ -30,6 +30,9 @@ rec {
     }
   );
 
+  # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
+  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${lib.getExe config.services.ekiben.package}";
+
   growingPauses = first: last: {
     RestartSec = first;
     RestartSteps = 4;

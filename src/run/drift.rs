@@ -11,7 +11,7 @@ use crate::system;
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
 /// deployed.
 pub fn drift(paths: &Paths) -> Option<String> {
-    let Deployed { system: deployed, not_booted_since, .. } = all_deployed(paths).into_iter().max_by_key(|deployed| deployed.number)?;
+    let Deployed { system: deployed, not_booted_since, .. } = latest(paths)?;
     let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
@@ -23,6 +23,12 @@ pub fn drift(paths: &Paths) -> Option<String> {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+}
+
+/// What this machine deployed last for itself, and not for a fleet.
+fn latest(paths: &Paths) -> Option<Deployed> {
+    let own = |deployed: &Deployed| deployed.system.is_absolute();
+    all_deployed(paths).into_iter().filter(own).max_by_key(|deployed| deployed.number)
 }
 
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.

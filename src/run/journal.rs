@@ -127,6 +127,9 @@ pub struct Run {
     pub returns: u32,
     /// What went wrong so far.
     pub failure: Option<Failure>,
+    /// Which hosts could not be published, while others were.
+    #[serde(default)]
+    pub left_out: Option<Failure>,
     /// How it has ended, if that is still to be reported: the status could not be written.
     #[serde(default)]
     pub result: Option<Outcome>,
@@ -169,6 +172,7 @@ impl Run {
             worse: BTreeSet::new(),
             returns: 0,
             failure: None,
+            left_out: None,
             result: None,
             warnings: Vec::new(),
             reboot_needed: false,

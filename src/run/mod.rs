@@ -12,6 +12,7 @@ pub mod journal;
 pub mod metrics;
 pub mod notes;
 pub mod notify;
+pub mod published;
 pub mod queue;
 pub mod show;
 pub mod status;
@@ -38,6 +39,8 @@ pub enum Stage {
     Build,
     /// Run it.
     Activate,
+    /// Or have the hosts of a fleet fetch it.
+    Publish,
     /// Look for a while whether it stays well.
     Observe,
     /// Make it the branch and report.
@@ -53,6 +56,7 @@ impl fmt::Display for Stage {
             Self::Prepare => "prepare",
             Self::Build => "build",
             Self::Activate => "activate",
+            Self::Publish => "publish",
             Self::Observe => "observe",
             Self::Conclude => "conclude",
             Self::Boot => "boot",
@@ -76,8 +80,10 @@ pub enum Trigger {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
-    /// The machine runs what the run proposed, and it is the branch.
+    /// The machine runs what the run proposed, or all hosts can fetch it, and it is the branch.
     Deployed,
+    /// It is the branch, and some hosts can fetch it; others have been left out.
+    Partly,
     /// The next boot brings what the run proposed, and decides.
     AwaitingBoot,
     /// Nothing was new.
@@ -101,7 +107,7 @@ pub enum Outcome {
 impl Outcome {
     /// Whether it is for somebody to see to.
     pub fn is_failure(self) -> bool {
-        matches!(self, Self::Failed | Self::RolledBack | Self::Stuck)
+        matches!(self, Self::Partly | Self::Failed | Self::RolledBack | Self::Stuck)
     }
 }
 
@@ -109,6 +115,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
             Self::Deployed => "deployed",
+            Self::Partly => "partly",
             Self::AwaitingBoot => "awaiting boot",
             Self::Unchanged => "unchanged",
             Self::Drifted => "drifted",

@@ -36,6 +36,7 @@ let
     seconds
     ;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
+    asRoot
     bootEnvironment
     growingPauses
     insistent
@@ -457,9 +458,6 @@ let
       ExecStart = "${ekiben} conclude";
     };
   };
-
-  # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
-  asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${ekiben}";
 
   # a run that could not begin leaves its unit failed until there is another
   retry = {

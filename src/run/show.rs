@@ -30,12 +30,13 @@ const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "
 /// What is asked of systemd.
 const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
-const MARKS: [(&str, u8); 11] = [
+const MARKS: [(&str, u8); 12] = [
     ("ahead", 33),
     ("problem", 31),
     ("rollback failed", 31),
     ("rolled back", 31),
     ("failed", 31),
+    ("partly", 31),
     ("drifted", 31),
     ("held", 33),
     ("restored", 33),

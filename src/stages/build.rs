@@ -8,6 +8,7 @@ use crate::config::{Build, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::host::release;
+use crate::fleet::hub::candidate;
 use crate::git::Repository;
 use crate::nix::{self, Source, substitute};
 use crate::paths::Paths;
@@ -29,6 +30,9 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     notes.write(paths)?;
     fault::point("build: begun");
     let result = Repository::open(instance).and_then(|repository| {
+        if let Some(publish) = &instance.publish {
+            return candidate::build(paths, instance, publish, &repository, &commit);
+        }
         let limit = Duration::from_secs(instance.timeouts.build);
         let get = match instance.build {
             Build::Local => nix::build_system,

@@ -25,7 +25,7 @@ use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::branch::Fate;
-use crate::stages::{rollback, settle, trial, undo};
+use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::boot_id;
 use crate::system::{self, Turn};
 use crate::text::short;
@@ -168,6 +168,10 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
 
 /// Has the candidate be the branch, or everything be as it was; returns which of it.
 fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Outcome> {
+    if run.instance.publish.is_some() {
+        // nothing is published any more by a run that has ended
+        release::stop(paths, run)?;
+    }
     let is_later = run.boot != boot_id();
     if is_later && run.phase != Phase::AwaitingBoot {
         if let Err(error) = integrity::mend(run.started) {
@@ -216,20 +220,24 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     }
     let mut result = match run.decision {
         _ if accepted && is_rollback => Outcome::Restored,
+        _ if accepted && run.left_out.is_some() => Outcome::Partly,
         _ if accepted => Outcome::Deployed,
         Some(Decision::Withdraw | Decision::Restored) => Outcome::Restored,
         Some(Decision::Withheld) => Outcome::Withheld,
-        Some(Decision::Unchanged) if drift(paths).is_some() => Outcome::Drifted,
+        Some(Decision::Unchanged) if run.instance.publish.is_none() && drift(paths).is_some() => Outcome::Drifted,
         Some(Decision::Unchanged) => Outcome::Unchanged,
         Some(Decision::StartOver) => Outcome::StartedOver,
         None => Outcome::Failed,
     };
-    if !accepted && run.phase != Phase::Begun {
+    if result == Outcome::Partly {
+        run.failure.clone_from(&run.left_out);
+    }
+    if !accepted && run.phase != Phase::Begun && run.instance.publish.is_none() {
         Turn::retake(turn)?;
         result = rollback::back(paths, run, result);
     }
 
-    if !matches!(result, Outcome::Deployed | Outcome::Unchanged | Outcome::Drifted) {
+    if !matches!(result, Outcome::Deployed | Outcome::Partly | Outcome::Unchanged | Outcome::Drifted) {
         // what the user's git does keeps nobody else waiting
         *turn = None;
         // what waits for a boot goes on to be kept
@@ -284,6 +292,7 @@ fn cut_off(paths: &Paths, run: &Run) -> Failure {
 fn reached(run: &Run) -> Stage {
     match &run.notes {
         _ if run.phase == Phase::Observing => Stage::Observe,
+        Some(notes) if notes.built && run.instance.publish.is_some() => Stage::Publish,
         _ if run.phase != Phase::Begun => Stage::Activate,
         _ if run.trigger == Trigger::Rollback => Stage::Activate,
         Some(notes) if notes.built => Stage::Activate,

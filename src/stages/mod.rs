@@ -8,10 +8,12 @@ pub mod prepare;
 pub mod build;
 
 pub mod activate;
+pub mod publish;
 
 pub mod conclude;
 
 pub mod branch;
+pub mod release;
 pub mod rollback;
 pub mod settle;
 pub mod switch;

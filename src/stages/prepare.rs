@@ -11,7 +11,8 @@ use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::fault;
 use crate::fleet::host::poll;
-use crate::git::lockfile::{LockFile, NO_FIT};
+use crate::fleet::hub::candidate;
+use crate::git::lockfile::{LockFile, Update};
 use crate::git::{self, Repository, own};
 use crate::names::{Branch, ObjectId};
 use crate::nix;
@@ -87,41 +88,30 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         repository.check_signed(&base, &instance.signers, scratch)?;
     }
     persist(retries, || repository.complete(&base))?;
-    let old = repository.read_file(&base, &repository.lock_file())?;
-    let old_lock = LockFile::parse(old.as_deref())?;
-    // one that follows another is updated by updating that
-    let inputs: Vec<_> = instance.inputs.iter().flatten().map(|input| old_lock.resolve(input).unwrap_or_else(|_| input.clone())).collect();
-    // of a release, inputs are the hub's business
-    let is_others = instance.inputs.is_none() || instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none());
-    let new = if is_others {
-        old.clone()
-    } else {
-        let flake = repository.flake_at(&base, instance)?;
-        let limit = Duration::from_secs(instance.timeouts.prepare);
-        let cache = Cache::own()?;
-        persist(retries, || nix::updated_lock_file(&cache, &flake, &inputs, &scratch.join("flake.lock"), limit))?
-    };
+    let updates = persist(retries, || match &instance.publish {
+        Some(_) => candidate::updates(paths, instance, repository, &base),
+        None => update(instance, repository, &base, scratch),
+    })?;
     fault::point("prepare: inputs updated");
-    let new_lock = LockFile::parse(new.as_deref())?;
-    // nix only warns of an input that is none
-    for input in instance.inputs.iter().flatten().filter(|_| !is_others) {
-        let now = new_lock.resolve(input)?;
-        if !inputs.contains(&now) {
-            return Err(Error::new(format!("Failed to update {input}: it follows {now} now; {NO_FIT}")));
-        }
+    let (mut changes, mut locks) = (Vec::new(), Vec::new());
+    for update in &updates {
+        let changed = update.changes()?;
+        locks.extend(update.new.as_deref().filter(|_| !changed.is_empty()).map(|new| (&*update.path, new)));
+        // the same in several flakes
+        changes.extend(changed.into_iter().filter(|change| !changes.contains(change)).collect::<Vec<_>>());
     }
-    old_lock.check_only_changed(&new_lock, &inputs)?;
-    let changes = old_lock.changes(&new_lock);
 
-    let commit = match &new {
-        Some(new) if !changes.is_empty() => repository.commit_lock_file(&base, new, &message(&changes), &instance.author, &index)?,
-        _ => base.clone(),
+    let commit = if locks.is_empty() {
+        base.clone()
+    } else {
+        repository.commit_lock_files(&base, locks, &message(&changes), &instance.author, &index)?
     };
     // what already waits for the next boot is the same when it is proposed again
     let awaiting = awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
     let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
     fault::point("prepare: committed");
-    let unchanged = is_deployed(paths, &commit, instance);
+    // what hosts can fetch is known when all of them have been looked at
+    let unchanged = instance.publish.is_none() && is_deployed(paths, &commit, instance);
     let tree = repository.tree(&commit)?;
     if commit != repository.head {
         repository.check_forward(&commit, paths.name(), scratch)?;
@@ -147,6 +137,22 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         unchanged,
         withheld: None,
     })
+}
+
+/// The lock file of the instance's flake, with its inputs updated.
+fn update(instance: &Instance, repository: &Repository, base: &str, scratch: &Path) -> Result<Vec<Update>> {
+    let Some(asked) = &instance.inputs else { return Ok(Vec::new()) };
+    let path = repository.lock_file();
+    let old = repository.read_file(base, &path)?;
+    // of a release, inputs are the hub's business
+    if instance.hub.as_ref().is_some_and(|hub| !hub.self_update || old.is_none()) {
+        return Ok(Vec::new());
+    }
+    let inputs = LockFile::parse(old.as_deref())?.meant_by(asked);
+    let flake = repository.flake_at(base, instance)?;
+    let limit = Duration::from_secs(instance.timeouts.prepare);
+    let new = nix::updated_lock_file(&Cache::own()?, &flake, &inputs, &scratch.join("flake.lock"), limit)?;
+    Ok(vec![Update { path, old, new, asked: asked.clone() }])
 }
 
 /// Tries again what the network failed, with growing pauses.

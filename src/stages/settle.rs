@@ -20,6 +20,11 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// Makes the candidate the branch, if it is what this machine runs, before and after; false if the branch has moved.
 pub fn accept(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<bool> {
+    if run.instance.publish.is_some() {
+        // it is other machines that run it
+        *turn = None;
+        return settle(paths, run, Fate::Accept);
+    }
     Turn::retake(turn)?;
     check_is_in_place(run)?;
     let Some(mine) = turn.take() else { return Ok(false) };

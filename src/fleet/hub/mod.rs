@@ -1,5 +1,6 @@
 //! The hub's side of a fleet: publishing from a repository of hosts, what is served, and what the hosts report.
 
+pub mod candidate;
 pub mod command;
 pub mod offer;
 

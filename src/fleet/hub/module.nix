@@ -23,12 +23,17 @@ let
     optionalAttrs
     types
     ;
-  inherit (import ../../module/types.nix { inherit lib; }) externalPath plainPath;
-  inherit (import ../../module/sandbox.nix { inherit config lib pkgs; }) offlineSandbox;
+  inherit (import ../../module/types.nix { inherit lib; }) externalPath flags plainPath;
+  inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
+    asRoot
+    offlineSandbox
+    programs
+    ;
 
   cfg = config.services.ekiben;
   ekiben = lib.getExe cfg.package;
   inherit (cfg) hub;
+  inherit (hub) publish;
   directories = "${hub.directory}/hosts";
   # a user, and always a group
   account = "ekiben-hub";
@@ -170,6 +175,49 @@ let
     };
   };
 
+  # the instance that publishes: others may be told of it as of any
+  publishInstance = {
+    inherit (publish)
+      author
+      dates
+      flags
+      inputs
+      notify
+      pull
+      push
+      signers
+      user
+      ;
+    flakePath = publish.repository;
+    flakeRef = "${publish.repository}#publish";
+  };
+
+  # Releases are published and signed here and nowhere else, so that what evaluates and builds cannot read the key. It
+  # evaluates nothing, and reaches nobody.
+  release = {
+    description = "Releases for the hosts of Ekiben's fleet, by run %i";
+    restartIfChanged = false;
+    unitConfig = {
+      CollectMode = "inactive-or-failed";
+      X-StopOnRemoval = false;
+    };
+    path = programs;
+    # the numbers that were published
+    environment.XDG_STATE_HOME = "/var/lib/ekiben/instances/publish";
+    serviceConfig = offlineSandbox // {
+      ExecStart = "${ekiben} release publish %i";
+      LoadCredential = mkIf (publish.signingKeyFile != null) "signing-key:${publish.signingKeyFile}";
+      PrivateUsers = true;
+      ReadWritePaths = hub.directory;
+      StateDirectory = "ekiben/instances/publish";
+      StateDirectoryMode = "0700";
+      SyslogIdentifier = "ekiben";
+      # as long as the run that waits for it
+      TimeoutStartSec = "infinity";
+      User = publish.user;
+    };
+  };
+
   assertions =
     let
       # without the comment
@@ -241,6 +289,10 @@ let
         }`.";
       }
     ]
+    ++ lib.optional publish.enable {
+      assertion = publish.repository != null;
+      message = "`services.ekiben.hub.publish.repository` must be set: it is what is published.";
+    }
     ++ lib.concatLists (mapAttrsToList perHost hub.hosts);
 
 in
@@ -298,6 +350,94 @@ in
         `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if needed.
       '';
     };
+    publish = {
+      enable = mkEnableOption ''
+        the instance `publish`, which publishes the fleet's repository by itself: by its timer, {command}`ekiben trigger
+        publish`, or a project of {option}`services.ekiben.webhook` whose `instance` is `publish`'';
+      repository = mkOption {
+        type = types.nullOr externalPath;
+        default = hub.repository;
+        defaultText = literalExpression "config.services.ekiben.hub.repository";
+        example = "/var/fleet";
+        description = "The fleet's repository, with a `fleet.json`. It belongs to {option}`user`.";
+      };
+      user = mkOption {
+        type = types.str;
+        default = hub.user;
+        defaultText = literalExpression "config.services.ekiben.hub.user";
+        example = "fleet";
+        description = "The unprivileged user who owns the repository. Fetching, evaluating, building and publishing are done as this user.";
+      };
+      inputs = mkOption {
+        type = types.nullOr (types.listOf types.str);
+        default = null;
+        example = [ "nixpkgs" ];
+        description = ''
+          The inputs to update in each run, in all flakes of the repository that have them; `[ ]` for all inputs, `null`
+          for none. A run fails if any other input would change.
+        '';
+      };
+      pull = mkOption {
+        type = types.bool;
+        default = false;
+        example = true;
+        description = "Whether to start from the upstream of the branch, as {option}`services.ekiben.instances.<name>.pull`.";
+      };
+      push = mkOption {
+        type = types.bool;
+        default = false;
+        example = true;
+        description = "Whether to push updates of inputs to the upstream when they have been published. Nothing is ever forced.";
+      };
+      signers = mkOption {
+        type = types.listOf types.singleLineStr;
+        default = [ ];
+        example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
+        description = ''
+          SSH public keys. If not empty, nothing is published but commits that one of them has signed, and updates of inputs
+          on top of those: see {option}`services.ekiben.instances.<name>.signers`.
+        '';
+      };
+      author = mkOption {
+        type = types.strMatching "[^<>\n]+ <[^<>\n]+>";
+        default = "ekiben <ekiben@${config.networking.hostName}>";
+        defaultText = literalExpression ''"ekiben <ekiben@''${config.networking.hostName}>"'';
+        example = "fleet <fleet@example.org>";
+        description = "Author and committer of the commits that update inputs.";
+      };
+      dates = mkOption {
+        type = types.nullOr types.str;
+        default = "daily";
+        example = "04:40";
+        description = ''
+          When to look for something new without being asked, in the format of {manpage}`systemd.time(7)`; `null` for
+          never. It also renews what is about to expire.
+        '';
+      };
+      signingKeyFile = mkOption {
+        type = types.nullOr externalPath;
+        default = null;
+        example = literalExpression "config.age.secrets.fleet-signer.path";
+        description = ''
+          The private key, without a passphrase, that signs releases; {option}`services.ekiben.fleet.signers` of the hosts
+          has the public one. It is read by systemd, so it can be readable by root only, and is seen by the unit that
+          publishes alone: not by what evaluates and builds.
+        '';
+      };
+      parallel = mkOption {
+        type = types.ints.positive;
+        default = 2;
+        example = 8;
+        description = "How many hosts to evaluate and build at once.";
+      };
+      inherit flags;
+      notify = mkOption {
+        type = types.attrsOf types.str;
+        default = { };
+        example.command = "curl -fsS -d \"$EKIBEN_MESSAGE\" https://ntfy.example.org/fleet";
+        description = "Whom to tell how a run has ended: as {option}`services.ekiben.instances.<name>.notify`.";
+      };
+    };
     reports = {
       size = mkOption {
         type = types.strMatching "[1-9][0-9]*[kMG]";
@@ -321,9 +461,19 @@ in
   };
 
   config = mkIf hub.enable {
-    services.ekiben.settings.hub = {
-      inherit (hub) directory;
-      files = mapAttrs (_: host: host.files) hosts;
+    services.ekiben = {
+      enable = mkIf publish.enable (lib.mkDefault true);
+      instances.publish = mkIf publish.enable publishInstance;
+      settings.hub = {
+        inherit (hub) directory;
+        files = mapAttrs (_: host: host.files) hosts;
+      };
+      settings.instances = mkIf publish.enable {
+        publish.publish = {
+          inherit (hub) directory;
+          inherit (publish) parallel;
+        };
+      };
     };
     inherit assertions;
     # not for root, who would do what another user's files say
@@ -334,7 +484,7 @@ in
       ekiben-hosts = { };
       ${account}.members = [ hub.user ];
       # who may publish, from here or from elsewhere
-      ${publisher}.members = [ hub.user ];
+      ${publisher}.members = [ hub.user ] ++ lib.optional publish.enable publish.user;
     }
     // forHosts (_: host: { gid = host.uid; });
     users.users =
@@ -376,6 +526,22 @@ in
       services = {
         ekiben-hub-collect = collect;
         ekiben-hub-files = serveFiles;
+        ekiben-publish = mkIf (publish.enable && cfg.enable) {
+          environment = {
+            XDG_STATE_HOME = "/var/lib/ekiben/instances/publish";
+          }
+          # a plain configuration.nix is for the Nixpkgs of this machine
+          // optionalAttrs (config.environment.sessionVariables ? NIX_PATH) {
+            inherit (config.environment.sessionVariables) NIX_PATH;
+          };
+          serviceConfig.ExecStart = lib.mkForce [
+            "${asRoot} begin publish"
+            "${ekiben} prepare publish"
+            "${ekiben} build publish"
+            "${asRoot} publish publish"
+          ];
+        };
+        "ekiben-release-publish@" = mkIf (publish.enable && cfg.enable) release;
       };
       timers = {
         ekiben-hub-collect = timer "Timer of the collection of reports" hub.reports.interval;

@@ -29,12 +29,28 @@ pub struct Manner<'a> {
     pub key: Option<&'a Path>,
     /// Whether one without a signature may follow one with it.
     pub unsigned: bool,
+    /// What to do about it if not.
+    pub no_key: &'static str,
     /// For how many seconds they count as new; for ever, if that is not said.
     pub lasting: Option<u64>,
     /// What they are made from.
     pub origin: Provenance,
     /// What was published before.
     pub memory: Memory,
+}
+
+/// What a host is to get.
+pub struct Built<'a> {
+    /// The host.
+    pub name: &'a HostName,
+    /// The attribute of its flake's `nixosConfigurations`.
+    pub attr: &'a Option<HostName>,
+    /// The archive with its configuration, and that file's hash and size.
+    pub archive: &'a Path,
+    pub sha256: &'a Sha256,
+    pub size: u64,
+    /// What it is built to.
+    pub toplevel: StorePath,
 }
 
 /// What there is to know before a host's release is replaced.
@@ -59,53 +75,62 @@ pub fn deploy(
     manner: &Manner,
     say: impl Fn(&str),
 ) -> Result<Option<(Sequence, &'static str)>> {
-    hub.check(&host.name)?;
-    let before = Standing::new(hub, repository, &host.name, manner)?;
-    let (key, old) = (manner.key, before.old.as_ref());
-    if key.is_none() && !manner.unsigned && old.is_some_and(|(_, signed)| signed.signature.is_some()) {
-        let why = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
-        return Err(why).context(|| format!("publish {}", host.name));
-    }
+    let before = Standing::that_may_be_replaced(hub, &host.name, manner, &repository.scratch(&host.name))?;
     say("evaluating");
     let system = repository.evaluate(host)?;
-    let (source, attr, toplevel) = (&host.source, &host.attr, Some(system.toplevel.clone()));
-    let same = old.filter(|(old, _)| (&old.sha256, &old.attr, &old.toplevel) == (&source.sha256, attr, &toplevel));
-    let what = match same {
-        None => "",
-        Some(_) if !before.is_ours => ": the same, signed again",
-        Some((same, _)) if !hub.has_archive(same, before.refused.is_some()) => ": the same, sent again",
-        Some((same, _)) if before.has_gone_back(same) => ": the same, since the hub had gone back",
-        Some((same, _)) if before.is_to_be_renewed(same, manner.lasting) => ": renewed",
-        Some(_) => return Ok(None),
+    let source = &host.source;
+    let built = Built {
+        name: &host.name,
+        attr: &host.attr,
+        archive: &source.archive,
+        sha256: &source.sha256,
+        size: source.size,
+        toplevel: system.toplevel.clone(),
     };
+    let Some(what) = before.why_replace(hub, &built, manner) else { return Ok(None) };
     if manner.build {
         say("building");
         repository.build(host, &system)?;
     }
     say("publishing");
+    replace(hub, &built, manner, &before).map(|release| Some((release.sequence, what)))
+}
+
+/// Publishes what was built for a host, unless it is published already, signed as it should be; `scratch` is a file for
+/// it. Returns the release, and whether it is a new one.
+pub fn offer(hub: &ServedDirectory, built: &Built, manner: &Manner, scratch: &Path) -> Result<(Release, bool)> {
+    let before = Standing::that_may_be_replaced(hub, built.name, manner, scratch)?;
+    match (before.why_replace(hub, built, manner), &before.old) {
+        (None, Some((old, _))) => Ok((old.release.clone(), false)),
+        _ => replace(hub, built, manner, &before).map(|release| (release, true)),
+    }
+}
+
+fn replace(hub: &ServedDirectory, built: &Built, manner: &Manner, before: &Standing) -> Result<Release> {
+    let Built { name, attr, archive, sha256, size, toplevel } = built;
     let manifest = Manifest {
         format: FORMAT,
-        host: host.name.clone(),
-        release: Release { id: id(&source.sha256, attr.as_ref(), toplevel.as_ref())?, sequence: before.next(&host.name)? },
-        sha256: source.sha256.clone(),
-        size: source.size,
-        attr: attr.clone(),
-        toplevel,
+        host: (*name).clone(),
+        release: Release { id: id(sha256, attr.as_ref(), Some(toplevel))?, sequence: before.next(name)? },
+        sha256: (*sha256).clone(),
+        size: *size,
+        attr: (*attr).clone(),
+        toplevel: Some(toplevel.clone()),
         published: before.now,
         expires: manner.lasting.map(|lasting| before.now + lasting),
         origin: manner.origin.clone(),
     };
-    let archive = fs::read(&source.archive).context(|| format!("read {}", source.archive.display()))?;
-    let place = hub.release(&host.name).join(manifest.archive());
-    files::write(&place, &archive, 0o644).context(|| format!("write {}", place.display()))?;
-    publish(hub, &manifest, manner, old)?;
-    Ok(Some((manifest.release.sequence, what)))
+    let contents = fs::read(archive).context(|| format!("read {}", archive.display()))?;
+    let place = hub.release(name).join(manifest.archive());
+    files::write(&place, &contents, 0o644).context(|| format!("write {}", place.display()))?;
+    publish(hub, &manifest, manner, before.old.as_ref())?;
+    Ok(manifest.release)
 }
 
 /// Publishes a host's release again, by another number, if more than half of its time is over. What is renewed is what
 /// was published last: nobody can have an old release renewed.
 pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostName, manner: &Manner) -> Result<Option<Sequence>> {
-    let before = Standing::new(hub, repository, host, manner)?;
+    let before = Standing::new(hub, host, manner, &repository.scratch(host))?;
     let doing = || format!("renew the release of {host}");
     let Some((old, _)) = &before.old else { return Ok(None) };
     if !before.is_ours {
@@ -131,15 +156,16 @@ fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Opt
     hub.publish(manifest, &Signed { manifest: text, signature }, old)?;
     // it is published all the same
     let noted = manner.memory.note(host, manifest.release.sequence);
-    let noted = noted.and_then(|()| if hub.is_elsewhere() { Ok(()) } else { history::note_in_turn(hub, host) });
+    let noted =
+        noted.and_then(|()| if hub.is_elsewhere() || hub.check_ours().is_err() { Ok(()) } else { history::note_in_turn(hub, host) });
     noted.unwrap_or_else(|error| log::warn!("{error}."));
     Ok(())
 }
 
 impl Standing {
-    fn new(hub: &ServedDirectory, repository: &FleetRepository, host: &HostName, manner: &Manner) -> Result<Self> {
+    fn new(hub: &ServedDirectory, host: &HostName, manner: &Manner, scratch: &Path) -> Result<Self> {
         let old = hub.valid_manifest(host)?;
-        let is_ours = old.as_ref().map_or(Ok(false), |old| is_ours(old, manner.key, &repository.scratch(host)))?;
+        let is_ours = old.as_ref().map_or(Ok(false), |old| is_ours(old, manner.key, scratch))?;
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let heard = heartbeat.as_ref().map(|heartbeat| [&heartbeat.seen, &heartbeat.deployed]);
         let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);
@@ -152,6 +178,31 @@ impl Standing {
             );
         }
         Ok(Self { old, is_ours, refused: heartbeat.and_then(|heartbeat| heartbeat.refused), known, now })
+    }
+
+    /// The same; fails unless the hub serves the host, and what it offers may be followed by what is published so.
+    fn that_may_be_replaced(hub: &ServedDirectory, host: &HostName, manner: &Manner, scratch: &Path) -> Result<Self> {
+        hub.check(host)?;
+        let before = Self::new(hub, host, manner, scratch)?;
+        let is_signed = before.old.as_ref().is_some_and(|(_, signed)| signed.signature.is_some());
+        if is_signed && manner.key.is_none() && !manner.unsigned {
+            return Err(manner.no_key).context(|| format!("publish {host}"));
+        }
+        Ok(before)
+    }
+
+    /// What there is to say of a new release in the place of the present one; none if that is the same, and will do.
+    fn why_replace(&self, hub: &ServedDirectory, built: &Built, manner: &Manner) -> Option<&'static str> {
+        let new = (built.sha256, built.attr, Some(&built.toplevel));
+        let same = self.old.as_ref().filter(|(old, _)| (&old.sha256, &old.attr, old.toplevel.as_ref()) == new);
+        Some(match same {
+            None => "",
+            Some(_) if !self.is_ours => ": the same, signed again",
+            Some((same, _)) if !hub.has_archive(same, self.refused.is_some()) => ": the same, sent again",
+            Some((same, _)) if self.has_gone_back(same) => ": the same, since the hub had gone back",
+            Some((same, _)) if self.is_to_be_renewed(same, manner.lasting) => ": renewed",
+            Some(_) => return None,
+        })
     }
 
     /// Whether a later release than this one is known to have been published.

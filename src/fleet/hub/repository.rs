@@ -156,14 +156,15 @@ impl FleetRepository {
         self.places()?.iter().filter(|(_, is_flake)| *is_flake).map(|(place, _)| self.pack(place, true)).collect()
     }
 
-    /// Finds all hosts, and what kept others from being found.
-    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Vec<Error>)> {
+    /// Finds all hosts, and what kept others from being found, and where.
+    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Vec<(String, Error)>)> {
         let look = |(place, is_flake): &(String, bool)| self.pack(place, *is_flake).and_then(|source| self.hosts_in(source));
         let (mut hosts, mut failed) = (Vec::new(), Vec::new());
-        for found in jobs::parallel(&self.places()?, jobs, look) {
+        let places = self.places()?;
+        for ((place, _), found) in places.iter().zip(jobs::parallel(&places, jobs, look)) {
             match found {
                 Ok(found) => hosts.extend(found),
-                Err(error) => failed.push(error),
+                Err(error) => failed.push((place.clone(), error)),
             }
         }
         Ok((tell_apart(hosts)?, failed))

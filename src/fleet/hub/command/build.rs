@@ -100,7 +100,9 @@ impl Fleet<'_> {
     fn manner(&self, origin: Provenance) -> Manner<'_> {
         let has = |option| self.arguments.has(option);
         let (key, lasting) = (self.settings.signing_key.as_deref(), self.settings.expires_after);
-        Manner { build: !has("--no-build"), key, unsigned: has("--unsigned"), lasting, origin, memory: Memory::new(&self.directory) }
+        let (build, unsigned, memory) = (!has("--no-build"), has("--unsigned"), Memory::new(&self.directory));
+        let no_key = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
+        Manner { build, key, unsigned, no_key, lasting, origin, memory }
     }
 }
 

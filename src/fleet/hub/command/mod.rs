@@ -184,7 +184,7 @@ impl Fleet<'_> {
     /// be meant.
     fn hosts(&self, repository: &FleetRepository, wanted: &[&str]) -> Result<(Vec<Host>, bool)> {
         let (hosts, failed) = repository.hosts(self.arguments.jobs()?)?;
-        for error in &failed {
+        for (_, error) in &failed {
             log::error!("{error}.");
         }
         Ok((select(hosts, |host| &host.name, wanted)?, failed.is_empty() || !wanted.is_empty()))

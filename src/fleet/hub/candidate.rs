@@ -1,0 +1,199 @@
+//! A hub that publishes by itself: what the stages of its instance do with the fleet's repository.
+//!
+//! What is updated, evaluated and built is the candidate's commit, checked out on its own: nothing of the working tree
+//! counts. The repository says what the hosts are, and no more: where releases go, how nix is called and what they are
+//! signed with is this machine's configuration.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Instance, Publish};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::fleet::Provenance;
+use crate::fleet::hub::jobs::parallel;
+use crate::fleet::hub::memory::Memory;
+use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::repository::{FleetRepository, Host};
+use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::settings::Settings;
+use crate::fleet::temporary::Temporary;
+use crate::git::Repository;
+use crate::git::lockfile::{LockFile, Update};
+use crate::names::{HostName, RunId, Sha256, StorePath};
+use crate::nix;
+use crate::nix::cache::Cache;
+use crate::paths::Paths;
+use crate::run::notes::run_id;
+use crate::run::published::{Offered, Published};
+
+/// How many lines of a failing build's log are repeated.
+const LINES: usize = 10;
+
+/// What the stage that builds hands on to the one that publishes, which evaluates nothing.
+#[derive(Deserialize, Serialize)]
+struct Handover {
+    run: RunId,
+    origin: Provenance,
+    expires_after: Option<u64>,
+    built: Vec<Made>,
+    left_out: BTreeMap<HostName, String>,
+    unknown: BTreeMap<String, String>,
+}
+
+/// A host that was built.
+#[derive(Deserialize, Serialize)]
+struct Made {
+    name: HostName,
+    attr: Option<HostName>,
+    sha256: Sha256,
+    size: u64,
+    toplevel: StorePath,
+}
+
+/// Updates the inputs of all flakes of the repository, as it is in a commit.
+pub fn updates(paths: &Paths, instance: &Instance, repository: &Repository, base: &str) -> Result<Vec<Update>> {
+    let Some(inputs) = &instance.inputs else { return Ok(Vec::new()) };
+    let (fleet, _) = check_out(paths, instance, repository, base)?;
+    let top = source(paths).canonicalize().context(|| format!("read {}", source(paths).display()))?;
+    let cache = Cache::own()?;
+    let limit = Duration::from_secs(instance.timeouts.prepare);
+    let mut updates: BTreeMap<String, Update> = BTreeMap::new();
+    for flake in fleet.flakes()? {
+        let path = flake.directory.join("flake.lock");
+        // a lock file that several share is a link
+        let path = path.canonicalize().unwrap_or(path);
+        let old = path.exists().then(|| fs::read(&path)).transpose().context(|| format!("read {}", path.display()))?;
+        let lock = LockFile::parse(old.as_deref())?;
+        let asked: Vec<_> = inputs.iter().filter(|input| lock.resolve(input).is_ok()).cloned().collect();
+        if asked.is_empty() && !inputs.is_empty() {
+            continue;
+        }
+        let new = fleet.with_unpacked(&flake, "update", |directory| {
+            let flake = format!("path:{}", directory.display());
+            nix::updated_lock_file(&cache, &flake, &lock.meant_by(&asked), &directory.with_extension("lock"), limit)
+        })?;
+        let below = || path.strip_prefix(&top).or_else(|_| path.strip_prefix(source(paths))).ok().and_then(Path::to_str);
+        let path = below().ok_or("it is not in the repository").context(|| format!("update {}", path.display()))?.to_owned();
+        updates.entry(path.clone()).or_insert(Update { path, old, new, asked });
+    }
+    let unknown = |input: &&String| !updates.values().any(|update| update.asked.contains(input));
+    match inputs.iter().find(unknown) {
+        Some(input) => Err(Error::new(format!("Failed to update {input}: no flake has an input of this name"))),
+        None => Ok(updates.into_values().collect()),
+    }
+}
+
+/// Builds all hosts of a commit. One that fails leaves out itself only; fails if there is no other.
+pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: &Repository, commit: &str) -> Result<()> {
+    let (fleet, settings) = check_out(paths, instance, repository, commit)?;
+    let jobs = publish.parallel.get();
+    let (hosts, failed) = fleet.hosts(jobs)?;
+    let archives = archives(paths);
+    files::make_directory(&archives).context(|| format!("create {}", archives.display()))?;
+    let done = parallel(&hosts, jobs, |host| make(&fleet, host, &archives));
+    let (mut built, mut left_out, mut first) = (Vec::new(), BTreeMap::new(), None);
+    for (host, done) in hosts.iter().zip(done) {
+        match done {
+            Ok(made) => built.push(made),
+            Err(error) => {
+                log::error!("{}: {error}.", host.name);
+                for line in error.tail().iter().skip(error.tail().len().saturating_sub(LINES)) {
+                    log::error!("{}: | {line}", host.name);
+                }
+                left_out.insert(host.name.clone(), error.to_string());
+                first = first.or(Some(error));
+            }
+        }
+    }
+    let mut unknown = BTreeMap::new();
+    for (place, error) in failed {
+        log::error!("{place}: {error}.");
+        unknown.insert(place, error.to_string());
+        first = first.or(Some(error));
+    }
+    if built.is_empty() {
+        return Err(first.unwrap_or_else(|| Error::new("Failed to build: there is no host in the repository")));
+    }
+    let origin = fleet.commit();
+    let handover = Handover { run: run_id()?, origin, expires_after: settings.expires_after, built, left_out, unknown };
+    files::write_json(&paths.own("built.json"), &handover, 0o600)
+}
+
+fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Made> {
+    log::info!("{}: building ...", host.name);
+    let system = fleet.evaluate(host)?;
+    fleet.build(host, &system)?;
+    let source = &host.source;
+    let archive = archives.join(&source.sha256);
+    // hosts may share it
+    if !archive.exists() {
+        let doing = || format!("write {}", archive.display());
+        files::write(&archive, &fs::read(&source.archive).context(doing)?, 0o600).context(doing)?;
+    }
+    let (name, attr, sha256) = (host.name.clone(), host.attr.clone(), source.sha256.clone());
+    Ok(Made { name, attr, sha256, size: source.size, toplevel: system.toplevel })
+}
+
+/// Publishes what a run has built; its own unit does so, with the key that signs releases.
+pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
+    let path = paths.own("built.json");
+    let doing = || format!("read {}", path.display());
+    let handover: Handover = files::read_json(&path)?.ok_or("nothing has been built").context(doing)?;
+    if handover.run != *run {
+        return Err("it belongs to another run").context(doing);
+    }
+    let key = std::env::var_os("CREDENTIALS_DIRECTORY").map(|directory| PathBuf::from(directory).join("signing-key"));
+    let hub = ServedDirectory::new(&publish.directory)?;
+    let _turn = hub.turn()?;
+    let manner = Manner {
+        build: false,
+        key: key.as_deref().filter(|key| key.exists()),
+        unsigned: false,
+        no_key: "its release is signed, and services.ekiben.hub.publish.signingKeyFile is not set; set it",
+        lasting: handover.expires_after,
+        origin: handover.origin,
+        memory: Memory::new(&publish.directory),
+    };
+    let scratch = Temporary::below(&std::env::temp_dir())?;
+    let offer = |made: &Made| {
+        let Made { name, attr, sha256, size, toplevel } = made;
+        let (archive, toplevel) = (archives(paths).join(sha256), toplevel.clone());
+        let built = publish::Built { name, attr, archive: &archive, sha256, size: *size, toplevel };
+        publish::offer(&hub, &built, &manner, &scratch.path().join(name))
+    };
+    let mut hosts: BTreeMap<_, _> = handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))).collect();
+    for (made, done) in handover.built.iter().zip(parallel(&handover.built, publish.parallel.get(), offer)) {
+        let offered = done.map_or_else(
+            |error| Offered::left_out(&error.to_string()),
+            |(release, new)| Offered { release: Some(release), new, error: None },
+        );
+        hosts.insert(made.name.clone(), offered);
+    }
+    Published { run: run.clone(), hosts, unknown: handover.unknown }.tell(paths)
+}
+
+/// The fleet's repository as it is in a commit. Of its settings, those count that are not about this machine.
+fn check_out(paths: &Paths, instance: &Instance, repository: &Repository, commit: &str) -> Result<(FleetRepository, Settings)> {
+    let source = source(paths);
+    repository.check_out(commit, &source)?;
+    let mut settings = Settings::read(&source)?;
+    if !settings.flags.is_empty() {
+        log::warn!("flags of fleet.json do not count here: set services.ekiben.hub.publish.flags.");
+    }
+    settings.flags.clone_from(&instance.flags);
+    settings.signing_key = None;
+    Ok((FleetRepository::open(&source, &settings)?, settings))
+}
+
+fn source(paths: &Paths) -> PathBuf {
+    paths.own("source")
+}
+
+fn archives(paths: &Paths) -> PathBuf {
+    paths.own("archives")
+}

@@ -1,0 +1,148 @@
+//! What a run that publishes has come to, host by host: told by the instance's user, and checked by root, who keeps it
+//! for all to read.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::json;
+use crate::names::{HostName, RunId};
+use crate::paths::Paths;
+use crate::run::{Failure, Release, Stage};
+use crate::text;
+
+/// More than what is said of thousands of hosts takes, in bytes.
+const LIMIT: u64 = 4 * 1024 * 1024;
+/// How many of those that were left out are named.
+const NAMED: usize = 8;
+
+/// What came of all hosts.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Published {
+    /// In which run.
+    pub run: RunId,
+    /// Of each host.
+    pub hosts: BTreeMap<HostName, Offered>,
+    /// Why no host could be found in these directories of the repository.
+    pub unknown: BTreeMap<String, String>,
+}
+
+/// What came of one.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Offered {
+    /// What it can fetch now, unless it was left out.
+    pub release: Option<Release>,
+    /// Whether it was published in this run.
+    pub new: bool,
+    /// Why it was left out.
+    pub error: Option<String>,
+}
+
+impl Offered {
+    /// A host that is left out.
+    pub fn left_out(error: &str) -> Self {
+        Self { release: None, new: false, error: Some(error.to_owned()) }
+    }
+}
+
+impl Published {
+    /// Tells root.
+    pub fn tell(&self, paths: &Paths) -> Result<()> {
+        files::write_json(&paths.own("published.json"), self, 0o600)
+    }
+
+    /// Reads what the instance's user has told of a run, as a stranger's.
+    pub fn told(paths: &Paths, run: &RunId) -> Result<Self> {
+        let path = paths.own("published.json");
+        let doing = || format!("read {}", path.display());
+        let told: Self = json::parse_foreign(&files::read_foreign(&path, LIMIT).context(doing)?).context(doing)?;
+        if told.run == *run { Ok(told) } else { Err("it belongs to another run").context(doing) }
+    }
+
+    /// Keeps it for all.
+    pub fn keep(&self, paths: &Paths) -> Result<()> {
+        files::write_json(&paths.hosts(), self, 0o644)
+    }
+
+    /// Whether anything was published.
+    pub fn is_new(&self) -> bool {
+        self.hosts.values().any(|host| host.new)
+    }
+
+    /// Whether nothing can be fetched that was made in this run.
+    pub fn is_nothing(&self) -> bool {
+        self.hosts.values().all(|host| host.error.is_some())
+    }
+
+    /// A line for each host of which there is something to say.
+    pub fn lines(&self) -> Vec<String> {
+        let said = |(name, host): (&HostName, &Offered)| match (&host.error, &host.release) {
+            (Some(error), _) => Some(format!("{name}: {error}")),
+            (None, Some(release)) if host.new => Some(format!("{name}: release {} published", release.sequence)),
+            _ => None,
+        };
+        let unknown = self.unknown.iter().map(|(place, error)| format!("{place}: {error}"));
+        self.hosts.iter().filter_map(said).chain(unknown).collect()
+    }
+
+    /// That some were left out, and which, and why; none if all can fetch what they are to run.
+    pub fn failure(&self) -> Option<Failure> {
+        let of_hosts = self.hosts.iter().filter_map(|(name, host)| Some((name.to_string(), host.error.as_ref()?)));
+        let left_out: Vec<_> = of_hosts.chain(self.unknown.iter().map(|(place, error)| (place.clone(), error))).collect();
+        if left_out.is_empty() {
+            return None;
+        }
+        let mut named: Vec<_> = left_out.iter().take(NAMED).map(|(name, error)| format!("{name} ({})", text::line(error))).collect();
+        if left_out.len() > NAMED {
+            named.push(format!("{} more", left_out.len() - NAMED));
+        }
+        let (count, all) = (left_out.len(), self.hosts.len() + self.unknown.len());
+        let message = format!("Failed to publish {count} of {all} hosts, which keep what they have: {}", named.join(", "));
+        Some(Failure::new(Stage::Publish, &Error::new(message).transient()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn who_was_left_out_is_named_and_the_others_count() {
+        let release = json!({"id": "a".repeat(64), "sequence": 5});
+        let host = |new: bool| json!({"release": release, "new": new, "error": null});
+        let of = |hosts: serde_json::Value, unknown: serde_json::Value| -> Published {
+            serde_json::from_value(json!({"run": "0".repeat(32), "hosts": hosts, "unknown": unknown})).unwrap()
+        };
+        let all = of(json!({"db": host(true), "web": host(false)}), json!({}));
+        assert!(all.is_new() && !all.is_nothing() && all.failure().is_none());
+        assert_eq!(all.lines(), ["db: release 5 published"]);
+        let left_out = json!({"release": null, "new": false, "error": "Failed to build web"});
+        let some = of(json!({"db": host(false), "web": left_out}), json!({"hosts/x": "no flake\u{1b}[31m"}));
+        let failure = some.failure().unwrap();
+        assert!(!some.is_new() && !some.is_nothing() && failure.transient && failure.stage == Stage::Publish);
+        assert!(
+            failure.message.contains("2 of 3 hosts, which keep what they have: web (Failed to build web), hosts/x (no flake"),
+            "{failure:?}"
+        );
+        assert!(of(json!({"web": left_out}), json!({})).is_nothing());
+        let many: serde_json::Map<_, _> = (0..1000).map(|number| (format!("h{number:03}"), left_out.clone())).collect();
+        let said = of(many.into(), json!({})).failure().unwrap().message;
+        assert!(said.ends_with("h007 (Failed to build web), 992 more") && said.len() < 400, "{said}");
+    }
+
+    #[test]
+    fn what_another_run_or_a_stranger_has_left_counts_for_nothing() {
+        let directory = crate::testing::Directory::new();
+        let paths = Paths::below(directory.path(), "publish");
+        std::fs::create_dir_all(paths.own("")).unwrap();
+        let run = RunId::try_from("0".repeat(32)).unwrap();
+        Published { run: run.clone(), hosts: BTreeMap::new(), unknown: BTreeMap::new() }.tell(&paths).unwrap();
+        assert!(Published::told(&paths, &run).is_ok());
+        assert!(Published::told(&paths, &RunId::try_from("1".repeat(32)).unwrap()).unwrap_err().to_string().ends_with("another run"));
+        std::fs::write(paths.own("published.json"), format!(r#"{{"run": "{run}", "hosts": {{"../x": {{}}}}, "unknown": {{}}}}"#)).unwrap();
+        assert!(Published::told(&paths, &run).is_err());
+    }
+}
