@@ -35,6 +35,12 @@ in
     };
     systemd.services.ekiben-publish.environment.NIX_PATH = lib.mkForce "nixpkgs=/etc/scenario/nixpkgs";
     environment.etc."scenario/committer".text = keys.other.private;
+    # what the manual has for a CI job is what is tried here
+    environment.etc."scenario/deploy.sh".text = lib.findFirst (lib.hasPrefix "#!/bin/sh") null (
+      lib.splitString "```" (
+        lib.replaceStrings [ "```sh\n" ] [ "```" ] (builtins.readFile ../src/fleet/README.md)
+      )
+    );
   };
   nodes.db = host "db";
   nodes.plain =

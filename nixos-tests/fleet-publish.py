@@ -104,6 +104,23 @@ with subtest("a host that does not build holds back itself only, and is named"):
     assert numbers() == after
     check_shown(content)
 
+with subtest("a CI job waits for the hosts that it names, or for all, and fails when one of them does"):
+    shown = json.loads(hub.succeed(f"systemctl start ekiben-hub-collect; {POST}"))["hosts"]
+    assert {name: host["state"] for name, host in shown.items()} == {"db": "deployed", "plain": "deployed", "web": "failing"}, shown
+    assert shown["db"]["release"] == numbers()["db"] and "trouble" not in json.dumps(shown), shown
+    job = "env EKIBEN_TOKEN=token-ci-0123456789 EKIBEN_URL=http://127.0.0.1:8787/ekiben sh /etc/scenario/deploy.sh"
+    content["db"] = change("db")
+    push("for one host")
+    for hosts in ("db", ""):
+        hub.succeed(f"rm -f /tmp/ended; ({job} {hosts} > /tmp/said; echo $? > /tmp/ended) > /dev/null 2>&1 &")
+        if hosts:
+            hub.wait_until_succeeds("grep -x published /tmp/said")
+            assert json.loads(hub.succeed(POST))["hosts"]["db"]["state"] == "published" and hub.execute("test -e /tmp/ended")[0] == 1
+            assert poll(db)["result"] == "deployed"
+            becomes(hub, "db", "up to date")
+        hub.wait_until_succeeds("test -s /tmp/ended")
+        assert hub.succeed("tail -n 1 /tmp/said; cat /tmp/ended").split() == (["deployed", "0"] if hosts else ["failing", "1"]), hub.succeed("cat /tmp/said")
+
 with subtest("inputs are updated in one commit, those alone that may be, in whichever flake has them"):
     content["web"] = change("web")
     base = push("web is mended")

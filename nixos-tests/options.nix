@@ -171,6 +171,9 @@ let
     "`services.ekiben.instances.web/2` must be named by letters, digits" = {
       instances."web/2" = instance;
     };
+    "`services.ekiben.hub.publish.repository` must be set: it is what is published." =
+      lib.recursiveUpdate (hubOf { })
+        { hub.publish.enable = true; };
     "`services.ekiben.hub.hosts.Web` must be named by at most 25 lowercase letters" = hubOf {
       Web.publicKey = key "a";
     };

@@ -12,6 +12,7 @@
 //! status/<instance>.output      what the failing program said; root only
 //! status/<instance>.hosts       which hosts the last run has published
 //! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
+//! heard/hosts.json              how the hosts stand, where this is a hub that publishes by itself; seen by the webhook
 //! status/<instance>.reserve     room for the status on a full disk
 //! instances/<instance>/         the instance's user's own: notes, candidate, scratch files
 //! outbox/<instance>/            reports that the fleet's hub has not got yet; written by root, read by the user
@@ -156,6 +157,11 @@ impl Paths {
     /// Which hosts the last run has published.
     pub fn hosts(&self) -> PathBuf {
         self.file("status", "hosts")
+    }
+
+    /// How the hosts of a fleet stand: what the hub has, as the webhook's unit sees it.
+    pub fn heard(&self) -> PathBuf {
+        self.root.join("heard/hosts.json")
     }
 
     /// The releases of a fleet's hub that do not count any more.

@@ -16,6 +16,7 @@
 //! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
 //! <directory>/hosts/<host>/files/<sha256>           one of these files
 //! <directory>/received/<host>/history               the Manifests that have been published, in lines
+//! <directory>/heard/hosts.json                      how the hosts stand, for CI jobs that wait for them
 //! <directory>/received/<host>/...                   what was collected, and the hub's own received.json; nobody
 //!                                                   but the hub can write there, where publishers can in release
 //! ```

@@ -1,11 +1,14 @@
 //! What a client of the webhook may know of an instance: how it is, not why.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::error::{Context, Result};
 use crate::paths::Paths;
 use crate::run::ended::Ended;
 use crate::run::hold::Hold;
+use crate::run::published::{HostStanding, Published};
 use crate::run::status::{Running, Status};
 use crate::run::{Outcome, Stage};
 
@@ -25,6 +28,9 @@ struct ForClients {
     last: Option<LastForClients>,
     /// What is known to be bad.
     bad: Option<KnownBad>,
+    /// How the hosts stand, if it is a fleet that is published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hosts: Option<BTreeMap<String, HostStanding>>,
 }
 
 /// A candidate that will not be tried again for now.
@@ -63,7 +69,8 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
     });
     let running = running.map(|running| Running { by: Vec::new(), ..running });
     let (queued, hold) = (queued || held.is_some(), Hold::read(paths));
-    serde_json::to_string(&ForClients { queued, hold, running, served, last, bad })
+    let hosts = Published::standings(paths, running.is_some());
+    serde_json::to_string(&ForClients { queued, hold, running, served, last, bad, hosts })
         .map(|text| text + "\n")
         .context(|| "write the state".into())
 }

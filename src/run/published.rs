@@ -2,13 +2,14 @@
 //! for all to read.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::json;
-use crate::names::{HostName, RunId};
+use crate::names::{HostName, RunId, Sequence};
 use crate::paths::Paths;
 use crate::run::{Failure, Release, Stage};
 use crate::text;
@@ -27,6 +28,29 @@ pub struct Published {
     pub hosts: BTreeMap<HostName, Offered>,
     /// Why no host could be found in these directories of the repository.
     pub unknown: BTreeMap<String, String>,
+}
+
+/// How a host stands with what is published for it, as others may know it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum HostStep {
+    /// A run under way is about to publish for it.
+    Building,
+    /// It can fetch what it is to run.
+    Published,
+    /// It runs that.
+    Deployed,
+    /// It was left out, or has failed to run that, or refuses it.
+    Failing,
+}
+
+/// The same, for one release.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct HostStanding {
+    /// The release; none, if it was left out.
+    pub release: Option<Sequence>,
+    /// How it stands with it.
+    pub state: HostStep,
 }
 
 /// What came of one.
@@ -64,6 +88,29 @@ impl Published {
     /// Keeps it for all.
     pub fn keep(&self, paths: &Paths) -> Result<()> {
         files::write_json(&paths.hosts(), self, 0o644)
+    }
+
+    /// How all hosts stand with what the last run has published, by what the hub has heard since; none if the instance
+    /// publishes nothing.
+    pub fn standings(paths: &Paths, is_running: bool) -> Option<BTreeMap<String, HostStanding>> {
+        let read = |path: PathBuf| files::read_foreign(&path, LIMIT).ok();
+        let Self { hosts, unknown, .. } = json::parse_foreign(&read(paths.hosts())?).ok()?;
+        let heard = read(paths.heard()).and_then(|text| json::parse_foreign(&text).ok());
+        let heard: BTreeMap<HostName, HostStanding> = heard.unwrap_or_default();
+        let standing = |name: &HostName, host: &Offered| {
+            let release = host.release.as_ref().map(|release| release.sequence);
+            // that is of a later one, where somebody has published since
+            let heard = heard.get(name).filter(|heard| heard.release >= release);
+            let state = match release {
+                _ if is_running => HostStep::Building,
+                None => HostStep::Failing,
+                Some(_) => heard.map_or(HostStep::Published, |heard| heard.state),
+            };
+            HostStanding { release, state }
+        };
+        let hosts = hosts.iter().map(|(name, host)| (name.to_string(), standing(name, host)));
+        let left_out = HostStanding { release: None, state: if is_running { HostStep::Building } else { HostStep::Failing } };
+        Some(hosts.chain(unknown.into_keys().map(|place| (place, left_out))).collect())
     }
 
     /// Whether anything was published.
@@ -106,6 +153,7 @@ impl Published {
 
 #[cfg(test)]
 mod tests {
+    use super::HostStep::{Building, Deployed, Failing, Published as Offered};
     use super::*;
     use serde_json::json;
 
@@ -131,6 +179,30 @@ mod tests {
         let many: serde_json::Map<_, _> = (0..1000).map(|number| (format!("h{number:03}"), left_out.clone())).collect();
         let said = of(many.into(), json!({})).failure().unwrap().message;
         assert!(said.ends_with("h007 (Failed to build web), 992 more") && said.len() < 400, "{said}");
+    }
+
+    #[test]
+    fn hosts_stand_as_they_were_heard_of_the_release_that_was_published() {
+        let directory = crate::testing::Directory::new();
+        let paths = Paths::below(directory.path(), "publish");
+        for below in ["status", "heard"] {
+            std::fs::create_dir_all(directory.path().join(below)).unwrap();
+        }
+        assert!(Published::standings(&paths, false).is_none());
+        let host = json!({"release": {"id": "a".repeat(64), "sequence": 5}, "new": true, "error": null});
+        let left_out = json!({"release": null, "new": false, "error": "x"});
+        let published = json!({"run": "0".repeat(32), "unknown": {}, "hosts": {"a": host, "b": host, "c": host, "d": left_out, "e": host}});
+        std::fs::write(paths.hosts(), published.to_string()).unwrap();
+        let states = |is_running| -> Vec<_> {
+            Published::standings(&paths, is_running).unwrap().into_values().map(|standing| standing.state).collect()
+        };
+        assert_eq!(states(false), [Offered, Offered, Offered, Failing, Offered]);
+        let heard = |release: u64, state: &str| json!({"release": release, "state": state});
+        // the last is what was heard of an earlier release
+        let heard = json!({"a": heard(5, "deployed"), "b": heard(5, "failing"), "c": heard(6, "deployed"), "d": heard(4, "deployed"), "e": heard(4, "deployed")});
+        std::fs::write(paths.heard(), heard.to_string()).unwrap();
+        assert_eq!(states(false), [Deployed, Failing, Deployed, Failing, Offered]);
+        assert_eq!(states(true), [Building; 5]);
     }
 
     #[test]

@@ -170,7 +170,10 @@ let
           "/run/systemd/notify"
           "/var/lib/ekiben/holds"
           "/var/lib/ekiben/status"
-        ];
+        ]
+        ++ lib.optional (
+          cfg.hub.enable && cfg.hub.publish.enable
+        ) "-${cfg.hub.directory}/heard:/var/lib/ekiben/heard";
         BindPaths = [ "/var/lib/ekiben/queue" ];
         BindLogSockets = false;
         # writable ones of its own are made for it, which it does not need

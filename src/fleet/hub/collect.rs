@@ -16,8 +16,8 @@ use ::nix::fcntl::FlockArg;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::hub::history;
 use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::{history, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::gather::gather;
 use crate::json;
@@ -51,6 +51,7 @@ pub fn collect(hub: &ServedDirectory) -> Result<()> {
     for error in &failed {
         log::error!("{error}.");
     }
+    standing::keep(hub)?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
 }
 

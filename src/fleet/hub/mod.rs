@@ -16,4 +16,5 @@ mod remote;
 mod repository;
 pub mod served;
 pub mod settings;
+mod standing;
 mod status;

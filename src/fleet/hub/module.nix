@@ -175,6 +175,7 @@ let
     };
   };
 
+  publishes = publish.enable && publish.repository != null;
   # the instance that publishes: others may be told of it as of any
   publishInstance = {
     inherit (publish)
@@ -463,12 +464,12 @@ in
   config = mkIf hub.enable {
     services.ekiben = {
       enable = mkIf publish.enable (lib.mkDefault true);
-      instances.publish = mkIf publish.enable publishInstance;
+      instances.publish = mkIf publishes publishInstance;
       settings.hub = {
         inherit (hub) directory;
         files = mapAttrs (_: host: host.files) hosts;
       };
-      settings.instances = mkIf publish.enable {
+      settings.instances = mkIf publishes {
         publish.publish = {
           inherit (hub) directory;
           inherit (publish) parallel;
@@ -526,7 +527,7 @@ in
       services = {
         ekiben-hub-collect = collect;
         ekiben-hub-files = serveFiles;
-        ekiben-publish = mkIf (publish.enable && cfg.enable) {
+        ekiben-publish = mkIf (publishes && cfg.enable) {
           environment = {
             XDG_STATE_HOME = "/var/lib/ekiben/instances/publish";
           }
@@ -541,7 +542,7 @@ in
             "${asRoot} publish publish"
           ];
         };
-        "ekiben-release-publish@" = mkIf (publish.enable && cfg.enable) release;
+        "ekiben-release-publish@" = mkIf (publishes && cfg.enable) release;
       };
       timers = {
         ekiben-hub-collect = timer "Timer of the collection of reports" hub.reports.interval;
@@ -556,6 +557,7 @@ in
         # what there is of hosts that were removed a while ago
         "d ${directories}/.removed 0700 root root 0"
       ]
+      ++ lib.optional publish.enable "d ${hub.directory}/heard 0755 ${hub.user} root -"
       ++ lib.optional (hub.user == account) "d ${hub.directory}/home 0700 ${account} ${account} -"
       ++ lib.concatMap (name: [
         "d ${directories}/${name} 0755 root root -"

@@ -54,6 +54,9 @@ pub struct Host {
     pub source: Arc<Packed>,
 }
 
+/// What kept hosts from being found, and in which places.
+pub type Failed = Vec<(String, Error)>;
+
 /// What a configuration evaluates to.
 #[derive(Deserialize)]
 pub struct System {
@@ -157,7 +160,7 @@ impl FleetRepository {
     }
 
     /// Finds all hosts, and what kept others from being found, and where.
-    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Vec<(String, Error)>)> {
+    pub fn hosts(&self, jobs: usize) -> Result<(Vec<Host>, Failed)> {
         let look = |(place, is_flake): &(String, bool)| self.pack(place, *is_flake).and_then(|source| self.hosts_in(source));
         let (mut hosts, mut failed) = (Vec::new(), Vec::new());
         let places = self.places()?;

@@ -149,6 +149,11 @@ impl ServedDirectory {
         if place.is_dir() { Ok(()) } else { Err(why()).context(|| format!("publish {host}")) }
     }
 
+    /// How the hosts stand, for all to read.
+    pub fn heard(&self) -> PathBuf {
+        self.directory.join("heard/hosts.json")
+    }
+
     /// What a host may fetch.
     pub fn release(&self, host: &HostName) -> PathBuf {
         self.directory.join("hosts").join(host).join("release")
