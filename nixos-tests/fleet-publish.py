@@ -200,6 +200,11 @@ with subtest("a hold holds, and what was asked for is published when it ends"):
     hub.succeed("ekiben resume publish")
     hub.wait_until_succeeds(knows("publish", f'.deployed.commit == "{commit}" and .running == null'))
 
+with subtest("what is published is not rolled back here"):
+    before = published()
+    assert "revert the commit" in hub.fail("ekiben rollback publish 2>&1")
+    assert published() == before
+
 with subtest("your edits stay yours, and are not published"):
     write(hub, "/srv/fleet/hosts/db/app/content", "an edit")
     content["web"] = change("web")

@@ -52,6 +52,10 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
 /// Has the last deployment undone, and waits for the end of that run as for any other.
 pub fn roll_back(config: &Config, name: &str) -> Result<ExitCode> {
     let paths = paths(config, name, "roll back", Paths::rollback)?;
+    if config.instance(name)?.publish.is_some() {
+        let why = "it deploys nothing on this machine; revert the commit, and have that published";
+        return Err(Error::new(format!("Failed to roll back {name}: {why}")));
+    }
     follow(&paths, |paths| {
         let last = |status: &Status| status.runs.iter().find(|run| run.trigger == Trigger::Rollback).cloned();
         let status = Status::read(paths);

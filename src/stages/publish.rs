@@ -11,7 +11,7 @@ use crate::run::journal::{Decision, Phase, Run};
 use crate::run::notes::Notes;
 use crate::run::published::Published;
 use crate::run::status::Status;
-use crate::run::{Failure, Stage};
+use crate::run::{Failure, Stage, Trigger};
 use crate::stages::branch::Fate;
 use crate::stages::{conclude, release, settle};
 
@@ -25,7 +25,9 @@ pub fn publish(paths: &Paths, config: Option<&Config>) -> Result<()> {
         return Err(Error::new("Failed to publish: no run is under way"));
     };
     Status::announce(paths, &run, Stage::Publish)?;
-    if config.is_none() {
+    if run.failure.is_some() || run.decision.is_some() {
+        // there is nothing to do any more
+    } else if config.is_none() {
         run.decision = Some(Decision::StartOver);
     } else if let Err(error) = attempt(paths, &mut run) {
         log::warn!("{error}.");
@@ -38,6 +40,9 @@ pub fn publish(paths: &Paths, config: Option<&Config>) -> Result<()> {
 
 fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
     run.notes = Notes::read_of(paths, &run.id)?;
+    if run.trigger == Trigger::Rollback {
+        return Err(Error::new("Failed to roll back: nothing was deployed on this machine"));
+    }
     let Some(is_head) = run.proposal().map(|proposal| proposal.commit == proposal.head) else {
         return Err(Error::new("Failed to publish: there is no proposal"));
     };
