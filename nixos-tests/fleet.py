@@ -95,12 +95,12 @@ with subtest("what does not run is rolled back, and the hub says so"):
 
 # on hosts alone
 with subtest("a group stands for its hosts, and nothing for a group that is none"):
-    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"groups": {"flakes": ["db", "web"], "none": []}}))
-    said = hub.succeed(fleet("deploy @flakes"), fleet("renew @flakes"), fleet("history @flakes"), fleet("build dry-build @flakes"), fleet("log @flakes"))
-    assert "db: unchanged" in said and "web:\n" in said and "plain" not in said, said
-    assert set(json.loads(hub.succeed(fleet("status --json @flakes")))) == {"db", "web"}
-    assert "plain" not in hub.succeed(fleet("diff @flakes"))
-    for group, why in {"@none": "no host in it", "@laptops": "fleet.json has flakes, none"}.items():
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"groups": {"servers": ["db", "plain"], "none": []}}))
+    said = hub.succeed(fleet("deploy @servers"), fleet("renew @servers"), fleet("history @servers"), fleet("build dry-build @servers"), fleet("log @servers"))
+    assert "db: unchanged" in said and "plain:\n" in said and "web" not in said, said
+    assert set(json.loads(hub.succeed(fleet("status --json @servers")))) == {"db", "plain"}
+    assert "web" not in hub.succeed(fleet("diff @servers"))
+    for group, why in {"@none": "no host in it", "@laptops": "fleet.json has none, servers"}.items():
         for command in ("deploy", "status --once", "flake-update"):
             assert why in hub.fail(fleet(f"{command} {group}"))
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
