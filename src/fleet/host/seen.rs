@@ -36,7 +36,10 @@ pub fn check(paths: &Paths, release: &Release, committed: Option<Release>, now: 
             let why = "this machine's clock is not set, so the number cannot be checked; a later run tries again";
             Err(why).context(doing).map_err(Error::transient)
         } else {
-            Err(format!("expected a number of at most {highest}, which is tomorrow by this machine's clock")).context(doing)
+            Err(format!(
+                "expected a number of at most {highest}, which is tomorrow by this machine's clock; set that one, or the publisher's"
+            ))
+            .context(doing)
         };
     }
     match newest(paths, committed)? {

@@ -141,6 +141,7 @@ impl fmt::Display for HostState {
 pub mod tests {
     use super::*;
     use crate::fleet::{FORMAT, Provenance};
+    use crate::run::hold::Hold;
 
     pub fn release(sequence: u64) -> Release {
         Release { id: format!("{sequence:064x}").try_into().unwrap(), sequence: sequence.try_into().unwrap() }
@@ -208,6 +209,9 @@ pub mod tests {
         // what is published has expired, or what the host has been offered
         assert_eq!(of(Some(&manifest()), Some(&heartbeat(2)), 5001), Stale);
         assert_eq!(of(Some(&manifest()), Some(&Heartbeat { expires: Some(4000), ..heartbeat(1) }), 4001), Stale);
+        // who is held has not asked for a newer one
+        let held = Hold { since: 0, until: 9000, by: "alice".into(), reason: String::new() };
+        assert_eq!(of(Some(&manifest()), Some(&Heartbeat { held: Some(held), expires: Some(4000), ..heartbeat(1) }), 4001), RebuildPending);
         let old = || heartbeat(1);
         let new = || heartbeat(2);
         let same = || manifest().toplevel;
