@@ -377,6 +377,10 @@ class Machine:
         else:
             shutil.copy(source, inside)
 
+    def copy_from_vm(self, source):
+        """Copies a file of the host beside the logs."""
+        shutil.copy(f"/proc/{self.init}/root/{source.lstrip('/')}", self.log_file.parent)
+
 
 def script_environment(machines):
     """The names that a scenario's script finds, as in a NixOS test."""

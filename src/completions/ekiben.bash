@@ -24,7 +24,8 @@ _ekiben() {
         "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
         "fleet build"*) words=$($hosts) options="--jobs --target" ;;
         "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --jobs" ;;
-        "fleet status"*) words=$($hosts) options="--json --wide --once" ;;
+        "fleet collect"*) options="--html --metrics" ;;
+        "fleet status"*) words=$($hosts) options="--json --html --wide --once" ;;
         "fleet history"*) words=$($hosts) options="--json" ;;
         "fleet renew"*) words=$($hosts) options="--jobs" ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;

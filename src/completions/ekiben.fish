@@ -42,6 +42,9 @@ end
 for command in status history
     complete -c ekiben -n "__ekiben_after fleet $command" -l json
 end
+complete -c ekiben -n "__ekiben_after fleet status" -l html -r
+complete -c ekiben -n "__ekiben_after fleet collect" -l html -r
+complete -c ekiben -n "__ekiben_after fleet collect" -l metrics -r
 complete -c ekiben -n "__ekiben_after fleet status" -l wide
 complete -c ekiben -n "__ekiben_after fleet status" -l once
 for command in build deploy renew status history log diff flake-update

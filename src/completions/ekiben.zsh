@@ -25,7 +25,8 @@ _ekiben() {
         "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
         "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
         "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --jobs) ;;
-        "fleet status"*) found=($($hosts)) options=(--json --wide --once) ;;
+        "fleet collect"*) options=(--html --metrics) ;;
+        "fleet status"*) found=($($hosts)) options=(--json --html --wide --once) ;;
         "fleet history"*) found=($($hosts)) options=(--json) ;;
         "fleet renew"*) found=($($hosts)) options=(--jobs) ;;
         "fleet log" | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;

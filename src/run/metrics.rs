@@ -11,9 +11,12 @@ use crate::run::drift::drift;
 use crate::run::hold::Hold;
 use crate::run::status::Status;
 
+/// Labels of a value, and the value.
+pub type Sample = (String, u64);
+
 /// One family of metrics: its name behind `ekiben_`, what it tells, and its samples of an instance: the labels besides the
 /// instance's name, and the value.
-type Family = (&'static str, &'static str, fn(&Paths, &Status) -> Vec<(String, u64)>);
+type Family = (&'static str, &'static str, fn(&Paths, &Status) -> Vec<Sample>);
 
 /// All but how many runs have ended how.
 const FAMILIES: [Family; 13] = [
@@ -54,36 +57,39 @@ pub fn write(config: &Config, file: &Path) -> Result<()> {
 
 fn text(instances: &[(&Paths, Status)]) -> String {
     let mut lines = Vec::new();
+    let counts =
+        |_: &Paths, status: &Status| status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect::<Vec<_>>();
+    let mut add = |name, help, kind, samples: &dyn Fn(&Paths, &Status) -> Vec<Sample>| {
+        let of_one = |(paths, status): &(&Paths, Status)| {
+            let name = paths.name().to_owned();
+            samples(paths, status).into_iter().map(move |(labels, value)| (format!("name=\"{name}\"{labels}"), value))
+        };
+        family(&mut lines, name, help, kind, instances.iter().flat_map(of_one).collect());
+    };
     for (name, help, samples) in FAMILIES {
-        let of_all: Vec<_> = instances.iter().map(|(paths, status)| (*paths, samples(paths, status))).collect();
-        family(&mut lines, name, help, "gauge", &of_all);
+        add(name, help, "gauge", &samples);
     }
-    let counts = |status: &Status| status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect();
-    let of_all: Vec<_> = instances.iter().map(|(paths, status)| (*paths, counts(status))).collect();
-    family(&mut lines, "runs_total", "How many runs have ended how.", "counter", &of_all);
+    add("runs_total", "How many runs have ended how.", "counter", &counts);
     lines.join("\n") + "\n"
 }
 
 /// A family of one kind, unless there is nothing of it.
-fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: &[(&Paths, Vec<(String, u64)>)]) {
-    if samples.iter().all(|(_, samples)| samples.is_empty()) {
-        return;
-    }
-    lines.push(format!("# HELP ekiben_{name} {help}\n# TYPE ekiben_{name} {kind}"));
-    for (paths, samples) in samples {
-        lines.extend(samples.iter().map(|(label, value)| format!("ekiben_{name}{{name=\"{}\"{label}}} {value}", paths.name())));
+pub fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: Vec<Sample>) {
+    if !samples.is_empty() {
+        lines.push(format!("# HELP ekiben_{name} {help}\n# TYPE ekiben_{name} {kind}"));
+        lines.extend(samples.into_iter().map(|(labels, value)| format!("ekiben_{name}{{{labels}}} {value}")));
     }
 }
 
-fn one(is_so: bool) -> Vec<(String, u64)> {
+fn one(is_so: bool) -> Vec<Sample> {
     vec![(String::new(), u64::from(is_so))]
 }
 
-fn some(value: Option<u64>) -> Vec<(String, u64)> {
+fn some(value: Option<u64>) -> Vec<Sample> {
     value.map(|value| (String::new(), value)).into_iter().collect()
 }
 
-/// Debug escapes as Prometheus does.
-fn label(name: &str, value: &str) -> String {
+/// A label behind others. Debug escapes as Prometheus does.
+pub fn label(name: &str, value: &str) -> String {
     format!(",{name}={value:?}")
 }

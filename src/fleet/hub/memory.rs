@@ -8,7 +8,8 @@ use crate::files;
 use crate::fleet::temporary::home;
 use crate::names::{HostName, Sequence};
 
-/// The numbers of one hub, a file for each host.
+/// The numbers of one hub, a file for each host; none where nothing is remembered.
+#[derive(Default)]
 pub struct Memory(Option<PathBuf>);
 
 impl Memory {

@@ -10,6 +10,8 @@ mod history;
 mod host_state;
 mod jobs;
 mod memory;
+mod metrics;
+mod page;
 mod publish;
 mod push;
 mod remote;

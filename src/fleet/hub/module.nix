@@ -143,6 +143,14 @@ let
     };
   };
 
+  # what the one that collects writes, as an option of its command
+  written = filterAttrs (_: file: file != null) {
+    inherit (hub) metrics;
+    html = hub.statusPage;
+  };
+
+  hasSettings = written != { } && hub.repository != null;
+
   collect = {
     description = "Collection of what the hosts of Ekiben's fleet report";
     after = map (name: "${utils.escapeSystemdPath (mount name).where}.mount") (
@@ -151,10 +159,18 @@ let
     # a short interval must not end it
     startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
-      ExecStart = "${ekiben} fleet collect --directory ${hub.directory}";
+      ExecStart =
+        "${ekiben} fleet collect --directory ${hub.directory}"
+        + lib.optionalString hasSettings " --repository ${utils.escapeSystemdExecArg hub.repository}"
+        + concatStringsSep "" (mapAttrsToList (option: file: " --${option} ${file}") written);
       User = hub.user;
       Group = account;
-      ReadWritePaths = hub.directory;
+      ReadWritePaths = [ hub.directory ] ++ map dirOf (builtins.attrValues written);
+    }
+    # the settings alone
+    // optionalAttrs hasSettings {
+      ProtectHome = "tmpfs";
+      BindReadOnlyPaths = "-${hub.repository}/fleet.json";
     };
   };
 
@@ -439,6 +455,25 @@ in
         description = "Whom to tell how a run has ended: as {option}`services.ekiben.instances.<name>.notify`.";
       };
     };
+    metrics = mkOption {
+      type = types.nullOr plainPath;
+      default = null;
+      example = "/var/lib/ekiben-hub-metrics/fleet.prom";
+      description = ''
+        A text file for Prometheus' node exporter (its `textfile` collector) with the state of each host and when it was heard
+        of last, replaced in one step whenever reports are collected. Its directory belongs to {option}`user`, and is another
+        than that of {option}`services.ekiben.metrics`.
+      '';
+    };
+    statusPage = mkOption {
+      type = types.nullOr plainPath;
+      default = null;
+      example = "/var/lib/ekiben-hub-page/index.html";
+      description = ''
+        An HTML page that shows the same as {command}`ekiben fleet status`, replaced in one step whenever reports are collected.
+        Its directory belongs to {option}`user`.
+      '';
+    };
     reports = {
       size = mkOption {
         type = types.strMatching "[1-9][0-9]*[kMG]";
@@ -558,6 +593,7 @@ in
         "d ${directories}/.removed 0700 root root 0"
       ]
       ++ lib.optional publish.enable "d ${hub.directory}/heard 0755 ${hub.user} root -"
+      ++ map (file: "d ${dirOf file} 0755 ${hub.user} ${account} -") (builtins.attrValues written)
       ++ lib.optional (hub.user == account) "d ${hub.directory}/home 0700 ${account} ${account} -"
       ++ lib.concatMap (name: [
         "d ${directories}/${name} 0755 root root -"

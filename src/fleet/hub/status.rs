@@ -35,25 +35,44 @@ pub struct Known<'a> {
     pub memory: Memory,
 }
 
+/// Hosts and what there is to show of them.
+pub type Rows = BTreeMap<HostName, Row>;
+
 /// A host, as `--json` shows it.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Row {
-    state: String,
-    well: bool,
+pub struct Row {
+    pub(super) state: String,
+    pub(super) well: bool,
     /// What there is to see to, in lines.
-    trouble: Vec<String>,
+    pub(super) trouble: Vec<String>,
     /// The beginnings of the hashes of the published and of the running system.
     local_version: String,
     remote_version: String,
     /// When the last heartbeat arrived, in seconds since 1970.
-    heard: Option<u64>,
-    published: Option<Manifest>,
+    pub(super) heard: Option<u64>,
+    pub(super) published: Option<Manifest>,
     heartbeat: Option<Heartbeat>,
     #[serde(skip)]
-    state_alone: HostState,
+    pub(super) state_alone: HostState,
     #[serde(skip)]
-    exit: u8,
+    pub(super) exit: u8,
+}
+
+impl Row {
+    /// When the release was published, and when the host's last run ended.
+    pub(super) fn published_at(&self) -> Option<u64> {
+        self.published.as_ref().map(|manifest| manifest.published)
+    }
+
+    pub(super) fn last_run(&self) -> Option<u64> {
+        self.heartbeat.as_ref()?.last.as_ref().map(|last| last.finished)
+    }
+
+    /// The moments that are shown of it, in seconds since 1970.
+    pub(super) fn moments(&self) -> [(&'static str, Option<u64>); 3] {
+        [("heard", self.heard), ("last run", self.last_run()), ("published", self.published_at())]
+    }
 }
 
 fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> Row {
@@ -139,22 +158,16 @@ fn hash(path: &StorePath) -> String {
     path.path().file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
 }
 
-/// Shows hosts, all if none are named; as JSON, once, or again whenever something changes. The exit status says which
-/// kind of trouble there is, the gravest of them.
+/// Shows hosts, all if none are named; as JSON, once, or again whenever something changes.
 pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, once: bool, wide: bool) -> Result<ExitCode> {
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
         take_in(hub, wanted, None)?;
-        let (served, known) = (hub.hosts()?, hub.known());
-        let all: BTreeSet<_> = served.iter().chain(fleet.names.iter().flatten()).cloned().collect();
-        let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
-        let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
-        let shown: BTreeMap<_, _> = hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host)))).collect();
+        let shown = rows(hub, fleet, wanted)?;
         if !live {
             if json { output::print_json(&shown) } else { output::print(&table(&shown, wide, false, now())) }?;
-            let exit = shown.values().map(|shown| shown.exit).filter(|exit| *exit > 0).min();
-            return Ok(ExitCode::from(exit.unwrap_or(0)));
+            return Ok(exit(&shown));
         }
         let text = text::lines(&table(&shown, wide, true, now()));
         if text != before {
@@ -167,16 +180,41 @@ pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool,
     }
 }
 
-/// How many hosts there are of which state; then a line for each, and what there is to see to.
-fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) -> String {
-    let wrapped = |text: &str, indent: &str| if terminal { wrapped(text, indent) } else { format!("{indent}{text}\n") };
+/// What there is to show of the hosts of these names, or of all.
+pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Rows> {
+    let (served, known) = (hub.hosts()?, hub.known());
+    let all: BTreeSet<_> = served.iter().chain(fleet.names.iter().flatten()).cloned().collect();
+    let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
+    let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
+    Ok(hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host)))).collect())
+}
+
+/// The exit status that says which kind of trouble there is, the gravest of them.
+pub fn exit(shown: &Rows) -> ExitCode {
+    let exit = shown.values().map(|shown| shown.exit).filter(|exit| *exit > 0).min();
+    ExitCode::from(exit.unwrap_or(0))
+}
+
+/// The hosts in the order in which they are shown.
+pub fn gravest_first(shown: &Rows) -> Vec<(&HostName, &Row)> {
     let mut hosts: Vec<_> = shown.iter().collect();
     hosts.sort_by_key(|(_, shown)| (if shown.exit > 0 { shown.exit } else { u8::MAX }, shown.state_alone, &shown.state));
-    let totals = hosts.chunk_by(|(_, one), (_, other)| one.state == other.state);
+    hosts
+}
+
+/// How many hosts there are of which state, and one of them.
+pub fn totals<'a>(hosts: &[(&'a HostName, &'a Row)]) -> Vec<(usize, &'a Row)> {
+    hosts.chunk_by(|(_, one), (_, other)| one.state == other.state).map(|of_state| (of_state.len(), of_state[0].1)).collect()
+}
+
+/// How many hosts there are of which state; then a line for each, and what there is to see to.
+fn table(shown: &Rows, wide: bool, terminal: bool, now: u64) -> String {
+    let wrapped = |text: &str, indent: &str| if terminal { wrapped(text, indent) } else { format!("{indent}{text}\n") };
+    let hosts = gravest_first(shown);
     if hosts.is_empty() {
         return "no hosts: see ekiben fleet bootstrap\n".into();
     }
-    let totals: Vec<_> = totals.map(|of_state| format!("{} {}", of_state.len(), of_state[0].1.state)).collect();
+    let totals: Vec<_> = totals(&hosts).into_iter().map(|(count, row)| format!("{count} {}", row.state)).collect();
     let mut text = wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
     let mut rows =
@@ -190,14 +228,10 @@ fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) 
             (Some(_), Some(_)) => " ≠",
             _ => "",
         };
-        let last = beat.and_then(|beat| beat.last.as_ref()).map(|last| last.finished);
         let said = |value: Option<&Option<String>>| value.cloned().flatten().unwrap_or_default();
-        rows.push(vec![
-            name.to_string(),
-            shown.state.clone(),
-            age(shown.heard),
-            age(last),
-            age(manifest.map(|manifest| manifest.published)),
+        let mut row = vec![name.to_string(), shown.state.clone()];
+        row.extend(shown.moments().map(|(_, moment)| age(moment)));
+        row.extend([
             shown.local_version.clone(),
             format!("{}{mark}", shown.remote_version),
             manifest.map_or(String::new(), |manifest| manifest.release.sequence.to_string()),
@@ -207,6 +241,7 @@ fn table(shown: &BTreeMap<HostName, Row>, wide: bool, terminal: bool, now: u64) 
             said(beat.map(|beat| &beat.nixos)),
             said(beat.map(|beat| &beat.nixpkgs)),
         ]);
+        rows.push(row);
     }
     if !wide {
         for row in &mut rows {

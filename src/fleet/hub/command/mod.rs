@@ -16,8 +16,10 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::{Settings, find};
-use crate::fleet::hub::{collect, guide, status};
-use crate::output;
+use crate::fleet::hub::status::Rows;
+use crate::fleet::hub::{collect, guide, metrics, page, status};
+use crate::system::now;
+use crate::{files, output};
 
 const HELP: &str = "\
 Publishes NixOS configurations to a fleet of hosts, and shows their state.
@@ -31,7 +33,7 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   deploy [--no-build] [--unsigned] [--jobs N] [HOST...]
                                       build what has changed, and publish it
   renew [HOST...]                     publish again, as it is, what expires before long
-  status [--json] [--wide] [--once] [HOST...]
+  status [--json|--html FILE] [--wide] [--once] [HOST...]
                                       show the state of the hosts, trouble first; exit with 2 if one is failing, 3 if
                                       one is silent or stale, 4 if hub and repository do not agree
   history [--json] [HOST...]          show what has been published, and from which commits
@@ -39,7 +41,8 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   diff [HOST...]                      show what differs between the running systems and the repository
   flake-update [INPUT...] [HOST...]   update the inputs of the flakes
   bootstrap HOST                      print how to add a host
-  collect                             collect the reports of the hosts
+  collect [--html FILE] [--metrics FILE]
+                                      collect the reports of the hosts; write a page, and metrics for Prometheus
 
 @GROUP in the place of HOST means the hosts of one of the groups in fleet.json.
 
@@ -56,13 +59,13 @@ const OPTIONS: [(&str, &[&str]); 11] = [
     ("build", &["--jobs", "--target"]),
     ("deploy", &["--jobs", "--no-build", "--unsigned"]),
     ("renew", &["--jobs"]),
-    ("status", &["--json", "--once", "--wide"]),
+    ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
     ("log", &[]),
     ("diff", &[]),
     ("flake-update", &[]),
     ("bootstrap", &[]),
-    ("collect", &[]),
+    ("collect", &["--html", "--metrics"]),
 ];
 /// How many lines of a failing build's log are shown, and how much of one line of any.
 const LINES: usize = 10;
@@ -78,7 +81,7 @@ impl<'a> Arguments<'a> {
         let mut rest = arguments.iter();
         while let Some(&word) = rest.next() {
             let value = match word {
-                "--repository" | "--directory" | "--jobs" | "--target" => {
+                "--repository" | "--directory" | "--jobs" | "--target" | "--html" | "--metrics" => {
                     rest.next().ok_or("value missing").context(|| format!("understand {word}"))?
                 }
                 _ => "",
@@ -135,6 +138,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         return print(&guide::init(&named.unwrap_or(here))?);
     }
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
+    // who only collects may do so before there is one
+    let place = place.filter(|place| arguments.words != ["collect"] || place.join("fleet.json").exists());
     let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
     let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
     let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
@@ -144,7 +149,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
         ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
         ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub collects on its own")),
-        ["collect"] => collect::collect(&fleet.hub).map(|()| ExitCode::SUCCESS),
+        ["collect"] => fleet.collect(),
         ["renew", ref hosts @ ..] => fleet.renew(hosts),
         ["history", ref hosts @ ..] => fleet.history(hosts),
         ["status", ref hosts @ ..] => fleet.status(hosts),
@@ -177,7 +182,31 @@ impl Fleet<'_> {
         let names = names.and_then(|names| names.inspect_err(|error| log::warn!("{error}.")).ok());
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
+        if has("--html") {
+            collect::take_in(&self.hub, wanted, None)?;
+            let shown = status::rows(&self.hub, &fleet, wanted)?;
+            return self.write(&shown).map(|()| status::exit(&shown));
+        }
         status::status(&self.hub, &fleet, wanted, has("--json"), has("--once"), has("--wide"))
+    }
+
+    /// Collects, and writes what is to be seen of the hosts: as the hub sees them, who has no repository.
+    fn collect(&self) -> Result<ExitCode> {
+        let collected = collect::collect(&self.hub);
+        let fleet = status::Known { settings: &self.settings, names: None, memory: Memory::default() };
+        let written = status::rows(&self.hub, &fleet, &[]).and_then(|shown| self.write(&shown));
+        collected.and(written).map(|()| ExitCode::SUCCESS)
+    }
+
+    /// Writes the files that are asked for, each in one step.
+    fn write(&self, shown: &Rows) -> Result<()> {
+        for (option, text) in [("--html", page::page as fn(&_, _) -> _), ("--metrics", metrics::text)] {
+            if let Some(file) = self.arguments.options.get(option) {
+                let text: String = text(shown, now());
+                files::write(Path::new(file), text.as_bytes(), 0o644).context(|| format!("write {file}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The hosts of these names, all if there are none, and whether all could be looked at that may

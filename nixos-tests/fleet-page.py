@@ -1,0 +1,129 @@
+# ruff: noqa: F821
+import re
+
+SERVED = "/var/lib/ekiben-hub"
+PAGE = "/var/lib/ekiben-page/index.html"
+METRICS = "/var/lib/node-exporter-fleet/fleet.prom"
+EVIL = "</p><script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\"> & so on 'till <b>the end</b>"
+
+
+def release(host, number, expires):
+    """Has the hub offer a release to a host."""
+    manifest = {
+        "format": 1, "host": host, "id": f"{number:064x}", "sequence": number, "sha256": "0" * 64, "size": 0, "attr": None, "toplevel": None, "published": NOW - 4000, "expires": expires, "commit": None, "author": EVIL, "summary": EVIL,
+        "dirty": False,
+    }
+    write(hub, f"{SERVED}/hosts/{host}/release/manifest.json", json.dumps({"manifest": json.dumps(manifest), "signature": None}))
+
+
+def beat(host, number, **changes):
+    """Has a host send its heartbeat."""
+    released = {"id": f"{number:064x}", "sequence": number}
+    heartbeat = {
+        "format": 1, "host": host, "version": EVIL, "seen": released, "deployed": released, "system": None,
+        "running": None, "last": None, "runs": 1, "selfUpdated": False, "rebootNeeded": False, **changes,
+    }
+    write(hub, f"{SERVED}/hosts/{host}/reports/heartbeat.json", json.dumps(heartbeat))
+
+
+start_all()
+hub.wait_for_unit("multi-user.target")
+hub.succeed(fleet("init"))
+NOW = int(hub.succeed("date +%s"))
+HOSTS = {
+    "db": {"last": {"release": {"id": f"{2:064x}", "sequence": 2}, "result": "failed", "stage": "build", "error": EVIL, "finished": NOW - 600}},
+    "plain": {"refused": "no trusted signature", "kernel": EVIL},
+    "web": {"last": {"release": {"id": f"{2:064x}", "sequence": 2}, "result": "deployed", "stage": None, "error": None, "finished": NOW - 90}},
+}
+for name, told in HOSTS.items():
+    release(name, 2, NOW + 86400)
+    beat(name, 2, **told)
+    write(hub, f"/srv/fleet/hosts/{name}/configuration.nix", "{ }")
+
+
+with subtest("the unit that collects writes a page that shows what status shows, the gravest first"):
+    hub.wait_until_succeeds(f"grep -q 'up to date' {PAGE} && grep -q refusing {PAGE} && grep -q failing {PAGE}", timeout=60)
+    page = hub.succeed(f"cat {PAGE}")
+    assert re.findall("<h[12]>(.*)</h[12]>", page) == ["3 hosts", "db", "plain", "web"], page
+    assert re.findall('<li class="(.*)">(.*)</li>', page) == [("bad", "1 failing"), ("bad", "1 refusing"), ("well", "1 up to date")], page
+    assert '<li><span class="faint">last run</span> 10 min ago</li>' in page and "no trusted signature" in page, page
+    assert hub.succeed(f"ls -A $(dirname {PAGE})").split() == ["index.html"]
+
+with subtest("what a host says of itself is text there, and cannot be anything else"):
+    assert "<script" not in page and "<img" not in page and page.count("onerror") == page.count("onerror=&quot;") == 1, page
+    assert "&lt;/p&gt;&lt;script&gt;" in page and "Content-Security-Policy" in page, page
+
+with subtest("a validator finds nothing wrong with the page"):
+    code, said = hub.execute(f"tidy -quiet -errors --show-body-only no {PAGE} 2>&1")
+    assert (code, said) == (0, ""), said
+
+with subtest("a publisher has the same page by a command, whose exit status is that of status"):
+    code, said = hub.execute(fleet("status --html /srv/fleet/page.html web plain db"))
+    assert (code, said) == (2, ""), (code, said)
+    once, by_hub = hub.succeed("cat /srv/fleet/page.html"), hub.succeed(f"cat {PAGE}")
+    times = "as of .*<|[0-9]+ (s|min) ago"
+    assert re.sub(times, "", once) == re.sub(times, "", by_hub), (once, by_hub)
+
+with subtest("a browser shows it, on a desk and on a phone, dark and light"):
+    browser = "env HOME=/tmp chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
+    for name, options in (("desk", "--window-size=1200,800"), ("dark", "--window-size=1200,800 --force-dark-mode --blink-settings=preferredColorScheme=0"), ("phone", "--window-size=500,900")):
+        hub.succeed(f"timeout 120 {browser} {options} --screenshot=/tmp/fleet-page-{name}.png file://{PAGE} 2>&1")
+        hub.copy_from_vm(f"/tmp/fleet-page-{name}.png")
+    # it has run nothing
+    dom = hub.succeed(f"timeout 120 {browser} --dump-dom file://{PAGE} 2> /dev/null")
+    assert "<title>Fleet</title>" in dom and "<script" not in dom, dom
+
+with subtest("Prometheus can read the metrics, and its alerts find what is wrong"):
+    assert hub.succeed(f"promtool check metrics < {METRICS} 2>&1") == ""
+    found = hub.succeed(f"cat {METRICS}")
+    for line in (
+        'ekiben_host_well{host="db"} 0', 'ekiben_host_well{host="web"} 1', 'ekiben_host_state{host="db",state="failing"} 1',
+        'ekiben_host_state{host="plain",state="refusing"} 1', f'ekiben_host_last_run_timestamp_seconds{{host="web"}} {NOW - 90}',
+        f'ekiben_host_release_expiry_timestamp_seconds{{host="web"}} {NOW + 86400}',
+    ):
+        assert line in found.splitlines(), (line, found)
+    heard = int(re.findall(r'ekiben_host_heard_timestamp_seconds\{host="web"\} (\d+)', found)[0])
+    assert NOW - 60 <= heard <= NOW + 300, (NOW, heard)
+    manual = hub.succeed("cat /etc/scenario/manual")
+    rules = next(part.split("\n```", 1)[0] for part in manual.split("```yaml\n")[1:] if part.startswith("groups:"))
+
+    def summary(alert):
+        text = rules.partition(f"alert: EkibenHost{alert}\n")[2].partition('summary: "')[2].partition('"')[0]
+        return text.replace("{{ $labels.host }}", "web").replace("{{ $labels.state }}", "failing")
+
+    tests = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": f'ekiben_{series.replace("@", labels)}', "values": values} for series, values in given.items()],
+                "alert_rule_test": [
+                    {"eval_time": at, "alertname": f"EkibenHost{alert}", "exp_alerts": [{"exp_labels": {"instance": "hub:9100", "host": "web", **more}, "exp_annotations": {"summary": summary(alert)}}] if fires else []}
+                    for at, alert, fires, more in expected
+                ],
+            }
+            for labels in ('instance="hub:9100", host="web"',)
+            for given, expected in (
+                (
+                    {"host_well{@}": "1+0x40 0+0x200", 'host_state{@, state="failing"}': "1+0x240"},
+                    (("30m", "NotWell", False, {}), ("1h", "NotWell", True, {"state": "failing"})),
+                ),
+                ({"host_release_expiry_timestamp_seconds{@}": "864000+0x20000"}, (("24h", "Expires", False, {}), ("200h", "Expires", True, {}))),
+            )
+        ],
+    }
+    still = {"file": METRICS, "instance": "hub:9100"}
+    said = "the hub hub:9100 does not collect: see systemctl status ekiben-hub-collect"
+    tests["tests"].append({
+        "interval": "1m",
+        "input_series": [{"series": f'node_textfile_mtime_seconds{{file="{METRICS}", instance="hub:9100"}}', "values": "0+0x60"}],
+        "alert_rule_test": [
+            {"eval_time": "10m", "alertname": "EkibenHubStandsStill", "exp_alerts": []},
+            {"eval_time": "20m", "alertname": "EkibenHubStandsStill", "exp_alerts": [{"exp_labels": still, "exp_annotations": {"summary": said}}]},
+        ],
+    })
+    hub.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; printf '%s\n' {shlex.quote(rules)} > /run/rules/rules.yml")
+    hub.succeed("cd /run/rules; promtool check rules rules.yml")
+    code, said = hub.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
+    assert code == 0, said
