@@ -497,6 +497,30 @@ with subtest("a run says how the new system differs from the one that ran; where
     assert (ended["result"], ended["changes"]) == ("deployed", []), ended
     machine.succeed(f"rm -r {drop_in} /opt/fails; systemctl daemon-reload")
 
+with subtest("who waits sees how far the run is, what it waits for, and may stop waiting"):
+    publish(machine, "app", "40")
+    said = machine.succeed("ekiben trigger --wait app")
+    assert said.index("app: prepare\n") < said.index("The run ended: deployed."), said
+    # another's turn
+    publish(machine, "app", "41")
+    machine.succeed("systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
+    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    ended, said = machine.execute("timeout --preserve-status --signal=INT 15 ekiben trigger --wait app")
+    assert ended == 130 and "app: waiting: another run is switching this machine\n" in said, (ended, said)
+    assert "No longer waiting; the run of app goes on: see ekiben status app." in said, said
+    assert "waiting   another run is switching this machine" in machine.execute("ekiben status app")[1]
+    machine.succeed("systemctl stop holder")
+    wait_until_at_rest(machine, "app")
+    assert shows(machine, "app") == "41" and machine.execute("pgrep -f '[j]ournalctl.*--follow'")[0] == 1
+    # one that builds
+    publish(machine, "app", "42", trouble="build-hangs")
+    machine.succeed("systemd-run --unit=waiter script --quiet --flush --command 'ekiben trigger --wait app' /run/terminal")
+    machine.wait_until_succeeds("grep -aF 'app: build: building 1 of 1 (' /run/terminal", timeout=60)
+    assert status(machine, "app")["progress"] == "building 1 of 1", status(machine, "app")
+    assert "  progress  building 1 of 1" in machine.execute("ekiben status app")[1]
+    machine.succeed("systemctl stop ekiben-app.service")
+    machine.wait_until_succeeds("grep -aF 'The run ended: failed' /run/terminal")
+
 with subtest("while it builds, status says so"):
     publish(machine, "app", "12", trouble="build-hangs")
     machine.succeed("ekiben trigger app")

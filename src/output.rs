@@ -1,11 +1,17 @@
 //! Standard output: what is printed there has passed [`crate::text`], and a reader may stop reading at any point.
 
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
 use crate::error::{Context, Result};
 use crate::text::{is_shown, lines};
+
+/// Whether the line on the terminal is for now.
+static IS_FOR_NOW: AtomicBool = AtomicBool::new(false);
+/// One that is longer would not be cleared.
+const COLUMNS: usize = 79;
 
 /// Shows lines on standard output; a reader that has gone is no error.
 pub fn print(text: &str) -> Result<()> {
@@ -38,9 +44,20 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     write_out(&text)
 }
 
+/// Shows a line on a terminal that is gone with the next that is shown; `None` clears it. Nothing elsewhere.
+pub fn print_for_now(text: Option<&str>) {
+    let is_shown = IS_FOR_NOW.load(Ordering::Relaxed);
+    if std::io::stdout().is_terminal() && (is_shown || text.is_some()) {
+        let line: String = lines(text.unwrap_or_default()).chars().take(COLUMNS).collect();
+        let _ = write_out(&line);
+        IS_FOR_NOW.store(text.is_some(), Ordering::Relaxed);
+    }
+}
+
 fn write_out(text: &str) -> Result<()> {
     let mut output = std::io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+    let clear = if IS_FOR_NOW.swap(false, Ordering::Relaxed) { "\r\x1b[K" } else { "" };
+    match output.write_all(clear.as_bytes()).and_then(|()| output.write_all(text.as_bytes())).and_then(|()| output.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         other => other.context(|| "write to standard output".into()),
     }

@@ -4,6 +4,7 @@
 pub mod cache;
 pub mod integrity;
 pub mod profile;
+pub mod progress;
 pub mod substitute;
 
 use std::fs;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use crate::error::{Context, Error, Result};
 use crate::names::is_store_path;
 use crate::nix::cache::Cache;
+use crate::nix::progress::Progress;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::text;
@@ -114,7 +116,12 @@ impl Source<'_> {
 pub fn build_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
     let attempt = || {
         let build = nix().args(["build", "--print-build-logs"]).args(flags).arg("--out-link").arg(link);
-        source.give(build).run(limit, || format!("build {}", source.name()))?.success().map_err(not_the_candidate)
+        source
+            .give(build)
+            .heard_by(Progress::teller())
+            .run(limit, || format!("build {}", source.name()))?
+            .success()
+            .map_err(not_the_candidate)
     };
     Cache::own()?.used(attempt)
 }

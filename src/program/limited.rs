@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use crate::error::{Context, Error, Result};
-use crate::program::{Exited, LINE_BYTES, Program, TAIL_LINES};
+use crate::program::{Exited, Hearer, LINE_BYTES, Program, TAIL_LINES};
 use crate::text;
 
 /// How long a program may tidy up after it was asked to end, and how long its end may take.
@@ -46,7 +46,7 @@ impl Program {
         // our ends of the pipe would keep it open
         self.command = Command::new("");
         let mut child = child.context(|| format!("run {}", self.name))?;
-        let mut tail = Tail { watched: self.watched, quiet: self.quiet, ..Tail::default() };
+        let mut tail = Tail { watched: self.watched, quiet: self.quiet, heard: self.heard.take(), ..Tail::default() };
         let mut ended = None;
         loop {
             let heard = tail.follow(&mut reader).context(doing)?;
@@ -102,6 +102,7 @@ struct Tail {
     partial: Vec<u8>,
     watched: &'static [&'static str],
     quiet: bool,
+    heard: Option<Hearer>,
     seen: Vec<String>,
 }
 
@@ -133,6 +134,9 @@ impl Tail {
         }
         // ssh ends its lines as for a terminal
         let line = text::line(String::from_utf8_lossy(&self.partial).trim_end_matches('\r'));
+        if let Some(heard) = &mut self.heard {
+            heard(&line);
+        }
         if !self.quiet {
             log::info!("{line}");
         }

@@ -37,8 +37,12 @@ pub struct Program {
     name: String,
     watched: &'static [&'static str],
     quiet: bool,
+    heard: Option<Hearer>,
     reason: Reason,
 }
+
+/// Hears each line that a program says.
+type Hearer = Box<dyn FnMut(&str)>;
 
 /// Finds what says best why a program failed, in the last lines that it printed.
 pub type Reason = fn(&[String]) -> Option<String>;
@@ -60,14 +64,14 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
-        Self { command, name: name.to_owned(), watched: &[], quiet: false, reason }
+        Self { command, name: name.to_owned(), watched: &[], quiet: false, heard: None, reason }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, reason };
+        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, heard: None, reason };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -126,6 +130,12 @@ impl Program {
     /// Keeps its output out of the journal.
     pub fn quietly(mut self) -> Self {
         self.quiet = true;
+        self
+    }
+
+    /// Has each line of its output heard as it is said.
+    pub fn heard_by(mut self, heard: impl FnMut(&str) + 'static) -> Self {
+        self.heard = Some(Box::new(heard));
         self
     }
 

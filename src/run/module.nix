@@ -518,10 +518,8 @@ let
       TimeoutStopSec = "30s";
       NotifyAccess = "exec";
       User = instance.user;
-      # what it waits for; systemd hears the stage itself alone
-      BindReadOnlyPaths =
-        networkSandbox.BindReadOnlyPaths
-        ++ lib.optional (instance.build == "substitute") "/run/systemd/notify";
+      # how far it is, and what it waits for; systemd hears the stage itself alone
+      BindReadOnlyPaths = networkSandbox.BindReadOnlyPaths ++ [ "/run/systemd/notify" ];
       StateDirectory = "ekiben/instances/${name}";
       StateDirectoryMode = "0700";
       CacheDirectory = "ekiben/${name}";

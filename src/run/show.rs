@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
 use crate::names::RunId;
+use crate::nix::progress;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::drift::drift;
@@ -67,6 +68,8 @@ struct Details {
     is_building: bool,
     /// What the run under way waits for.
     waiting: Option<String>,
+    /// What it builds and fetches: n of m.
+    progress: Option<String>,
     #[serde(flatten)]
     status: Status,
     /// What the program that failed last said; empty if this user may not know.
@@ -121,7 +124,7 @@ fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
         let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());
         let runs = |line: &str| line.starts_with("ExecStart=") && !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]");
         let is_building = text.lines().any(|line| runs(line) && line.contains(" build "));
-        let waiting = value("StatusText=").filter(|text| is_building && !text.is_empty());
+        let waiting = value("StatusText=").filter(|text| !text.is_empty());
         Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building, waiting }))
     };
     gather(said.split("\n\n").filter_map(unit))
@@ -198,6 +201,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     if let Some(running) = &shown.status.running {
         add("running", &format!("since {}, {}", moment(running.started), asked(running.trigger, &running.by)));
         add("waiting", shown.waiting.as_deref().unwrap_or_default());
+        add("progress", shown.progress.as_deref().unwrap_or_default());
     }
     if let Some(hold) = &shown.hold {
         add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
@@ -299,6 +303,7 @@ impl Details {
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
         let service = units.get(&format!("ekiben-{name}.service"));
+        let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
         let mut problems = problems(name, units, &status, since, now());
         problems.extend(drift(&paths));
         problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
@@ -309,7 +314,8 @@ impl Details {
             hold: Hold::read(&paths),
             next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
             is_building: service.is_some_and(|service| service.is_building),
-            waiting: service.and_then(|service| service.waiting.clone()),
+            waiting: said.clone().filter(|text| !text.starts_with(progress::BEGIN)),
+            progress: said.and_then(|text| text.strip_prefix(progress::BEGIN).map(String::from)),
             status,
             output: fs::read_to_string(paths.output()).unwrap_or_default(),
         }

@@ -1,15 +1,21 @@
 //! `ekiben trigger`: a request by somebody at this machine, who need not be root but a member of group
 //! ekiben.
 
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::SignalFd;
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::nix::progress;
 use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
@@ -17,16 +23,24 @@ use crate::run::asker;
 use crate::run::ended::Ended;
 use crate::run::hold::{Hold, moment};
 use crate::run::queue;
-use crate::run::status::Status;
+use crate::run::status::{Running, Status};
 use crate::run::undo;
-use crate::run::{Outcome, Trigger};
+use crate::run::{Outcome, Stage, Trigger};
+use crate::system::now;
+use crate::text::span;
 
 /// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
 const AWAITING_BOOT: u8 = 75;
 /// So many looks in a row at which a request is nowhere mean that it is lost.
 const LOST: u32 = 50;
-/// Between two looks at the status.
-const PAUSE: Duration = Duration::from_millis(200);
+/// Between two looks at the status, in milliseconds.
+const PAUSE: u8 = 200;
+/// systemd is asked at each of so many of them.
+const LOOKS: u32 = 5;
+/// So long a request may lie there unexplained.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The exit status where somebody does not want to wait any more, as of a shell: 128 and the signal's number.
+const INTERRUPTED: u8 = 130;
 
 /// Asks for a run.
 pub fn trigger(config: &Config, name: &str) -> Result<()> {
@@ -40,12 +54,9 @@ pub fn trigger(config: &Config, name: &str) -> Result<()> {
 /// if the run does.
 pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
     let paths = paths(config, name, "trigger", Paths::request)?;
-    follow(&paths, |paths| {
-        let number = request(paths)?;
-        Ok(wait(paths, false, |status| {
-            let run = status.runs.first().filter(|_| status.served >= number);
-            run.cloned()
-        }))
+    follow(&paths, |interrupt| {
+        let number = request(&paths)?;
+        Ok(wait(&paths, interrupt, false, |status| status.runs.first().filter(|_| status.served >= number).cloned()))
     })
 }
 
@@ -56,59 +67,116 @@ pub fn roll_back(config: &Config, name: &str) -> Result<ExitCode> {
         let why = "it deploys nothing on this machine; revert the commit, and have that published";
         return Err(Error::new(format!("Failed to roll back {name}: {why}")));
     }
-    follow(&paths, |paths| {
+    follow(&paths, |interrupt| {
         let last = |status: &Status| status.runs.iter().find(|run| run.trigger == Trigger::Rollback).cloned();
-        let status = Status::read(paths);
-        undo::ask(paths, &status.last_deployment(paths.name())?)?;
+        let status = Status::read(&paths);
+        undo::ask(&paths, &status.last_deployment(paths.name())?)?;
         let earlier = last(&status).map(|run| (run.id, run.result));
-        Ok(wait(paths, true, |status| last(status).filter(|run| earlier != Some((run.id.clone(), run.result)))))
+        Ok(wait(&paths, interrupt, true, |status| last(status).filter(|run| earlier != Some((run.id.clone(), run.result)))))
     })
 }
 
 /// Asks for a run by `ask`, which waits for its end, and shows its log meanwhile.
-fn follow(paths: &Paths, ask: impl FnOnce(&Paths) -> Result<Option<Ended>>) -> Result<ExitCode> {
+fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Result<ExitCode> {
     let name = paths.name();
-    let unit = format!("--unit=ekiben-{name}.service");
-    let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", &unit]).show()?;
-    let ended = ask(paths);
+    let unit = unit(paths);
+    // before the thread that shows the log, which would get it
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    let interrupt = signals.thread_block().and_then(|()| SignalFd::new(&signals)).context(|| "wait for signals".into())?;
+    let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", "--unit", &unit]).show()?;
+    let ended = ask(&interrupt);
     // it may be gone already
     let _ = log.kill();
     let _ = log.wait();
+    output::print_for_now(None);
     match ended? {
-        Some(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged | Outcome::AwaitingBoot | Outcome::Restored) => {
+        Waited::Ended(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged | Outcome::AwaitingBoot | Outcome::Restored) => {
             output::print(&format!("The run ended: {}.\n", run.result))?;
             Ok(if run.result == Outcome::AwaitingBoot { ExitCode::from(AWAITING_BOOT) } else { ExitCode::SUCCESS })
         }
-        Some(run) => {
-            let why = run.error.or_else(|| run.warnings.into_iter().next()).unwrap_or_default();
+        Waited::Ended(run) => {
+            let why = run.error.as_ref().or(run.warnings.first()).map_or("", String::as_str);
             Err(Error::new(format!("The run ended: {}: {why}", run.result)))
         }
-        None => {
+        Waited::Lost => {
             Err(Error::new(format!("Failed to find the run of the request for {name}: nobody has served it, and it is gone; ask again")))
+        }
+        Waited::Interrupted => {
+            output::print(&format!("No longer waiting; the run of {name} goes on: see ekiben status {name}.\n"))?;
+            Ok(ExitCode::from(INTERRUPTED))
         }
     }
 }
 
-/// Waits until the run that `ended` finds has ended; none if what asks for it has been lost: somebody has removed it.
-fn wait(paths: &Paths, is_rollback: bool, ended: impl Fn(&Status) -> Option<Ended>) -> Option<Ended> {
-    let (mut said, mut missed) = (None, 0);
+/// What has come of waiting.
+enum Waited {
+    Ended(Box<Ended>),
+    /// Somebody has removed what asks for the run.
+    Lost,
+    /// By a key.
+    Interrupted,
+}
+
+/// Waits until the run that `ended` finds has ended, and shows meanwhile how far it is, or what it waits for.
+fn wait(paths: &Paths, interrupt: &SignalFd, is_rollback: bool, ended: impl Fn(&Status) -> Option<Ended>) -> Waited {
+    let name = paths.name();
+    let known = format!("{name}: ");
+    let (mut missed, mut said, began) = (0, String::new(), Instant::now());
     let asks = if is_rollback { paths.rollback() } else { paths.request() };
-    loop {
+    for look in 0.. {
         let status = Status::read(paths);
         if let Some(run) = ended(&status).filter(|_| status.running.is_none()) {
-            return Some(run);
+            return Waited::Ended(Box::new(run));
         }
         let is_somewhere = status.running.is_some() || !is_rollback && status.held.is_some() || asks.symlink_metadata().is_ok();
         missed = if is_somewhere { 0 } else { missed + 1 };
         if missed > LOST {
-            return None;
+            return Waited::Lost;
         }
         let hold = Hold::read(paths).filter(|_| status.running.is_none() && !is_rollback);
-        if let Some(hold) = hold.filter(|hold| said.replace(hold.until) != Some(hold.until)) {
-            let _ = output::print(&held(paths.name(), &hold));
+        let state = match (&status.running, hold) {
+            (Some(running), _) if look % LOOKS == 0 || !said.starts_with(&known) => Some(at_work(paths, running)),
+            (None, Some(hold)) => Some(held(name, &hold)),
+            (None, None) if began.elapsed() > PATIENCE => {
+                Some(format!("No run takes the request of {name} yet; see ekiben status {name}.\n"))
+            }
+            _ => None,
+        };
+        // on a terminal, how long it has been going on is in a line of its own
+        if let Some(state) = state.filter(|state| *state != said) {
+            said = state;
+            if status.running.is_none() || !std::io::stdout().is_terminal() {
+                let _ = output::print(&said);
+            }
         }
-        std::thread::sleep(PAUSE);
+        if let Some(running) = &status.running {
+            let elapsed = span(now().saturating_sub(running.started));
+            output::print_for_now(Some(&format!("{} ({elapsed})", said.trim_end())));
+        }
+        let mut ready = [PollFd::new(interrupt.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut ready, PAUSE).is_ok_and(|count| count > 0) {
+            break;
+        }
     }
+    Waited::Interrupted
+}
+
+/// What the run under way does, as far as root announces it and systemd knows more.
+fn at_work(paths: &Paths, running: &Running) -> String {
+    let ask = Program::new("systemctl").args(["show", "--property=StatusText", "--value", "--", &unit(paths)]);
+    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said).trim().to_owned();
+    let what = match said.strip_prefix(progress::BEGIN) {
+        Some(progress) => format!("{}: {progress}", Stage::Build),
+        None if said.is_empty() => running.stage.to_string(),
+        None => format!("waiting: {said}"),
+    };
+    format!("{}: {what}\n", paths.name())
+}
+
+fn unit(paths: &Paths) -> String {
+    format!("ekiben-{}.service", paths.name())
 }
 
 /// Why a request waits, and for how long.

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use sd_notify::NotifyState;
+
 use crate::config::{Build, Instance};
 use crate::error::{Context, Error, Result};
 use crate::fault;
@@ -44,6 +46,8 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         }
         build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });
+    // what systemd knows of it is past
+    let _ = sd_notify::notify(&[NotifyState::Status("")]);
     fault::point("build: built");
     match result {
         Ok(()) => {

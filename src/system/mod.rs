@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
+use sd_notify::NotifyState;
 
 use crate::error::{Context, Error, Result};
 use crate::names::RunId;
@@ -58,8 +59,13 @@ impl Turn {
             DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
         }
         let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)?;
-        Ok(Self { lock, is_used: true })
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).or_else(|(file, _)| {
+            log::info!("Another run is switching this machine; waiting ...");
+            let tell = |what: &str| drop(sd_notify::notify(&[NotifyState::Status(what)]));
+            tell("another run is switching this machine");
+            Flock::lock(file, FlockArg::LockExclusive).inspect(|_| tell(""))
+        });
+        Ok(Self { lock: lock.map_err(|(_, error)| error).context(doing)?, is_used: true })
     }
 
     /// The same, if no turn has ended since [`Self::count`] was this.
