@@ -239,7 +239,7 @@ with subtest("a stage of the user's can write to the repository and its own stat
         # of its own
         *(f"write in {place}" for place in ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")),
         # inputs come over the network, and are built by the daemon
-        "open AF_INET", *(f"connect to {name}" for name in ("/nix/var/nix/daemon-socket/", "/run/nscd/", "/run/systemd/resolve/")),
+        "open AF_INET", *(f"connect to {name}" for name in ("/nix/var/nix/daemon-socket/", "/run/nscd/", "/run/systemd/notify", "/run/systemd/resolve/")),
         *REACHED,
     )
     assert f"write in {REPOSITORY}/.git" in could and "connect to /nix/var/nix/daemon-socket/socket" in could, could
