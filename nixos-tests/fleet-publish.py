@@ -231,7 +231,7 @@ with subtest("the key is there for the unit that publishes, and for nothing that
     # a program of the repository's, in the place of those that evaluate and build, while the key is there
     hub.succeed(
         "sed '/^ExecStart=/d; /^ExecStopPost=/d; /^StateDirectory=/d; /^CacheDirectory=/d' /etc/systemd/system/ekiben-publish.service > /run/systemd/system/ekiben-spy.service",
-        f"mkdir /run/systemd/system/ekiben-spy.service.d; echo \"[Service]\nExecStart=/bin/sh -c 'cat {key}; cat /root/signer; cat /proc/*/root{key}; ls -d /run/*; id -un; true'\" > /run/systemd/system/ekiben-spy.service.d/spy.conf",
+        f"mkdir /run/systemd/system/ekiben-spy.service.d; echo \"[Service]\nExecStart=/bin/sh -c 'cat /run/credentials/*/*; cat /root/signer; cat /proc/*/root/run/credentials/*/*; ls -d /run/*; id -un; true'\" > /run/systemd/system/ekiben-spy.service.d/spy.conf",
         "systemctl daemon-reload; systemctl start ekiben-spy.service; journalctl --sync",
     )
     said = hub.succeed("journalctl -q -u ekiben-spy -o cat")
