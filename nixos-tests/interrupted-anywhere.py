@@ -12,7 +12,8 @@ if wanted is None:
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed
     with subtest("after the fast-forward what is ours in the repository is to go, and the disk fails once"):
-        failed = make(("update", "ekiben", number, "EIO", "candidate accept", ".git/ekiben-app") for number in range(34, 46))
+        places = [(".git/ekiben-app", number) for number in range(36, 46)] + [("/.git/index", number) for number in range(1, 4)]
+        failed = make(("update", "ekiben", number, "EIO", "candidate accept", path) for path, number in places)
         assert not failed, failed
     with subtest("a git that is killed has not said no"):
         path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]

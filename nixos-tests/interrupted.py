@@ -337,6 +337,7 @@ with subtest("a journal or status that makes no sense is set aside"):
         machine.succeed(
             f"printf '{text}' > /var/lib/ekiben/runs/app.json",
             f"printf '{text}' > /var/lib/ekiben/status/app.json",
+            "systemctl start --no-block ekiben-app.service",
         )
         machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
         wait_until_idle(machine, "app")

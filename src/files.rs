@@ -85,6 +85,11 @@ fn tidy(path: &Path) {
     }
 }
 
+/// Does what changes nothing more the second time; a disk may fail once.
+pub fn insist<T>(work: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    work().or_else(|_| work())
+}
+
 /// A file that has no name, and goes when it is closed.
 pub fn unnamed(directory: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o600).open(directory)

@@ -240,8 +240,8 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     files::clear(&file).context(doing)?;
     let remove_directory = || {
         if let Some(directory) = file.parent() {
-            // unless there are refs of other instances; a disk may fail once
-            let _ = fs::remove_dir(directory).or_else(|_| fs::remove_dir(directory));
+            // unless there are refs of other instances
+            let _ = files::insist(|| fs::remove_dir(directory));
         }
     };
     remove_directory();

@@ -328,12 +328,11 @@ let
     description = "Requests for Ekiben's instance ${name}";
     wantedBy = [ "paths.target" ];
     unitConfig = insistent;
-    # each takes one of the few inotify instances that root has
+    # each takes one of the few inotify instances that root has; not a run that was cut off: this would start another
+    # one while that is being ended
     pathConfig.PathExists = [
       "/var/lib/ekiben/queue/${name}"
       "/var/lib/ekiben/rollbacks/${name}"
-      # a run that was cut off
-      "/var/lib/ekiben/runs/${name}.json"
     ];
   };
 

@@ -8,7 +8,6 @@ use crate::config::Instance;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::paths::Paths;
-use crate::program::Program;
 use crate::run::asker;
 use crate::run::holding;
 use crate::run::journal::{Decision, Run};
@@ -18,7 +17,7 @@ use crate::run::status::Status;
 use crate::run::undo;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::{boot, conclude, rollback};
-use crate::system::{again, boot_id, has_unit, now};
+use crate::system::{boot_id, has_unit, now, service, start};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -75,19 +74,21 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     })
 }
 
-/// After a run that has failed: if it could not begin, has another one start as soon as it can. Until then the unit is
-/// seen to have failed.
+/// After a run that has failed: if it could not begin, or has not come to its end, has another one start as soon as it
+/// can. Until then the unit is seen to have failed.
 pub fn retry(paths: &Paths) -> Result<()> {
-    if !conclude::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default()) {
+    let could_not_begin = conclude::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default());
+    if !could_not_begin && !paths.journal().exists() {
         return Ok(());
     }
     paths.restore();
     if paths.check_can_be_written().is_ok() {
         let runs = Status::read(paths).runs;
         let since = runs.first().filter(|run| run.stage == Some(Stage::Begin)).map_or(0, |run| run.started);
-        thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, LONGEST)));
+        let longest = if could_not_begin { LONGEST } else { SHORTEST };
+        thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, longest)));
     }
-    let unit = format!("ekiben-{}.service", paths.name());
+    let unit = service(paths.name());
     let mut pause = PAUSES[0];
     while has_unit(&unit) && paths.check_can_be_written().is_err() {
         thread::sleep(pause);
@@ -97,7 +98,7 @@ pub fn retry(paths: &Paths) -> Result<()> {
         // a switch has taken the instance away
         return Ok(());
     }
-    again(|| Program::as_root("systemctl").args(["start", "--no-block", &unit]).output(|| format!("start {unit}"), None)).map(drop)
+    start(paths.name())
 }
 
 /// Opens the journal, and takes the request that waits, if there is one.

@@ -37,6 +37,13 @@ pub fn has_unit(file: &str) -> bool {
     Path::new("/etc/systemd/system").join(file).exists()
 }
 
+/// Has the instance's service start, without waiting for it; for root only.
+pub fn start(instance: &str) -> Result<()> {
+    let service = service(instance);
+    again(|| Program::as_root("systemctl").args(["start", "--no-block", "--", &service]).output(|| format!("start {service}"), None))
+        .map(drop)
+}
+
 /// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
 pub fn start_if_there(unit: &str, file: &str) {
     if has_unit(file) {
@@ -274,7 +281,8 @@ pub fn again<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     }
 }
 
-fn service(instance: &str) -> String {
+/// The unit of an instance's runs.
+pub fn service(instance: &str) -> String {
     format!("ekiben-{instance}.service")
 }
 

@@ -34,7 +34,7 @@ impl Savepoint {
     /// Makes the private index the user's, who cannot have changed it.
     pub fn install_index(&self) -> Result<()> {
         let (new, index) = (self.index(), self.user_index());
-        rename_if_there(&new, &index).context(|| format!("replace {}", index.display()))
+        files::insist(|| rename_if_there(&new, &index)).context(|| format!("replace {}", index.display()))
     }
 
     /// The same after a cut: the user may have removed the lock by hand.

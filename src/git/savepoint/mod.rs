@@ -254,8 +254,7 @@ impl Savepoint {
             }
             files::clear(&self.directory)
         };
-        // a disk may fail once
-        discard().or_else(|_| discard()).context(|| format!("remove {}", self.directory.display()))
+        files::insist(discard).context(|| format!("remove {}", self.directory.display()))
     }
 
     fn user_index(&self) -> PathBuf {
