@@ -199,9 +199,7 @@ impl Repository {
             Err(error) => (Ok(()), Err(error)),
         };
         let ended = git.end();
-        if ended.as_ref().is_err_and(|error| error.to_string().starts_with(KILLED)) {
-            savepoint.remove_locks()?;
-        }
+        savepoint.remove_locks_after(ended.as_ref().is_err_and(|error| error.to_string().starts_with(KILLED)))?;
         done?;
         let explain = |error: std::io::Error| {
             let said = fs::read_to_string(&errors).unwrap_or_default();

@@ -195,9 +195,7 @@ impl Repository {
         let savepoint = self.savepoint(instance);
         savepoint.note_locks(reference)?;
         let done = work();
-        if done.as_ref().is_err_and(was_killed) {
-            savepoint.remove_locks()?;
-        }
+        savepoint.remove_locks_after(done.as_ref().is_err_and(was_killed))?;
         savepoint.discard().and(done)
     }
 
@@ -260,9 +258,7 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     }
     savepoint.note_locks(reference)?;
     let dropped = drop_it();
-    if dropped.as_ref().is_err_and(was_killed) {
-        savepoint.remove_locks()?;
-    }
+    savepoint.remove_locks_after(dropped.as_ref().is_err_and(was_killed))?;
     savepoint.discard().and(dropped)
 }
 

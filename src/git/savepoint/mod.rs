@@ -18,13 +18,18 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::thread;
+use std::time::{Duration, UNIX_EPOCH};
 
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::cut_off::{Changed, CutOff, join, split};
+
+/// How often a lock that should have gone is looked at, and the time between two looks.
+const LOOKS: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// The saved files of one fast-forward.
 pub struct Savepoint {
@@ -85,6 +90,28 @@ impl Savepoint {
             }
         }
         Ok(())
+    }
+
+    /// The same once a git of ours has ended. One that was not killed has left none, unless the disk failed: those that
+    /// stay as they are must be such, for those of another git are soon gone.
+    pub fn remove_locks_after(&self, was_killed: bool) -> Result<()> {
+        if was_killed {
+            return self.remove_locks();
+        }
+        let Ok(noted) = fs::read(self.directory.join("locks")) else { return Ok(()) };
+        let files = split(&noted).map(|path| self.git_directory.join(path)).filter(|path| path.is_file());
+        let mut left: Vec<_> = files.map(|path| (index::identity(&path), path)).collect();
+        for _ in 0..LOOKS {
+            if left.is_empty() {
+                return Ok(());
+            }
+            thread::sleep(PAUSE);
+            left.retain(|(identity, path)| index::identity(path) == *identity);
+        }
+        left.iter().try_for_each(|(_, path)| {
+            log::warn!("Removing {}, which git could not.", path.display());
+            files::insist(|| files::remove(path)).context(|| format!("remove {}", path.display()))
+        })
     }
 
     /// Fails if this user may not move the branch, or if there would be no way back.
