@@ -11,9 +11,11 @@ if wanted is None:
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed
-    with subtest("after the fast-forward what is ours in the repository is to go, and the disk fails once"):
-        places = [(".git/ekiben-app", number) for number in range(36, 46)] + [("/.git/index", number) for number in range(1, 4)]
-        failed = make(("update", "ekiben", number, "EIO", "candidate accept", path) for path, number in places)
+    with subtest("what is ours or git's in the repository is to go, and the disk fails once"):
+        places = [("ekiben", number, ".git/ekiben-app") for number in range(36, 46)]
+        places += [("ekiben", number, "/.git/index") for number in range(1, 4)] + [("git", number, ".lock") for number in range(4, 7)]
+        words = {"ekiben": "candidate accept", "git": "update-ref"}
+        failed = make(("update", program, number, "EIO", words[program], path) for program, number, path in places)
         assert not failed, failed
     with subtest("a git that is killed has not said no"):
         path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
