@@ -163,7 +163,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
-        ["conclude"] => config().and_then(|config| conclude::conclude_orphans(&config)),
+        ["conclude"] => config().and_then(|config| conclude::conclude_all(&config)),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
         ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),
         // root to itself, as the instance's user

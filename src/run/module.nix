@@ -440,9 +440,9 @@ let
       };
   };
 
-  # a run whose switch removed its instance, and that was cut off then, has no unit any more
+  # what was cut off and has not gone on by itself; a run whose switch removed its instance has no unit any more
   orphans = {
-    description = "End of Ekiben's runs for instances that are gone";
+    description = "End of Ekiben's runs that were cut off";
     wantedBy = [ "multi-user.target" ];
     after = [
       "ekiben-boot.service"

@@ -108,11 +108,16 @@ fn is_at_work(paths: &Paths, run: &Run) -> Result<bool> {
     Ok(!is_ours && system::is_at_work(paths.name(), &run.id)?)
 }
 
-/// Ends the runs that were cut off of instances that are not configured any more: the switch to a
-/// system without them was their last deed. Waits for those that are still at work.
-pub fn conclude_orphans(config: &Config) -> Result<()> {
-    let mut orphans = Paths::new("").with_journal();
-    orphans.retain(|paths| config.instance(paths.name()).is_err());
+/// Has all runs that were cut off come to an end. Those of configured instances go on in their own units; those of others,
+/// whose last deed was the switch to a system without them, are ended here, once they are no longer at work.
+pub fn conclude_all(config: &Config) -> Result<()> {
+    let all = Paths::new("").with_journal().into_iter();
+    let (own, mut orphans): (Vec<_>, Vec<_>) = all.partition(|paths| config.instance(paths.name()).is_ok());
+    for paths in own {
+        if !Run::load(&paths)?.is_some_and(|run| is_at_work(&paths, &run).unwrap_or(true)) {
+            system::start(paths.name())?;
+        }
+    }
     while !orphans.is_empty() {
         let mut waiting = Vec::new();
         for paths in orphans {

@@ -188,9 +188,9 @@ pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
 /// Cancels a start of the instance's service that waits for the end of the present run; has another run follow
 /// if a timer has elapsed meanwhile and `may_follow`.
 ///
-/// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again,
-/// still finds the journal, and asks for a start that nobody needs. The start that a timer asks for, on the other
-/// hand, is lost: for systemd, it is the one that is under way.
+/// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again, and may ask for
+/// a start that nobody needs. The start that a timer asks for, on the other hand, is lost: for systemd, it is the one
+/// that is under way.
 pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
     let service = service(instance);
     if may_follow && timer_has_elapsed(&service)? {
