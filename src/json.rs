@@ -2,7 +2,8 @@
 //!
 //! All values are read from bytes: each other way of reading would be compiled again for each type.
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::text;
@@ -25,6 +26,11 @@ pub fn parse_foreign<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T>
 /// Takes a value for one of this type.
 pub fn from_value<T: DeserializeOwned>(value: &Value) -> serde_json::Result<T> {
     serde_json::from_slice(&serde_json::to_vec(value)?)
+}
+
+/// What `#[serde(flatten)]` reads of an object: other types, too, are read from bytes alone.
+pub fn flat<'de, D: Deserializer<'de>, T: DeserializeOwned>(object: D) -> Result<T, D::Error> {
+    from_value(&Value::deserialize(object)?).map_err(D::Error::custom)
 }
 
 /// The keys and indexes that lead to the value at this place of a JSON text.

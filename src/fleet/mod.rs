@@ -34,6 +34,7 @@ mod temporary;
 
 use serde::{Deserialize, Serialize};
 
+use crate::json;
 use crate::names::{Account, FilePath, HostName, Mode, ObjectId, RunId, Sha256, StorePath};
 use crate::run::Stage;
 use crate::run::ended::Ended;
@@ -72,7 +73,7 @@ pub struct Manifest {
     /// Whose release this is.
     pub host: HostName,
     /// Which release.
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "json::flat")]
     pub release: Release,
     /// The SHA-256 of the archive.
     pub sha256: Sha256,
@@ -87,7 +88,7 @@ pub struct Manifest {
     /// Until when it counts as new, in seconds since 1970; `None` if for ever.
     pub expires: Option<u64>,
     /// The commit of the fleet's repository that it was made from, if that is one of git's.
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "json::flat")]
     pub origin: Provenance,
 }
 
@@ -208,7 +209,7 @@ pub struct Report {
     /// The system that runs after it.
     pub system: StorePath,
     /// The run, and the release that it was about.
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "json::flat")]
     pub run: Ended,
 }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Instance, LoaderKind};
 use crate::error::{Context, Result};
 use crate::files;
+use crate::json;
 use crate::names::RunId;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
@@ -73,7 +74,7 @@ pub struct Before {
     #[serde(default)]
     pub last_generation: Option<u64>,
     /// How the units were.
-    #[serde(flatten)]
+    #[serde(flatten, deserialize_with = "json::flat")]
     pub units: Units,
 }
 
