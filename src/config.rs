@@ -316,7 +316,7 @@ impl Config {
 
     /// Checks the file's text; an error names the key that is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let config: Self = json::parse(text)?;
+        let config: Self = json::parse(text.as_bytes()).map_err(|error| error.to_string())?;
         config.check()?;
         Ok(config)
     }

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Context, Result};
+use crate::json;
 use crate::program::Program;
 
 /// Replaces the file `path` by one with these contents and permissions, whatever the umask is. Whatever lies in the way of the
@@ -55,7 +56,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let doing = || format!("read {}", path.display());
     match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        other => serde_json::from_slice(&other.context(doing)?).map(Some).context(doing),
+        other => json::parse(&other.context(doing)?).map(Some).context(doing),
     }
 }
 

@@ -1,91 +1,223 @@
-//! JSON: errors that name the key (`serde_json` only knows line and column), and texts of others.
+//! JSON: from a text to a value, from a value to a type; an error names the key.
 //!
-//! All values are read from bytes: each other way of reading would be compiled again for each type.
+//! What reads a type is compiled anew for each type, so it is small here: a value is there as a whole, and only an
+//! object becomes a structure.
 
-use serde::de::{DeserializeOwned, Error as _};
-use serde::{Deserialize, Deserializer};
+use std::fmt;
+use std::slice;
+
+use serde::de::value::{MapAccessDeserializer, StrDeserializer};
+use serde::de::{DeserializeOwned, DeserializeSeed, Error as _, Expected, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
 use serde_json::Value;
 
 use crate::text;
 
-/// Parses `text`; an error says which key it is about, what was found and what was expected.
-pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_slice(text.as_bytes()).map_err(|error| {
-        let path = path_at(text, error.line(), error.column());
-        if path.is_empty() { error.to_string() } else { format!("{path}: {error}") }
-    })
+/// Why a text or a value is not what was expected: at which key, what was found and what was expected.
+#[derive(Debug)]
+pub struct Invalid(Box<What>);
+
+#[derive(Debug)]
+struct What {
+    what: String,
+    /// The keys and indexes that lead to it, the innermost first.
+    path: Vec<String>,
+}
+
+/// Parses a text.
+pub fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
+    from_value(&value(text)?)
 }
 
 /// Parses what somebody else has written; all texts in it are made fit to show.
-pub fn parse_foreign<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
-    let mut value = serde_json::from_slice(bytes)?;
+pub fn parse_foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
+    let mut value = value(text)?;
     text::make_fit(&mut value);
     from_value(&value)
 }
 
 /// Takes a value for one of this type.
-pub fn from_value<T: DeserializeOwned>(value: &Value) -> serde_json::Result<T> {
-    serde_json::from_slice(&serde_json::to_vec(value)?)
+pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, Invalid> {
+    T::deserialize(Node(value))
 }
 
-/// What `#[serde(flatten)]` reads of an object: other types, too, are read from bytes alone.
+/// What `#[serde(flatten)]` reads of an object: other types, too, are read from values alone.
 pub fn flat<'de, D: Deserializer<'de>, T: DeserializeOwned>(object: D) -> Result<T, D::Error> {
     from_value(&Value::deserialize(object)?).map_err(D::Error::custom)
 }
 
-/// The keys and indexes that lead to the value at this place of a JSON text.
-fn path_at(text: &str, line: usize, column: usize) -> String {
-    let start: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
-    let before = &text.as_bytes()[..(start + column).min(text.len())];
-    // one entry per open object or array; of an object, the key whose value comes
-    let mut open: Vec<(String, bool)> = Vec::new();
-    let (mut string, mut is_key) = (String::new(), false);
-    let mut bytes = before.iter();
-    while let Some(&byte) = bytes.next() {
-        match byte {
-            b'{' => {
-                open.push((String::new(), false));
-                is_key = true;
+fn value(text: &[u8]) -> Result<Value, Invalid> {
+    serde_json::from_slice(text).map_err(Invalid::custom)
+}
+
+impl Invalid {
+    #[inline(never)]
+    fn at(mut self, key: &dyn fmt::Display) -> Self {
+        self.0.path.push(key.to_string());
+        self
+    }
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut path: Vec<_> = self.0.path.iter().map(String::as_str).collect();
+        path.reverse();
+        let colon = if path.is_empty() { "" } else { ": " };
+        write!(formatter, "{}{colon}{}", path.join("."), self.0.what)
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+impl serde::de::Error for Invalid {
+    fn custom<T: fmt::Display>(what: T) -> Self {
+        Self(Box::new(What { what: what.to_string(), path: Vec::new() }))
+    }
+}
+
+struct Node<'a>(&'a Value);
+
+impl Node<'_> {
+    #[inline(never)]
+    fn is_not(&self, expected: &dyn Expected) -> Invalid {
+        let found = match self.0 {
+            Value::Null => Unexpected::Other("null"),
+            Value::Bool(value) => Unexpected::Bool(*value),
+            Value::Number(number) => match (number.as_u64(), number.as_i64()) {
+                (Some(number), _) => Unexpected::Unsigned(number),
+                (None, Some(number)) => Unexpected::Signed(number),
+                _ => Unexpected::Float(number.as_f64().unwrap_or_default()),
+            },
+            Value::String(text) => Unexpected::Str(text),
+            Value::Array(_) => Unexpected::Seq,
+            Value::Object(_) => Unexpected::Map,
+        };
+        Invalid::invalid_type(found, expected)
+    }
+}
+
+/// Methods of a [`Node`] for numbers.
+macro_rules! numbers {
+    ($($method:ident)*) => {
+        $(fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+            let number = self.0.as_number();
+            match (number.and_then(|number| number.as_u64()), number.and_then(|number| number.as_i64())) {
+                (Some(number), _) => visitor.visit_u64(number),
+                (None, Some(number)) => visitor.visit_i64(number),
+                _ => Err(self.is_not(&visitor)),
             }
-            b'[' => {
-                open.push(("0".into(), true));
-                is_key = false;
-            }
-            // what is wrong with the object or array as a whole is found at its end
-            b'}' | b']' if bytes.len() > 0 => {
-                open.pop();
-                is_key = false;
-            }
-            b'}' | b']' => {
-                open.pop();
-            }
-            b',' => {
-                is_key = open.last().is_some_and(|(_, array)| !array);
-                if let Some((index, true)) = open.last_mut() {
-                    *index = index.parse().map_or(String::new(), |number: usize| (number + 1).to_string());
-                }
-            }
-            b':' => is_key = false,
-            b'"' => {
-                string.clear();
-                while let Some(&byte) = bytes.next() {
-                    match byte {
-                        b'"' => break,
-                        b'\\' => {
-                            bytes.next();
-                            string.push('?');
-                        }
-                        _ => string.push(char::from(byte)),
-                    }
-                }
-                if let (true, Some((key, false))) = (is_key, open.last_mut()) {
-                    key.clone_from(&string);
-                }
-            }
-            _ => {}
+        })*
+    };
+}
+
+/// Methods of a [`Node`] that are as another one.
+macro_rules! same {
+    ($($method:ident($($more:ty),*) as $other:ident;)*) => {
+        $(fn $method<V: Visitor<'de>>(self, $(_: $more,)* visitor: V) -> Result<V::Value, Invalid> {
+            self.$other(visitor)
+        })*
+    };
+}
+
+impl<'de> Deserializer<'de> for Node<'_> {
+    type Error = Invalid;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        match self.0 {
+            Value::Null => visitor.visit_unit(),
+            Value::Bool(_) => self.deserialize_bool(visitor),
+            Value::Number(_) => self.deserialize_u64(visitor),
+            Value::String(_) => self.deserialize_str(visitor),
+            Value::Array(_) => self.deserialize_seq(visitor),
+            Value::Object(_) => self.deserialize_map(visitor),
         }
     }
-    open.into_iter().map(|(key, _)| key).filter(|key| !key.is_empty()).collect::<Vec<_>>().join(".")
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        if let Value::Bool(value) = self.0 { visitor.visit_bool(*value) } else { Err(self.is_not(&visitor)) }
+    }
+
+    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        if let Value::String(text) = self.0 { visitor.visit_str(text) } else { Err(self.is_not(&visitor)) }
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        if let Value::Array(items) = self.0 { visitor.visit_seq(Items(items.iter(), 0)) } else { Err(self.is_not(&visitor)) }
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        if let Value::Object(object) = self.0 { visitor.visit_map(Entries(object.iter(), None)) } else { Err(self.is_not(&visitor)) }
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        if self.0.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Invalid> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Invalid> {
+        match self.0 {
+            Value::String(text) => StrDeserializer::new(text).deserialize_enum(name, variants, visitor),
+            Value::Object(object) => MapAccessDeserializer::new(Entries(object.iter(), None)).deserialize_enum(name, variants, visitor),
+            _ => Err(self.is_not(&visitor)),
+        }
+    }
+
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+        visitor.visit_unit()
+    }
+
+    numbers! {
+        deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64
+        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64
+    }
+    same! {
+        deserialize_string() as deserialize_str;
+        deserialize_identifier() as deserialize_str;
+        deserialize_struct(&'static str, &'static [&'static str]) as deserialize_map;
+        deserialize_tuple(usize) as deserialize_seq;
+        deserialize_tuple_struct(&'static str, usize) as deserialize_seq;
+    }
+    forward_to_deserialize_any! { f32 f64 char bytes byte_buf unit unit_struct i128 u128 }
+}
+
+/// What is left of an array, and the index of the next one.
+struct Items<'a>(slice::Iter<'a, Value>, usize);
+
+impl<'de> SeqAccess<'de> for Items<'_> {
+    type Error = Invalid;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Invalid> {
+        let Some(item) = self.0.next() else { return Ok(None) };
+        self.1 += 1;
+        seed.deserialize(Node(item)).map(Some).map_err(|error| error.at(&(self.1 - 1)))
+    }
+}
+
+/// What is left of an object, and the entry whose value comes next.
+struct Entries<'a>(serde_json::map::Iter<'a>, Option<(&'a String, &'a Value)>);
+
+impl<'de> MapAccess<'de> for Entries<'_> {
+    type Error = Invalid;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Invalid> {
+        self.1 = self.0.next();
+        let Some((key, _)) = self.1 else { return Ok(None) };
+        let name: StrDeserializer<Invalid> = key.as_str().into_deserializer();
+        seed.deserialize(name).map(Some).map_err(|error| error.at(key))
+    }
+
+    fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Invalid> {
+        let Some((key, value)) = self.1 else { return Err(Invalid::custom("there is no value")) };
+        seed.deserialize(Node(value)).map_err(|error| error.at(key))
+    }
 }
 
 #[cfg(test)]
@@ -111,7 +243,7 @@ mod tests {
     }
 
     fn error(text: &str) -> String {
-        parse::<Sample>(text).unwrap_err()
+        parse::<Sample>(text.as_bytes()).unwrap_err().to_string()
     }
 
     #[test]
@@ -123,7 +255,7 @@ mod tests {
             (r#"{"map": {"b": {"list": [1], "name": "", "extra": 0}}}"#, "map.b.extra: unknown field `extra`"),
             (r#"{"map": []}"#, "map: invalid type: sequence"),
             ("{\"map\":\n {\"a\": {\"list\":\n [], \"name\": null}}}", "map.a.name: invalid type: null"),
-            (r#"{"map": {"a,\"}": {"list": 5, "name": "{"}}}"#, "map.a,?}.list: invalid type"),
+            (r#"{"map": {"a,\"}": {"list": 5, "name": "{"}}}"#, r#"map.a,"}.list: invalid type"#),
             ("5", "invalid type: integer"),
         ] {
             assert!(error(text).starts_with(path), "{text}: {}", error(text));
@@ -133,7 +265,7 @@ mod tests {
     #[test]
     fn no_text_is_too_odd() {
         for text in ["", "{", "\"", "{\"a", "}]", ",", "{\"\\", "[[[", "\u{e9}\n\u{e9}", "{\"map\": \u{e9}"] {
-            assert!(parse::<Sample>(text).is_err());
+            assert!(parse::<Sample>(text.as_bytes()).is_err());
         }
     }
 }

@@ -169,8 +169,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),
         ["candidate", fate, name, options, proposal] => {
-            let options = serde_json::from_slice(options.as_bytes()).context(|| "read the run's options".into())?;
-            let proposal: Option<Proposal> = serde_json::from_slice(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
+            let options = json::parse(options.as_bytes()).context(|| "read the run's options".into())?;
+            let proposal: Option<Proposal> = json::parse(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
             let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
             return branch::candidate(fate, &paths(name)?, &options, proposal.as_ref());
         }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
+use crate::json;
 
 /// What is wrong if other inputs than those that are updated change.
 pub const NO_FIT: &str = "flake.lock does not fit flake.nix, run nix flake lock and commit it";
@@ -59,7 +60,7 @@ impl LockFile {
     pub fn parse(bytes: Option<&[u8]>) -> Result<Self> {
         let doing = || "read flake.lock".into();
         let Some(bytes) = bytes else { return Ok(Self { nodes: Map::new(), root: String::new() }) };
-        let value: Value = serde_json::from_slice(bytes).context(doing)?;
+        let value: Value = json::parse(bytes).context(doing)?;
         match (value.get("nodes"), value.get("root")) {
             (Some(Value::Object(nodes)), Some(Value::String(root))) => Ok(Self { nodes: nodes.clone(), root: root.clone() }),
             _ => Err("expected nodes and root").context(doing),

@@ -203,7 +203,7 @@ impl Run {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             other => other.context(|| format!("read {}", path.display()))?,
         };
-        match serde_json::from_slice::<Self>(&bytes) {
+        match json::parse::<Self>(&bytes) {
             Ok(run) if run.format == FORMAT => Ok(Some(run)),
             other => {
                 let why = other.err().map_or("unsupported format".into(), |error| error.to_string());

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::json;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::Release;
@@ -156,7 +157,7 @@ impl Status {
             Err(error) if error.kind() == ErrorKind::NotFound => return Self::default(),
             other => other.map_err(|error| error.to_string()),
         };
-        let status = text.and_then(|text| serde_json::from_slice::<Self>(&text).map_err(|error| error.to_string()));
+        let status = text.and_then(|text| json::parse::<Self>(&text).map_err(|error| error.to_string()));
         match status {
             Ok(status) if status.format == FORMAT => status,
             other => {

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::config::LoaderKind;
 use crate::error::{Context, Result};
+use crate::json;
 use crate::program::Program;
 
 /// What systemd-boot says of itself: four bytes of attributes, then the features, lowest byte first.
@@ -53,7 +54,7 @@ impl BootLoader {
         match self.0 {
             LoaderKind::SystemdBoot => {
                 let list = bootctl(&["list", "--json=short"], "list the entries of the boot loader")?;
-                let list = serde_json::from_slice(&list).context(doing)?;
+                let list = json::parse(&list).context(doing)?;
                 set_one_shot(&entry_of_systemd(&list, system).context(doing)?)
             }
             LoaderKind::Grub => {

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::json;
 use crate::program::Exited;
 
 /// What it says that its status does not: see [`SNIPPET`] and [`USER`].
@@ -104,7 +105,7 @@ pub fn inhibitors(running: &Path, new: &Path) -> Vec<String> {
 fn inhibitors_of(system: &Path) -> BTreeMap<String, Value> {
     let mut text = Vec::new();
     let read = File::open(system.join("switch-inhibitors")).and_then(|file| file.take(INHIBITORS_BYTES).read_to_end(&mut text));
-    read.ok().and_then(|_| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    read.ok().and_then(|_| json::parse(&text).ok()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
+use crate::json;
 use crate::program::Program;
 use crate::system;
 use crate::system::now;
@@ -85,7 +86,7 @@ impl Units {
     /// How they are now.
     pub fn now() -> Result<Self> {
         let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
-        let list: Vec<Listed> = serde_json::from_slice(&list).context(|| "read the list of units".into())?;
+        let list: Vec<Listed> = json::parse(&list).context(|| "read the list of units".into())?;
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
         let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
         let mut units = Self::default();

@@ -22,6 +22,7 @@ use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
 use crate::git::signature::{SIGNER, allowed_signers};
+use crate::json;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::{Outcome, Stage};
@@ -181,7 +182,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
             return if error.to_string().contains("exited") { Err("signed by none of `signers`").context(doing) } else { Err(error) };
         }
     }
-    let manifest: Manifest = serde_json::from_slice(signed.manifest.as_bytes()).context(doing)?;
+    let manifest: Manifest = json::parse(signed.manifest.as_bytes()).context(doing)?;
     let wrong = if manifest.format != FORMAT {
         format!("unsupported format {}, expected {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {
@@ -290,5 +291,5 @@ fn scratch(paths: &Paths) -> Result<Temporary> {
 /// A value that somebody else wrote, as JSON.
 pub fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let doing = || format!("read {}", path.display());
-    serde_json::from_slice(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
+    json::parse(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
 }

@@ -7,6 +7,7 @@ use crate::files;
 use crate::fleet::Manifest;
 use crate::fleet::archive::unpack::make_anew;
 use crate::git::Repository;
+use crate::json;
 use crate::nix::Source;
 
 /// The message of the commit that is a release.
@@ -20,7 +21,7 @@ pub fn message(manifest: &Manifest) -> Result<String> {
 pub fn of(repository: &Repository, commit: &str) -> Result<Option<Manifest>> {
     let message = repository.message(commit, "^release [0-9]+$")?;
     let manifest = message.as_deref().and_then(|message| message.split_once("\n\n"));
-    Ok(manifest.and_then(|(_, text)| serde_json::from_slice(text.as_bytes()).ok()))
+    Ok(manifest.and_then(|(_, text)| json::parse(text.as_bytes()).ok()))
 }
 
 /// Builds the system of a commit as the hub does: from a directory with its files and nothing else.

@@ -11,6 +11,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::host::release;
 use crate::git::Repository;
+use crate::json;
 use crate::output::{print, print_json};
 use crate::paths::Paths;
 use crate::program::Program;
@@ -89,7 +90,7 @@ pub fn forget(name: &str, instance: &Instance) -> Result<()> {
     }
     // what lies in the user's files is for the user to read, and to remove
     let own = Program::ourselves_as(&instance.user)?.args(["forget-own-releases", name]).output(doing, None)?;
-    let own: Vec<Release> = serde_json::from_slice(&own).context(doing)?;
+    let own: Vec<Release> = json::parse(&own).context(doing)?;
     let releases: Vec<_> = own.into_iter().take(OWN).chain(reported(&paths)).collect();
     files::write_json(&paths.forgotten(), &releases, 0o644)?;
     print(&format!("{name} will accept the next release of its hub, whatever its number.\n"))

@@ -150,7 +150,7 @@ mod tests {
     }
 
     fn index(directory: &Path, host: &str) -> Vec<Served> {
-        serde_json::from_slice(&fs::read(directory.join("hosts").join(host).join("files/index.json")).unwrap()).unwrap()
+        crate::json::parse(&fs::read(directory.join("hosts").join(host).join("files/index.json")).unwrap()).unwrap()
     }
 
     #[test]

@@ -263,7 +263,7 @@ impl FleetRepository {
             };
             eval.logged(|| format!("evaluate {}", source.place), &log)
         })?;
-        let answer = serde_json::from_slice(&answer).context(|| format!("evaluate {}", source.place))?;
+        let answer = json::parse(&answer).context(|| format!("evaluate {}", source.place))?;
         let answer = Remembered { question, answer };
         if lasting {
             files::write_json(&file, &answer, 0o644)?;

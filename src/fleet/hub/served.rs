@@ -285,8 +285,8 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
     struct Format {
         format: u32,
     }
-    let signed: Signed = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    let Format { format } = serde_json::from_slice(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
+    let signed: Signed = json::parse(text).map_err(|error| error.to_string())?;
+    let Format { format } = json::parse(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
     if format != FORMAT {
         return Ok((None, signed));
     }

@@ -62,7 +62,7 @@ impl Settings {
         check_owner(repository, &fs::metadata(repository).context(doing)?)?;
         let mut text = String::new();
         file.by_ref().take(SMALL).read_to_string(&mut text).context(doing)?;
-        let mut settings: Self = json::parse(&text).context(doing)?;
+        let mut settings: Self = json::parse(text.as_bytes()).context(doing)?;
         if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
             return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
         }
