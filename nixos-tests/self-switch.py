@@ -52,7 +52,8 @@ def settle():
         if current != "disabled" or instance == "app":
             at_rest.append(f"test ! -e /var/lib/ekiben/runs/{instance}.json")
         machine.wait_until_succeeds(" && ".join(at_rest))
-    assert machine.succeed("systemctl list-units --failed --no-legend 'ekiben*'") == ""
+    failed = machine.succeed("systemctl list-units --failed --no-legend 'ekiben*'")
+    assert failed == "", failed + machine.succeed("journalctl -q -o short-precise -n 40")
     assert current == "disabled" or machine.succeed("ls -A /var/lib/ekiben/runs") == ""
     assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben") == ""
 
