@@ -118,6 +118,6 @@ fn look_all_up(directory: &Path) -> Result<(), Box<dyn Error>> {
 
 /// What valgrind looks for by this name.
 #[inline(never)]
-fn look_up<'a>(tokens: &'a Tokens, candidate: &[u8]) -> Option<&'a str> {
-    tokens.instance(candidate)
+fn look_up<'a>(tokens: &'a Tokens, candidate: &[u8]) -> Option<(&'a str, &'a str)> {
+    tokens.project(candidate)
 }

@@ -158,7 +158,7 @@ fn check_configuration(text: &str) -> Result<(), TestCaseError> {
                 prop_assert!(instance.flake_path.is_absolute() && instance.flake_ref.directory.starts_with(&instance.flake_path));
                 let plain = |path: &std::path::Path| path.components().all(|part| !matches!(part, std::path::Component::ParentDir));
                 prop_assert!(plain(&instance.flake_path) && plain(&instance.flake_ref.directory));
-                prop_assert!(instance.inputs.iter().all(|input| !input.starts_with('-')));
+                prop_assert!(instance.inputs.iter().flatten().all(|input| !input.starts_with('-')));
             }
             for project in config.webhook.iter().flat_map(|webhook| webhook.projects.values()) {
                 prop_assert!(config.instances.contains_key(&project.instance));

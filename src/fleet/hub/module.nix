@@ -158,20 +158,22 @@ let
     );
     # a short interval must not end it
     startLimitIntervalSec = 0;
-    serviceConfig = offlineSandbox // {
-      ExecStart =
-        "${ekiben} fleet collect --directory ${hub.directory}"
-        + lib.optionalString hasSettings " --repository ${utils.escapeSystemdExecArg hub.repository}"
-        + concatStringsSep "" (mapAttrsToList (option: file: " --${option} ${file}") written);
-      User = hub.user;
-      Group = account;
-      ReadWritePaths = [ hub.directory ] ++ map dirOf (builtins.attrValues written);
-    }
-    # the settings alone
-    // optionalAttrs hasSettings {
-      ProtectHome = "tmpfs";
-      BindReadOnlyPaths = "-${hub.repository}/fleet.json";
-    };
+    serviceConfig =
+      offlineSandbox
+      // {
+        ExecStart =
+          "${ekiben} fleet collect --directory ${hub.directory}"
+          + lib.optionalString hasSettings " --repository ${utils.escapeSystemdExecArg hub.repository}"
+          + concatStringsSep "" (mapAttrsToList (option: file: " --${option} ${file}") written);
+        User = hub.user;
+        Group = account;
+        ReadWritePaths = [ hub.directory ] ++ map dirOf (builtins.attrValues written);
+      }
+      # the settings alone
+      // optionalAttrs hasSettings {
+        ProtectHome = "tmpfs";
+        BindReadOnlyPaths = "-${hub.repository}/fleet.json";
+      };
   };
 
   serveFiles = {
