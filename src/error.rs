@@ -42,6 +42,11 @@ impl Error {
         &self.0.tail
     }
 
+    /// The last lines of that, at most so many.
+    pub fn end(&self, lines: usize) -> &[String] {
+        &self.0.tail[self.0.tail.len().saturating_sub(lines)..]
+    }
+
     /// Whether the same may well succeed another time: said so, or by what the failing program said of this
     /// machine.
     pub fn is_transient(&self) -> bool {

@@ -15,7 +15,7 @@ use crate::config::{Instance, Publish};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Provenance;
-use crate::fleet::hub::jobs::parallel;
+use crate::fleet::hub::jobs::{LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::publish::{self, Manner};
 use crate::fleet::hub::repository::{FleetRepository, Host};
@@ -30,9 +30,6 @@ use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::notes::run_id;
 use crate::run::published::{Offered, Published};
-
-/// How many lines of a failing build's log are repeated.
-const LINES: usize = 10;
 
 /// What the stage that builds hands on to the one that publishes, which evaluates nothing.
 #[derive(Deserialize, Serialize)]
@@ -102,7 +99,7 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
             Ok(made) => built.push(made),
             Err(error) => {
                 log::error!("{}: {error}.", host.name);
-                for line in error.tail().iter().skip(error.tail().len().saturating_sub(LINES)) {
+                for line in error.end(LINES) {
                     log::error!("{}: | {line}", host.name);
                 }
                 left_out.insert(host.name.clone(), error.to_string());

@@ -6,6 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::text;
 
+/// How many lines of a failing build's log are repeated.
+pub const LINES: usize = 10;
+
 /// Does `work` on all items, at most `jobs` at a time; returns what came of each, in their order.
 pub fn parallel<T: Sync, R: Send>(items: &[T], jobs: usize, work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let next = Mutex::new(items.iter().enumerate());

@@ -80,8 +80,7 @@ impl Savepoint {
 
     /// Removes what [`Self::note_locks`] noted and is there now; only for when git is dead.
     pub fn remove_locks(&self) -> Result<()> {
-        let Ok(noted) = fs::read(self.directory.join("locks")) else { return Ok(()) };
-        for path in split(&noted).map(|path| self.git_directory.join(path)) {
+        for path in self.noted() {
             match path.symlink_metadata() {
                 // one that is in use is not empty
                 Ok(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
@@ -98,8 +97,7 @@ impl Savepoint {
         if was_killed {
             return self.remove_locks();
         }
-        let Ok(noted) = fs::read(self.directory.join("locks")) else { return Ok(()) };
-        let files = split(&noted).map(|path| self.git_directory.join(path)).filter(|path| path.is_file());
+        let files = self.noted().into_iter().filter(|path| path.is_file());
         let mut left: Vec<_> = files.map(|path| (index::identity(&path), path)).collect();
         for _ in 0..LOOKS {
             if left.is_empty() {
@@ -112,6 +110,12 @@ impl Savepoint {
             log::warn!("Removing {}, which git could not.", path.display());
             files::insist(|| files::remove(path)).context(|| format!("remove {}", path.display()))
         })
+    }
+
+    /// What [`Self::note_locks`] noted, if it did.
+    fn noted(&self) -> Vec<PathBuf> {
+        let noted = fs::read(self.directory.join("locks")).unwrap_or_default();
+        split(&noted).map(|path| self.git_directory.join(path)).collect()
     }
 
     /// Fails if this user may not move the branch, or if there would be no way back.

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use ::nix::sys::stat::{Mode, umask};
 
 use crate::error::{Context, Error, Result};
-use crate::fleet::hub::jobs::{Board, parallel};
+use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
@@ -67,8 +67,6 @@ const OPTIONS: [(&str, &[&str]); 11] = [
     ("bootstrap", &[]),
     ("collect", &["--html", "--metrics"]),
 ];
-/// How many lines of a failing build's log are shown, and how much of one line of any.
-const LINES: usize = 10;
 /// A command line, in parts.
 struct Arguments<'a> {
     words: Vec<&'a str>,
@@ -232,8 +230,7 @@ impl Fleet<'_> {
             let said = match &done {
                 Ok(said) => said.clone(),
                 Err(error) => {
-                    let tail = error.tail().iter().skip(error.tail().len().saturating_sub(LINES));
-                    let tail: String = tail.map(|line| "\n  | ".to_owned() + line).collect();
+                    let tail: String = error.end(LINES).iter().map(|line| "\n  | ".to_owned() + line).collect();
                     let log = if tail.is_empty() { String::new() } else { format!("\n  see {}", repository.log(&host.name).display()) };
                     format!("{error}.{tail}{log}")
                 }
