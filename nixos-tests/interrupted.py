@@ -341,7 +341,8 @@ with subtest("a journal or status that makes no sense is set aside"):
         )
         machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
         wait_until_idle(machine, "app")
-        assert last_run(machine, "app")["result"] in ("deployed", "unchanged"), last_run(machine, "app")
+        ended = last_run(machine, "app")
+        assert ended["result"] in ("deployed", "unchanged") and ended["by"] == ["recovery"], ended
         machine.succeed("test -e /var/lib/ekiben/runs/app.json.unreadable; rm /var/lib/ekiben/runs/app.json.unreadable")
     machine.succeed("journalctl -u ekiben-app -o cat | grep -F 'Ignoring unreadable journal'")
     publish(machine, "app", str(next(COUNT)))

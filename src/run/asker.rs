@@ -44,12 +44,12 @@ pub fn all(by: impl Iterator<Item = String>) -> Vec<String> {
     all
 }
 
-/// What has started a run that nobody has asked for, by what systemd says of that.
-pub fn unasked() -> &'static str {
+/// What has started a run that nobody has asked for, by what systemd says of that, and by whether it has found one that was
+/// cut off.
+pub fn unasked(goes_on: bool) -> &'static str {
     match std::env::var("TRIGGER_UNIT").unwrap_or_default().rsplit_once('.') {
         Some((_, "timer")) => "timer",
-        // which has found a run that was cut off
-        Some((_, "path")) => "recovery",
+        _ if goes_on => "recovery",
         _ => "systemctl",
     }
 }

@@ -31,6 +31,7 @@ const LONGEST: u64 = 10;
 /// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     paths.restore();
+    let goes_on = paths.journal().exists();
     let concluded = conclude::conclude(paths);
     boot::end_all(paths);
     if paths.journal().exists() || Run::load_trial(paths)?.is_some_and(|trial| trial.boot != boot_id()) {
@@ -65,7 +66,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
             run.failure = run.undoes.as_ref().map(|_| Failure::new(Stage::Begin, &error));
         }
     }
-    open(paths, &mut run).or_else(|error| {
+    open(paths, &mut run, goes_on).or_else(|error| {
         if paths.journal().exists() {
             run.end(paths)?;
         }
@@ -101,8 +102,8 @@ pub fn retry(paths: &Paths) -> Result<()> {
     start(paths.name())
 }
 
-/// Opens the journal, and takes the request that waits, if there is one.
-fn open(paths: &Paths, run: &mut Run) -> Result<()> {
+/// Opens the journal, and takes the request that waits, if there is one; `goes_on` where a run was cut off before.
+fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
     let waiting = queue::waiting(paths)?;
     if let Some(undone) = &run.undoes {
         (run.trigger, run.by) = (Trigger::Rollback, vec![undone.by.clone()]);
@@ -115,7 +116,7 @@ fn open(paths: &Paths, run: &mut Run) -> Result<()> {
         let earlier = started_over.map(|last| last.by).unwrap_or_default().into_iter().chain(status.held_by);
         run.by = asker::all(earlier.chain(waiting.map(|number| queue::askers(paths, number)).unwrap_or_default()));
         if run.by.is_empty() {
-            run.by.push(asker::unasked().into());
+            run.by.push(asker::unasked(goes_on).into());
         }
     }
     if run.decision.is_some() {
