@@ -28,6 +28,7 @@ pub mod host;
 pub mod hub;
 
 mod archive;
+mod place;
 mod sftp;
 mod sha256;
 mod temporary;

@@ -13,6 +13,7 @@ use crate::config::{Hub, Server};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::LARGE;
+use crate::fleet::place::Place;
 use crate::program::Program;
 use crate::program::conversation::Conversation;
 use crate::text;
@@ -248,6 +249,16 @@ impl Session {
         // anything else may be gone another time
         let refused = ["Host key verification failed", "Permission denied"];
         Err(if said.iter().any(|line| refused.iter().any(|words| line.contains(words))) { error } else { error.transient() })
+    }
+}
+
+impl Place for Session {
+    fn get(&mut self, remote: &str, local: &Path, limit: u64) -> Result<bool> {
+        Self::get(self, remote, local, limit)
+    }
+
+    fn put(&mut self, local: &Path, remote: &str) -> Result<()> {
+        Self::put(self, local, remote)
     }
 }
 

@@ -17,6 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
 use crate::fleet::host::{heartbeat, outbox, release, secrets, seen};
+use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
@@ -69,20 +70,20 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
 
 /// Takes what the hub offers; what is refused of it is noted, whatever it is refused for.
 fn take(
-    session: &mut Session,
+    place: &mut dyn Place,
     paths: &Paths,
     instance: &Instance,
     hub: &Hub,
     repository: &Repository,
     scratch: &Path,
 ) -> Result<(Manifest, String)> {
-    let place = scratch.join("manifest.json");
+    let file = scratch.join("manifest.json");
     let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
-    if !session.get("release/manifest.json", &place, SMALL)? {
+    if !place.get("release/manifest.json", &file, SMALL)? {
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
     let accept = || {
-        let manifest = read_manifest(&place, hub, scratch)?;
+        let manifest = read_manifest(&file, hub, scratch)?;
         let release = &manifest.release;
         seen::check(paths, release, committed.clone(), now())?;
         let known = committed.is_some_and(|committed| committed.id == release.id);
@@ -94,7 +95,7 @@ fn take(
         remove_archives(paths, Some(&tarball).filter(|_| !known))?;
         let source = scratch.join("source");
         if !known {
-            fetch_archive(session, &manifest, &tarball)?;
+            fetch_archive(place, &manifest, &tarball)?;
             unpack(&tarball, &source)?;
         }
         seen::remember(paths, release)?;
@@ -141,7 +142,7 @@ fn remove_archives(paths: &Paths, kept: Option<&PathBuf>) -> Result<()> {
 }
 
 /// Fetches the archive, unless it is there already; what has been fetched of it before is not fetched again.
-fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> Result<()> {
+fn fetch_archive(place: &mut dyn Place, manifest: &Manifest, tarball: &Path) -> Result<()> {
     let doing = || format!("fetch release {}", manifest.release.id);
     if manifest.size > LARGE {
         return Err(format!("its archive has {} bytes, more than {LARGE}", manifest.size)).context(doing);
@@ -156,7 +157,7 @@ fn fetch_archive(session: &mut Session, manifest: &Manifest, tarball: &Path) -> 
         if size() >= manifest.size || !tarball.is_file() {
             files::clear(tarball).context(doing)?;
         }
-        if !session.get(&format!("release/{}", manifest.archive()), tarball, LARGE)? {
+        if !place.get(&format!("release/{}", manifest.archive()), tarball, LARGE)? {
             return Err("the hub does not have its archive").context(doing);
         }
         if is_right() {
@@ -242,18 +243,18 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
 
 /// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
 /// rest waiting; what counts as told is what it has taken.
-fn deliver_by(session: &mut Session, paths: &Paths, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
+fn deliver_by(place: &mut dyn Place, paths: &Paths, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
     let mut waiting = outbox::waiting(paths)?;
-    let place = scratch.join("received.json");
+    let file = scratch.join("received.json");
     // who has sent nothing need not ask what has arrived
-    if !waiting.is_empty() && session.get("release/received.json", &place, SMALL)? {
-        let received: Received = read_foreign(&place)?;
+    if !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
+        let received: Received = read_foreign(&file)?;
         files::write_json(&paths.own("received.json"), &received, 0o644)?;
         waiting.retain(|run| !received.reports.contains(run));
     }
     let mut send = |file: &Path| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        session.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
+        place.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
     };
     let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(paths, run).iter().try_for_each(|file| send(file))).collect();
     // the directory is the user's alone; on the hub, others have to read what is sent
