@@ -28,6 +28,7 @@ use self::savepoint::Savepoint;
 use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::gather::sorted;
 use crate::program::{KILLED, Program};
 
 /// How long the other side of a fetch or push may take.
@@ -290,9 +291,7 @@ fn foreign_file(path: &Path) -> Option<(PathBuf, u32)> {
         return Some((path.to_owned(), metadata.uid()));
     }
     let entries = if metadata.is_dir() { fs::read_dir(path).ok()? } else { return None };
-    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-    paths.sort();
-    paths.iter().find_map(|path| foreign_file(path))
+    sorted(entries.flatten().map(|entry| entry.path())).iter().find_map(|path| foreign_file(path))
 }
 
 /// What git said, up to what it died of: the cause is often in the line before.

@@ -48,7 +48,7 @@ pub fn mend(since: u64) -> Result<()> {
         return Ok(());
     }
     let doomed = ask(&["--query", "--referrers-closure"], &damaged)?;
-    let used = ask(&["--query", "--requisites"], &SYSTEMS.iter().map(PathBuf::from).filter(|path| path.exists()).collect())?;
+    let used = ask(&["--query", "--requisites"], &gather(SYSTEMS.iter().map(PathBuf::from).filter(|path| path.exists())))?;
     if doomed.is_disjoint(&used) {
         log::warn!("Removing what a power cut has damaged in the store, and what depends on it: {}.", names(&doomed));
         let delete = nix_store().args(["--delete", "--ignore-liveness"]).args(&doomed);
@@ -65,7 +65,7 @@ fn ask(question: &[&str], paths: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>
         return Ok(BTreeSet::new());
     }
     let said = nix_store().args(question).args(paths).output(|| "ask the store".into(), None)?;
-    Ok(String::from_utf8_lossy(&said).lines().map(PathBuf::from).collect())
+    Ok(gather(String::from_utf8_lossy(&said).lines().map(PathBuf::from)))
 }
 
 fn is_intact(path: &Path) -> bool {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::gather::gather;
 use crate::json;
 use crate::names::{HostName, RunId, Sequence};
 use crate::paths::Paths;
@@ -110,7 +111,7 @@ impl Published {
         };
         let hosts = hosts.iter().map(|(name, host)| (name.to_string(), standing(name, host)));
         let left_out = HostStanding { release: None, state: if is_running { HostStep::Building } else { HostStep::Failing } };
-        Some(hosts.chain(unknown.into_keys().map(|place| (place, left_out))).collect())
+        Some(gather(hosts.chain(unknown.into_keys().map(|place| (place, left_out)))))
     }
 
     /// Whether anything was published.

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::gather::gather;
 use crate::json;
 use crate::program::Exited;
 
@@ -56,7 +57,7 @@ impl Switched {
             }
             let users =
                 ended.seen.iter().filter_map(|line| line.split_once(USER)?.1.split_once(" failed")).map(|(user, _)| user.to_owned());
-            return Ok(Self::Runs { units_failed: code == Some(4), users: users.collect(), tail: ended.tail });
+            return Ok(Self::Runs { units_failed: code == Some(4), users: gather(users), tail: ended.tail });
         }
         if code == Some(100) {
             return Ok(Self::AtBoot("its init is incompatible with the running one".into()));

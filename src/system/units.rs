@@ -80,7 +80,7 @@ impl Units {
     pub fn before() -> Result<Self> {
         let lately = now().saturating_sub(LATELY);
         let restless = services(&["*.service"])?.into_iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
-        Ok(Self { restless: restless.map(|(name, _)| name).collect(), ..Self::now()? })
+        Ok(Self { restless: gather(restless.map(|(name, _)| name)), ..Self::now()? })
     }
 
     /// How they are now.

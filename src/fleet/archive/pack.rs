@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::fleet::{LARGE, sha256};
+use crate::gather::sorted;
 use crate::names::Sha256;
 use crate::program::Program;
 
@@ -120,11 +121,10 @@ pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Packs files of a directory into a new archive; returns its hash and its size.
-pub fn pack(directory: &Path, mut files: Vec<PathBuf>, origin: &Origin, file: &Path) -> Result<(Sha256, u64)> {
+pub fn pack(directory: &Path, files: Vec<PathBuf>, origin: &Origin, file: &Path) -> Result<(Sha256, u64)> {
     let doing = || format!("pack {}", directory.display());
     files.iter().try_for_each(|file| origin.check(&directory.join(file)))?;
-    files.sort();
-    let list: Vec<u8> = files.iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
+    let list: Vec<u8> = sorted(files).iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
     let tar = Program::new("tar").args(["--create", "--format=gnu", "--use-compress-program=gzip -n", "--file"]).arg(file);
     let tar = tar.args(["--dereference", "--hard-dereference", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
     let tar = tar.args(["--mode=u=rwX,go=rX", "--directory"]).arg(directory).args(["--no-recursion", "--null", "--files-from=-"]);

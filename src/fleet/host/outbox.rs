@@ -12,7 +12,7 @@ use crate::config::Hub;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::fleet::{FORMAT, Received, Report, SMALL};
-use crate::gather::gather;
+use crate::gather::{gather, sorted};
 use crate::json;
 use crate::names::RunId;
 use crate::paths::Paths;
@@ -98,8 +98,7 @@ pub fn waiting(paths: &Paths) -> Result<Vec<RunId>> {
             }
         }
     }
-    runs.sort();
-    Ok(runs.into_iter().map(|(_, run)| run).collect())
+    Ok(sorted(runs).into_iter().map(|(_, run)| run).collect())
 }
 
 /// What is sent of a run, in this order: its log, and its report.

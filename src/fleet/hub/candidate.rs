@@ -22,6 +22,7 @@ use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::Temporary;
+use crate::gather::gather;
 use crate::git::Repository;
 use crate::git::lockfile::{LockFile, Update};
 use crate::names::{HostName, RunId, Sha256, StorePath};
@@ -163,7 +164,7 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
         let built = publish::Built { name, attr, archive: &archive, sha256, size: *size, toplevel };
         publish::offer(&hub, &built, &manner, &scratch.path().join(name))
     };
-    let mut hosts: BTreeMap<_, _> = handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))).collect();
+    let mut hosts: BTreeMap<_, _> = gather(handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))));
     for (made, done) in handover.built.iter().zip(parallel(&handover.built, publish.parallel.get(), offer)) {
         let offered = done.map_or_else(
             |error| Offered::left_out(&error.to_string()),

@@ -19,7 +19,7 @@ use crate::files;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
-use crate::gather::gather;
+use crate::gather::{gather, sorted};
 use crate::json;
 use crate::names::{HostName, RunId};
 
@@ -93,7 +93,7 @@ fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
         // a log is nothing without its report
         found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.file_name()));
     }
-    found.sort();
+    let mut found = sorted(found);
     let logs = found.iter().position(|(is_log, ..)| *is_log).unwrap_or(found.len());
     let take_all = |found: Vec<(bool, SystemTime, OsString)>, index: &Received| -> Result<()> {
         for (_, time, name) in found {
@@ -221,9 +221,8 @@ fn update(received: &Path, index: &mut Received) -> Result<bool> {
             new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run));
         }
     }
-    new.sort();
     let is_new = !new.is_empty();
-    index.reports.extend(new.into_iter().map(|(_, run)| run));
+    index.reports.extend(sorted(new).into_iter().map(|(_, run)| run));
     index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
     Ok(is_new)
 }

@@ -1,6 +1,7 @@
 //! The audit log: what has been published for each host, as the hub has seen it. It is where publishers from elsewhere
 //! cannot write, a line for each manifest.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Result};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{LARGE, Manifest};
+use crate::gather::sorted;
 use crate::names::HostName;
 use crate::system::now;
 use crate::text::ago;
@@ -25,7 +27,7 @@ pub const FILE: &str = "history";
 const SETTLED: Duration = Duration::from_secs(60);
 
 /// A release that was published.
-#[derive(Deserialize, Serialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Noted {
     /// When the hub has seen it first, in seconds since 1970.
@@ -87,8 +89,8 @@ pub fn of(hub: &ServedDirectory, hosts: &[HostName]) -> Result<Vec<Noted>> {
     for host in hosts {
         all.extend(read(&file(hub, host))?);
     }
-    all.sort_by_key(|one| std::cmp::Reverse((one.seen, one.manifest.release.sequence)));
-    Ok(all)
+    let order = sorted(all.iter().enumerate().map(|(place, one)| (Reverse((one.seen, one.manifest.release.sequence)), place)));
+    Ok(order.into_iter().filter_map(|(_, place)| all.get(place).cloned()).collect())
 }
 
 /// A line for each.

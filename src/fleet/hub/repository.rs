@@ -19,6 +19,7 @@ use crate::fleet::archive::unpack::unpack;
 use crate::fleet::hub::jobs;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::{Temporary, home};
+use crate::gather::sorted;
 use crate::json;
 use crate::names::{HostName, ObjectId, Sha256, StorePath};
 use crate::nix::nix;
@@ -102,9 +103,8 @@ impl FleetRepository {
             let name = entry.file_name().into_string().map_err(|name| format!("its name {name:?} is not UTF-8"));
             names.push(format!("hosts/{}", name.context(|| format!("read {:?}", entry.path()))?));
         }
-        names.sort();
         let mut places = Vec::new();
-        for place in names.into_iter().chain([".".to_owned()]) {
+        for place in sorted(names).into_iter().chain([".".to_owned()]) {
             let has = |file| self.directory.join(&place).join(file).exists();
             if has("flake.nix") {
                 places.push((place, true));

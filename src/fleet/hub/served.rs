@@ -22,6 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, REMOVED, Received, SMALL, Signed, sha256};
+use crate::gather::sorted;
 use crate::json;
 use crate::names::{HostName, Sha256};
 use crate::text;
@@ -122,9 +123,7 @@ impl ServedDirectory {
         let directory = self.directory.join("hosts");
         let entries = fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
-        let mut names: Vec<HostName> = names.filter(|name| directory.join(name).is_dir()).collect();
-        names.sort();
-        Ok(names)
+        Ok(sorted(names.filter(|name: &HostName| directory.join(name).is_dir())))
     }
 
     /// Those of them that have a key; `None` if nobody says.

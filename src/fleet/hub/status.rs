@@ -16,6 +16,7 @@ use crate::fleet::hub::repository::select;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::{Heartbeat, Manifest};
+use crate::gather::{gather, sorted};
 use crate::names::{HostName, StorePath};
 use crate::run::hold::moment;
 use crate::system::now;
@@ -183,10 +184,10 @@ pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool,
 /// What there is to show of the hosts of these names, or of all.
 pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Rows> {
     let (served, known) = (hub.hosts()?, hub.known());
-    let all: BTreeSet<_> = served.iter().chain(fleet.names.iter().flatten()).cloned().collect();
+    let all: BTreeSet<_> = gather(served.iter().chain(fleet.names.iter().flatten()).cloned());
     let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
     let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
-    Ok(hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host)))).collect())
+    Ok(gather(hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host))))))
 }
 
 /// The exit status that says which kind of trouble there is, the gravest of them.
@@ -197,9 +198,9 @@ pub fn exit(shown: &Rows) -> ExitCode {
 
 /// The hosts in the order in which they are shown.
 pub fn gravest_first(shown: &Rows) -> Vec<(&HostName, &Row)> {
-    let mut hosts: Vec<_> = shown.iter().collect();
-    hosts.sort_by_key(|(_, shown)| (if shown.exit > 0 { shown.exit } else { u8::MAX }, shown.state_alone, &shown.state));
-    hosts
+    let by = |row: &Row| (if row.exit > 0 { row.exit } else { u8::MAX }, row.state_alone);
+    let hosts = sorted(shown.iter().map(|(host, row)| (by(row), &row.state, host)));
+    hosts.into_iter().filter_map(|(.., host)| shown.get_key_value(host)).collect()
 }
 
 /// How many hosts there are of which state, and one of them.
