@@ -324,7 +324,7 @@ with subtest("status shows in each state what was, what is and what to do"):
     ran = ["  took  prepare <span>, build <span>, activate <span>"]
     shows_in("deployed", [
         "app: idle", "  deployed  <commit>", "  system  <system>", "  last run  deployed, <span> ago, asked for by user root", "  proposed  <commit>",
-        "  summary  update app", new, *ran, "  log  ekiben log app <run>",
+        "  summary  update app", new, *ran, "  log  ekiben log app <run>", "  journal  journalctl _SYSTEMD_INVOCATION_ID=<run>",
     ], True)
     machine.succeed("ekiben hold app --reason 'not now'", "ekiben trigger app")
     wait_until_at_rest(machine, "app")

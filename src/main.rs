@@ -118,7 +118,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["status", "--json", name] | ["status", name, "--json"] => return show::show(&config()?, Some(name), true),
         ["status"] => return show::show(&config()?, None, false),
         ["status", name] if !name.starts_with('-') => return show::show(&config()?, Some(name), false),
-        ["log", name, words @ ..] => show::log(&config()?, name, words),
+        ["log", name, words @ ..] => crate::run::log::log(&config()?, name, words),
         ["forget-releases", name] => seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
         ["forget-releases"] => config().and_then(|config| seen::forget("fleet", config.instance("fleet")?)),

@@ -1,35 +1,27 @@
-//! `ekiben status` and `ekiben log`: what is known of the instances, and of their units, for people and as JSON.
+//! `ekiben status`: what is known of the instances, and of their units, for people and as JSON.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::process::ExitCode;
 use std::time::UNIX_EPOCH;
 
 use serde::Serialize;
 
 use crate::config::Config;
-use crate::error::{Context, Error, Result};
+use crate::error::Result;
 use crate::gather::gather;
-use crate::names::RunId;
 use crate::nix::progress;
 use crate::paths::Paths;
-use crate::program::Program;
 use crate::run::drift::drift;
 use crate::run::hold::{Hold, moment};
+use crate::run::log::INVOCATION;
+use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::system::now;
 use crate::text::{ago, short, span, times};
 use crate::{output, table};
 
-/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
-const PATIENCE: u64 = 60;
-/// The kinds of units that an instance has.
-const KINDS: [&str; 3] = ["path", "service", "timer"];
-/// The units of the webhook.
-const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
-/// What is asked of systemd.
-const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
 const MARKS: [(&str, u8); 12] = [
     ("ahead", 33),
@@ -97,63 +89,6 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
         output::print_marked(&table(&shown, now()), &MARKS)?;
     }
     Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// What systemd says of a unit.
-#[derive(Default)]
-struct Unit {
-    state: String,
-    /// Of a timer: when it elapses next.
-    next: Option<u64>,
-    /// Of a service: whether it is in the second of the user's stages, which root does not announce, and what it waits for.
-    is_building: bool,
-    waiting: Option<String>,
-}
-
-/// How systemd says that the instances' units are, by their names; nothing if it does not say.
-fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
-    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
-    let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
-    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
-        log::warn!("{error}.");
-        Vec::new()
-    });
-    let said = String::from_utf8_lossy(&said);
-    let unit = |text: &str| {
-        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key).map(String::from));
-        let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());
-        let runs = |line: &str| line.starts_with("ExecStart=") && !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]");
-        let is_building = text.lines().any(|line| runs(line) && line.contains(" build "));
-        let waiting = value("StatusText=").filter(|text| !text.is_empty());
-        Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building, waiting }))
-    };
-    gather(said.split("\n\n").filter_map(unit))
-}
-
-/// What there is to see to of the webhook.
-fn webhook_problems(units: &BTreeMap<String, Unit>) -> impl Iterator<Item = String> {
-    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|unit| unit.state == "failed"));
-    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
-}
-
-/// What there is to see to of an instance, besides how its last run ended.
-fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
-    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", |unit| &*unit.state);
-    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
-    let is_idle = matches!(state("service"), "inactive" | "failed");
-    // of a run that has failed, there is a report
-    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
-    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
-    let waits = requested.filter(|since| is_idle && is_old(since));
-    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
-    // a boot is judged by another unit
-    let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
-    let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
-    let stale = status.expires.filter(|expires| *expires < now);
-    let stale = stale.map(|expires| {
-        format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
-    });
-    failed.chain(waits).chain(cut_off).chain(stale).collect()
 }
 
 /// A line for each instance; then, for each, what there is to know and to do.
@@ -242,6 +177,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
             add("reboot", &format!("needed to run the {which} system"));
         }
         add("log", &format!("ekiben log {name} {}", run.id));
+        add("journal", &format!("journalctl {INVOCATION}={}", run.id));
     }
     if let Some(awaiting) = &shown.status.awaiting {
         add("awaiting", &format!("the next boot: {}", awaiting.commit));
@@ -264,36 +200,6 @@ fn asked(trigger: Trigger, by: &[String]) -> String {
         Trigger::Timer if by.is_empty() => "by the timer or by hand".into(),
         Trigger::Timer => format!("by {by}"),
     }
-}
-
-/// `ekiben log`: has journalctl show the last run of an instance, or the run of that identifier, or what comes.
-pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
-    config.instance(name)?;
-    let (run, follow) = match words {
-        [] => (None, false),
-        ["--follow"] => (None, true),
-        [run] => (Some(*run), false),
-        [run, "--follow"] | ["--follow", run] => (Some(*run), true),
-        _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
-    };
-    let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
-    let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
-    let unit = format!("--unit=ekiben-{name}.service");
-    let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
-    let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
-    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {
-        // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
-        Some(run) => journalctl.args([
-            format!("_SYSTEMD_INVOCATION_ID={run}"),
-            "+".into(),
-            format!("INVOCATION_ID={run}"),
-            "+".into(),
-            format!("_BOOT_ID={run}"),
-            "_SYSTEMD_UNIT=ekiben-boot.service".into(),
-        ]),
-        None => journalctl.arg(unit),
-    };
-    Err(journalctl.replace_with(File::open("/dev/null").context(|| "open /dev/null".into())?))
 }
 
 impl Details {
@@ -329,41 +235,5 @@ impl Details {
             (None, None, Some(true)) => "queued".into(),
             (None, None, _) => "idle".into(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::run::status::Running;
-
-    #[test]
-    fn what_stands_still_and_what_has_failed_is_a_problem() {
-        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
-        let running = |started| {
-            let mut status = Status::default();
-            status.running = Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, by: Vec::new(), started, stages: Vec::new() });
-            status
-        };
-        let found = |service: &str, path: &str, status: &Status, requested| {
-            let units = [("service", service), ("path", path), ("timer", "active")];
-            let units =
-                units.map(|(kind, state)| (format!("ekiben-app.{kind}"), Unit { state: state.to_owned(), ..Unit::default() })).into();
-            problems("app", &units, status, requested, now).join("; ")
-        };
-        let (idle, none) = (Status::default(), "");
-        assert_eq!(found("inactive", "active", &idle, None), none);
-        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
-        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
-        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
-        assert_eq!(found("inactive", "active", &running(new), None), none);
-        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
-        assert!(
-            found("failed", "active", &running(old), None)
-                .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
-        );
-        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
-        // systemd has not answered
-        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
     }
 }

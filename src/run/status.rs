@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::files;
 use crate::json;
 use crate::nix::profile::Generation;
@@ -20,8 +20,8 @@ use crate::paths::Paths;
 use crate::run::Release;
 use crate::run::asker;
 use crate::run::bad::Bad;
-use crate::run::ended::{self, Ended};
-use crate::run::journal::{Before, FORMAT, Phase, Run};
+use crate::run::ended::Ended;
+use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::undo::Undone;
 use crate::run::{Outcome, Stage, Trigger};
@@ -254,86 +254,8 @@ impl Status {
         }
     }
 
-    /// Says how a run ended, and draws the conclusions for the next.
-    pub fn report(paths: &Paths, run: &Run, mut ended: Ended) -> Result<()> {
-        let number = 1 + all_deployed(paths).iter().map(|deployed| deployed.number).max().unwrap_or(0);
-        let mut status = Self::read(paths);
-        let running = status.running.take();
-        ended.stages = ended::durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
-        // a run that has to be started over has served nobody
-        if ended.result != Outcome::StartedOver {
-            status.served = status.served.max(run.request.unwrap_or(0));
-        }
-        let options = run.instance.clone();
-        let failure = run.failure.as_ref();
-        if let Some(notes) = run.notes.as_ref().filter(|notes| notes.release.is_some()) {
-            status.expires = notes.expires;
-        }
-        // not tried at all, because of what came of it before: that is what there is to know
-        let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
-            && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
-        ended.refused = is_refusal;
-        // the rest of an earlier report has failed, and that counts once
-        let is_again = status.runs.iter().any(|known| (&known.id, known.result) == (&ended.id, ended.result));
-        match (ended.result, run.proposal()) {
-            _ if is_again => {}
-            (Outcome::Deployed, Some(Proposal { commit, base, tree, .. })) => {
-                let Instance { flake_ref, flags, .. } = options;
-                let earlier = status.deployed.take().map(|deployed| Deployed { before: None, ..deployed });
-                let before = run.before.clone().map(|Before { system, generation, .. }| Earlier { system, generation, deployed: earlier });
-                let (base, tree, before) = (base.to_string(), tree.to_string(), before.map(Box::new));
-                let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
-                let (release, summary) = (ended.release.clone(), ended.summary.clone());
-                let not_booted_since = (!run.reboot_needed).then(system::boot_id);
-                status.deployed =
-                    Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since, base, tree, before });
-                (status.bad, status.undone) = (None, None);
-            }
-            (Outcome::Unchanged | Outcome::Drifted, _) => status.bad = None,
-            (Outcome::Restored, _) if run.undoes.is_some() => {
-                status.undone.clone_from(&run.undoes);
-                if run.phase == Phase::Persisted {
-                    status.deployed = status.deployed.and_then(|deployed| deployed.before?.deployed);
-                }
-            }
-            (Outcome::AwaitingBoot, _) if run.undoes.is_some() => status.undone.clone_from(&run.undoes),
-            // it had waited for a boot to be undone, and stays
-            _ if run.undoes.is_some() && run.reboot_needed => status.undone = None,
-            (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
-                if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
-                    && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
-            {
-                let tries = 1 + status.bad.as_ref().filter(|bad| bad.is(proposal, &options)).map_or(0, |bad| bad.tries);
-                let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());
-                let error = ended.error.clone().unwrap_or_default();
-                status.bad = Some(Bad { base, tree, options, commit, error, tries, tried: now() });
-            }
-            _ => {}
-        }
-        let awaiting = run.candidate.clone().map(|system| Awaiting { commit: ended.commit.clone().unwrap_or_default(), system });
-        status.awaiting = match ended.result {
-            Outcome::AwaitingBoot => awaiting,
-            _ => status.awaiting.filter(|_| !run.reboot_needed && paths.trial().exists()),
-        };
-        if ended.result == Outcome::RolledBack && ended.reboot_needed {
-            status.unfit = run.candidate.clone().map(|system| (system::boot_id(), system));
-        }
-        if ended.release.is_some() && !is_again && !ended.is_idle() && ended.stage != Some(Stage::Prepare) {
-            let earlier = status.tried.as_ref().filter(|tried| tried.run.release == ended.release);
-            // what has waited for a boot since is the same one
-            let count = earlier
-                .map_or(1, |tried| tried.count + u32::from(tried.run.result != Outcome::AwaitingBoot && ended.result != Outcome::Restored));
-            status.tried = Some(Tried { count, run: ended.clone() });
-        }
-        status.remember(ended);
-        status.write(paths)?;
-        if !is_again {
-            tell(paths, &run.id);
-        }
-        if is_refusal { Ok(()) } else { keep_output(paths, failure.map_or(&[][..], |failure| &failure.tail)) }
-    }
-
-    fn remember(&mut self, ended: Ended) {
+    /// Puts an ended run before the others.
+    pub(super) fn remember(&mut self, ended: Ended) {
         if !self.runs.iter().any(|run| (&run.id, run.result) == (&ended.id, ended.result)) {
             *self.counts.entry(ended.result.to_string()).or_default() += 1;
         }
@@ -349,7 +271,8 @@ impl Status {
         }
     }
 
-    fn write(mut self, paths: &Paths) -> Result<()> {
+    /// Writes it down, into the room that is kept for that on a disk that is full.
+    pub(super) fn write(mut self, paths: &Paths) -> Result<()> {
         self.write_plainly(paths).or_else(|error| {
             files::remove(&paths.reserve()).map_err(|_| error)?;
             self.write_plainly(paths)
@@ -378,7 +301,7 @@ pub fn note_boot(paths: &Paths) -> Result<()> {
 }
 
 /// Has whoever wants to know be told of the end of a run.
-fn tell(paths: &Paths, run: &str) {
+pub(super) fn tell(paths: &Paths, run: &str) {
     let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
     system::start_if_there(&unit(run), &unit(""));
 }
@@ -386,11 +309,4 @@ fn tell(paths: &Paths, run: &str) {
 /// What each of this machine's instances deployed last.
 pub fn all_deployed(paths: &Paths) -> Vec<Deployed> {
     paths.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
-}
-
-/// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
-fn keep_output(paths: &Paths, tail: &[String]) -> Result<()> {
-    let path = paths.output();
-    let doing = || format!("write {}", path.display());
-    if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
 }

@@ -15,6 +15,7 @@ use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
+use crate::names::RunId;
 use crate::nix::progress;
 use crate::output;
 use crate::paths::Paths;
@@ -26,7 +27,7 @@ use crate::run::queue;
 use crate::run::status::{Running, Status};
 use crate::run::undo;
 use crate::run::{Outcome, Stage, Trigger};
-use crate::system::now;
+use crate::system::{self, now};
 use crate::text::span;
 
 /// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
@@ -86,6 +87,9 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
     let interrupt = signals.thread_block().and_then(|()| SignalFd::new(&signals)).context(|| "wait for signals".into())?;
     let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", "--unit", &unit]).show()?;
     let ended = ask(&interrupt);
+    if let Ok(Waited::Ended(run)) = &ended {
+        wait_for_unit(name, run);
+    }
     // it may be gone already
     let _ = log.kill();
     let _ = log.wait();
@@ -160,6 +164,15 @@ fn wait(paths: &Paths, interrupt: &SignalFd, is_rollback: bool, ended: impl Fn(&
         }
     }
     Waited::Interrupted
+}
+
+/// Waits for the end of the unit of a run that has ended: until then, systemd takes a start of it for the same one.
+fn wait_for_unit(name: &str, run: &Ended) {
+    let Ok(id) = RunId::try_from(run.id.clone()) else { return };
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE && system::is_at_work(name, &id).unwrap_or(false) {
+        std::thread::sleep(Duration::from_millis(PAUSE.into()));
+    }
 }
 
 /// What the run under way does, as far as root announces it and systemd knows more.

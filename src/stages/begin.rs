@@ -16,7 +16,7 @@ use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::undo;
 use crate::run::{Failure, Outcome, Stage, Trigger};
-use crate::stages::{boot, conclude, rollback};
+use crate::stages::{boot, conclude, cut_off, rollback};
 use crate::system::{boot_id, has_unit, now, service, start};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
@@ -78,7 +78,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
 /// After a run that has failed: if it could not begin, or has not come to its end, has another one start as soon as it
 /// can. Until then the unit is seen to have failed.
 pub fn retry(paths: &Paths) -> Result<()> {
-    let could_not_begin = conclude::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default());
+    let could_not_begin = cut_off::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default());
     if !could_not_begin && !paths.journal().exists() {
         return Ok(());
     }

@@ -25,6 +25,7 @@ use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::branch::Fate;
+use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::boot_id;
 use crate::system::{self, Turn};
@@ -34,10 +35,6 @@ use crate::text::short;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long the end of a run may take, all in all.
 const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// How systemd says that a run could not begin, by the exit status of that stage, or those of systemd.exec(5) where
-/// directories or credentials could not be set up.
-const COULD_NOT_BEGIN: [&str; 4] = ["75", "238", "239", "243"];
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(paths: &Paths) -> Result<()> {
@@ -59,11 +56,6 @@ pub fn conclude(paths: &Paths) -> Result<()> {
         }
     }
     ended
-}
-
-/// Whether a run has ended that could not begin, by what systemd says of its end.
-pub fn could_not_begin(exit_status: &str) -> bool {
-    COULD_NOT_BEGIN.contains(&exit_status)
 }
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
@@ -259,51 +251,6 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         queue::request(paths, run.request.unwrap_or(0), asker::NOBODY).or_else(|error| run.save(paths).and(Err(error)))?;
     }
     Ok(result)
-}
-
-/// How the unit's stages have ended, as systemd says to what it runs after them; else empty.
-fn service_result() -> String {
-    std::env::var("SERVICE_RESULT").unwrap_or_default()
-}
-
-/// How the last of them has, or the signal that has ended it.
-fn exit_status() -> String {
-    std::env::var("EXIT_STATUS").unwrap_or_default()
-}
-
-/// What to report of a run of which no stage says what went wrong; systemd knows some of it.
-fn cut_off(paths: &Paths, run: &Run) -> Failure {
-    // whatever it was, it is not to happen again and again
-    let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Observing | Phase::Returning);
-    let message = match service_result().as_str() {
-        _ if took_down && run.phase == Phase::Observing => "the machine went down while the new system was being observed".into(),
-        _ if took_down => "the machine went down while the new system was being activated".into(),
-        "timeout" => "the run took too long".into(),
-        "signal" | "core-dump" => format!("the run was terminated by signal {}", exit_status()),
-        "oom-kill" => "the machine ran out of memory".into(),
-        // with no room for a note
-        "exit-code" => format!(
-            "the stage exited with {}, and could not write why into {}: see journalctl --unit ekiben-{}",
-            exit_status(),
-            paths.notes().display(),
-            paths.name()
-        ),
-        _ => "the run was interrupted".into(),
-    };
-    Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
-}
-
-/// The stage that a run which was cut off had come to.
-fn reached(run: &Run) -> Stage {
-    match &run.notes {
-        _ if run.phase == Phase::Observing => Stage::Observe,
-        Some(notes) if notes.built && run.instance.publish.is_some() => Stage::Publish,
-        _ if run.phase != Phase::Begun => Stage::Activate,
-        _ if run.trigger == Trigger::Rollback => Stage::Activate,
-        Some(notes) if notes.built => Stage::Activate,
-        Some(notes) => notes.stage,
-        None => Stage::Prepare,
-    }
 }
 
 /// Reports how a run has ended, to the status and to the hub.

@@ -13,6 +13,7 @@ pub mod publish;
 pub mod conclude;
 
 pub mod branch;
+pub mod cut_off;
 pub mod release;
 pub mod rollback;
 pub mod settle;

@@ -1,16 +1,16 @@
-//! A way back for a fast-forward that fails or is cut off, and what tells the locks of a git of ours
-//! that was killed from those of others.
+//! A way back for a fast-forward that fails or is cut off.
 //!
 //! All of it is in one directory in the git directory. Before git changes files of the working tree,
 //! each of them gets a second name there: a hard link, which takes no space. git never writes into a
 //! file but replaces it, so to go back is to give the old files their names again, with their
 //! contents, times and permissions. The index is made there, too, and replaces the user's only when
-//! all else is done; until then its lock is a hard link of a file of ours. Of the locks that git makes
-//! by itself, the ones that were not there before are noted. Going back can be cut off and begun again.
+//! all else is done; until then its lock is a hard link of a file of ours.
+//! Going back can be cut off and begun again.
 
 pub mod cut_off;
 pub mod index;
 
+mod locks;
 mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,18 +18,13 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Result};
 use crate::files;
-use crate::git::savepoint::cut_off::{Changed, CutOff, join, split};
-
-/// How often a lock that should have gone is looked at, and the time between two looks.
-const LOOKS: u32 = 10;
-const PAUSE: Duration = Duration::from_millis(100);
+use crate::git::savepoint::cut_off::{Changed, CutOff};
 
 /// The saved files of one fast-forward.
 pub struct Savepoint {
@@ -53,69 +48,6 @@ impl Savepoint {
     /// The path of a private index.
     pub fn index(&self) -> PathBuf {
         self.directory.join("index")
-    }
-
-    /// Notes which locks and directories, of those that git may make when it moves this branch, or
-    /// fetches or removes a ref, are not there.
-    pub fn note_locks(&self, branch: &str) -> Result<()> {
-        let below = |place: &str| {
-            let path = Path::new(place).join(branch);
-            path.ancestors().skip(1).filter(|path| !path.as_os_str().is_empty()).map(Path::to_owned).collect::<Vec<_>>()
-        };
-        let locks = ["HEAD.lock", "packed-refs.lock", "packed-refs.new", "shallow.lock", &format!("{branch}.lock")].map(PathBuf::from);
-        let all = locks.into_iter().chain(below("")).chain(below("logs"));
-        let absent: Vec<_> = all.filter(|path| self.git_directory.join(path).symlink_metadata().is_err()).collect();
-        let exists = self.exists();
-        let note = || {
-            fs::create_dir_all(&self.directory)?;
-            files::write(&self.directory.join("locks"), &join(absent.iter().map(|path| path.as_os_str())), 0o600)
-        };
-        let noted = note();
-        // of what was there before, something may be needed
-        if noted.is_err() && !exists {
-            let _ = files::clear(&self.directory);
-        }
-        noted.context(|| format!("write to {}", self.directory.display()))
-    }
-
-    /// Removes what [`Self::note_locks`] noted and is there now; only for when git is dead.
-    pub fn remove_locks(&self) -> Result<()> {
-        for path in self.noted() {
-            match path.symlink_metadata() {
-                // one that is in use is not empty
-                Ok(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
-                Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
-                Err(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// The same once a git of ours has ended. One that was not killed has left none, unless the disk failed: those that
-    /// stay as they are must be such, for those of another git are soon gone.
-    pub fn remove_locks_after(&self, was_killed: bool) -> Result<()> {
-        if was_killed {
-            return self.remove_locks();
-        }
-        let files = self.noted().into_iter().filter(|path| path.is_file());
-        let mut left: Vec<_> = files.map(|path| (index::identity(&path), path)).collect();
-        for _ in 0..LOOKS {
-            if left.is_empty() {
-                return Ok(());
-            }
-            thread::sleep(PAUSE);
-            left.retain(|(identity, path)| index::identity(path) == *identity);
-        }
-        left.iter().try_for_each(|(_, path)| {
-            log::warn!("Removing {}, which git could not.", path.display());
-            files::insist(|| files::remove(path)).context(|| format!("remove {}", path.display()))
-        })
-    }
-
-    /// What [`Self::note_locks`] noted, if it did.
-    fn noted(&self) -> Vec<PathBuf> {
-        let noted = fs::read(self.directory.join("locks")).unwrap_or_default();
-        split(&noted).map(|path| self.git_directory.join(path)).collect()
     }
 
     /// Fails if this user may not move the branch, or if there would be no way back.

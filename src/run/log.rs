@@ -1,0 +1,43 @@
+//! `ekiben log`: what a run has printed, shown by journalctl.
+
+use std::fs::File;
+
+use crate::config::Config;
+use crate::error::{Context, Error, Result};
+use crate::names::RunId;
+use crate::paths::Paths;
+use crate::program::Program;
+use crate::run::status::Status;
+
+/// What of the journal has the identifier of the run that it is from.
+pub const INVOCATION: &str = "_SYSTEMD_INVOCATION_ID";
+
+/// Has journalctl show the last run of an instance, or the run of that identifier, or what comes.
+pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
+    config.instance(name)?;
+    let (run, follow) = match words {
+        [] => (None, false),
+        ["--follow"] => (None, true),
+        [run] => (Some(*run), false),
+        [run, "--follow"] | ["--follow", run] => (Some(*run), true),
+        _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
+    };
+    let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
+    let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
+    let unit = format!("--unit=ekiben-{name}.service");
+    let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
+    let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
+    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {
+        // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
+        Some(run) => journalctl.args([
+            format!("{INVOCATION}={run}"),
+            "+".into(),
+            format!("INVOCATION_ID={run}"),
+            "+".into(),
+            format!("_BOOT_ID={run}"),
+            "_SYSTEMD_UNIT=ekiben-boot.service".into(),
+        ]),
+        None => journalctl.arg(unit),
+    };
+    Err(journalctl.replace_with(File::open("/dev/null").context(|| "open /dev/null".into())?))
+}

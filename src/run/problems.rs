@@ -1,0 +1,111 @@
+//! What systemd says of the units of instances, and what there is to see to.
+
+use std::collections::BTreeMap;
+
+use crate::gather::gather;
+use crate::program::Program;
+use crate::run::Stage;
+use crate::run::status::Status;
+use crate::text::ago;
+
+/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
+const PATIENCE: u64 = 60;
+/// The kinds of units that an instance has.
+const KINDS: [&str; 3] = ["path", "service", "timer"];
+/// The units of the webhook.
+const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
+/// What is asked of systemd.
+const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
+/// What systemd says of a unit.
+#[derive(Default)]
+pub(super) struct Unit {
+    pub(super) state: String,
+    /// Of a timer: when it elapses next.
+    pub(super) next: Option<u64>,
+    /// Of a service: whether it is in the second of the user's stages, which root does not announce, and what it waits for.
+    pub(super) is_building: bool,
+    pub(super) waiting: Option<String>,
+}
+
+/// How systemd says that the instances' units are, by their names; nothing if it does not say.
+pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
+    let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
+    let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
+    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
+        log::warn!("{error}.");
+        Vec::new()
+    });
+    let said = String::from_utf8_lossy(&said);
+    let unit = |text: &str| {
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key).map(String::from));
+        let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());
+        let runs = |line: &str| line.starts_with("ExecStart=") && !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]");
+        let is_building = text.lines().any(|line| runs(line) && line.contains(" build "));
+        let waiting = value("StatusText=").filter(|text| !text.is_empty());
+        Some((value("Id=")?, Unit { state: value("ActiveState=")?, next, is_building, waiting }))
+    };
+    gather(said.split("\n\n").filter_map(unit))
+}
+
+/// What there is to see to of the webhook.
+pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>) -> impl Iterator<Item = String> {
+    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|unit| unit.state == "failed"));
+    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
+}
+
+/// What there is to see to of an instance, besides how its last run ended.
+pub(super) fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", |unit| &*unit.state);
+    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
+    let is_idle = matches!(state("service"), "inactive" | "failed");
+    // of a run that has failed, there is a report
+    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
+    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
+    let waits = requested.filter(|since| is_idle && is_old(since));
+    let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
+    // a boot is judged by another unit
+    let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
+    let cut_off = cut_off.map(|_| format!("an interrupted run has not been ended; run systemctl start ekiben-{name}"));
+    let stale = status.expires.filter(|expires| *expires < now);
+    let stale = stale.map(|expires| {
+        format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
+    });
+    failed.chain(waits).chain(cut_off).chain(stale).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::Trigger;
+    use crate::run::status::Running;
+
+    #[test]
+    fn what_stands_still_and_what_has_failed_is_a_problem() {
+        let (now, old, new) = (10_000, 10_000 - 300, 10_000 - 3);
+        let running = |started| {
+            let mut status = Status::default();
+            status.running = Some(Running { stage: Stage::Activate, trigger: Trigger::Timer, by: Vec::new(), started, stages: Vec::new() });
+            status
+        };
+        let found = |service: &str, path: &str, status: &Status, requested| {
+            let units = [("service", service), ("path", path), ("timer", "active")];
+            let units =
+                units.map(|(kind, state)| (format!("ekiben-app.{kind}"), Unit { state: state.to_owned(), ..Unit::default() })).into();
+            problems("app", &units, status, requested, now).join("; ")
+        };
+        let (idle, none) = (Status::default(), "");
+        assert_eq!(found("inactive", "active", &idle, None), none);
+        assert_eq!(found("inactive", "active", &idle, Some(new)), none);
+        assert_eq!(found("activating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("deactivating", "active", &running(old), Some(old)), none);
+        assert_eq!(found("inactive", "active", &running(new), None), none);
+        assert!(found("inactive", "inactive", &idle, Some(old)).starts_with("no run takes the request of 5 min ago"));
+        assert!(
+            found("failed", "active", &running(old), None)
+                .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
+        );
+        assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
+        // systemd has not answered
+        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
+    }
+}

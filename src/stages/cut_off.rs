@@ -1,0 +1,60 @@
+//! What systemd and the journal say of a run none of whose stages says how it has ended.
+
+use crate::paths::Paths;
+use crate::run::journal::{Phase, Run};
+use crate::run::{Failure, Stage, Trigger};
+use crate::system::boot_id;
+
+/// How systemd says that a run could not begin, by the exit status of that stage, or those of systemd.exec(5) where
+/// directories or credentials could not be set up.
+const COULD_NOT_BEGIN: [&str; 4] = ["75", "238", "239", "243"];
+
+/// Whether a run has ended that could not begin, by what systemd says of its end.
+pub fn could_not_begin(exit_status: &str) -> bool {
+    COULD_NOT_BEGIN.contains(&exit_status)
+}
+
+/// How the unit's stages have ended, as systemd says to what it runs after them; else empty.
+pub fn service_result() -> String {
+    std::env::var("SERVICE_RESULT").unwrap_or_default()
+}
+
+/// How the last of them has, or the signal that has ended it.
+pub fn exit_status() -> String {
+    std::env::var("EXIT_STATUS").unwrap_or_default()
+}
+
+/// What to report of a run of which no stage says what went wrong; systemd knows some of it.
+pub fn cut_off(paths: &Paths, run: &Run) -> Failure {
+    // whatever it was, it is not to happen again and again
+    let took_down = run.boot != boot_id() && matches!(run.phase, Phase::Switching | Phase::Observing | Phase::Returning);
+    let message = match service_result().as_str() {
+        _ if took_down && run.phase == Phase::Observing => "the machine went down while the new system was being observed".into(),
+        _ if took_down => "the machine went down while the new system was being activated".into(),
+        "timeout" => "the run took too long".into(),
+        "signal" | "core-dump" => format!("the run was terminated by signal {}", exit_status()),
+        "oom-kill" => "the machine ran out of memory".into(),
+        // with no room for a note
+        "exit-code" => format!(
+            "the stage exited with {}, and could not write why into {}: see journalctl --unit ekiben-{}",
+            exit_status(),
+            paths.notes().display(),
+            paths.name()
+        ),
+        _ => "the run was interrupted".into(),
+    };
+    Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
+}
+
+/// The stage that a run which was cut off had come to.
+fn reached(run: &Run) -> Stage {
+    match &run.notes {
+        _ if run.phase == Phase::Observing => Stage::Observe,
+        Some(notes) if notes.built && run.instance.publish.is_some() => Stage::Publish,
+        _ if run.phase != Phase::Begun => Stage::Activate,
+        _ if run.trigger == Trigger::Rollback => Stage::Activate,
+        Some(notes) if notes.built => Stage::Activate,
+        Some(notes) => notes.stage,
+        None => Stage::Prepare,
+    }
+}
