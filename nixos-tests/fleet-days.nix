@@ -6,6 +6,8 @@ in
 {
   # what the hosts run is changed by the script, as only a stand-in's can be
   onlyHosts = true;
+  # for a clock that is wrong
+  debianPackages = [ "libfaketime" ];
   nodes.desk =
     { config, ... }:
     {

@@ -1,6 +1,8 @@
 # ruff: noqa: F821
+import contextlib
 import re
 import textwrap
+import time
 
 start_all()
 HUB = "/var/lib/ekiben-hub"
@@ -329,3 +331,27 @@ with subtest("a hub that is frozen is noticed on both sides, by its publisher at
     deploys(user="alice")
     follows(content, "shop", "alice")
     web.succeed("ekiben status fleet")
+
+@contextlib.contextmanager
+def clock_of_web(offset):
+    """Has the clock of the host's runs be wrong by so much."""
+    library = web.succeed("ls /usr/lib/*/faketime/libfaketime.so.1").strip()
+    drop_in = "/run/systemd/system/ekiben-fleet.service.d"
+    wrong = f"[Service]\nEnvironment=LD_PRELOAD={library} FAKETIME={offset} NO_FAKE_STAT=1 DONT_FAKE_MONOTONIC=1\n"
+    web.succeed(f"mkdir {drop_in}; printf %s {shlex.quote(wrong)} > {drop_in}/clock.conf; systemctl daemon-reload")
+    yield
+    web.succeed(f"rm -r {drop_in}; systemctl daemon-reload")
+
+
+for offset, why in (("-3d", "which is tomorrow by this machine's clock; set that one"), ("+40d", "it expired 10 d ago")):
+    with subtest(f"a host's clock is wrong by {offset}: it takes nothing and says so; set, it follows"):
+        before, content = shows(web, "app"), change("shop", "alice")
+        deploys(user="alice")
+        with clock_of_web(offset):
+            result = poll()
+            assert result["result"] == "failed" and why in result["error"] and shows(web, "app") == before, result
+            assert abs(result["finished"] - time.time()) > 2 * 86400, result
+            becomes("refusing", "shop", "alice")
+            code, said = status_says("alice")
+            assert code == 2 and why in said, said
+        follows(content, "shop", "alice")
