@@ -236,7 +236,8 @@ with subtest("nothing that was sent forged the journal or filled it"):
     assert minutes < 2.5 or any(" more in the last minute." in line for line in lines), lines
 
 with subtest("the queue cannot be written: an error, and then no error any more"):
-    server.succeed("mount -t tmpfs -o size=4k,nr_inodes=2,mode=1777 tmpfs /var/lib/ekiben/queue; touch /var/lib/ekiben/queue/full; systemctl restart ekiben-webhook")
+    server.succeed("mount -t tmpfs -o size=4k,nr_inodes=2,mode=1777 tmpfs /var/lib/ekiben/queue; "
+                   "touch /var/lib/ekiben/queue/full; systemctl restart ekiben-webhook")
     answer = client.succeed("python3 /tmp/client.py 3 0")
     assert [line.split()[1] for line in answer.splitlines()] == ["503"] * 3, answer
     server.succeed("umount -l /var/lib/ekiben/queue; systemctl restart ekiben-webhook")

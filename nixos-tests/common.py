@@ -45,7 +45,8 @@ def install(machine):
     for name in ("app", "other"):
         machine.succeed(as_deploy(f"git init -qb main /srv/{name}"))
         publish(machine, name, "1")
-    machine.succeed(as_deploy(f"git init -qb main {REPOSITORY}; cd /etc/scenario; cp -Lr flake.nix $({SYSTEM_FILES}) {REPOSITORY}; chmod -R u+w {REPOSITORY}"))
+    machine.succeed(as_deploy(f"git init -qb main {REPOSITORY}; cd /etc/scenario; "
+                              f"cp -Lr flake.nix $({SYSTEM_FILES}) {REPOSITORY}; chmod -R u+w {REPOSITORY}"))
     deploy(machine, "git add .; nix flake lock; git add .; git commit -qm initial")
     rebuild(machine)
 
@@ -259,7 +260,8 @@ def take_over(machine, unit, reads, more=""):
     python = machine.succeed("readlink -f $(command -v python3)").strip()
     machine.succeed(
         # what gives root to whoever runs it, unless that is prevented
-        "mkdir -p /opt; cp $(readlink -f $(command -v setpriv)) /opt/become; chmod 4755 /opt/become; runuser -u nobody -- /opt/become --reuid=0 true",
+        "mkdir -p /opt; cp $(readlink -f $(command -v setpriv)) /opt/become; chmod 4755 /opt/become; "
+        "runuser -u nobody -- /opt/become --reuid=0 true",
         f"mkdir -p /srv /run/systemd/system/{unit}.service.d; printf %s {shlex.quote(probe)} > /srv/probe.py; chmod 644 /srv/probe.py",
         f"printf '%s\n' [Service] ExecStart= 'ExecStart={python} /srv/probe.py {' '.join(reads)}' > /run/systemd/system/{unit}.service.d/probe.conf",
         f"systemctl daemon-reload; systemctl start {unit}.service",
@@ -336,7 +338,8 @@ def found_fleet(hub, directories):
         first = "readlink -f /run/current-system"
         if is_host(machine):
             # it has none yet
-            machine.succeed(f"mkdir -p /tmp/first/app; cd /etc/scenario; cp -r $({SYSTEM_FILES}) /tmp/first; echo 0 > /tmp/first/app/content")
+            machine.succeed(f"mkdir -p /tmp/first/app; cd /etc/scenario; cp -r $({SYSTEM_FILES}) /tmp/first; "
+                            "echo 0 > /tmp/first/app/content")
             expression = f'(import /tmp/first/system.nix {{ name = "{name}"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }}).config.system.build.toplevel'
             first = f"nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)}"
         machine.succeed(f"nix-env --profile {PROFILE} --set $({first})", f"{PROFILE}/bin/switch-to-configuration switch")

@@ -43,7 +43,8 @@ with subtest("an edited lock file stops the run before it starts"):
     deploy(machine, "rm flake.lock; mv away flake.lock")
 
 with subtest("so does whatever git is in the middle of"):
-    deploy(machine, "git checkout -qb side; echo side > list; git commit -qam side; git checkout -q main; echo main > list; git commit -qam main")
+    deploy(machine, "git checkout -qb side; echo side > list; git commit -qam side; git checkout -q main; echo main > list; "
+                    "git commit -qam main")
     deploy(machine, "! git merge side")
     refused("a merge is in progress; finish or abort it")
     deploy(machine, "git merge --abort; ! git rebase side")
@@ -104,9 +105,11 @@ if is_host(machine):
         deploys("true")
         everything = ("index.lock", "scratch/index.lock", "notes.json.new/x", "candidate/x", "flake.lock/x", "scratch/flake.lock/" + "d/" * 500)
         for left in ((*everything,), ("scratch",)):
-            machine.succeed(as_deploy(f"rm -rf {OWN}/scratch {OWN}/candidate; cd {OWN}; for left in {' '.join(left)}; do mkdir -p $(dirname $left); touch $left 2> /dev/null || mkdir -p $left; done"))
+            machine.succeed(as_deploy(f"rm -rf {OWN}/scratch {OWN}/candidate; cd {OWN}; for left in {' '.join(left)}; "
+                                      "do mkdir -p $(dirname $left); touch $left 2> /dev/null || mkdir -p $left; done"))
             deploys("true")
-        machine.succeed(as_deploy(f"rm -rf {OWN}/scratch; mkdir /tmp/elsewhere; touch /tmp/elsewhere/file; ln -s /tmp/elsewhere {OWN}/scratch"))
+        machine.succeed(as_deploy(f"rm -rf {OWN}/scratch; mkdir /tmp/elsewhere; touch /tmp/elsewhere/file; "
+                                  f"ln -s /tmp/elsewhere {OWN}/scratch"))
         deploys("test -e /tmp/elsewhere/file")
         # whatever was there
         deploys("ls /tmp/elsewhere/file")
@@ -114,11 +117,14 @@ if is_host(machine):
     for kind, set_up, undo in (
         ("a lock file that git was told is never changed", "git update-index --assume-unchanged flake.lock", "git update-index --no-assume-unchanged flake.lock"),
         ("a lock file that git was told to skip", "git update-index --skip-worktree flake.lock", "git update-index --no-skip-worktree flake.lock"),
-        ("a lock file with other line ends", "git config core.autocrlf true; sed -i 's/$/\\r/' flake.lock; git -c core.autocrlf=false commit -qam crlf; touch flake.lock", "git config --unset core.autocrlf; git diff --quiet || git checkout -q ."),
+        ("a lock file with other line ends", "git config core.autocrlf true; sed -i 's/$/\\r/' flake.lock; "
+                                             "git -c core.autocrlf=false commit -qam crlf; touch flake.lock", "git config --unset core.autocrlf; git diff --quiet || git checkout -q ."),
         ("a repository that a group shares", "git config core.sharedRepository group; find . -type d -exec chmod g+ws {} +", "git config --unset core.sharedRepository; test -z \"$(find .git/objects -type d ! -perm -2070)\""),
         ("a repository that a group is to share from now on", "find . -type d -exec chmod g-s {} +; git config core.sharedRepository group", "git config --unset core.sharedRepository"),
         ("a split index", "git config core.splitIndex true; git update-index --split-index", "git config --unset core.splitIndex; git update-index --no-split-index"),
-        ("an untracked cache and a file system monitor", "git config core.untrackedCache true; git config core.fsmonitor /no/such/program; git update-index --untracked-cache 2> /dev/null", "git config --unset core.fsmonitor; git config --unset core.untrackedCache"),
+        ("an untracked cache and a file system monitor",
+            "git config core.untrackedCache true; git config core.fsmonitor /no/such/program; "
+            "git update-index --untracked-cache 2> /dev/null", "git config --unset core.fsmonitor; git config --unset core.untrackedCache"),
         ("a sparse checkout", "git sparse-checkout set --no-cone '/*' '!/notes'", "git sparse-checkout disable"),
         ("commits that have to be signed", "git config commit.gpgSign true; git config gpg.program false", "git config --unset commit.gpgSign; git config --unset gpg.program"),
         ("hooks that refuse everything", "mkdir -p .git/refuse; printf '#!/bin/sh\\nexit 1\\n' | tee .git/refuse/pre-commit .git/refuse/reference-transaction .git/refuse/post-index-change > /dev/null; chmod +x .git/refuse/*; git config core.hooksPath .git/refuse", "git config --unset core.hooksPath; rm -r .git/refuse"),
@@ -130,7 +136,8 @@ if is_host(machine):
         with subtest(f"{kind} is no obstacle"):
             deploys(set_up, undo)
             # and the user's own git goes on from there
-            deploy(machine, "git commit -q --allow-empty -m later; git branch -q later; git reset -q --hard HEAD^; git merge -q --ff-only later; git branch -qd later")
+            deploy(machine, "git commit -q --allow-empty -m later; git branch -q later; git reset -q --hard HEAD^; "
+                            "git merge -q --ff-only later; git branch -qd later")
 
     with subtest("a lock file with a bit stays as it is where a run is refused"):
         publish(machine, "app", str(next(COUNT)))
@@ -139,7 +146,8 @@ if is_host(machine):
         deploy(machine, "git update-index --no-assume-unchanged flake.lock; git checkout -q flake.lock")
 
     with subtest("root's git status does not matter, and root's files are named with what mends it"):
-        machine.succeed(f"git -c safe.directory='*' -C {REPOSITORY} update-index --force-write-index; test $(stat -c %U {REPOSITORY}/.git/index) = root")
+        machine.succeed(f"git -c safe.directory='*' -C {REPOSITORY} update-index --force-write-index; "
+                        f"test $(stat -c %U {REPOSITORY}/.git/index) = root")
         deploys("true")
         for path, make in (
             (".git/objects", "find .git/objects -type d -exec chown root: {} +"),

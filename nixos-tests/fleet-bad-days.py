@@ -172,7 +172,8 @@ for what, trouble in (("full", f"mount -t tmpfs -o size=4k,nr_inodes=1 tmpfs {OU
         follow(web, "fleet")
         web.succeed("ekiben trigger fleet")
         # it was the end of its run that has failed at first
-        web.wait_until_succeeds("systemctl is-failed ekiben-fleet.service && systemctl show --property ActiveState --value ekiben-retry@fleet | grep -x activating")
+        web.wait_until_succeeds("systemctl is-failed ekiben-fleet.service && "
+                                "systemctl show --property ActiveState --value ekiben-retry@fleet | grep -x activating")
         wait_until_said(web, "fleet", f"write {OUTBOX}/")
         web.succeed(f"umount {OUTBOX}")
         wait_until_at_rest(web, "fleet")
@@ -408,7 +409,8 @@ with subtest("a release without the system of its host: the hub says so"):
     tells("failing", "other")
 
 with subtest("a disk that fills up in mid-download is this machine's trouble, and no refusal"):
-    web.succeed(f"cp -a {OWN} /root/own; mount -t tmpfs -o size=$(( $(du -sm {OWN} | cut -f1) + 15 ))M tmpfs {OWN}; cp -a /root/own/. {OWN}; chown --reference=/root/own {OWN}; chmod 700 {OWN}")
+    web.succeed(f"cp -a {OWN} /root/own; mount -t tmpfs -o size=$(( $(du -sm {OWN} | cut -f1) + 15 ))M tmpfs {OWN}; "
+                f"cp -a /root/own/. {OWN}; chown --reference=/root/own {OWN}; chmod 700 {OWN}")
     archive(next(COUNT), add="head -c 30000000 /dev/urandom > noise")
     offer()
     ended = run(web, "fleet")
@@ -543,7 +545,8 @@ with subtest("what lies in the way in directories of Ekiben's own does not stay 
 def configure(change):
     """Has the host's hub, as its configuration says, be another: by a program of jq's."""
     web.succeed("test -e /root/config.json || cp -L /etc/ekiben/config.json /root")
-    web.succeed(f"jq {shlex.quote('.instances.fleet.hub |= (' + change + ')')} /root/config.json > /root/new.json; rm /etc/ekiben/config.json; cp /root/new.json /etc/ekiben/config.json")
+    web.succeed(f"jq {shlex.quote('.instances.fleet.hub |= (' + change + ')')} /root/config.json > /root/new.json; "
+                "rm /etc/ekiben/config.json; cp /root/new.json /etc/ekiben/config.json")
 
 
 # elsewhere the configuration is in the store

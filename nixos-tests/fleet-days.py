@@ -59,11 +59,14 @@ def hub_has(publishers=None, **hosts):
     hub.succeed("rm -f /etc/ssh/authorized_keys.d/fleet-*")
     for name, keys in hosts.items():
         lines = "".join(f"restrict {key}\n" for key in keys)
-        hub.succeed(f"printf %s {shlex.quote(lines)} > /etc/ssh/authorized_keys.d/fleet-{name}; systemd-tmpfiles --create --prefix={HUB}/hosts/{name}; systemctl start 'var-lib-ekiben\\x2dhub-hosts-{name}-reports.mount'")
+        hub.succeed(f"printf %s {shlex.quote(lines)} > /etc/ssh/authorized_keys.d/fleet-{name}; "
+                    f"systemd-tmpfiles --create --prefix={HUB}/hosts/{name}; "
+                    f"systemctl start 'var-lib-ekiben\\x2dhub-hosts-{name}-reports.mount'")
     if publishers is not None:
         hub.succeed(f"printf 'restrict %s\\n' {shlex.join(publishers)} > /etc/ssh/authorized_keys.d/ekiben-publisher")
     config = {"hub": {"directory": HUB, "files": {name: {} for name in hosts}}}
-    hub.succeed(f"rm -rf /etc/ekiben; mkdir /etc/ekiben; printf %s {shlex.quote(json.dumps(config))} > /etc/ekiben/config.json; systemctl start ekiben-hub-files")
+    hub.succeed(f"rm -rf /etc/ekiben; mkdir /etc/ekiben; printf %s {shlex.quote(json.dumps(config))} > /etc/ekiben/config.json; "
+                "systemctl start ekiben-hub-files")
 
 
 def poll():
@@ -122,7 +125,8 @@ use_host_key(hub, "host-key")
 hub.succeed(f"umount {HUB}/hosts/*/reports; rm -r {HUB}/hosts/shop {HUB}/hosts/web")
 hub_has(publishers=[])
 for user in ("deploy", "alice"):
-    desk.succeed(f"install -d -o {user} /home/{user}/fleet; install -d -m 700 -o {user} /home/{user}/.ssh; install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519")
+    desk.succeed(f"install -d -o {user} /home/{user}/fleet; install -d -m 700 -o {user} /home/{user}/.ssh; "
+                 f"install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519")
 
 with subtest("a newcomer goes on from what init has written, to the first host that follows"):
     said = desk.succeed(fleet_of("init"))
@@ -151,7 +155,8 @@ with subtest("a newcomer goes on from what init has written, to the first host t
     assert options["hub"] == {"host": "hub", "hostKey": " ".join(public(hub, "/etc/scenario/host-key").split()[:2])}, options
     assert options["signers"] == [" ".join(public(desk, "/home/deploy/.ssh/ekiben-signer").split()[:2])], options
     pack = web.succeed(f"cd /etc/scenario; tar -chz $({SYSTEM_FILES}) | base64 -w0").strip()
-    desk.succeed(by("deploy", f"mkdir -p hosts/web/app; base64 -d <<< {pack} | tar -C hosts/web -xz; chmod -R u+w hosts; echo {shlex.quote(FLAKE.replace('NAME', 'web'))} > hosts/web/flake.nix"))
+    desk.succeed(by("deploy", f"mkdir -p hosts/web/app; base64 -d <<< {pack} | tar -C hosts/web -xz; chmod -R u+w hosts; "
+                              f"echo {shlex.quote(FLAKE.replace('NAME', 'web'))} > hosts/web/flake.nix"))
     content = change()
     configure("web", **options)
     # before the hub has heard of it, too
@@ -272,14 +277,17 @@ with subtest("a host is removed: said, and cleaned up after a while"):
     content = change("shop", "alice")
     deploys(user="alice")
     follows(content, "shop", "alice")
-    hub.succeed(f"echo '{{\"web\": 1000}}' > {HUB}/hosts/removed.json; systemctl start ekiben-hub-files; systemctl start ekiben-hub-collect")
+    hub.succeed(f"echo '{{\"web\": 1000}}' > {HUB}/hosts/removed.json; systemctl start ekiben-hub-files; "
+                "systemctl start ekiben-hub-collect")
     code, said = status_says("alice")
     assert code == 0 and said.startswith("1 host: 1 up to date\n") and hub.succeed(f"ls {HUB}/received") == "shop\n", said
 
 STATE = "/var/lib/ekiben"
 disks = {
     "hub": (hub, f"tar -C {HUB} --exclude reports --warning=no-file-changed -cf DISK . || [ $? = 1 ]", f"find {HUB}/received {HUB}/hosts/*/release -mindepth 1 -delete; tar -C {HUB} -xf DISK"),
-    "host": (web, f"cd {STATE}; tar -cf DISK . ; readlink -f {PROFILE} > DISK.system", f"systemctl stop ekiben-fleet.path ekiben-deliver.path; find {STATE} -mindepth 1 -delete; tar -C {STATE} -xf DISK; nix-env --profile {PROFILE} --set $(cat DISK.system); {PROFILE}/bin/switch-to-configuration switch"),
+    "host": (web, f"cd {STATE}; tar -cf DISK . ; readlink -f {PROFILE} > DISK.system",
+        f"systemctl stop ekiben-fleet.path ekiben-deliver.path; find {STATE} -mindepth 1 -delete; tar -C {STATE} -xf DISK; "
+        f"nix-env --profile {PROFILE} --set $(cat DISK.system); {PROFILE}/bin/switch-to-configuration switch"),
     "publisher": (desk, "tar -C /home/alice -cf DISK .", "find /home/alice -mindepth 1 -delete; tar -C /home/alice -xf DISK"),
 }
 

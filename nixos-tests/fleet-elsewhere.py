@@ -30,7 +30,8 @@ def fleet(arguments, user="deploy"):
 def begin(user, arguments, at, limit=""):
     """Begins to publish; returns when sftp would be told what is like `at`, or at once if that is empty."""
     desk.succeed(by(user, f"rm -f ~/gate/held; printf %s {shlex.quote(at)} > ~/gate/at; echo {limit} > ~/gate/limit"))
-    desk.succeed(f"rm -f /tmp/{user}.*; (if {fleet(arguments, user)} > /tmp/{user}.said; then echo 0; else echo 1; fi > /tmp/{user}.new; mv /tmp/{user}.new /tmp/{user}.status) > /dev/null 2>&1 &")
+    desk.succeed(f"rm -f /tmp/{user}.*; (if {fleet(arguments, user)} > /tmp/{user}.said; then echo 0; else echo 1; "
+                 f"fi > /tmp/{user}.new; mv /tmp/{user}.new /tmp/{user}.status) > /dev/null 2>&1 &")
     if at:
         desk.wait_until_succeeds(f"test -e /home/{user}/gate/held")
 
@@ -114,16 +115,19 @@ HOST_KEY = hub.succeed("ssh-keygen -y -f /etc/ssh/ssh_host_ed25519_key").strip()
 for user, place in (("deploy", "sftp://ekiben-publisher@hub:2222"), ("alice", "sftp://the-hub/")):
     desk.succeed(
         f"install -d -o {user} /home/{user}/fleet /home/{user}/bin /home/{user}/gate; install -d -m 700 -o {user} /home/{user}/.ssh",
-        f"install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519; mkfifo /home/{user}/gate/go; chmod 666 /home/{user}/gate/go",
+        f"install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519; mkfifo /home/{user}/gate/go; "
+        f"chmod 666 /home/{user}/gate/go",
         f"printf %s {shlex.quote(GATE)} > /home/{user}/bin/sftp; chmod 755 /home/{user}/bin/sftp",
         by(user, "touch ~/gate/limit; echo > ~/gate/at; ekiben fleet init"),
-        by(user, f"jq '.directory = \"{place}\"' fleet.json > new; mv new fleet.json; mkdir -p hosts/web/app; base64 -d <<< {pack} | tar -C hosts/web -xz; echo {shlex.quote(FLAKE)} > hosts/web/flake.nix"),
+        by(user, f"jq '.directory = \"{place}\"' fleet.json > new; mv new fleet.json; mkdir -p hosts/web/app; "
+                 f"base64 -d <<< {pack} | tar -C hosts/web -xz; echo {shlex.quote(FLAKE)} > hosts/web/flake.nix"),
     )
 # as alice's ssh has it
 desk.succeed(by("alice", "printf 'Host the-hub\\nHostName hub\\nPort 2222\\nUser ekiben-publisher\\n' > ~/.ssh/config"))
 first = change()
 # what git would make something else of
-desk.succeed(by("deploy", "printf '* text eol=crlf ident export-subst export-ignore\\n' | tee .gitattributes hosts/web/.gitattributes > hosts/web/app/.gitattributes"))
+desk.succeed(by("deploy", "printf '* text eol=crlf ident export-subst export-ignore\\n' | "
+                          "tee .gitattributes hosts/web/.gitattributes > hosts/web/app/.gitattributes"))
 desk.succeed(by("deploy", "printf '%s\\r\\na\\n' '$Id: x$ $Format:%H$' > hosts/web/app/mixed; ln -s user@desk.1:2 'hosts/web/app/.#mixed'"))
 
 with subtest("a hub that nobody has vouched for is not published to"):
@@ -165,7 +169,8 @@ with subtest("from a third machine, without root, a release is published, follow
 
 with subtest("who publishes can do nothing else at the hub"):
     def everything():
-        return hub.succeed(f"cd {HUB}; find . -path ./received/web -prune -o -printf '%p %y %U %G %m %l\\n' | sort; find hosts/*/release hosts/*/files -type f | sort | xargs sha256sum")
+        return hub.succeed(f"cd {HUB}; find . -path ./received/web -prune -o -printf '%p %y %U %G %m %l\\n' | sort; "
+                           "find hosts/*/release hosts/*/files -type f | sort | xargs sha256sum")
     before = everything()
     assert hub.succeed(f"cat {HUB}/hosts/web/files/*") != "" and "authorized_keys" in hub.succeed("ls -d /etc/ssh/authorized_keys.d")
     for command in ("id", "/bin/sh", "'sftp; id'", "'scp -t /tmp'", ""):
@@ -206,7 +211,8 @@ with subtest("what cannot be read is not taken for what is not there, nor what c
     assert "Permission denied" in desk.fail(fleet("deploy"))
     hub.succeed(f"chmod 775 {RELEASE}")
     assert manifest()["sequence"] == number
-    hub.succeed(f"install -d /tmp/release; cp -a {RELEASE}/. /tmp/release; mount -t tmpfs -o size=64k,mode=777 none {RELEASE}; cp -a /tmp/release/. {RELEASE}")
+    hub.succeed(f"install -d /tmp/release; cp -a {RELEASE}/. /tmp/release; mount -t tmpfs -o size=64k,mode=777 none {RELEASE}; "
+                f"cp -a /tmp/release/. {RELEASE}")
     hub.succeed(f"dd if=/dev/zero of={RELEASE}/fill bs=1k 2>/dev/null || true")
     desk.fail(fleet("deploy"))
     hub.succeed(f"cmp {RELEASE}/manifest.json /tmp/release/manifest.json", f"umount {RELEASE}")
@@ -220,7 +226,8 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
     hub.wait_until_succeeds(f"test -e {HUB}/received/web/received.json")
     reports = hub.succeed(f"ls {HUB}/received/web")
     outside = f"{HUB}/received/outside"
-    hub.succeed(f"touch {outside}.json {outside}.log.gz {outside}.tar.gz; chown ekiben-hub {outside}.*; mkdir -p /tmp/other; cp {RELEASE}/*.json /tmp/other")
+    hub.succeed(f"touch {outside}.json {outside}.log.gz {outside}.tar.gz; chown ekiben-hub {outside}.*; mkdir -p /tmp/other; "
+                f"cp {RELEASE}/*.json /tmp/other")
     newest = json.loads(hub.succeed(f"cat {HUB}/received/web/received.json"))["reports"][-1]
     runs = ["x\n!touch /tmp/owned\n-lpwd", "../outside", "../../../received/outside", outside, newest]
     for index in (json.dumps({"reports": runs}), json.dumps({"reports": runs * 300}), "{"):
@@ -245,7 +252,8 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
             assert "more than a day ahead of this machine's clock" in desk.fail(fleet("deploy"))
             break
         assert published(desk.succeed(fleet("deploy"))) < 2 * 10**9
-    hub.succeed(f"rm {RELEASE}/manifest.json; truncate -s 4G {RELEASE}/evil; mv {RELEASE}/evil {RELEASE}/manifest.json; chown ekiben-publisher {RELEASE}/manifest.json")
+    hub.succeed(f"rm {RELEASE}/manifest.json; truncate -s 4G {RELEASE}/evil; mv {RELEASE}/evil {RELEASE}/manifest.json; "
+                f"chown ekiben-publisher {RELEASE}/manifest.json")
     published(desk.succeed(fleet("deploy")))
     follows(content)
     second = content

@@ -23,7 +23,8 @@ def serve(name, content):
 
 def ask():
     """Has the host ask its hub, as if it had not for a while, and waits until root has seen what came."""
-    web.succeed(f"systemctl stop ekiben-files.path; systemctl reset-failed ekiben-files.path; touch -c -d '2 hours ago' {KEPT}/index.json; systemctl start ekiben-files.path")
+    web.succeed("systemctl stop ekiben-files.path; systemctl reset-failed ekiben-files.path; "
+                f"touch -c -d '2 hours ago' {KEPT}/index.json; systemctl start ekiben-files.path")
     follow(web, "files")
     ended = run(web, "fleet")
     # no release is published here, and files do not wait for one
@@ -117,8 +118,12 @@ with subtest("what somebody has written stays, until it is moved away"):
 
 # on hosts alone
 with subtest("the hub serves nothing that somebody else could have chosen"):
-    hub.succeed("systemctl stop ekiben-hub-files.timer", "mkdir -p /srv/agenix.d/1; echo fourth plain > /srv/agenix.d/1/plain; chown nobody /srv/agenix.d/1/plain; ln -sfn /srv/agenix.d/1 /srv/agenix")
-    hub.succeed("install -d -o nobody /srv/nobody /srv/nobody/own; ln -s /etc/shadow /srv/nobody/plain; ln -s /root/secrets /srv/nobody/dir; ln -s /srv/nobody/plain /srv/link; ln -s /etc/shadow /srv/theirs; chown -h nobody /srv/theirs")
+    hub.succeed("systemctl stop ekiben-hub-files.timer",
+        "mkdir -p /srv/agenix.d/1; echo fourth plain > /srv/agenix.d/1/plain; chown nobody /srv/agenix.d/1/plain; "
+        "ln -sfn /srv/agenix.d/1 /srv/agenix")
+    hub.succeed("install -d -o nobody /srv/nobody /srv/nobody/own; ln -s /etc/shadow /srv/nobody/plain; "
+                "ln -s /root/secrets /srv/nobody/dir; ln -s /srv/nobody/plain /srv/link; ln -s /etc/shadow /srv/theirs; "
+                "chown -h nobody /srv/theirs")
     for source in ("/srv/nobody/plain", "/srv/nobody/dir/plain", "/srv/link", "/srv/theirs", "/srv/nobody/own/../plain", "/srv/agenix/plain"):
         hub.succeed(f"jq '.hub.files.web[\"{SECRETS}/plain\"].source = \"{source}\"' /etc/ekiben/config.json > /root/config.json")
         code, said = hub.execute("ekiben fleet files /root/config.json 2>&1")
@@ -153,7 +158,8 @@ def offer(*changes):
     sha256 = hub.succeed("test -e /root/evil || echo evil > /root/evil; sha256sum /root/evil | cut -c1-64").strip()
     usual = {"path": f"{SECRETS}/evil", "mode": "0400", "owner": "root", "group": "root", "file": sha256, "sha256": sha256}
     index = json.dumps([usual | change for change in changes])
-    hub.succeed(f"cp /root/evil {HOST}/files/{sha256}; echo {shlex.quote(index)} > {HOST}/files/index.json; chgrp -R fleet-web {HOST}/files; chmod 640 {HOST}/files/*")
+    hub.succeed(f"cp /root/evil {HOST}/files/{sha256}; echo {shlex.quote(index)} > {HOST}/files/index.json; "
+                f"chgrp -R fleet-web {HOST}/files; chmod 640 {HOST}/files/*")
 
 
 def picture():
@@ -206,7 +212,8 @@ with subtest("what is wrong with the index as a whole: nothing is fetched, all s
     offer({})
     assert "has more than 262144 bytes" in run(web, "fleet")["error"]
     for text in ("", "{}", "[1]", '[{"path": 5}]', "[" * 200000, " " * 300000):
-        hub.succeed(f"printf %s {shlex.quote(text[:100000])} > {HOST}/files/index.json; printf '%{max(0, len(text) - 100000)}s' '' >> {HOST}/files/index.json")
+        hub.succeed(f"printf %s {shlex.quote(text[:100000])} > {HOST}/files/index.json; "
+                    f"printf '%{max(0, len(text) - 100000)}s' '' >> {HOST}/files/index.json")
         assert run(web, "fleet")["stage"] == "prepare"
     assert picture() == before
     web.succeed(f"test -e {KEPT}/../canary")
@@ -214,7 +221,8 @@ with subtest("what is wrong with the index as a whole: nothing is fetched, all s
 with subtest("root reads nothing for the instance's user that only root may read"):
     sha256 = web.succeed("echo stolen > /root/stolen; sha256sum /root/stolen | cut -c1-64").strip()
     stolen = {"path": f"{SECRETS}/stolen", "mode": "0444", "owner": "root", "group": "root", "file": sha256, "sha256": sha256}
-    web.succeed(f"mkdir -m 700 /root/others; echo {shlex.quote(json.dumps([stolen]))} > /root/others/index.json; mv /root/stolen /root/others/{sha256}")
+    web.succeed(f"mkdir -m 700 /root/others; echo {shlex.quote(json.dumps([stolen]))} > /root/others/index.json; "
+                f"mv /root/stolen /root/others/{sha256}")
     before = picture()
     own = "runuser -u ekiben-fleet -- env -C /var/lib/ekiben/instances/fleet"
     for lure in ("mv files kept; ln -s /root/others files", f"ln -sf /root/others/index.json files/index.json; ln -s /root/others/{sha256} files/{sha256}"):
@@ -244,7 +252,8 @@ with subtest("directories that were made for a file go with it; others, and what
 with subtest("nobody has root remove a file by a directory that is not root's"):
     offer({"path": f"{SECRETS}/handed/evil"})
     ask()
-    web.succeed(f"mkdir -m 755 /srv/precious; cp -p {SECRETS}/handed/evil /srv/precious; mv {SECRETS}/handed /root; ln -s /srv/precious {SECRETS}/handed")
+    web.succeed(f"mkdir -m 755 /srv/precious; cp -p {SECRETS}/handed/evil /srv/precious; mv {SECRETS}/handed /root; "
+                f"ln -s /srv/precious {SECRETS}/handed")
     offer({"path": f"{SECRETS}/good"})
     ask()
     web.succeed(f"test -e /srv/precious/evil; rm {SECRETS}/handed")

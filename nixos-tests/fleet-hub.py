@@ -127,7 +127,8 @@ with subtest("deploy publishes all once, and then what has changed"):
     key = hub.succeed("cut -d' ' -f1,2 /home/deploy/key.pub").strip()
     hub.succeed(
         f"cd /tmp; echo 'fleet {key}' > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
-        f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
+        f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | "
+        "ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
     )
     # a key that comes later does not sign what is published, but what is in the repository
     identifier, before = manifest("web")["id"], numbers()
@@ -146,8 +147,10 @@ with subtest("deploy publishes all once, and then what has changed"):
         assert published(hub.succeed(fleet("deploy web"))) == ["web"]
         assert "web: unchanged" in hub.succeed(fleet("deploy web"))
         hub.succeed(
-            f"cd /tmp; echo \"fleet $(cut -d' ' -f1,2 /home/deploy/{name}.pub)\" > signers; jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
-            f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
+            f"cd /tmp; echo \"fleet $(cut -d' ' -f1,2 /home/deploy/{name}.pub)\" > signers; "
+            f"jq -r .signature < {SERVED}/hosts/web/release/manifest.json > signature",
+            f"cd /tmp; jq -j .manifest < {SERVED}/hosts/web/release/manifest.json | "
+            "ssh-keygen -Y verify -n ekiben -I fleet -f signers -s signature",
         )
     assert newer(before) == ["web"] and manifest("web")["id"] == identifier
     before = hub.succeed(f"find {SERVED} -printf '%p %T@\\n' | sort")
@@ -303,7 +306,8 @@ with subtest("A repository can be a flake itself: what git tracks is what a host
     assert hub.succeed(f"cat {toplevel}").strip() == "edited"
 
 with subtest("A link that leads out of the repository is named and publishes nothing, and so is what nobody could unpack"):
-    hub.succeed(as_deploy("echo signer-private > /home/deploy/secret; cd /srv/own; git rm -q --cached gone; git add -A; git commit -qm own"))
+    hub.succeed(as_deploy("echo signer-private > /home/deploy/secret; cd /srv/own; git rm -q --cached gone; git add -A; "
+                          "git commit -qm own"))
     made = "find /srv/own-hub /var/lib/ekiben-hub -name '*.tar.gz' | sort | xargs sha256sum"
     before = hub.succeed(made)
     for make, why in (
@@ -323,7 +327,8 @@ with subtest("A link that leads out of the repository is named and publishes not
         hub.succeed("rm /srv/fleet/hosts/web/odd*")
         # and of what git tracks in a repository that is a flake itself
         if "nowhere" not in make and "realpath --relative-to=. /home/deploy)" not in make and "/nix/store" not in make and "chmod" not in make:
-            hub.succeed(as_deploy(f"jq '.signingKey = \"/home/deploy/key\"' /srv/own/fleet.json > /tmp/own.json; cat /tmp/own.json > /srv/own/fleet.json; cd /srv/own; {make}; git add -A"))
+            hub.succeed(as_deploy("jq '.signingKey = \"/home/deploy/key\"' /srv/own/fleet.json > /tmp/own.json; "
+                                  f"cat /tmp/own.json > /srv/own/fleet.json; cd /srv/own; {make}; git add -A"))
             said = hub.fail(fleet("deploy --repository /srv/own --directory /srv/own-hub own"))
             assert "/srv/own/odd" in said and why in said, said
             hub.succeed(as_deploy("cd /srv/own; rm odd*; git add -A"))
@@ -399,11 +404,14 @@ with subtest("status shows the state of the hosts"):
 with subtest("Nobody obeys a file of somebody else's, and nobody but the hub's user collects"):
     hub.succeed(
         "mkdir -p /tmp/planted/hosts/x /tmp/evil/received /tmp/evil/hosts/x/release; chmod -R 777 /tmp/evil; chown -R deploy /tmp/planted",
-        "install -d -o deploy /tmp/planted/mine /home/deploy/docs/deep; touch /home/deploy/docs/thesis.txt /home/deploy/docs/a.log /home/deploy/docs/deep/x; chown -R deploy /home/deploy/docs",
+        "install -d -o deploy /tmp/planted/mine /home/deploy/docs/deep; "
+        "touch /home/deploy/docs/thesis.txt /home/deploy/docs/a.log /home/deploy/docs/deep/x; chown -R deploy /home/deploy/docs",
         "ln -s /home/deploy/docs /tmp/evil/hosts/x/reports; install -d /root/precious/sub",
     )
     shell = json.dumps("id -un > /tmp/ran-as; echo 1")
-    write(hub, "/tmp/planted/hosts/x/flake.nix", f'{{ outputs = _: {{ nixosConfigurations.x.config.system.build.toplevel = builtins.exec [ "/bin/sh" "-c" {shell} ]; }}; }}')
+    write(hub, "/tmp/planted/hosts/x/flake.nix",
+        f'{{ outputs = _: {{ nixosConfigurations.x.config.system.build.toplevel = builtins.exec [ "/bin/sh" "-c" {shell} ]; }}; '
+        f'}}')
     write(hub, "/tmp/planted/fleet.json", json.dumps({"directory": "/tmp/evil", "flags": ["--option", "allow-unsafe-native-code-during-evaluation", "true", "--impure"]}))
     precious = "find /home/deploy/docs /root/precious | sort"
     before = hub.succeed(precious)
@@ -503,7 +511,8 @@ with subtest("This machine's own configuration can be activated"):
     assert "must be run as root" in hub.fail(fleet("build test hub"))
     if is_host(hub):
         assert "owned by deploy, not by root" in hub.fail("cd /srv/fleet; ekiben fleet build switch hub 2>&1")
-        hub.succeed("cp -r /srv/fleet /root/fleet; chown -R root /root/fleet; cd /root/fleet; export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
+        hub.succeed("cp -r /srv/fleet /root/fleet; chown -R root /root/fleet; cd /root/fleet; "
+                    "export NIX_PATH=nixpkgs=/srv/nixpkgs; ekiben fleet build switch hub")
         # first for now, then for good
         assert hub.succeed("cat /tmp/switched").split() == ["test", "boot"]
         assert generation(hub).endswith(manifest("hub")["toplevel"])

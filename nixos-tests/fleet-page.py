@@ -123,7 +123,8 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
             {"eval_time": "20m", "alertname": "EkibenHubStandsStill", "exp_alerts": [{"exp_labels": still, "exp_annotations": {"summary": said}}]},
         ],
     })
-    hub.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; printf '%s\n' {shlex.quote(rules)} > /run/rules/rules.yml")
+    hub.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; "
+                f"printf '%s\n' {shlex.quote(rules)} > /run/rules/rules.yml")
     hub.succeed("cd /run/rules; promtool check rules rules.yml")
     code, said = hub.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
     assert code == 0, said

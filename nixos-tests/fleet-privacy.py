@@ -136,7 +136,8 @@ def sftp(machine, code, login="fleet-a"):
 def served():
     """Everything that the hub serves, with owners, permissions, times and contents; but not what the hosts leave."""
     return hub.succeed(
-        f"cd {HUB}; find . -path './hosts/*/reports' -prune -o -printf '%p %y %U %G %m %T@ %l\\n' | sort; find hosts/*/release hosts/*/files -type f | sort | xargs sha256sum"
+        f"cd {HUB}; find . -path './hosts/*/reports' -prune -o -printf '%p %y %U %G %m %T@ %l\\n' | sort; "
+        "find hosts/*/release hosts/*/files -type f | sort | xargs sha256sum"
     )
 
 
@@ -302,7 +303,8 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
     ):
         # what the administrator's users may do shows that the attempt is a real one
         for login in (f"{ALICE} alice@hub", "fleet-a@hub"):
-            a.succeed(f"rm -f /tmp/control /tmp/said /tmp/local.sock; ssh -f -N -M -S /tmp/control -E /tmp/said {options} {login} < /dev/null > /dev/null 2>&1")
+            a.succeed("rm -f /tmp/control /tmp/said /tmp/local.sock; "
+                      f"ssh -f -N -M -S /tmp/control -E /tmp/said {options} {login} < /dev/null > /dev/null 2>&1")
             if "alice" in login:
                 machine.wait_until_succeeds(probe, timeout=20)
             else:
@@ -323,10 +325,12 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
     # an agent is refused without a word: while such a session is open, the hub has no socket for it
     a.succeed(
         "ssh-agent -a /tmp/agent.sock > /tmp/agent.env; export SSH_AUTH_SOCK=/tmp/agent.sock; ssh-add -q /root/.ssh/id_ed25519;"
-        " mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); ssh -A -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 & echo $! > /tmp/ssh.pid"
+        " mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); "
+        "ssh -A -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 & echo $! > /tmp/ssh.pid"
     )
     hub.wait_until_succeeds("pgrep -u fleet-a sshd", timeout=20)
-    assert hub.succeed("find /tmp /run /var/tmp -type s \\( -name 'agent.*' -o -user fleet-a \\) ! -path '/run/user/*'; ss -Hlxp | grep -F fleet-a || true") == ""
+    assert hub.succeed("find /tmp /run /var/tmp -type s \\( -name 'agent.*' -o -user fleet-a \\) ! -path '/run/user/*'; "
+                       "ss -Hlxp | grep -F fleet-a || true") == ""
     a.succeed("kill $(cat /tmp/hold.pid) $(cat /tmp/ssh.pid); . /tmp/agent.env > /dev/null; kill $SSH_AGENT_PID")
     tried += 3
     # devices that the users could use, if sshd let them; not everywhere can there be one
@@ -350,7 +354,8 @@ with subtest("one session a connection, and none for a host that is gone"):
     master = "ssh -S /tmp/control -o ProxyCommand=false"
     a.succeed(
         "rm -f /tmp/control; ssh -f -N -M -S /tmp/control fleet-a@hub < /dev/null > /dev/null 2>&1",
-        f"rm -f /tmp/hold /tmp/said; mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); {master} -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 &",
+        "rm -f /tmp/hold /tmp/said; mkfifo /tmp/hold; (sleep infinity > /tmp/hold & echo $! > /tmp/hold.pid); "
+        f"{master} -s fleet-a@hub sftp < /tmp/hold > /tmp/said 2>&1 &",
     )
     hub.wait_until_succeeds("pgrep -u fleet-a sshd", timeout=20)
     a.wait_until_succeeds(f"({master} -s fleet-a@hub sftp < /dev/null 2>&1 || true) | grep 'Session open refused by peer'", timeout=20)
@@ -374,7 +379,8 @@ with subtest("no way in but a host's own key under its own name"):
     said = a.fail(f"{BY_PASSWORD} fleet-a@hub id < /dev/null 2>&1")
     assert "Permission denied (publickey)." in said, said
     # an authority that the administrator trusts for people
-    a.succeed("cd /tmp; cp /root/.ssh/id_ed25519 .; ssh-keygen -y -f id_ed25519 > id_ed25519.pub; ssh-keygen -q -s /root/alice -I test -n fleet-b,alice id_ed25519.pub")
+    a.succeed("cd /tmp; cp /root/.ssh/id_ed25519 .; ssh-keygen -y -f id_ed25519 > id_ed25519.pub; "
+              "ssh-keygen -q -s /root/alice -I test -n fleet-b,alice id_ed25519.pub")
     by_certificate = "ssh -T -i /tmp/id_ed25519 -o CertificateFile=/tmp/id_ed25519-cert.pub"
     assert "uid=1001" in a.succeed(f"{by_certificate} alice@hub id < /dev/null")
     said = a.fail(f"{by_certificate} fleet-b@hub id < /dev/null 2>&1")

@@ -49,7 +49,8 @@ with subtest("an update that is pushed, over SSH; the next release is deployed a
 
 with subtest("inputs are updated between releases, and the hub says so"):
     # the hub and the host see the same repository
-    hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/app; cd /srv/app; echo one > content; git add .; git commit -qm one"))
+    hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; "
+                          "git init -qb main /srv/app; cd /srv/app; echo one > content; git add .; git commit -qm one"))
     pack = hub.succeed("tar -C /srv -cz app | base64 -w0").strip()
     web.succeed(f"base64 -d <<< {pack} | tar -C /srv -xz; chown -R ekiben-fleet /srv/app")
     write(hub, "/srv/fleet/hosts/web/flake.nix", f"""{{ inputs.app = {{ url = "git+file:///srv/app"; flake = false; }};

@@ -18,7 +18,8 @@ with subtest("what is published for nobody is said, the others are published"):
 with subtest("a new host fetches what the hub has built"):
     # what a git that was killed in a first poll may leave
     own = "/var/lib/ekiben/instances/fleet"
-    web.succeed(f"mkdir -p {own}/repository/.git/refs {own}/repository.new; cd {own}; touch repository/.git/HEAD repository/.git/{{index,config,HEAD}}.lock fetched")
+    web.succeed(f"mkdir -p {own}/repository/.git/refs {own}/repository.new; cd {own}; "
+                f"touch repository/.git/HEAD repository/.git/{{index,config,HEAD}}.lock fetched")
     for name, machine in HOSTS.items():
         ended = poll(machine)
         assert ended["result"] == "deployed", ended
@@ -42,7 +43,9 @@ with subtest("one host of three is changed: it alone has something to do"):
     content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web db plain"))
     # nobody else's git is at work in a host's own repository
-    web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; chown -R --reference={own} {own}/fetched {own}/repository")
+    web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; "
+                "touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; "
+                f"chown -R --reference={own} {own}/fetched {own}/repository")
     assert states(hub) == {"db": "up to date", "db2": "no key on the hub", "plain": "up to date", "web": "rebuild pending"}, states(hub)
     said = hub.succeed(fleet("diff"))
     assert "db: up to date" in said and "plain: up to date" in said and f"web: {running(web)} -> /nix/store/" in said, said
@@ -186,11 +189,14 @@ with subtest("who is taken out of the repository, or loses the key at the hub, i
     said = hub.succeed(fleet("status --once web"))
     date = hub.succeed("date -d '30 days' '+%a %F'").strip()
     assert f"what the hub has of it is removed on {date}" in " ".join(said.split()), said
-    hub.succeed(f"cp -a /var/lib/ekiben-hub/{{hosts,received}} /root; jq '.web = 1000' {hosts}/removed.json > /root/removed.json; cat /root/removed.json > {hosts}/removed.json")
-    hub.succeed(f"umount {hosts}/web/reports; ekiben fleet files /run/scenario-hub.json; systemctl start ekiben-hub-collect.service; systemd-tmpfiles --clean")
+    hub.succeed(f"cp -a /var/lib/ekiben-hub/{{hosts,received}} /root; "
+                f"jq '.web = 1000' {hosts}/removed.json > /root/removed.json; cat /root/removed.json > {hosts}/removed.json")
+    hub.succeed(f"umount {hosts}/web/reports; ekiben fleet files /run/scenario-hub.json; "
+                "systemctl start ekiben-hub-collect.service; systemd-tmpfiles --clean")
     assert hub.succeed(f"ls -A {hosts}/.removed") == ""
     assert "web" not in states(hub) and hub.succeed(f"ls {hosts} /var/lib/ekiben-hub/received").split().count("web") == 0
-    hub.succeed(f"cp -a /root/hosts/web {hosts}; cp -a /root/received/web /var/lib/ekiben-hub/received; systemctl start 'var-lib-ekiben\\x2dhub-hosts-web-reports.mount'")
+    hub.succeed(f"cp -a /root/hosts/web {hosts}; cp -a /root/received/web /var/lib/ekiben-hub/received; "
+                "systemctl start 'var-lib-ekiben\\x2dhub-hosts-web-reports.mount'")
     hub.succeed(as_deploy("mv /tmp/web /srv/fleet/hosts/web"))
     assert states(hub)["web"] == "no key on the hub" and hub.execute(fleet("status web"))[0] == 4
     assert "the hub has no key of it" in hub.fail(fleet("deploy web"))

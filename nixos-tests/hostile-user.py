@@ -133,7 +133,8 @@ with subtest("root runs nothing of the repository's: hooks, monitor, filters, co
     hooks = "post-checkout post-commit reference-transaction pre-push post-merge post-index-change post-rewrite update pre-auto-gc"
     deploy(
         machine,
-        f"touch /tmp/spy; chmod 666 /tmp/spy; printf '#!/bin/sh\\n{spy}\\n' | tee /tmp/spy.sh > /tmp/filter.sh; echo cat >> /tmp/filter.sh; chmod +x /tmp/*.sh; "
+        f"touch /tmp/spy; chmod 666 /tmp/spy; printf '#!/bin/sh\\n{spy}\\n' | tee /tmp/spy.sh > /tmp/filter.sh; "
+        "echo cat >> /tmp/filter.sh; chmod +x /tmp/*.sh; "
         f"for hook in {hooks}; do cp /tmp/spy.sh .git/hooks/$hook; done; "
         "git config core.fsmonitor /tmp/spy.sh; git config core.pager /tmp/spy.sh; git config core.sshCommand /tmp/spy.sh; "
         "git config filter.spy.clean /tmp/filter.sh; git config filter.spy.smudge /tmp/filter.sh; "

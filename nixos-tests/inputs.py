@@ -7,7 +7,8 @@ server.succeed(
     "chown deploy /srv; echo 127.0.0.1 forge github.com api.github.com >> /etc/hosts",
     # a certificate that everything here trusts
     "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=forge -addext subjectAltName=DNS:github.com,DNS:api.github.com "
-    "-keyout /srv/key -out /srv/certificate 2> /dev/null; chown deploy /srv/key; cat /srv/certificate >> /etc/ssl/certs/ca-certificates.crt",
+    "-keyout /srv/key -out /srv/certificate 2> /dev/null; chown deploy /srv/key; "
+    "cat /srv/certificate >> /etc/ssl/certs/ca-certificates.crt",
     as_deploy("ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519; cp ~/.ssh/id_ed25519.pub ~/.ssh/authorized_keys"),
     as_deploy("ssh-keyscan -t ed25519 forge > ~/.ssh/known_hosts; git clone -q --bare /srv/app /srv/bare"),
     as_deploy("nix registry add app git://forge/app?ref=main; cp -r /srv/app/. /srv/plain; rm -rf /srv/plain/.git"),
@@ -28,7 +29,8 @@ def start(name):
 def use(url):
     """Has the repository take the input from there, as its user would: by a commit."""
     url = url.replace("&", "\\&")
-    deploy(server, f"sed -i '/app = {{/,/url/s#url = .*#url = \"{url}\";#' flake.nix; {'git diff --quiet || { nix flake lock; git commit -qam use; }'}")
+    deploy(server, f"sed -i '/app = {{/,/url/s#url = .*#url = \"{url}\";#' flake.nix; "
+                   f"{'git diff --quiet || { nix flake lock; git commit -qam use; }'}")
 
 
 def renew():
@@ -178,7 +180,9 @@ with subtest("what a killed git or a power cut has left in the cache is in nobod
         works()
 
 with subtest("a git that is killed while it fetches"):
-    server.succeed("mkdir -p /run/systemd/system/ekiben-app.service.d /opt/bin", "printf '#!/bin/sh\\ncase \"$*\" in *\" fetch \"*) : > refs/heads/main.lock; kill -9 $$ ;; esac\\nexec /usr/bin/git \"$@\"\\n' > /opt/bin/git; chmod +x /opt/bin/git",
+    server.succeed("mkdir -p /run/systemd/system/ekiben-app.service.d /opt/bin",
+        "printf '#!/bin/sh\\ncase \"$*\" in *\" fetch \"*) : > refs/heads/main.lock; kill -9 $$ ;; "
+        "esac\\nexec /usr/bin/git \"$@\"\\n' > /opt/bin/git; chmod +x /opt/bin/git",
                    "printf '[Service]\\nEnvironment=PATH=/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\\n' > /run/systemd/system/ekiben-app.service.d/git.conf; systemctl daemon-reload")
     renew()
     fails("Failed to update app")
@@ -192,8 +196,10 @@ with subtest("a name that is no input's"):
 with subtest("an input that follows another is updated by updating that"):
     server.succeed(as_deploy("git init -qb main /srv/lib; echo 1 > /srv/lib/content; git -C /srv/lib add .; git -C /srv/lib commit -qm 1"))
     flake = '{ inputs.lib = { url = "git+file:///srv/lib"; flake = false; }; outputs = _: { }; }'
-    server.succeed(as_deploy(f"cd /srv/app; echo {shlex.quote(flake)} > flake.nix; git add .; nix flake lock; git add .; git commit -qm flake"))
-    deploy(server, "sed -i '0,/flake = false;/s///; s/  outputs =/  inputs.alias.follows = \"app\\/lib\";\\n  outputs =/; s/      app,/      app,\\n      alias,/' flake.nix; nix flake update app; git commit -qam follow")
+    server.succeed(as_deploy(f"cd /srv/app; echo {shlex.quote(flake)} > flake.nix; git add .; nix flake lock; git add .; "
+                             "git commit -qm flake"))
+    deploy(server, "sed -i '0,/flake = false;/s///; s/  outputs =/  inputs.alias.follows = \"app\\/lib\";\\n  outputs =/; "
+                   "s/      app,/      app,\\n      alias,/' flake.nix; nix flake update app; git commit -qam follow")
     works()
     locked = 'jq -r ".nodes.lib.locked.rev, .nodes.app.locked.rev" flake.lock'
     for instance in ("alias", "nested"):
@@ -213,7 +219,9 @@ with subtest("no secret of an input's URL, and no access token, is shown"):
     server.succeed(as_deploy("mkdir -p ~/.config/nix; echo 'access-tokens forge=geheim' > ~/.config/nix/nix.conf"))
     assert "access-tokens ***" in fails("syntax error")["error"]
     server.succeed(as_deploy("rm ~/.config/nix/nix.conf"), "journalctl --sync")
-    found = server.execute("{ grep -rh geheim /var/lib/ekiben/status /var/lib/ekiben/instances/app/notes.json || true; ekiben status || true; ekiben status --json || true; journalctl -q -o cat -u 'ekiben*'; } | grep geheim")
+    found = server.execute("{ grep -rh geheim /var/lib/ekiben/status /var/lib/ekiben/instances/app/notes.json || true; "
+                           "ekiben status || true; ekiben status --json || true; journalctl -q -o cat -u 'ekiben*'; "
+                           "} | grep geheim")
     assert found[0] != 0, found[1]
     works()
 

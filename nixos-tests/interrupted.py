@@ -201,7 +201,8 @@ if STAND_IN:
 
     with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
         timer = "/run/systemd/system/scenario-once.timer"
-        machine.succeed(f"printf '[Timer]\\nOnActiveSec=1ms\\nAccuracySec=1ms\\nUnit=ekiben-app.service\\n' > {timer}; systemctl daemon-reload")
+        machine.succeed(f"printf '[Timer]\\nOnActiveSec=1ms\\nAccuracySec=1ms\\nUnit=ekiben-app.service\\n' > {timer}; "
+                        "systemctl daemon-reload")
         elapse = (
             "systemctl start scenario-once.timer",
             "until systemctl show --property SubState --value scenario-once.timer | grep -x running; do sleep 0.1; done",
@@ -325,7 +326,8 @@ if STAND_IN:
         until_said("Held at build: noted.")
         candidate = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
         recipe = machine.succeed(f"nix-store --query --deriver {candidate}").strip()
-        source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || test $(cat +/content) != {content} || echo +'").strip()
+        source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || "
+                                 f"test $(cat +/content) != {content} || echo +'").strip()
         machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {candidate}/etc/app {source}/content; do truncate -s 0 $file; done")
         cut_off("crash")
         assert shows(machine, "app") == content, last_run(machine, "app")

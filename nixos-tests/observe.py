@@ -42,7 +42,8 @@ def wait_for_old_system(machine):
 
 
 before = {machine: (running(machine), generation(machine)) for machine in ALL}
-with subtest("a system that dies on its feet is put back, whatever it dies of and whenever; one that lives is deployed at the end of the time"):
+with subtest("a system that dies on its feet is put back, whatever it dies of and whenever; "
+             "one that lives is deployed at the end of the time"):
     # a unit's life in seconds, how it ends, and when it is restarted
     begin(early, "dead", trouble="mortal 5 1 no")
     begin(late, "dead", trouble="mortal 20 1 no")

@@ -11,7 +11,8 @@ def settle():
     for instance in INSTANCES:
         wait_until_at_rest(machine, instance)
     assert machine.succeed("ls -A /var/lib/ekiben/runs") == ""
-    assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben; ls -d .git/*.lock .git/ekiben-* 2>/dev/null || true") == ""
+    assert deploy(machine, "git status --porcelain; git for-each-ref refs/ekiben; "
+                           "ls -d .git/*.lock .git/ekiben-* 2>/dev/null || true") == ""
 
 
 def last_id(instance):
@@ -231,7 +232,8 @@ for kind, make, words in (
     ("a repository without a commit", "git init -q /srv/odd", "the branch has no commit yet; commit the flake"),
     ("a bare repository", f"git clone -q --bare {REPOSITORY} /srv/odd", "must be run in a work tree"),
     ("a worktree", f"git -C {REPOSITORY} worktree add -q -b odd /srv/odd", "it is a worktree or submodule"),
-    ("a submodule", f"git init -q /srv/super; cd /srv/super; git -c protocol.file.allow=always submodule --quiet add {REPOSITORY} odd; ln -s super/odd /srv/odd", "worktree or submodule"),
+    ("a submodule", "git init -q /srv/super; cd /srv/super; "
+                    f"git -c protocol.file.allow=always submodule --quiet add {REPOSITORY} odd; ln -s super/odd /srv/odd", "worktree or submodule"),
     ("a directory of a repository", f"git clone -q {REPOSITORY} /srv/whole; mkdir /srv/whole/odd; ln -s whole/odd /srv/odd", "its top is /srv/whole"),
     ("a repository of somebody else", f"cp -r {REPOSITORY} /srv/odd; chown -R root: /srv/odd", "dubious ownership"),
 ):

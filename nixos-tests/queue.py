@@ -158,7 +158,8 @@ with subtest("whoever writes the queue can ask for runs, and neither lie about t
 def drop_in(unit, *lines):
     """Changes a unit until `undo`."""
     server.succeed(
-        f"mkdir -p /run/systemd/system/{unit}.d; printf '%s\\n' {shlex.join(lines)} > /run/systemd/system/{unit}.d/test.conf; systemctl daemon-reload"
+        f"mkdir -p /run/systemd/system/{unit}.d; printf '%s\\n' {shlex.join(lines)} > /run/systemd/system/{unit}.d/test.conf; "
+        "systemctl daemon-reload"
     )
 
 
@@ -174,7 +175,8 @@ def wait_until_served(number):
 def wait_in_stage(command):
     """Has the run of the changed service wait in that command."""
     server.succeed("systemctl start --no-block ekiben-app.service")
-    server.wait_until_succeeds(f"systemctl show --property ExecStart --value ekiben-app.service | grep -F {shlex.quote(command)} | grep -v 'pid=0'")
+    server.wait_until_succeeds("systemctl show --property ExecStart --value ekiben-app.service | "
+                               f"grep -F {shlex.quote(command)} | grep -v 'pid=0'")
 
 
 HAS_FAILED = "systemctl --failed --no-legend | grep -w ekiben-app.service"

@@ -169,7 +169,8 @@ with subtest("the disk of the state directory is full"):
         check_unchanged(before)
     server.succeed("rm /var/lib/ekiben/filler; systemctl start --all 'ekiben-*.path'")
     works()
-    server.succeed("cp -a /var/lib/ekiben/. /var/lib/ekiben.away/; umount -l /var/lib/ekiben; cp -a /var/lib/ekiben.away/. /var/lib/ekiben/")
+    server.succeed("cp -a /var/lib/ekiben/. /var/lib/ekiben.away/; umount -l /var/lib/ekiben; "
+                   "cp -a /var/lib/ekiben.away/. /var/lib/ekiben/")
 
 FULL = ("No space left on device", "disk is full", "could not write why into")
 for what, place in (("Nix's cache", "/var/cache/ekiben/app"), ("the instance's own state", "/var/lib/ekiben/instances/app")):
@@ -177,7 +178,8 @@ for what, place in (("Nix's cache", "/var/cache/ekiben/app"), ("the instance's o
         for spare in (0, 4, 64, 256):
             publish(server, "app", next(COUNT))
             server.succeed(
-                f"cp -a {place} {place}.away; mount -t tmpfs -o size=$(($(du -sk {place} | cut -f1) + 1024))k,uid=1000,mode=700 tmpfs {place}",
+                f"cp -a {place} {place}.away; mount -t tmpfs -o size=$(($(du -sk {place} | "
+                f"cut -f1) + 1024))k,uid=1000,mode=700 tmpfs {place}",
                 f"cp -a {place}.away/. {place}/; dd if=/dev/zero of={place}/filler bs=1k 2>/dev/null || true",
                 f"truncate -s $(($(stat -c %s {place}/filler) - {spare * 1024})) {place}/filler",
             )
@@ -319,7 +321,8 @@ with subtest("a unit is just being started again when the old system comes back"
     server.succeed(
         "systemctl stop scenario-daemon; mkdir -p /run/systemd/system/scenario-daemon.service.d",
         "printf '%s\n' [Service] Restart=always RestartSec=1s ExecStart= "
-        "\"ExecStart=/bin/sh -c 'test ! -e /run/scenario-nervous || exit 1; exec sleep infinity'\" > /run/systemd/system/scenario-daemon.service.d/nervous.conf",
+        "\"ExecStart=/bin/sh -c 'test ! -e /run/scenario-nervous || exit 1; "
+        "exec sleep infinity'\" > /run/systemd/system/scenario-daemon.service.d/nervous.conf",
         "systemctl daemon-reload; systemctl start scenario-daemon",
     )
     # nervous for a while as soon as it goes back
@@ -349,7 +352,8 @@ with subtest("what is known to be bad is not tried again by the timer, but when 
 
     def by_timer():
         server.succeed("systemctl restart scenario-once.timer")
-        server.wait_until_succeeds("journalctl -u ekiben-app -o cat -n 20 | grep -F 'known to be bad' || systemctl is-active ekiben-app | grep activating", timeout=60)
+        server.wait_until_succeeds("journalctl -u ekiben-app -o cat -n 20 | grep -F 'known to be bad' || "
+                                   "systemctl is-active ekiben-app | grep activating", timeout=60)
         wait_until_idle(server, "app")
         return last_run(server, "app")
 
@@ -430,7 +434,8 @@ with subtest("what goes back is killed"):
     server.succeed(
         # the first two times
         f"cp --dereference {program} /tmp/really; printf '%s\n' '#!/bin/sh' 'echo >> /tmp/times' '[ $(wc -l < /tmp/times) -gt 2 ] || kill -KILL $$' > /tmp/killed",
-        f"echo 'exec -a {program} /tmp/really \"$@\"' >> /tmp/killed; sed -i 1s/sh/bash/ /tmp/killed; chmod +x /tmp/killed; rm -f /tmp/times",
+        f"echo 'exec -a {program} /tmp/really \"$@\"' >> /tmp/killed; sed -i 1s/sh/bash/ /tmp/killed; chmod +x /tmp/killed; "
+        "rm -f /tmp/times",
     )
     if is_host(server):
         # what it is told by its own path

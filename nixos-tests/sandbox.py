@@ -40,7 +40,8 @@ directories = shlex.join(sorted({name.rpartition("/")[0] for name in SOCKETS}))
 machine.succeed(
     f"mkdir -p /run/user/{UID}; chmod 700 /run/user/{UID}; chown deploy /run/user/{UID}; systemctl start user@{UID}.service",
     # so that it may listen there
-    f"mkdir -p {directories}; for d in {directories}; do case $d in /run|/var/tmp|/dev/shm) chmod 1777 $d;; *) chown -R deploy $d;; esac; done",
+    f"mkdir -p {directories}; for d in {directories}; do case $d in /run|/var/tmp|/dev/shm) chmod 1777 $d;; "
+    "*) chown -R deploy $d;; esac; done",
     f"chown -R deploy /run/user/{UID}",
     f"printf %s {shlex.quote(CANARY)} > /srv/canary; chmod 644 /srv/canary",
     f"systemd-run -q --unit=canary -p User=deploy -E SOCKETS={shlex.quote(json.dumps([*SOCKETS, '@canary']))} {PYTHON} /srv/canary",
@@ -199,7 +200,8 @@ def probe(unit, writable, read):
         f"journalctl -q -u {unit} -n 1 --cursor-file=/tmp/cursor > /dev/null",
     )
     machine.succeed(f"systemctl restart {unit}.service")
-    machine.wait_until_succeeds(f"journalctl -q -u {unit} -o cat --after-cursor=$(cat /tmp/cursor) | grep -x 'the probe has ended'", timeout=60)
+    machine.wait_until_succeeds(f"journalctl -q -u {unit} -o cat --after-cursor=$(cat /tmp/cursor) | "
+                                "grep -x 'the probe has ended'", timeout=60)
     said = machine.succeed(f"journalctl -q -u {unit} -o cat --after-cursor=$(cat /tmp/cursor)")
     machine.succeed(f"rm -r /run/systemd/system/{unit}.service.d; systemctl daemon-reload; systemctl reset-failed")
     return could_of(said)

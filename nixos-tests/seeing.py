@@ -143,7 +143,8 @@ with subtest("what has failed, and the first success after it, is told, in the u
     )
     machine.wait_for_open_port(8000)
     tell = "curl -fsS --data-binary @- http://127.0.0.1:8000/$EKIBEN_INSTANCE"
-    notify_by(f"{tell}; env | grep ^EKIBEN | curl -fsS --data-binary @- http://127.0.0.1:8000/environment; id -un | curl -fsS -d @- http://127.0.0.1:8000/; "
+    notify_by(f"{tell}; env | grep ^EKIBEN | curl -fsS --data-binary @- http://127.0.0.1:8000/environment; "
+              "id -un | curl -fsS -d @- http://127.0.0.1:8000/; "
               "touch /srv/app/x /home/deploy/x; true")
     publish(machine, "app", "5")
     notified("deployed")
@@ -207,7 +208,8 @@ with subtest("each recipe of the manual tells what it is to"):
     )
     machine.wait_for_open_port(8025)
     for name in ("matrix", "forgejo", "github"):
-        machine.succeed(f"install -m 600 -o deploy /dev/null /home/deploy/{name}-header; echo 'Authorization: Bearer {name}-token' > /home/deploy/{name}-header")
+        machine.succeed(f"install -m 600 -o deploy /dev/null /home/deploy/{name}-header; "
+                        f"echo 'Authorization: Bearer {name}-token' > /home/deploy/{name}-header")
     machine.succeed("echo 'url = \"http://127.0.0.1:8000/services/secret\"' > /home/deploy/chat-url")
     ended = last_run(machine, "app")
     message = f"app on machine: rolled back: {ended['error']}"
@@ -290,7 +292,8 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
             )
         ],
     }
-    machine.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; printf '%s\n' {shlex.quote(block('yaml', 'groups:'))} > /run/rules/rules.yml")
+    machine.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; "
+                    f"printf '%s\n' {shlex.quote(block('yaml', 'groups:'))} > /run/rules/rules.yml")
     machine.succeed("cd /run/rules; promtool check rules rules.yml")
     code, said = machine.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
     assert code == 0, said
@@ -462,7 +465,8 @@ with subtest("where there is nothing to go back to, nothing is done, and why is 
     machine.succeed("rm -f /tmp/x; cp /var/lib/ekiben/status/app.json /tmp/x")
     kept = state()
     gone = "/nix/store/" + "a" * 32 + "-nixos-system-gone"
-    machine.succeed(f"cd /var/lib/ekiben/status; jq '.deployed.before.system = \"{gone}\" | .deployed.before.generation.system = \"{gone}\"' /tmp/x > x; mv x app.json")
+    machine.succeed(f"cd /var/lib/ekiben/status; jq '.deployed.before.system = \"{gone}\" | "
+                    f".deployed.before.generation.system = \"{gone}\"' /tmp/x > x; mv x app.json")
     said = machine.fail("ekiben rollback app 2>&1")
     assert "collected as garbage, revert the commit" in said and state() == kept, said
     machine.succeed("cd /var/lib/ekiben/status; jq '.deployed.before = null' /tmp/x > x; mv x app.json")

@@ -81,14 +81,17 @@ ci.succeed(
 )
 system = ci.succeed("nix eval --impure --raw --expr builtins.currentSystem").strip()
 pack = server.succeed("cd /etc/scenario; tar -chz system.nix switch-to-configuration systems | base64 -w0").strip()
-ci.succeed(as_deploy(f"git init -q --bare -b main /srv/www/config.git; git init -qb main /srv/config; base64 -d <<< {pack} | tar -C /srv/config -xz"))
+ci.succeed(as_deploy("git init -q --bare -b main /srv/www/config.git; git init -qb main /srv/config; "
+                     f"base64 -d <<< {pack} | tar -C /srv/config -xz"))
 write(ci, "/srv/config/flake.nix", FLAKE.replace("@system@", system))
 # what the system refers to
-on_ci("sed -i 's,^ *name = \"nixos-system.*,& preferLocalBuild = true; allowSubstitutes = false;,; s,mkdir -p .out/bin,&; echo $other > $out/other,' system.nix")
+on_ci("sed -i 's,^ *name = \"nixos-system.*,& preferLocalBuild = true; allowSubstitutes = false;,; s,mkdir -p .out/bin,&; "
+      "echo $other > $out/other,' system.nix")
 commit("1")
 fill(on_ci("nix store add-path app"))
 server.succeed(
-    f"echo extra-substituters = http://ci:8001 >> /etc/nix/nix.conf; echo 'extra-trusted-public-keys = {ci.succeed('cat /srv/key.pub').strip()}' >> /etc/nix/nix.conf",
+    "echo extra-substituters = http://ci:8001 >> /etc/nix/nix.conf; "
+    f"echo 'extra-trusted-public-keys = {ci.succeed('cat /srv/key.pub').strip()}' >> /etc/nix/nix.conf",
     # as the module has it
     "printf '%s\n' 'narinfo-cache-negative-ttl = 0' 'always-allow-substitutes = true' 'download-attempts = 1' >> /etc/nix/nix.conf; systemctl restart nix-daemon",
     as_deploy(f"git clone -q http://ci:8000/config.git {REPOSITORY}"),

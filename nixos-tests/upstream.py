@@ -96,9 +96,11 @@ def upstream_is():
 
 if is_host(server):
     with subtest("whatever changes upstream is followed, as git merge would"):
-        push_upstream("mkdir -p d/e; echo x > d/x; echo y > d/e/y; ln -s greeting link; echo plain > plain; printf x > \"$(printf 'odd\\377\\nname')\"")
+        push_upstream("mkdir -p d/e; echo x > d/x; echo y > d/e/y; ln -s greeting link; echo plain > plain; "
+                      "printf x > \"$(printf 'odd\\377\\nname')\"")
         assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
-        push_upstream("git rm -qr d link plain; echo d > d; mkdir -p link plain/a/b; echo z > link/z; echo x > plain/a/b/x; printf y > \"$(printf 'odd\\377\\nname')\"")
+        push_upstream("git rm -qr d link plain; echo d > d; mkdir -p link plain/a/b; echo z > link/z; echo x > plain/a/b/x; "
+                      "printf y > \"$(printf 'odd\\377\\nname')\"")
         assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
         check_deployed(server, "follower")
         assert deploy(server, "cat d link/z plain/a/b/x; ls -A") == f"d\nz\nx\n{deploy(server, 'ls -A')}"
@@ -135,7 +137,8 @@ if is_host(server):
         assert not deploy(server, "ls withdrawn 2> /dev/null || true") and upstream_is() == head(server)
 
     with subtest("a clone that fetches objects as git needs them is completed"):
-        forge.succeed(as_deploy("git -C /srv/other/config.git config uploadpack.allowFilter true; git -C /srv/other/config.git config uploadpack.allowAnySHA1InWant true"))
+        forge.succeed(as_deploy("git -C /srv/other/config.git config uploadpack.allowFilter true; "
+                                "git -C /srv/other/config.git config uploadpack.allowAnySHA1InWant true"))
         server.succeed(f"mv {REPOSITORY} {REPOSITORY}.away; install -d -o deploy {REPOSITORY}")
         for options in ("--filter=blob:none --depth=1", "--filter=tree:0"):
             server.succeed(f"rm -r {REPOSITORY}; install -d -o deploy {REPOSITORY}")
@@ -163,11 +166,14 @@ if is_host(server):
         forge.succeed(f"rm /etc/ssh/sshd_config.d/scenario.conf; {ssh}")
 
     with subtest("a host key that is not the known one is said, and not tried again"):
-        known = server.succeed(as_deploy("cat ~/.ssh/known_hosts; rm -f /tmp/other*; ssh-keygen -q -t ed25519 -N '' -f /tmp/other; echo forge $(cut -d' ' -f1,2 /tmp/other.pub) > ~/.ssh/known_hosts"))
+        known = server.succeed(as_deploy("cat ~/.ssh/known_hosts; rm -f /tmp/other*; "
+                                         "ssh-keygen -q -t ed25519 -N '' -f /tmp/other; "
+                                         "echo forge $(cut -d' ' -f1,2 /tmp/other.pub) > ~/.ssh/known_hosts"))
         follow(server, "follower")
         ended = run(server, "follower")
         assert ended["result"] == "failed" and "Host key verification failed" in ended["error"], ended
-        assert server.execute("journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | grep -F 'trying again'")[0] != 0
+        assert server.execute("journalctl -q -u ekiben-follower -o cat --after-cursor=$(cat /tmp/ekiben-follower) | "
+                              "grep -F 'trying again'")[0] != 0
         server.succeed(as_deploy(f"printf %s {shlex.quote(known)} > ~/.ssh/known_hosts"))
 
 with subtest("what is to be signed is deployed only if one of the signers has signed it"):
@@ -176,7 +182,8 @@ with subtest("what is to be signed is deployed only if one of the signers has si
 
     def push_signed(text, how, change="true"):
         """Pushes a commit as another machine's user would."""
-        deploy(server, f"rm -rf /tmp/other; git clone -q ssh://deploy@forge/srv/other/config.git /tmp/other; cd /tmp/other; git config user.name Other; "
+        deploy(server, "rm -rf /tmp/other; git clone -q ssh://deploy@forge/srv/other/config.git /tmp/other; cd /tmp/other; "
+                       "git config user.name Other; "
                f"git config user.email other@localhost; echo {text} > signed; git add .; {how} -m {text}; {change}; git push -q")
 
     def refuses_unsigned(what):
@@ -187,7 +194,8 @@ with subtest("what is to be signed is deployed only if one of the signers has si
 
     # whatever the user's own settings say
     deploy(server, "git config gpg.ssh.allowedSignersFile ~/anybody; echo '*' $(ssh-keygen -y -f ~/other) > ~/anybody")
-    deploy(server, "printf '#!/bin/sh\\necho \"[GNUPG:] GOODSIG 0 x\" >&2; echo \"[GNUPG:] TRUST_ULTIMATE\"\\n' > ~/anything; chmod +x ~/anything")
+    deploy(server, "printf '#!/bin/sh\\necho \"[GNUPG:] GOODSIG 0 x\" >&2; echo \"[GNUPG:] TRUST_ULTIMATE\"\\n' > ~/anything; "
+                   "chmod +x ~/anything")
     deploy(server, "for kind in gpg.program gpg.openpgp.program gpg.ssh.program; do git config --global $kind ~/anything; done")
     push_signed("unsigned", "git commit -q")
     refuses_unsigned("it is not signed")
@@ -216,7 +224,8 @@ with subtest("what is to be signed is deployed only if one of the signers has si
     assert run(server, "signed")["result"] == "deployed" and shows(server, "app") == "9"
     deploy(server, "git commit -q --allow-empty -m mine")
     refuses_unsigned("it is not signed")
-    deploy(server, "git reset -q --hard HEAD^; git push -q; for kind in gpg.program gpg.openpgp.program gpg.ssh.program; do git config --global --unset $kind; done")
+    deploy(server, "git reset -q --hard HEAD^; git push -q; for kind in gpg.program gpg.openpgp.program gpg.ssh.program; "
+                   "do git config --global --unset $kind; done")
 
 with subtest("an upstream that cannot be pushed to is a warning"):
     forge.succeed("chmod -R a-w /srv/other/config.git/objects")

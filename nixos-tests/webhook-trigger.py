@@ -158,7 +158,8 @@ if is_host(server):
         before = server.get_unit_property("ekiben-webhook.service", "NRestarts")
         time.sleep(5)
         assert server.get_unit_property("ekiben-webhook.service", "NRestarts") == before
-        complaints = server.succeed(f"journalctl -q -o cat -u 'ekiben-webhook*' --since @{began} | grep 'Failed to read the token'").splitlines()
+        complaints = server.succeed(f"journalctl -q -o cat -u 'ekiben-webhook*' --since @{began} | "
+                                    "grep 'Failed to read the token'").splitlines()
         # by hand, and by what watches the file
         assert len(complaints) <= 2, complaints
         server.succeed(f"mv /tmp/away {file}")
@@ -197,7 +198,8 @@ if is_host(server):
         server.succeed("ekiben status")
         # a run that cannot even say that it has failed
         place = "/run/systemd/system/ekiben-app.service.d"
-        server.succeed(f"mkdir -p {place}; printf '%s\\n' [Service] ExecStart= ExecStart=false ExecStopPost= > {place}/odd.conf; systemctl daemon-reload")
+        server.succeed(f"mkdir -p {place}; printf '%s\\n' [Service] ExecStart= ExecStart=false ExecStopPost= > {place}/odd.conf; "
+                       "systemctl daemon-reload")
         server.fail("systemctl start ekiben-app")
         fails_with("ekiben-app.service has failed; see systemctl status ekiben-app.service")
         server.succeed(f"rm -r {place}; systemctl daemon-reload; systemctl reset-failed ekiben-app; ekiben status")
@@ -226,7 +228,8 @@ if is_host(server):
         script = CI[name].replace("https://deploy.example.org/ekiben", url).replace("--max-time 30 --retry 5", limits).replace("sleep 5", "sleep 1")
         secret = f"token-app-0123456789{secret_ends}"
         variables = f"export URL={url} TOKEN=$'{secret}' EKIBEN_TOKEN=$'{secret}'"
-        client.succeed(f"printf 'Authorization: Bearer {secret}' > /etc/ekiben-header; echo {shlex.quote(variables)} > /tmp/variables; printf %s {shlex.quote(script)} > /tmp/script")
+        client.succeed(f"printf 'Authorization: Bearer {secret}' > /etc/ekiben-header; "
+                       f"echo {shlex.quote(variables)} > /tmp/variables; printf %s {shlex.quote(script)} > /tmp/script")
         return "(. /tmp/variables; sh -e /tmp/script)"
 
     with subtest("the pages' lines for CI work with a secret that ends in a line break"):
@@ -248,14 +251,17 @@ if is_host(server):
         client.wait_for_open_port(8788)
         for name in CI:
             command = ci(name, "\\n", "http://localhost:8788/ekiben", "--max-time 3 --retry 0")
-            client.succeed(f"{command} 2> /tmp/said & until pgrep -x curl; do :; done; ! grep -l token-app /proc/[0-9]*/cmdline; ! wait $!; grep 'timed out' /tmp/said")
+            client.succeed(f"{command} 2> /tmp/said & until pgrep -x curl; do :; done; ! grep -l token-app /proc/[0-9]*/cmdline; "
+                           "! wait $!; grep 'timed out' /tmp/said")
 
     with subtest("a machine is set up, and its configuration changed, by the README's commands in their order"):
         wait_until_at_rest(server, "app")
         REMOTE = "/srv/my-config.git"
         # the machine as it was before: its configuration is root's, and there is no user
         server.succeed(
-            f"install -d -o deploy {REMOTE}", as_deploy(f"git clone -q --bare {REPOSITORY} {REMOTE}; for input in app other; do cat ~/.gitconfig >> /srv/$input/.git/config; done; rm ~/.gitconfig"),
+            f"install -d -o deploy {REMOTE}", as_deploy(
+                f"git clone -q --bare {REPOSITORY} {REMOTE}; for input in app other; "
+                "do cat ~/.gitconfig >> /srv/$input/.git/config; done; rm ~/.gitconfig"),
             f"mv {REPOSITORY} /root/my-config; chown -R root: /root/my-config; userdel deploy; rm -rf /var/lib/ekiben/status/*",
             # the inputs happen to be on this machine, too
             "for input in app other; do git config --global --add safe.directory /srv/$input; done",
@@ -279,7 +285,8 @@ if is_host(server):
         assert "The run ended: deployed." in said, said
         check_deployed(server, "app")
         # the token is one
-        server.succeed(f"mv {server.succeed('readlink -f /etc/scenario/token-app').strip()} /tmp/away; ln -s /root/token /etc/scenario/token-app")
+        server.succeed(f"mv {server.succeed('readlink -f /etc/scenario/token-app').strip()} /tmp/away; "
+                       "ln -s /root/token /etc/scenario/token-app")
         NEW = server.succeed("cat /root/token").strip()
         client.wait_until_succeeds(f"curl -fsS -X POST -H 'Authorization: Bearer {NEW}' {URL}", timeout=10)
         wait_until_at_rest(server, "app")
@@ -287,7 +294,8 @@ if is_host(server):
         publish(server, "app", "newer")
         assert run(server, "app")["result"] == "deployed"
         clone = "cd /tmp; git -c safe.directory='*' clone -q /srv/my-config.git mine; cd mine"
-        server.succeed(as_deploy(f"{clone}; echo hello > greeting; git add .; git -c user.name=me -c user.email=me@localhost commit -qm greeting; git push -q"))
+        server.succeed(as_deploy(f"{clone}; echo hello > greeting; git add .; "
+                                 "git -c user.name=me -c user.email=me@localhost commit -qm greeting; git push -q"))
         said = type_in(typed("sudo -u deploy git -C /var/nixos-config pull"), "/")
         assert "The run ended: deployed." in said, said
         check_deployed(server, "app")
