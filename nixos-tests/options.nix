@@ -233,6 +233,52 @@ let
         user = "root";
       };
     };
+    "`services.ekiben.fleet.hub` must have `host` and `hostKey`, or `url`." = {
+      fleet = {
+        enable = true;
+        hub = { };
+      };
+    };
+    "`services.ekiben.fleet.hub` must have both `host` and `hostKey`" = {
+      fleet = {
+        enable = true;
+        hub = [
+          {
+            host = "hub";
+            url = "https://hub";
+          }
+        ];
+        signers = [ (key "a") ];
+      };
+    };
+    "`services.ekiben.fleet.hub` must not have `url` more than once" = {
+      fleet = {
+        enable = true;
+        hub = [
+          { url = "https://a"; }
+          { url = "https://b"; }
+        ];
+        signers = [ (key "a") ];
+      };
+    };
+    "`services.ekiben.fleet.signers` must not be empty with `hub.url`" = {
+      fleet = {
+        enable = true;
+        hub.url = "https://hub/path";
+      };
+    };
+    "`services.ekiben.fleet.hub.reportsUrl` must be beside `url`" = {
+      fleet = {
+        enable = true;
+        hub = {
+          url = "https://a";
+          reportsUrl = "https://b";
+          host = "hub";
+          hostKey = key "b";
+        };
+        signers = [ (key "a") ];
+      };
+    };
     "`services.ekiben.hub.user` must not be `fleet-web`" = lib.recursiveUpdate (hubOf {
       web.publicKey = key "a";
     }) { hub.user = "fleet-web"; };

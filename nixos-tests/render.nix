@@ -22,6 +22,7 @@ let
   };
   standIns = lib.genAttrs [
     "coreutils"
+    "curl"
     "ekiben"
     "findutils"
     "gitMinimal"

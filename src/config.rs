@@ -177,6 +177,12 @@ pub struct Hub {
     pub name: HostName,
     /// Where the hub is: the next one is asked where one does not answer.
     pub servers: Vec<Server>,
+    /// Where releases are fetched from instead, by HTTPS.
+    #[serde(default)]
+    pub url: Option<String>,
+    /// Where reports are sent to, if there are no servers.
+    #[serde(default)]
+    pub reports_url: Option<String>,
     /// Public keys, as in `authorized_keys`: a release must be signed by one of them, if there are any.
     pub signers: Vec<String>,
     /// More options for ssh, as in `ssh_config`.
@@ -385,14 +391,21 @@ impl Instance {
 
 impl Hub {
     fn check(&self) -> Result<(), String> {
-        if self.servers.is_empty() {
+        if self.servers.is_empty() && self.url.is_none() {
             return Err("servers: expected at least one".into());
+        }
+        if self.url.is_some() && self.signers.is_empty() {
+            return Err("signers: expected at least one with url".into());
         }
         let lines = self.signers.iter().chain(&self.ssh_options).chain(self.servers.iter().map(|server| &server.host_key));
         if let Some(text) = lines.into_iter().find(|text| !is_line(text)) {
             return Err(format!("signers, sshOptions, servers: expected one line each, found {text:?}"));
         }
         let plain = |text: &str| !text.is_empty() && !text.starts_with('-') && text.bytes().all(|byte| byte.is_ascii_graphic());
+        let is_https = |url: &str| url.strip_prefix("https://").is_some_and(|rest| plain(rest) && !rest.contains(['@', '?', '#']));
+        if let Some(url) = self.url.iter().chain(&self.reports_url).find(|url| !is_https(url)) {
+            return Err(format!("url, reportsUrl: expected https://HOST[:PORT][/PATH], found {url:?}"));
+        }
         match self.servers.iter().flat_map(|server| [&server.host, &server.user]).find(|text| !plain(text)) {
             Some(text) => Err(format!("servers: expected names of a host and a user, found {text:?}")),
             None => Ok(()),

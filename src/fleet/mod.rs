@@ -28,6 +28,7 @@ pub mod host;
 pub mod hub;
 
 mod archive;
+mod https;
 mod place;
 mod sftp;
 mod sha256;

@@ -12,4 +12,9 @@ pub trait Place {
 
     /// Sends a file, which is there in one step.
     fn put(&mut self, local: &Path, remote: &str) -> Result<()>;
+
+    /// Whether a report that it has taken is the hub's, so that nobody has to ask for that.
+    fn keeps_reports(&self) -> bool {
+        false
+    }
 }

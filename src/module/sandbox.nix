@@ -6,6 +6,7 @@
 }:
 let
   inherit (config.boot.loader) efi grub systemd-boot;
+  inherit (config.services.ekiben) fleet;
 in
 rec {
   programs = [
@@ -18,7 +19,11 @@ rec {
     pkgs.xz
   ]
   # its grub-editenv
-  ++ lib.optional grub.enable pkgs.grub2;
+  ++ lib.optional grub.enable pkgs.grub2
+  # what fetches releases from a store
+  ++ lib.optional (
+    fleet.enable && lib.any (server: server.url != null) (lib.toList fleet.hub)
+  ) pkgs.curl;
 
   # where bootctl finds the boot loader's partitions
   bootEnvironment = lib.optionalAttrs systemd-boot.enable (

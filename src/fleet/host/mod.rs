@@ -2,6 +2,7 @@
 
 pub mod heartbeat;
 pub mod outbox;
+mod peers;
 pub mod poll;
 pub mod release;
 pub mod secrets;

@@ -34,12 +34,17 @@ let
   inherit (cfg) fleet;
   ekiben = lib.getExe cfg.package;
 
+  https = types.strMatching "https://[^[:space:]@?#]+";
+  servers = lib.toList fleet.hub;
+  stores = lib.filter (server: server.url != null) servers;
+
   server = types.submodule {
     options = {
       host = mkOption {
-        type = types.str;
+        type = types.nullOr types.str;
+        default = null;
         example = "hub.example.org";
-        description = "Name or address of the hub.";
+        description = "Name or address of the hub's sshd; `null` if there is only a {option}`url`.";
       };
       port = mkOption {
         type = types.port;
@@ -47,7 +52,8 @@ let
         description = "The port of the hub's sshd.";
       };
       hostKey = mkOption {
-        type = types.singleLineStr;
+        type = types.nullOr types.singleLineStr;
+        default = null;
         example = "ssh-ed25519 AAAAC3...";
         description = "The public host key of the hub. Nothing is fetched from a hub with another one.";
       };
@@ -56,6 +62,25 @@ let
         default = "fleet-${fleet.name}";
         defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
         description = "The user to log in as.";
+      };
+      url = mkOption {
+        type = types.nullOr https;
+        default = null;
+        example = "https://releases.example.org";
+        description = ''
+          Where releases are fetched from by {command}`curl`, instead of over SFTP: any web server, store or network of
+          caches that has `hosts/<name>/release/` of the hub's directory. Releases have to be signed
+          ({option}`services.ekiben.fleet.signers`). Files for this host, and reports, need {option}`host` besides.
+        '';
+      };
+      reportsUrl = mkOption {
+        type = types.nullOr https;
+        default = null;
+        example = "https://hub.example.org";
+        description = ''
+          Where reports are sent to by `PUT`, below `hosts/<name>/reports/`, if there is no {option}`host`. Without
+          either, the host is silent to its hub.
+        '';
       };
     };
   };
@@ -85,9 +110,42 @@ let
     };
   };
 
-  identity = "identity:${fleet.identityFile}";
-  # if that is missing, which the program then says
-  noIdentity = "identity:\\n";
+  credentials = {
+    LoadCredential = [
+      "identity:${fleet.identityFile}"
+    ]
+    ++ lib.optional (fleet.netrcFile != null) "netrc:${fleet.netrcFile}";
+    # where one of them is missing, which the program then says, or the server
+    SetCredential = [ "identity:\\n" ] ++ lib.optional (fleet.netrcFile != null) "netrc:\\n";
+  };
+
+  assertions = [
+    {
+      assertion = lib.all (
+        server: server.host != null && server.hostKey != null || server.url != null
+      ) servers;
+      message = "`services.ekiben.fleet.hub` must have `host` and `hostKey`, or `url`.";
+    }
+    {
+      assertion = lib.all (server: (server.host == null) == (server.hostKey == null)) servers;
+      message = "`services.ekiben.fleet.hub` must have both `host` and `hostKey`, or neither.";
+    }
+    {
+      assertion = lib.length stores <= 1;
+      message = "`services.ekiben.fleet.hub` must not have `url` more than once: have that name lead to all of them.";
+    }
+    {
+      assertion = stores != [ ] -> fleet.signers != [ ];
+      message = "`services.ekiben.fleet.signers` must not be empty with `hub.url`: or who has the store decides what this machine runs.";
+    }
+    {
+      assertion = lib.all (
+        server:
+        server.reportsUrl != null -> server.url != null && lib.all (server: server.host == null) servers
+      ) servers;
+      message = "`services.ekiben.fleet.hub.reportsUrl` must be beside `url`, and without `host`, where reports go otherwise.";
+    }
+  ];
 
   # The files that the hub has for this host. As what manages secrets does: in a switch and at boot before
   # all other units, when the users are there; also whenever the hub has something new.
@@ -142,16 +200,17 @@ let
     after = [ "network-online.target" ];
     startLimitIntervalSec = 0;
     path = programs;
-    serviceConfig = networkSandbox // {
-      Type = "oneshot";
-      ExecStart = "${ekiben} deliver fleet";
-      LoadCredential = identity;
-      SetCredential = noIdentity;
-      TimeoutStartSec = "10min";
-      User = fleet.user;
-      StateDirectory = "ekiben/instances/fleet";
-      StateDirectoryMode = "0700";
-    };
+    serviceConfig =
+      networkSandbox
+      // credentials
+      // {
+        Type = "oneshot";
+        ExecStart = "${ekiben} deliver fleet";
+        TimeoutStartSec = "10min";
+        User = fleet.user;
+        StateDirectory = "ekiben/instances/fleet";
+        StateDirectoryMode = "0700";
+      };
   };
 in
 {
@@ -180,7 +239,20 @@ in
           hostKey = "ssh-ed25519 AAAAC3...";
         }
       '';
-      description = "The hub, or several with the same releases: if one does not answer, the next one is asked.";
+      description = ''
+        The hub, or several with the same releases: if one does not answer, the next one is asked. One of them can have a
+        {option}`url`, from which releases then come.
+      '';
+    };
+    netrcFile = mkOption {
+      type = types.nullOr externalPath;
+      default = null;
+      example = "/root/ekiben-netrc";
+      description = ''
+        A file with the passwords for {option}`services.ekiben.fleet.hub.url` and `reportsUrl`, as in
+        {manpage}`netrc(5)`: `machine releases.example.org login web password …`. It is read by systemd, so it can be
+        readable by root only.
+      '';
     };
     identityFile = mkOption {
       type = externalPath;
@@ -263,10 +335,18 @@ in
           signers
           sshOptions
           ;
-        servers = lib.toList fleet.hub;
+        servers = map (
+          server:
+          removeAttrs server [
+            "url"
+            "reportsUrl"
+          ]
+        ) (lib.filter (server: server.host != null) servers);
         selfUpdate = fleet.selfUpdate.enable;
-      };
+      }
+      // lib.optionalAttrs (stores != [ ]) { inherit (lib.head stores) url reportsUrl; };
     };
+    inherit assertions;
     users = mkIf (fleet.user == "ekiben-fleet") {
       users.ekiben-fleet = {
         isSystemUser = true;
@@ -289,17 +369,12 @@ in
           environment = mkIf (config.environment.sessionVariables ? NIX_PATH) {
             inherit (config.environment.sessionVariables) NIX_PATH;
           };
-          serviceConfig = {
-            LoadCredential = identity;
-            SetCredential = noIdentity;
-          };
+          serviceConfig = credentials;
         };
         # its health check asks the hub
         ekiben-boot = mkIf cfg.enable {
-          serviceConfig = {
+          serviceConfig = credentials // {
             User = fleet.user;
-            LoadCredential = identity;
-            SetCredential = noIdentity;
           };
         };
         ekiben-files = mkIf hasFiles fleetFiles;

@@ -16,9 +16,9 @@ use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
+use crate::fleet::host::peers::{self, Peers};
 use crate::fleet::host::{heartbeat, outbox, release, secrets, seen};
 use crate::fleet::place::Place;
-use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
 use crate::git::Repository;
@@ -42,10 +42,13 @@ const TOLD: &str = "heartbeat.json";
 pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
     let scratch = scratch(paths)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
-    let mut session = Session::open(hub, &identity(paths)?, scratch.path(), limit)?;
-    let files = if hub.file_directories.is_empty() { Ok(()) } else { secrets::fetch(&mut session, paths, scratch.path()) };
+    let mut peers = Peers::open(paths, hub, scratch.path(), limit)?;
+    let files = match &mut peers.session {
+        Some(session) if !hub.file_directories.is_empty() => secrets::fetch(session, paths, scratch.path()),
+        _ => Ok(()),
+    };
     let untold = files.as_ref().err().map(ToString::to_string);
-    let taken = files.and_then(|()| take(&mut session, paths, instance, hub, repository, scratch.path()));
+    let taken = files.and_then(|()| take(peers.releases()?, paths, instance, hub, repository, scratch.path()));
 
     let mut beat = heartbeat::now(paths, hub, taken.is_ok());
     beat.files = beat.files.or(untold);
@@ -63,7 +66,7 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
         }
     }
     // what the hub does not want to be told now, the next poll tells
-    let told = deliver_by(&mut session, paths, scratch.path(), &beat).and_then(|()| session.close());
+    let told = deliver_by(&mut peers, paths, hub, scratch.path(), &beat).and_then(|()| peers.close());
     told.unwrap_or_else(|error| log::warn!("{error}."));
     taken
 }
@@ -78,14 +81,19 @@ fn take(
     scratch: &Path,
 ) -> Result<(Manifest, String)> {
     let file = scratch.join("manifest.json");
-    let committed = release::of(repository, &repository.head)?.map(|manifest| manifest.release);
+    let current = release::of(repository, &repository.head)?;
+    let committed = current.as_ref().map(|manifest| manifest.release.clone());
     if !place.get("release/manifest.json", &file, SMALL)? {
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
     let accept = || {
         let manifest = read_manifest(&file, hub, scratch)?;
         let release = &manifest.release;
-        seen::check(paths, release, committed.clone(), now())?;
+        if let Err(error) = seen::check(paths, release, committed.clone(), now()) {
+            let Some(current) = current.clone().filter(|_| hub.url.is_some() && seen::is_behind(paths, release)) else { return Err(error) };
+            log::warn!("{error}. For an hour, this counts as nothing new: a cache may have kept it.");
+            return Ok((current, scratch.join("source"), true));
+        }
         let known = committed.is_some_and(|committed| committed.id == release.id);
         if let Some(expires) = manifest.expires.filter(|_| !known && manifest.has_expired(now())) {
             let why = format!("it expired {}; the hub replays it, or nobody has renewed it: deploy again", ago(expires, now()));
@@ -218,9 +226,9 @@ pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
 /// Opens a session for a heartbeat and the reports that wait.
 fn send(paths: &Paths, hub: &Hub) -> Result<()> {
     let scratch = scratch(paths)?;
-    let mut session = Session::open(hub, &identity(paths)?, scratch.path(), DELIVERY)?;
-    deliver_by(&mut session, paths, scratch.path(), &heartbeat::now(paths, hub, false))?;
-    session.close()
+    let mut peers = Peers::open(paths, hub, scratch.path(), DELIVERY)?;
+    deliver_by(&mut peers, paths, hub, scratch.path(), &heartbeat::now(paths, hub, false))?;
+    peers.close()
 }
 
 /// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
@@ -233,51 +241,44 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
     let paths = Paths::new(name);
     let scratch = scratch(&paths)?;
-    match Session::open(hub, &identity(&paths)?, scratch.path(), REACH) {
-        Ok(session) => session.close(),
+    match peers::reach(&paths, hub, scratch.path(), REACH) {
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
-        Err(error) => Err(error),
+        reached => reached,
     }
 }
 
 /// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
 /// rest waiting; what counts as told is what it has taken.
-fn deliver_by(place: &mut dyn Place, paths: &Paths, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
+fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
+    let Some(place) = peers.reports(hub) else { return Ok(()) };
     let mut waiting = outbox::waiting(paths)?;
-    let file = scratch.join("received.json");
+    let (file, known) = (scratch.join("received.json"), paths.own("received.json"));
+    let (keeps, mut received) = (place.keeps_reports(), Received::default());
+    if keeps {
+        received = files::read_json(&known).ok().flatten().unwrap_or_default();
+        received.reports.retain(|run| waiting.contains(run));
     // who has sent nothing need not ask what has arrived
-    if !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
-        let received: Received = read_foreign(&file)?;
-        files::write_json(&paths.own("received.json"), &received, 0o644)?;
-        waiting.retain(|run| !received.reports.contains(run));
+    } else if !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
+        received = read_foreign(&file)?;
+        files::write_json(&known, &received, 0o644)?;
     }
+    waiting.retain(|run| !received.reports.contains(run));
     let mut send = |file: &Path| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         place.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
     };
     let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(paths, run).iter().try_for_each(|file| send(file))).collect();
+    if keeps && reports.iter().any(Result::is_ok) {
+        received.reports.extend(waiting.into_iter().zip(&reports).filter(|(_, sent)| sent.is_ok()).map(|(run, _)| run));
+        files::write_json(&known, &received, 0o644)?;
+    }
     // the directory is the user's alone; on the hub, others have to read what is sent
     let beat = scratch.join(TOLD);
     files::write_json(&beat, heartbeat, 0o644)?;
     send(&beat)?;
     fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
     reports.into_iter().collect()
-}
-
-/// The private key: systemd's copy of it, which only the instance's user can read. Fails if it is as in module.nix
-/// where there is none to copy.
-fn identity(paths: &Paths) -> Result<PathBuf> {
-    let own = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    // what root has this ask for a run has none of its own
-    let of = |unit: &str| PathBuf::from(format!("/run/credentials/ekiben-{unit}.service"));
-    let path = own.unwrap_or_else(|| Some(of(paths.name())).filter(|run| run.exists()).unwrap_or_else(|| of("boot"))).join("identity");
-    if fs::read(&path).is_ok_and(|key| key.trim_ascii().is_empty()) {
-        return Err(Error::new(
-            "Failed to read the private key of this host: the file of `services.ekiben.fleet.identityFile` is missing or empty",
-        ));
-    }
-    Ok(path)
 }
 
 /// A directory for files that nobody needs later; whatever is in its way is not.

@@ -24,6 +24,8 @@ const SEEN: &str = "seen.json";
 const OWN: usize = 2;
 /// How far the clocks of those who publish and of hosts may be apart, in seconds.
 const DAY: u64 = 24 * 60 * 60;
+/// How long a cache may keep what has been replaced, in seconds.
+const HOUR: u64 = 60 * 60;
 /// A clock that says less, in seconds since 1970, has not been set since the machine was started.
 const SET: u64 = 1_735_689_600;
 
@@ -58,6 +60,13 @@ pub fn check(paths: &Paths, release: &Release, committed: Option<Release>, now: 
 /// Writes down what the hub offers.
 pub fn remember(paths: &Paths, release: &Release) -> Result<()> {
     files::write_json(&paths.own(SEEN), release, 0o644)
+}
+
+/// Whether a later one has been offered a moment ago: what lies on the way may have kept this one.
+pub fn is_behind(paths: &Paths, release: &Release) -> bool {
+    let seen: Option<Release> = files::read_json(&paths.own(SEEN)).unwrap_or_default();
+    let age = paths.own(SEEN).metadata().and_then(|metadata| metadata.modified()).map(|time| time.elapsed());
+    seen.is_some_and(|seen| seen.sequence > release.sequence) && age.is_ok_and(|age| age.is_ok_and(|age| age.as_secs() < HOUR))
 }
 
 /// The newest release that is known, `committed` among them, but for those that have been forgotten.
@@ -110,6 +119,8 @@ mod tests {
     use crate::run::journal::FORMAT;
     use crate::testing::Directory;
     use serde_json::{Value, json};
+    use std::fs::File;
+    use std::time::{Duration, SystemTime};
 
     const NOW: u64 = 1_800_000_000;
 
@@ -151,6 +162,20 @@ mod tests {
         // of an earlier version, or of somebody else's making
         write(&paths.own(SEEN), &json!({"id": "a".repeat(64), "sequence": u64::MAX}));
         assert!(refusal(9, "f", None).unwrap().ends_with("run `ekiben forget-releases fleet` as root"));
+    }
+
+    #[test]
+    fn what_a_cache_has_kept_is_told_from_what_is_replayed() {
+        let place = Directory::new();
+        let paths = Paths::below(place.path(), "fleet");
+        assert!(!is_behind(&paths, &release(1, "a")));
+        std::fs::create_dir_all(paths.own("")).unwrap();
+        remember(&paths, &release(5, "a")).unwrap();
+        assert!(is_behind(&paths, &release(4, "b")) && !is_behind(&paths, &release(5, "b")) && !is_behind(&paths, &release(6, "b")));
+        for time in [SystemTime::now() - Duration::from_secs(HOUR + 1), SystemTime::now() + Duration::from_secs(60)] {
+            File::options().append(true).open(paths.own(SEEN)).unwrap().set_modified(time).unwrap();
+            assert!(!is_behind(&paths, &release(4, "b")));
+        }
     }
 
     #[test]
