@@ -187,7 +187,8 @@ def what_stays(machine):
     parts = {
         "repository": as_deploy(f"cd {REPOSITORY}; {DIGEST}"),
         "generation": f"echo $(readlink {PROFILE}) $(readlink -f {PROFILE})",
-        "generations": "ls /nix/var/nix/profiles",
+        # nix's file of locks, where nix could not remove it, locks nothing
+        "generations": "ls --ignore=system.lock /nix/var/nix/profiles",
         "running": "readlink -f /run/current-system",
         "shows": "cat /etc/app /etc/other /etc/revision",
     }
