@@ -67,6 +67,7 @@ in
       # sticky: whose file it is says who has asked
       "d /var/lib/ekiben/rollbacks 3775 root ekiben -"
       "d /var/lib/ekiben/runs 0700 root root -"
+      "d /var/lib/ekiben/looks 0755 root root -"
       "d /var/lib/ekiben/status 0755 root root -"
       "d /var/lib/ekiben/root 0755 root root -"
     ];

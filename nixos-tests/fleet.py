@@ -39,6 +39,54 @@ with subtest("nothing new: nothing is published, nothing is done"):
     for name in HOSTS:
         assert poll(HOSTS[name])["result"] == "unchanged", last_run(HOSTS[name], "fleet")
 
+with subtest("a timer that finds nothing new leaves a heartbeat, and no run begins; one that cannot tell has a run say why"):
+    beat = "/var/lib/ekiben-hub/hosts/web/reports/heartbeat.json"
+
+    def look():
+        """Has the timer's look begin, and what comes of it end; returns the runs, the last one first."""
+        known = {run["id"] for run in status(web, "fleet")["runs"]}
+        web.execute("systemctl start ekiben-look@fleet.service")
+        wait_until_at_rest(web, "fleet")
+        wait_until_idle(web, "deliver")
+        web.require_unit_state("ekiben-look@fleet.service", "inactive")
+        return [(run["result"], run["by"]) for run in status(web, "fleet")["runs"] if run["id"] not in known]
+
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    invocation = web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service")
+    for _ in range(2):
+        hub.succeed(f"rm -f {beat}")
+        assert look() == [] and status(web, "fleet")["looked"]
+        hub.succeed(f"test -s {beat}; systemctl start ekiben-hub-collect.service")
+    assert web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service") == invocation
+    becomes(hub, "web", "up to date")
+
+    state, manifest = "/var/lib/ekiben/instances/fleet", "/var/lib/ekiben-hub/hosts/web/release/manifest.json"
+    of_hub = f"cp -p {manifest} /root/manifest", f"cp -p /root/manifest {manifest}"
+    cases = {
+        "the hub has another key": (hub, "cp /etc/ssh/ssh_host_ed25519_key /root/key; ssh-keygen -qt ed25519 -N '' -f /root/other; install -m 600 /root/other /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd", "install -m 600 /root/key /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd", "failed"),
+        "the hub has nothing": (hub, f"{of_hub[0]}; rm {manifest}", of_hub[1], "failed"),
+        "the hub has something else": (hub, f"{of_hub[0]}; sed -i 's/published/Published/' {manifest}", of_hub[1], "failed"),
+        "other settings": (web, f"echo >> {state}/accepted", "true", "unchanged"),
+        "nothing is known of it": (web, f"rm {state}/accepted", "true", "unchanged"),
+        "what was seen was forgotten": (web, "ekiben forget-releases fleet", "true", "unchanged"),
+        "no key": (web, "mv /root/identity /root/away", "mv /root/away /root/identity", "failed"),
+        "the repository is elsewhere": (web, f"runuser -u ekiben-fleet -- git -C {state}/repository -c user.name=a -c user.email=a commit -q --allow-empty -m odd", f"runuser -u ekiben-fleet -- git -C {state}/repository reset -q --hard HEAD^", "deployed"),
+    }
+    for case, (machine, make, unmake, result) in cases.items() if is_host(web) else ():
+        machine.succeed(make)
+        assert look() == [(result, ["timer"])], (case, last_run(web, "fleet"))
+        machine.succeed(unmake)
+        look()
+        assert look() == [], (case, last_run(web, "fleet"))
+    if is_host(web):
+        # the run is what tries that again
+        hub.succeed("systemctl stop sshd")
+        web.execute("systemctl start ekiben-look@fleet.service")
+        web.wait_until_succeeds(knows("fleet", ".running.by == [\"timer\"]"))
+        web.succeed("systemctl stop ekiben-fleet.service")
+        hub.succeed("systemctl start sshd")
+        assert look() == [("unchanged", ["timer"])] and look() == []
+
 with subtest("one host of three is changed: it alone has something to do"):
     content = change_hosts(hub, "web")
     hub.succeed(fleet("deploy web db plain"))

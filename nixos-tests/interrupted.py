@@ -201,15 +201,19 @@ if STAND_IN:
 
     with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
         timer = "/run/systemd/system/scenario-once.timer"
-        machine.succeed(f"printf '[Timer]\\nOnActiveSec=1ms\\nAccuracySec=1ms\\nUnit=ekiben-app.service\\n' > {timer}; "
-                        "systemctl daemon-reload")
-        elapse = (
-            "systemctl start scenario-once.timer",
-            "until systemctl show --property SubState --value scenario-once.timer | grep -x running; do sleep 0.1; done",
-        )
+        def elapses(unit):
+            return (
+                f"printf '[Timer]\\nOnActiveSec=1ms\\nAccuracySec=1ms\\nUnit={unit}.service\\n' > {timer}; systemctl daemon-reload",
+                "systemctl start scenario-once.timer",
+                "until systemctl show --property SubState --value scenario-once.timer | grep -xE 'running|elapsed'; do sleep 0.1; done",
+                # a look leaves it at that
+                "until systemctl show --property ActiveState --value ekiben-look@app | grep -x inactive; do sleep 0.1; done",
+            )
+        elapse = elapses("ekiben-app")
         kill = "systemctl kill --kill-whom=main --signal=KILL ekiben-app.service"
         for steps, results in (
             (elapse, ["unchanged", "deployed"]),
+            (elapses("ekiben-look@app"), ["unchanged", "deployed"]),
             ((kill, "until systemctl show --property SubState --value ekiben-app.service | grep -x stop-post; do sleep 0.1; done", *elapse), ["deployed", "rolledBack"]),
             ((*elapse, "systemctl stop --no-block ekiben-app.service"), ["rolledBack"]),
         ):

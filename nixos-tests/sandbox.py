@@ -195,7 +195,7 @@ def probe(unit, writable, read):
     command = probe_for(writable)
     machine.succeed(
         f"mkdir -p /run/systemd/system/{unit}.service.d; printf '%s\n' [Service] ExecStart= ExecStartPre= ExecStopPost= Type=oneshot "
-        f"Restart=no WatchdogSec=0 'ExecStart={command} {read}' > /run/systemd/system/{unit}.service.d/probe.conf",
+        f"Restart=no WatchdogSec=0 LogLevelMax=debug 'ExecStart={command} {read}' > /run/systemd/system/{unit}.service.d/probe.conf",
         "systemctl daemon-reload",
         f"journalctl -q -u {unit} -n 1 --cursor-file=/tmp/cursor > /dev/null",
     )
@@ -247,6 +247,10 @@ with subtest("a stage of the user's can write to the repository and its own stat
     assert f"write in {REPOSITORY}/.git" in could and "connect to /nix/var/nix/daemon-socket/socket" in could, could
     assert not {what for what in could if not what.startswith(own)}, {what for what in could if not what.startswith(own)}
     machine.succeed("test -e /dev/shm/of-the-user", f"ipcs -m -i {canary['shared']}")
+
+with subtest("what a timer starts can do no more than that, and cannot write to the repository either"):
+    looks = probe("ekiben-look@app", "/var/lib/ekiben/instances/app", READ)
+    assert looks - could == {"overwrite /var/lib/ekiben/looks/app"} and not [what for what in looks if REPOSITORY in what], looks
 
 with subtest("what systemd thinks of it, which proves nothing by itself"):
     for unit in ("ekiben-webhook", "ekiben-app"):

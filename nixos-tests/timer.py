@@ -2,6 +2,14 @@ machine.start()
 if is_host(machine):
     # systemd shows some moments in local time
     machine.succeed("ln -sfn /usr/share/zoneinfo/Asia/Tokyo /etc/localtime; sync")
+
+
+def wait_until_looked():
+    """Waits until no timer of `often` is at work any more: a look may have a run begin."""
+    machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-look@often.service | grep -x inactive")
+    wait_until_at_rest(machine, "often")
+
+
 # before there is anything to deploy
 machine.succeed("systemctl stop ekiben-often.timer")
 install(machine)
@@ -12,20 +20,43 @@ with subtest("what is new is deployed without being asked for"):
     machine.succeed("systemctl start ekiben-often.timer")
     machine.wait_until_succeeds(knows("often", ".deployed"))
     machine.succeed("systemctl stop ekiben-often.timer")
-    wait_until_idle(machine, "often")
+    wait_until_looked()
     assert [run for run in status(machine, "often")["runs"] if run["result"] == "deployed"][0]["by"] == ["timer"]
     assert (shows(machine, "app"), shows(machine, "other")) == ("2", "1")
     assert shows(machine, "revision") == head(machine)
 
-with subtest("when nothing is new, nothing is done"):
+LOOKED = "/var/lib/ekiben/looks"
+
+
+def look(instance="seldom"):
+    """Has a timer's look begin, and whatever comes of it end; returns the runs that began, the last one first."""
+    known = {run["id"] for run in status(machine, instance)["runs"]}
+    machine.execute(f"systemctl start ekiben-look@{instance}.service")
+    wait_until_at_rest(machine, instance)
+    machine.require_unit_state(f"ekiben-look@{instance}.service", "inactive")
+    return [run for run in status(machine, instance)["runs"] if run["id"] not in known]
+
+
+with subtest("when nothing is new, one process of the user's finds that out, and nothing is done"):
     before = (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles"))
-    ended = runs(machine, "often")
-    machine.succeed("systemctl start ekiben-often.timer")
-    machine.wait_until_succeeds(knows("often", f".runs | length > {ended + 3}"))
+    # a process of root's, or a run, would make another one
+    invocation = "systemctl show --property InvocationID --value ekiben-often.service; ls -i /var/lib/ekiben/status/often.json"
+    invoked, ended = machine.succeed(invocation), runs(machine, "often")
+    for _ in range(3):
+        looked = machine.succeed(f"stat -c %.9Y {LOOKED}/often").strip()
+        machine.succeed("systemctl start ekiben-often.timer")
+        machine.wait_until_succeeds(f"test $(stat -c %.9Y {LOOKED}/often) != {looked}")
     machine.succeed("systemctl stop ekiben-often.timer")
-    wait_until_idle(machine, "often")
+    wait_until_looked()
     assert (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles")) == before
-    assert {run["result"] for run in status(machine, "often")["runs"][:3]} == {"unchanged"}
+    assert (machine.succeed(invocation), runs(machine, "often")) == (invoked, ended)
+    lines = machine.succeed("systemctl show --property ExecStart --property User ekiben-look@often.service").splitlines()
+    assert len(lines) == 2 and "User=deploy" in lines, lines
+    shown = machine.succeed("ekiben status often; ekiben status")
+    assert len([line for line in shown.splitlines() if "looked" in line and line.endswith("ago: nothing new")]) == 2, shown
+    assert status(machine, "often")["looked"] >= last_run(machine, "often")["finished"]
+    # somebody who asks gets a run
+    assert run(machine, "often")["result"] == "unchanged"
     assert "Nothing is new" in machine.succeed("journalctl -u ekiben-often -o cat")
 
 with subtest("a run that was due while the machine was off is made up for"):
@@ -53,3 +84,59 @@ if is_host(machine):
         gone = "import os, subprocess, sys; r, w = os.pipe(); os.close(r); sys.exit(subprocess.call(sys.argv[1:], stdout=w))"
         for command in ("ekiben status --json", "ekiben status", "ekiben --help", "ekiben fleet --help"):
             machine.succeed(f"python3 -c {shlex.quote(gone)} {command}")
+
+    with subtest("a look that is not sure of it has a run begin, which says what there is"):
+        machine.succeed("systemctl stop ekiben-often.timer; systemctl mask --runtime ekiben-often.timer")
+        wait_until_looked()
+        override = "/run/systemd/system/ekiben-look@seldom.service.d"
+
+        def with_(*lines):
+            text = "\\n".join(("[Service]", *lines))
+            return f"mkdir -p {override}; printf '{text}\\n' > {override}/x.conf; systemctl daemon-reload", f"rm {override}/x.conf; systemctl daemon-reload"
+
+        def edited(change):
+            """The status with another past."""
+            file = "/var/lib/ekiben/status/seldom.json"
+            return f"cp -p {file} /root/kept; jq {shlex.quote(change)} /root/kept > {file}", "true"
+
+        def by_user(command, back):
+            return as_deploy(f"cd {REPOSITORY}; {command}"), as_deploy(f"cd {REPOSITORY}; {back}")
+
+        other = "$(ls -d /nix/var/nix/profiles/system-*-link | head -n 1)"
+        # what the look then comes to, and the next one when that has been undone
+        cases = {
+            "another commit": (*by_user("git commit -q --allow-empty -m empty", "true"), ["deployed"], []),
+            "another branch": (*by_user("git checkout -qb side; git commit -q --allow-empty -m side", "git checkout -q main"), ["deployed"], ["deployed"]),
+            "the lock file edited": (*by_user("echo >> flake.lock", "git checkout -q flake.lock"), ["failed"], ["unchanged"]),
+            "a merge under way": (*by_user("git rev-parse HEAD > .git/MERGE_HEAD", "rm .git/MERGE_HEAD"), ["failed"], ["unchanged"]),
+            "an input that is not there": ("mv /srv/other /srv/away", "mv /srv/away /srv/other", ["failed"], ["unchanged"]),
+            "no repository": (f"mv {REPOSITORY} /var/away", f"mv /var/away {REPOSITORY}", ["failed"], ["unchanged"]),
+            "the machine runs another system": (f"ln -sfn $(readlink -f {other}) /run/current-system", f"{PROFILE}/bin/switch-to-configuration switch", ["drifted"], ["unchanged"]),
+            "no time of a look": (f"mv {LOOKED} /root/looks", f"rmdir {LOOKED} || rm -r {LOOKED}; mv /root/looks {LOOKED}", ["unchanged"], []),
+            "a look that is killed": (*with_("ExecStart=", "ExecStart=/bin/sh -c \"kill -9 \\$\\$\""), ["unchanged"], []),
+            "a look that takes too long": (*with_("ExecStart=", "ExecStart=sleep infinity", "TimeoutStartSec=1"), ["unchanged"], []),
+            "a sandbox that cannot be made": (*with_("BindPaths=/nowhere"), ["unchanged"], []),
+            "no run yet": (*edited(".runs = []"), ["unchanged"], []),
+            "a warning": (*edited('.runs[0].warnings = ["x"]'), ["unchanged"], []),
+            "a reboot is awaited": (*edited(".runs[0].rebootNeeded = true"), ["unchanged"], []),
+            "a run that was cut off": (*edited('.running = {stage: "prepare", trigger: "timer", started: 1}'), ["unchanged"], []),
+            "a run long ago": (*edited(".runs[0].finished -= 8 * 86400"), ["unchanged"], []),
+            "a clock that was set back": (*edited(".runs[0].finished += 8 * 86400"), ["unchanged"], []),
+            # whether the other instance has deployed the same
+            "a status that says nothing": ("echo > /var/lib/ekiben/status/seldom.json", "true", None, []),
+        }
+        machine.succeed("mkdir -p /run/systemd/system/ekiben-look@seldom.service.d; printf '[Service]\\nLogLevelMax=debug\\n' > /run/systemd/system/ekiben-look@seldom.service.d/log.conf; systemctl daemon-reload")
+        look()
+        for case, (make, unmake, results, then) in cases.items():
+            assert look() == [], case
+            machine.succeed(make)
+            began = look()
+            machine.succeed(unmake)
+            assert len(began) == 1 and began[0]["by"] == ["timer"] and results in (None, [began[0]["result"]]), (case, began)
+            began = look()
+            assert [run["result"] for run in began] == then, (case, machine.succeed("journalctl --sync; journalctl -q -u ekiben-look@seldom -o cat -n 20"))
+        machine.succeed("ekiben hold seldom")
+        follow(machine, "seldom")
+        assert look() == []
+        wait_until_said(machine, "seldom", "Held until")
+        machine.succeed("ekiben resume seldom")

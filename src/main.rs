@@ -72,6 +72,7 @@ What the units run:
   metrics FILE                 write the state for Prometheus
   notify INSTANCE RUN failure | change | always COMMAND
                                tell a command how a run has ended
+  look INSTANCE                fail unless a run would find nothing to do
   begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
   release INSTANCE RUN         publish what the run has built
   install INSTANCE             install the hub's files for this machine
@@ -136,6 +137,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
                 Ok(ExitCode::from(begin::TRY_AGAIN))
             });
         }
+        ["look", name] => stage(file, name, prepare::look),
         ["prepare", name] if running(name)?.is_none() => stage(file, name, poll::tell),
         ["prepare" | "build", name] if matches!(running(name)?, None | Some(Trigger::Rollback)) => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),

@@ -5,6 +5,7 @@
 //! holds/<instance>              a hold; root and group ekiben may write here, the webhook may not
 //! rollbacks/<instance>          the wish to have the last deployment undone; root and group ekiben may write here, the webhook
 //!                               may not see it
+//! looks/<instance>              its time is when a timer has found nothing new last, unless it is empty; the instance's user's
 //! rebooted                      the system that the machine was rebooted into last
 //! runs/<instance>.json          the journal of the run under way; root only
 //! runs/<instance>.stuck         the journal of a run that could not be put back; root only
@@ -23,6 +24,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use nix::fcntl::OFlag;
 
@@ -71,7 +73,7 @@ impl Paths {
 
     /// Has the directories made that somebody has removed, as at boot; for root only.
     pub fn restore(&self) {
-        if [self.request(), self.hold(), self.rollback(), self.journal(), self.status()]
+        if [self.request(), self.hold(), self.rollback(), self.looked(), self.journal(), self.status()]
             .iter()
             .all(|file| file.parent().is_some_and(Path::exists))
         {
@@ -122,6 +124,17 @@ impl Paths {
     /// What says that the last deployment is to be undone.
     pub fn rollback(&self) -> PathBuf {
         self.root.join("rollbacks").join(&self.name)
+    }
+
+    /// What has the time at which nothing new was found last without a run.
+    pub fn looked(&self) -> PathBuf {
+        self.root.join("looks").join(&self.name)
+    }
+
+    /// When that was, in seconds since 1970; none if never.
+    pub fn last_looked(&self) -> Option<u64> {
+        let file = self.looked().metadata().ok().filter(|file| file.len() > 0)?;
+        Some(file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_secs())
     }
 
     /// The journal of the run under way.

@@ -241,30 +241,34 @@ def measure_poll(machine, start, check):
     """One poll: what it takes of host, hub and network."""
     settle(hub)
     with Wire(machine) as wire, Took(machine, hub) as took:
-        seconds = timed(machine, f"systemctl start {start}")
+        seconds = timed(machine, start)
+        wait_until_idle(machine, "fleet")
         wait_until_idle(machine, "deliver")
         settle(hub)
     check()
     return [1000 * took[machine], 1000 * took[hub], wire.connections, wire.turns, wire.sent / 1000, wire.received / 1000, seconds]
 
 
-def ekiben_poll(result):
+def ekiben_poll(result=None):
+    """As the timer has it: a look, and a run if that does not find that nothing is new."""
+    known = last_run(db, "fleet")
     def check():
-        assert last_run(db, "fleet")["result"] == result, last_run(db, "fleet")
-    return measure_poll(db, "ekiben-fleet.service", check)
+        last = last_run(db, "fleet")
+        assert status(db, "fleet")["looked"] if result is None else last != known and last["result"] == result, last
+    return measure_poll(db, "{ systemctl start ekiben-look@fleet.service || systemctl start ekiben-fleet.service; }", check)
 
 
 def bento_poll(words):
     since = plain.succeed("date +@%s.%N").strip()
     def check():
         assert words in said_by_bento(since), said_by_bento(since)
-    return measure_poll(plain, "bento-upgrade.service", check)
+    return measure_poll(plain, "systemctl start bento-upgrade.service", check)
 
 
 def acknowledged():
     """Has the hub collect what has arrived, and the host know of it."""
     hub.succeed("systemctl start ekiben-hub-collect.service")
-    ekiben_poll("unchanged")
+    ekiben_poll()
 
 
 def polls():
@@ -274,7 +278,7 @@ def polls():
         say(f"polls, round {number + 1} of {ROUNDS}")
         content = next(COUNT)
         acknowledged()
-        rounds["Ekiben", "nothing new"].append(ekiben_poll("unchanged"))
+        rounds["Ekiben", "nothing new"].append(ekiben_poll())
         if BENTO:
             rounds["Bento", "nothing new"].append(bento_poll("no update required"))
         change(FLEET, "db", content)

@@ -103,6 +103,11 @@ impl Repository {
         Ok(())
     }
 
+    /// Whether [`Self::recover`] would change anything.
+    pub fn has_to_recover(&self, instance: &str) -> bool {
+        self.savepoint(instance).exists()
+    }
+
     /// Ends what was cut off of the instance: a fast-forward has been done wholly, or not at all, and no
     /// lock of a git that was killed stays.
     pub fn recover(&self, instance: &str) -> Result<()> {

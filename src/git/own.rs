@@ -32,6 +32,11 @@ pub fn create(instance: &Instance) -> Result<()> {
     moved.and_then(|()| files::sync(place)).and_then(|()| files::clear(&new)).context(doing)
 }
 
+/// The commit that HEAD of such a repository stands for.
+pub fn head(instance: &Instance) -> Result<String> {
+    ask(&instance.flake_path, ["rev-parse", "HEAD"], || format!("open the repository {}", instance.flake_path.display()))
+}
+
 impl Repository {
     /// Makes a repository in `directory`, which shares this one's objects, and has nothing but a commit and its files, as
     /// they are.

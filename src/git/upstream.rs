@@ -17,15 +17,33 @@ struct Upstream {
 
 impl Upstream {
     fn remember(&self, memory: &Path, commit: &str) -> Result<()> {
-        let text = format!("{} {} {commit}", self.remote, self.branch);
+        let text = self.text(commit);
         if fs::read_to_string(memory).is_ok_and(|known| known == text) {
             return Ok(());
         }
         files::write(memory, text.as_bytes(), 0o600).context(|| format!("write {}", memory.display()))
     }
+
+    fn text(&self, commit: &str) -> String {
+        format!("{} {} {commit}", self.remote, self.branch)
+    }
 }
 
 impl Repository {
+    /// Whether the branch's upstream is where it was when it was fetched or sent to last, as its server says.
+    pub fn knows_upstream(&self, memory: &Path) -> Result<bool> {
+        let upstream = self.upstream(memory)?;
+        let theirs = self.listed(&upstream, || format!("look at {} of {}", upstream.branch, upstream.remote))?;
+        Ok(fs::read_to_string(memory).is_ok_and(|known| known == upstream.text(&theirs)))
+    }
+
+    /// The commit of the upstream, as its server says; empty if it has none.
+    fn listed(&self, Upstream { remote, branch, .. }: &Upstream, doing: impl Fn() -> String) -> Result<String> {
+        let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
+        let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
+        listed.success().map(|()| theirs)
+    }
+
     /// Fetches the branch's upstream into `reference`. Returns the commit to start from: the
     /// upstream's, or HEAD where that is ahead. `memory` is a file: see [`Upstream`].
     pub fn fetch_upstream(&self, reference: &str, memory: &Path, instance: &str) -> Result<String> {
@@ -62,9 +80,7 @@ impl Repository {
         let doing = || format!("push {commit} to {branch} of {remote}");
         let mut push = self.git().args(["push", "--quiet"]);
         if upstream.last.is_some() {
-            let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
-            let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
-            listed.success()?;
+            let theirs = self.listed(&upstream, doing)?;
             if self.contains(commit, &theirs)? {
                 if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit)? {
                     return Err(format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch))

@@ -49,9 +49,15 @@ pub fn all(by: impl Iterator<Item = String>) -> Vec<String> {
 pub fn unasked(goes_on: bool) -> &'static str {
     match std::env::var("TRIGGER_UNIT").unwrap_or_default().rsplit_once('.') {
         Some((_, "timer")) => "timer",
+        _ if look().is_some() => "timer",
         _ if goes_on => "recovery",
         _ => "systemctl",
     }
+}
+
+/// The unit by which a timer has looked, if that has this run start.
+pub fn look() -> Option<String> {
+    std::env::var("MONITOR_UNIT").ok().filter(|unit| unit.starts_with("ekiben-look@"))
 }
 
 #[cfg(test)]

@@ -36,7 +36,9 @@ const FAMILIES: [Family; 13] = [
         let stages = status.runs.first().map(|run| &run.stages[..]).unwrap_or_default();
         stages.iter().map(|(stage, seconds)| (label("stage", &stage.to_string()), *seconds)).collect()
     }),
-    ("last_success_timestamp_seconds", "When a run has ended well last.", |_, status| some(status.succeeded)),
+    ("last_success_timestamp_seconds", "When a run has ended well last, or the timer has found nothing new.", |paths, status| {
+        some(status.succeeded.max(paths.last_looked()))
+    }),
     ("reboot_awaited", "Whether what was deployed takes effect at the next boot.", |_, status| {
         one(status.awaiting.is_some() || status.runs.first().is_some_and(|run| run.reboot_needed))
     }),

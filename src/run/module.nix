@@ -340,6 +340,8 @@ let
     description = "Timer of Ekiben's instance ${name}";
     wantedBy = [ "timers.target" ];
     timerConfig = {
+      # whoever wants to be told of every run gets one
+      Unit = mkIf (instance.notify.on != "always") (lib.mkDefault "ekiben-look@${name}.service");
       OnCalendar = instance.dates;
       Persistent = instance.persistent;
       RandomizedDelaySec = instance.randomizedDelaySec;
@@ -390,13 +392,14 @@ let
     };
   };
 
-  # with each change of a status, by the program; and when a request or a hold comes or goes
+  # with each change of a status, by the program; and when a timer has looked, or a request or a hold comes or goes
   metricsPath = {
     description = "Requests and holds of Ekiben's instances, for its metrics";
     wantedBy = [ "paths.target" ];
     unitConfig = insistent;
     pathConfig.PathChanged = [
       "/var/lib/ekiben/holds"
+      "/var/lib/ekiben/looks"
       "/var/lib/ekiben/queue"
     ];
   };
@@ -525,6 +528,35 @@ let
       CacheDirectoryMode = "0700";
       ReadWritePaths = [ "-${instance.flakePath}" ];
     };
+  };
+
+  # What a timer starts: one process of the user's, in the run's own sandbox, which finds out whether a run would have
+  # anything to do. It may not write to the repository. However else it ends, there is a run.
+  look = name: _: {
+    description = "Look whether Ekiben's instance ${name} has anything to do";
+    wants = [ "network-online.target" ];
+    after = [
+      "network-online.target"
+      "ekiben-boot.service"
+    ];
+    onFailure = [ "ekiben-${name}.service" ];
+    restartIfChanged = false;
+    startLimitIntervalSec = 0;
+    inherit (config.systemd.services."ekiben-${name}") path;
+    environment = removeAttrs config.systemd.services."ekiben-${name}".environment [ "PATH" ];
+    serviceConfig =
+      removeAttrs config.systemd.services."ekiben-${name}".serviceConfig [
+        "ExecStopPost"
+        "NotifyAccess"
+        "TimeoutStopSec"
+      ]
+      // {
+        ExecStart = "${ekiben} look ${name}";
+        ReadWritePaths = "-/var/lib/ekiben/looks/${name}";
+        TimeoutStartSec = "5min";
+        # what there is to say, the run says
+        LogLevelMax = "crit";
+      };
   };
 
   # one for each run: it ends by itself, and is tried again by itself
@@ -742,9 +774,11 @@ in
       }
     ) instances;
     system.checks = [ checkedTimes ];
-    systemd.tmpfiles.rules = lib.optional (
-      cfg.metrics != null
-    ) "d ${dirOf cfg.metrics} 0755 root root -";
+    systemd.tmpfiles.rules =
+      lib.optional (cfg.metrics != null) "d ${dirOf cfg.metrics} 0755 root root -"
+      ++ mapAttrsToList (
+        name: instance: "f /var/lib/ekiben/looks/${name} 0644 ${instance.user} root -"
+      ) instances;
     nix.settings = lib.mkMerge [
       # a path that a power cut has left empty would be taken for whole
       (mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; })
@@ -764,6 +798,7 @@ in
       };
       services =
         forInstances service instances
+        // mapAttrs' (name: instance: nameValuePair "ekiben-look@${name}" (look name instance)) instances
         // mapAttrs' (name: instance: nameValuePair "ekiben-notify-${name}@" (notify name instance)) (
           filterAttrs (_: instance: instance.notify.command != null) instances
         )

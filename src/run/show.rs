@@ -55,6 +55,8 @@ struct Details {
     hold: Option<Hold>,
     /// When its timer looks for something new, in seconds since 1970.
     next: Option<u64>,
+    /// When it has found nothing new last without a run, if that was after the last one.
+    looked: Option<u64>,
     /// Whether the run under way builds.
     #[serde(skip)]
     is_building: bool,
@@ -107,6 +109,7 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
     }
     let mut lines = table::lines(&rows);
     for (name, shown) in shown {
+        let looked = shown.looked.map(|looked| format!("looked {}: nothing new", ago(looked, now)));
         let failure = shown.status.runs.first().filter(|run| run.result.is_failure()).map(|run| {
             let stage = run.stage.map(|stage| format!(" in stage {stage}")).unwrap_or_default();
             format!("{}{stage}; see ekiben status {name}", run.result)
@@ -116,7 +119,8 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         let awaiting = shown.status.awaiting.as_ref().map(|_| "awaits the next boot; reboot to have it deployed".to_owned());
         let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name, now));
         let waiting = shown.waiting.as_ref().map(|what| format!("waiting: {what}"));
-        let known = shown.problems.iter().cloned().chain(failure).chain(waiting).chain(held).chain(awaiting).chain(ahead);
+        let known =
+            looked.into_iter().chain(shown.problems.iter().cloned()).chain(failure).chain(waiting).chain(held).chain(awaiting).chain(ahead);
         lines.extend(known.map(|what| format!("{name}: {what}")));
     }
     lines.join("\n") + "\n"
@@ -144,6 +148,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     if let Some(undone) = &shown.status.undone {
         add("ahead", &undone.notice(name, now));
     }
+    add("looked", &shown.looked.map(|looked| format!("{}: nothing new", ago(looked, now))).unwrap_or_default());
     add("next", &shown.next.map(|next| format!("by the timer, {}", moment(next))).unwrap_or_default());
     if let Some(deployed) = &shown.status.deployed {
         add("deployed", &deployed.commit);
@@ -219,6 +224,7 @@ impl Details {
             queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
             hold: Hold::read(&paths),
             next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
+            looked: paths.last_looked().filter(|looked| status.runs.first().is_some_and(|last| last.finished <= *looked)),
             is_building: service.is_some_and(|service| service.is_building),
             waiting: said.clone().filter(|text| !text.starts_with(progress::BEGIN)),
             progress: said.and_then(|text| text.strip_prefix(progress::BEGIN).map(String::from)),

@@ -32,6 +32,8 @@ use crate::text::{ago, short};
 const HISTORY: usize = 50;
 /// Of how many of them what was new and what changes is.
 const DETAILED: usize = 10;
+/// After how long a timer has a run start even if it finds nothing new itself, in seconds.
+const LONGEST: u64 = 7 * 24 * 60 * 60;
 /// More than a status and a program's output take, in bytes.
 const RESERVE: u64 = 128 * 1024;
 
@@ -171,6 +173,21 @@ impl Status {
     /// Whether the last run has failed.
     pub fn has_failed(&self) -> bool {
         self.runs.first().is_some_and(|run| run.result.is_failure())
+    }
+
+    /// Why a timer has a run start whatever may be new; none if the last one has left all as it should be.
+    pub fn unsettled(&self, now: u64) -> Option<&'static str> {
+        let Some(last) = self.runs.first() else { return Some("there was none yet") };
+        let is_well = matches!(last.result, Outcome::Deployed | Outcome::Unchanged) && last.warnings.is_empty();
+        let reasons = [
+            (self.running.is_some(), "one is under way, or was cut off"),
+            (self.held.is_some(), "a request is kept"),
+            (!is_well, "the last one has not left all as it should be"),
+            (last.reboot_needed || self.awaiting.is_some(), "a reboot is awaited"),
+            (self.bad.is_some() || self.undone.is_some(), "there is something that is not deployed"),
+            (now.abs_diff(last.finished) > LONGEST, "the last one was long ago"),
+        ];
+        reasons.iter().find_map(|(is_so, why)| is_so.then_some(*why))
     }
 
     /// Fails if what is known to be bad is proposed again without having been asked for, or too soon.

@@ -17,7 +17,7 @@ use crate::run::status::Status;
 use crate::run::undo;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::{boot, conclude, cut_off, rollback};
-use crate::system::{boot_id, has_unit, now, service, start};
+use crate::system::{self, boot_id, has_unit, now, service, start};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -31,6 +31,10 @@ const LONGEST: u64 = 10;
 /// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     paths.restore();
+    if let Some(unit) = asker::look() {
+        // it has done its work
+        system::systemctl(&["reset-failed", "--", &unit]).map_or_else(|error| log::warn!("{error}."), drop);
+    }
     let goes_on = paths.journal().exists();
     let concluded = conclude::conclude(paths);
     boot::end_all(paths);

@@ -3,13 +3,21 @@
 //! A candidate is a commit: the branch's head, or its upstream's, with new revisions of the
 //! instance's inputs on top. It exists only as an object under a ref of ours. Nothing that the
 //! user can see is changed, and nothing at all is written if nothing is new.
+//!
+//! A timer looks first whether there is anything to do, by the same means, and asks for a run unless it is sure that
+//! there is not.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
+
+use ::nix::fcntl::FlockArg;
 
 use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::fault;
+use crate::files;
 use crate::fleet::host::poll;
 use crate::fleet::hub::candidate;
 use crate::git::lockfile::{LockFile, Update};
@@ -19,9 +27,11 @@ use crate::nix;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::Release;
-use crate::run::drift::is_deployed;
+use crate::run::drift::{drift, is_deployed};
+use crate::run::hold::Hold;
 use crate::run::notes::{NEWS, Notes, Proposal};
 use crate::run::status::Status;
+use crate::system::{self, now};
 use crate::text;
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
@@ -29,6 +39,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs the stage; what comes of it is in the notes.
 pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
+    // a look comes to its end before
+    let _turn = files::lock(&paths.own(""), FlockArg::LockExclusive)?;
     let mut notes = Notes::begin(paths)?;
     fault::point("prepare: begun");
     match propose_from_head(paths, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
@@ -47,6 +59,59 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
         }
         Err(error) => notes.fail(paths, error),
     }
+}
+
+/// Looks for a timer: fails, with the reason, unless a run would surely find all as the last one has left it. Whatever
+/// goes wrong is a run's to report.
+pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
+    if system::has_been_at_work(paths.name()) {
+        log::info!("A run is under way; at its end, another one follows.");
+        return Ok(());
+    }
+    let status = Status::read(paths);
+    let drift = || drift(paths).map(|what| format!("the machine {what}"));
+    let held = || Hold::read(paths).map(|hold| format!("held {}", hold.why()));
+    if let Some(why) = status.unsettled(now()).map(String::from).or_else(held).or_else(drift) {
+        return Err(needed(&why));
+    }
+    let turn = files::lock(&paths.own(""), FlockArg::LockExclusiveNonblock)?;
+    let _turn = turn.ok_or_else(|| needed("a run is under way"))?;
+    if let Some(hub) = &instance.hub {
+        poll::look(paths, instance, hub)?;
+    }
+    if instance.hub.as_ref().is_none_or(|hub| hub.self_update) {
+        look_at_repository(paths, instance)?;
+    }
+    let looked = paths.looked();
+    // root has made it; it is its time that counts
+    let written = File::options().write(true).open(&looked).and_then(|mut file| file.write_all(b"\n"));
+    written.context(|| format!("write {}", looked.display()))
+}
+
+/// The part of a look that is about the repository and the inputs: neither is written to.
+fn look_at_repository(paths: &Paths, instance: &Instance) -> Result<()> {
+    let scratch = paths.scratch()?;
+    let repository = Repository::open(instance)?;
+    if repository.has_to_recover(paths.name()) {
+        return Err(needed("a run was cut off"));
+    }
+    repository.check_lock_file_is_clean(&scratch)?;
+    if !is_deployed(paths, &repository.head, instance) {
+        return Err(needed("there is another commit"));
+    }
+    if instance.pull && !repository.knows_upstream(&paths.upstream())? {
+        return Err(needed("the upstream has changed"));
+    }
+    for updated in update(instance, &repository, &repository.head, &scratch)? {
+        if !updated.changes()?.is_empty() {
+            return Err(needed("inputs have changed"));
+        }
+    }
+    Ok(())
+}
+
+fn needed(why: &str) -> Error {
+    Error::new(format!("Failed to do without a run: {why}"))
 }
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.

@@ -27,6 +27,8 @@ const CURRENT: &str = "/run/current-system";
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long what ought to work is tried again.
 const PERSISTENCE: Duration = Duration::from_secs(20);
+/// So many looks at which a run is at work mean that it is not at its very end.
+const LOOKS: u32 = 3;
 /// How long others wait for what a user may hold up.
 const LOAN: Duration = Duration::from_secs(10);
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
@@ -185,6 +187,17 @@ pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
 }
 
+/// The same for who may not ask systemd: whether it has had processes for a while.
+pub fn has_been_at_work(instance: &str) -> bool {
+    let group = Path::new("/sys/fs/cgroup/system.slice").join(service(instance));
+    (0..LOOKS).all(|look| {
+        if look > 0 {
+            thread::sleep(PAUSE);
+        }
+        group.exists()
+    })
+}
+
 /// Cancels a start of the instance's service that waits for the end of the present run; has another run follow
 /// if a timer has elapsed meanwhile and `may_follow`.
 ///
@@ -193,7 +206,10 @@ pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
 /// that is under way.
 pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
     let service = service(instance);
-    if may_follow && timer_has_elapsed(&service)? {
+    let look = format!("ekiben-look@{instance}.service");
+    if may_follow && timer_has_elapsed(&service, &look)? {
+        // it has seen this run, and failed
+        systemctl(&["reset-failed", "--", &look])?;
         let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
         return restart.output(|| format!("start {service} again"), None).map(drop);
     }
@@ -226,15 +242,15 @@ fn jobs(units: &[&str]) -> Result<Vec<Job>> {
     Ok(list.lines().filter_map(job).collect())
 }
 
-/// Whether a timer of a service has elapsed since that was started.
-fn timer_has_elapsed(service: &str) -> Result<bool> {
+/// Whether a timer of a service, or of the look before it, has elapsed since that was started.
+fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
     let ask = |what: &str, units: &[&str]| {
         let question = [&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat();
         systemctl(&question).map(|answer| String::from_utf8_lossy(&answer).into_owned())
     };
     // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
     let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
-    let triggers = ask("--property=TriggeredBy", &[service])?;
+    let triggers = ask("--property=TriggeredBy", &[service, look])?;
     let timers: Vec<_> = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()).collect();
     if timers.is_empty() {
         return Ok(false);

@@ -297,7 +297,9 @@ fn is_up(active: &str) -> bool {
 /// switch's doing.
 pub fn is_report(name: &str) -> bool {
     let ours = name.strip_prefix("ekiben-").and_then(|name| name.strip_suffix(".service"));
-    ours.is_some_and(|name| name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok())
+    ours.is_some_and(|name| {
+        name.starts_with("look@") || name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok()
+    })
 }
 
 /// Whether a unit is one of a system's own.
@@ -380,6 +382,7 @@ mod tests {
         assert!(brings(&old, "app.service") && brings(&old, "many@one.service"));
         for (name, expected) in [
             ("ekiben-web.service", true),
+            ("ekiben-look@web.service", true),
             ("ekiben-retry@web.service", true),
             ("ekiben-webhook-tokens.service", true),
             ("ekiben-webhook.service", false),

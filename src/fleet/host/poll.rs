@@ -21,11 +21,13 @@ use crate::fleet::host::{heartbeat, outbox, release, secrets, seen};
 use crate::fleet::place::Place;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
-use crate::git::Repository;
 use crate::git::signature::{SIGNER, allowed_signers};
+use crate::git::{Repository, own};
 use crate::json;
 use crate::paths::Paths;
 use crate::program::Program;
+use crate::run::drift::is_deployed;
+use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
 use crate::system::now;
 use crate::text::ago;
@@ -34,6 +36,10 @@ use crate::text::ago;
 const REACH: Duration = Duration::from_secs(30);
 /// How long reports may take.
 const DELIVERY: Duration = Duration::from_secs(300);
+/// How long a look may.
+const LOOK: Duration = Duration::from_secs(120);
+/// What the hub's manifest was when it was accepted last, and for which settings.
+const ACCEPTED: &str = "accepted";
 /// The heartbeat that the hub has taken last.
 const TOLD: &str = "heartbeat.json";
 
@@ -43,10 +49,7 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
     let scratch = scratch(paths)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut peers = Peers::open(paths, hub, scratch.path(), limit)?;
-    let files = match &mut peers.session {
-        Some(session) if !hub.file_directories.is_empty() => secrets::fetch(session, paths, scratch.path()),
-        _ => Ok(()),
-    };
+    let files = fetch_files(&mut peers, paths, hub, scratch.path());
     let untold = files.as_ref().err().map(ToString::to_string);
     let taken = files.and_then(|()| take(peers.releases()?, paths, instance, hub, repository, scratch.path()));
 
@@ -69,6 +72,51 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
     let told = deliver_by(&mut peers, paths, hub, scratch.path(), &beat).and_then(|()| peers.close());
     told.unwrap_or_else(|error| log::warn!("{error}."));
     taken
+}
+
+/// Fetches the hub's files, and tells it how the instance is; fails unless it still offers the release that was accepted and
+/// deployed last.
+pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
+    let scratch = scratch(paths)?;
+    let mut peers = Peers::open(paths, hub, scratch.path(), LOOK)?;
+    fetch_files(&mut peers, paths, hub, scratch.path())?;
+    let file = scratch.path().join("manifest.json");
+    peers.releases()?.get("release/manifest.json", &file, SMALL)?;
+    let expires = known(paths, instance, hub, &file)?.expires;
+    deliver_by(&mut peers, paths, hub, scratch.path(), &Heartbeat { expires, ..heartbeat::now(paths, hub, true) })?;
+    peers.close()
+}
+
+fn fetch_files(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path) -> Result<()> {
+    match &mut peers.session {
+        Some(session) if !hub.file_directories.is_empty() => secrets::fetch(session, paths, scratch),
+        _ => Ok(()),
+    }
+}
+
+/// The manifest in a file, which is to be the one that was accepted last, and of what was deployed last.
+fn known(paths: &Paths, instance: &Instance, hub: &Hub, file: &Path) -> Result<Manifest> {
+    let doing = || "do without a run".to_owned();
+    let offered = files::read_foreign(file, SMALL).context(doing)?;
+    if fs::read(paths.own(ACCEPTED)).context(doing)? != as_accepted(&offered, hub)? {
+        return Err("the hub has another release").context(doing);
+    }
+    let signed: Signed = json::parse(&offered).context(doing)?;
+    let manifest: Manifest = json::parse(signed.manifest.as_bytes()).context(doing)?;
+    let head = own::head(instance)?;
+    let deployed = Status::read(paths).deployed.and_then(|deployed| deployed.release);
+    if deployed.as_ref() != Some(&manifest.release) || !seen::is_last(paths, &manifest.release) || !is_deployed(paths, &head, instance) {
+        return Err("the release is not what was deployed last").context(doing);
+    }
+    if hub.url.is_some() {
+        // as of now: see `seen::is_behind`
+        seen::remember(paths, &manifest.release)?;
+    }
+    Ok(manifest)
+}
+
+fn as_accepted(manifest: &[u8], hub: &Hub) -> Result<Vec<u8>> {
+    Ok([manifest, &serde_json::to_vec(hub).context(|| "write the settings".into())?].concat())
 }
 
 /// Takes what the hub offers; what is refused of it is noted, whatever it is refused for.
@@ -107,6 +155,9 @@ fn take(
             unpack(&tarball, &source)?;
         }
         seen::remember(paths, release)?;
+        // lost in a crash, it is only made again
+        let accepted = files::read_foreign(&file, SMALL).context(|| format!("read {}", file.display()))?;
+        fs::write(paths.own(ACCEPTED), as_accepted(&accepted, hub)?).context(|| format!("write {}", paths.own(ACCEPTED).display()))?;
         Ok((manifest, source, known))
     };
     let accepted = accept();
@@ -253,17 +304,17 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
 fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
     let Some(place) = peers.reports(hub) else { return Ok(()) };
     let mut waiting = outbox::waiting(paths)?;
-    let (file, known) = (scratch.join("received.json"), paths.own("received.json"));
-    let (keeps, mut received) = (place.keeps_reports(), Received::default());
-    if keeps {
-        received = files::read_json(&known).ok().flatten().unwrap_or_default();
-        received.reports.retain(|run| waiting.contains(run));
+    let (file, known, keeps) = (scratch.join("received.json"), paths.own("received.json"), place.keeps_reports());
+    // what the hub has, root removes with the next run
+    let mut received: Received = files::read_json(&known).ok().flatten().unwrap_or_default();
+    received.reports.retain(|run| waiting.contains(run));
+    waiting.retain(|run| !received.reports.contains(run));
     // who has sent nothing need not ask what has arrived
-    } else if !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
+    if !keeps && !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
         received = read_foreign(&file)?;
         files::write_json(&known, &received, 0o644)?;
+        waiting.retain(|run| !received.reports.contains(run));
     }
-    waiting.retain(|run| !received.reports.contains(run));
     let mut send = |file: &Path| {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         place.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
@@ -273,9 +324,9 @@ fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heart
         received.reports.extend(waiting.into_iter().zip(&reports).filter(|(_, sent)| sent.is_ok()).map(|(run, _)| run));
         files::write_json(&known, &received, 0o644)?;
     }
-    // the directory is the user's alone; on the hub, others have to read what is sent
     let beat = scratch.join(TOLD);
-    files::write_json(&beat, heartbeat, 0o644)?;
+    let text = serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())?;
+    fs::write(&beat, text).context(|| format!("write {}", beat.display()))?;
     send(&beat)?;
     fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
     reports.into_iter().collect()

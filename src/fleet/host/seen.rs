@@ -69,6 +69,11 @@ pub fn is_behind(paths: &Paths, release: &Release) -> bool {
     seen.is_some_and(|seen| seen.sequence > release.sequence) && age.is_ok_and(|age| age.is_ok_and(|age| age.as_secs() < HOUR))
 }
 
+/// Whether it is this that was written down last.
+pub fn is_last(paths: &Paths, release: &Release) -> bool {
+    files::read_json(&paths.own(SEEN)).is_ok_and(|seen: Option<Release>| seen.as_ref() == Some(release))
+}
+
 /// The newest release that is known, `committed` among them, but for those that have been forgotten.
 pub fn newest(paths: &Paths, committed: Option<Release>) -> Result<Option<Release>> {
     let seen = files::read_json(&paths.own(SEEN))
