@@ -524,6 +524,7 @@ let
         "ekiben-boot.service"
         "ekiben-holds.path"
         "ekiben-holds.service"
+        "ekiben-look@tgautobot.service"
         "ekiben-restart@.service"
         "ekiben-retry@.service"
         "ekiben-tgautobot.path"
