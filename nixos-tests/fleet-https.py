@@ -144,6 +144,10 @@ with subtest("a server without parts of files, or with other ones, is asked for 
     hub.succeed(fleet("deploy web"))
     archive = f"{json.loads(json.loads(hub.succeed(f'cat {RELEASE}/manifest.json'))['manifest'])['id']}.tar.gz"
     web.succeed(f"rm -f {OWN}/*.tar.gz; head -c 1000 {'/dev/zero'} > {OWN}/{archive}; chown --reference={OWN} {OWN}/{archive}")
+    serve('location ~ "^/hosts/web/release/.*gz$" { return 500; }')
+    fails("returned error: 500", "problem of the network or the other side")
+    # that is no refusal of what is published
+    web.succeed(f"test ! -e {OWN}/refused")
     serve('location ~ "^/hosts/web/release/.*gz$" { max_ranges 0; }')
     follows(web, content)
     hub.succeed(as_deploy("head -c 400000 /dev/urandom > /srv/fleet/hosts/web/app/blob"))

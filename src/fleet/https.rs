@@ -72,9 +72,8 @@ impl Store {
             Some(NO_PARTS) => Ok(416),
             code => {
                 let why = after("curl: (").and_then(|said| said.split_once(") ")).map_or("curl failed", |(_, why)| why).to_owned();
-                let is_transient = code.is_none_or(|code| TRANSIENT.contains(&code)) || matches!(status, 408 | 429 | 500..);
                 let error = exited.failed(&why);
-                Err(if is_transient { error.transient() } else { error })
+                Err(if code.is_none_or(|code| TRANSIENT.contains(&code)) { error.transient() } else { error.of_network() })
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Where a link leads to is what is packed, if that is in the repository: what is published is no secret any more.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -13,11 +13,14 @@ use crate::fleet::{LARGE, sha256};
 use crate::gather::sorted;
 use crate::names::Sha256;
 use crate::program::Program;
+use crate::system::now;
 
 /// What a private key begins with, somewhere in its first line.
 const PRIVATE: &[u8] = b"PRIVATE KEY-----";
 /// How much of a file that is.
 const FIRST_LINE: u64 = 64;
+/// For how many seconds a file has to be as it is to be told from what it becomes.
+const SETTLED: i64 = 2;
 
 /// Where files are packed from.
 pub struct Origin {
@@ -25,13 +28,22 @@ pub struct Origin {
     repository: PathBuf,
     /// The key that releases are signed with, if it is a file: that is not packed either.
     key: Option<Vec<u8>>,
+    /// Which one that is.
+    which: String,
+}
+
+/// What tells a file from what it was before: nobody can choose when it was changed last.
+pub fn identity(file: &Metadata) -> String {
+    let times = (file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec());
+    format!("{}:{} {} {:o} {times:?}", file.dev(), file.ino(), file.size(), file.mode())
 }
 
 impl Origin {
     /// The repository in this directory, whose releases are signed with this key.
     pub fn new(repository: &Path, key: Option<&Path>) -> Result<Self> {
         let doing = || format!("read {}", repository.display());
-        Ok(Self { repository: repository.canonicalize().context(doing)?, key: key.and_then(|key| fs::read(key).ok()) })
+        let which = key.and_then(|key| key.metadata().ok()).map_or(String::new(), |metadata| identity(&metadata));
+        Ok(Self { repository: repository.canonicalize().context(doing)?, key: key.and_then(|key| fs::read(key).ok()), which })
     }
 
     /// Fails unless what a path leads to is in the repository, and not what git keeps there.
@@ -48,8 +60,8 @@ impl Origin {
         if inside { Ok(()) } else { Err(why()).context(doing) }
     }
 
-    /// Fails unless a file may be published, and can be read where it is unpacked.
-    fn check(&self, path: &Path) -> Result<()> {
+    /// Fails unless a file may be published, and can be read where it is unpacked. Returns whether there is nothing to say of it.
+    fn check(&self, path: &Path) -> Result<bool> {
         let doing = || format!("pack {path:?}");
         if path.as_os_str().as_bytes().iter().any(|byte| byte.is_ascii_control() || *byte == b'\\') {
             return Err("line breaks, control characters and backslashes are not allowed in names").context(doing);
@@ -63,8 +75,9 @@ impl Origin {
                 return Err("it is the key that signs releases, and others can read what is published").context(doing);
             }
             log::warn!("{} is a private key; others can read what is published, on the hub and on the host.", path.display());
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -73,7 +86,7 @@ impl Origin {
 pub fn files(directory: &Path, origin: &Origin) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     walk(directory, Path::new(""), origin, &mut Vec::new(), &mut files)?;
-    Ok(files)
+    Ok(sorted(files))
 }
 
 fn walk(top: &Path, below: &Path, origin: &Origin, above: &mut Vec<(u64, u64)>, files: &mut Vec<PathBuf>) -> Result<()> {
@@ -117,14 +130,26 @@ pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
     let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
     let names = names.map(|name| PathBuf::from(std::ffi::OsStr::from_bytes(name)));
     // neither what is removed but not yet committed, nor submodules
-    Ok(names.filter(|name| directory.join(name).is_file()).collect())
+    Ok(sorted(names.filter(|name| directory.join(name).is_file())))
 }
 
-/// Packs files of a directory into a new archive; returns its hash and its size.
-pub fn pack(directory: &Path, files: Vec<PathBuf>, origin: &Origin, file: &Path) -> Result<(Sha256, u64)> {
+/// What tells these files of a directory from what they were before; `None` if one was changed a moment ago, and could be
+/// changed again in the same.
+pub fn stamp(directory: &Path, files: &[PathBuf], origin: &Origin) -> Option<String> {
+    let settled = i64::try_from(now()).ok()? - SETTLED;
+    let of = |file: &PathBuf| {
+        let metadata = fs::metadata(directory.join(file)).ok().filter(|metadata| metadata.ctime() < settled)?;
+        Some(format!("{file:?} {}", identity(&metadata)))
+    };
+    let lines = [Some(origin.which.clone())].into_iter().chain(files.iter().map(of)).collect::<Option<Vec<_>>>()?;
+    Some(lines.join("\n"))
+}
+
+/// Packs files of a directory into a new archive; returns its hash and its size, and whether there is nothing to say of it.
+pub fn pack(directory: &Path, files: &[PathBuf], origin: &Origin, file: &Path) -> Result<(Sha256, u64, bool)> {
     let doing = || format!("pack {}", directory.display());
-    files.iter().try_for_each(|file| origin.check(&directory.join(file)))?;
-    let list: Vec<u8> = sorted(files).iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
+    let is_plain = files.iter().try_fold(true, |is_plain, file| origin.check(&directory.join(file)).map(|is| is_plain && is))?;
+    let list: Vec<u8> = files.iter().flat_map(|file| [file.as_os_str().as_bytes(), b"\0"].concat()).collect();
     let tar = Program::new("tar").args(["--create", "--format=gnu", "--use-compress-program=gzip -n", "--file"]).arg(file);
     let tar = tar.args(["--dereference", "--hard-dereference", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"]);
     let tar = tar.args(["--mode=u=rwX,go=rX", "--directory"]).arg(directory).args(["--no-recursion", "--null", "--files-from=-"]);
@@ -133,7 +158,7 @@ pub fn pack(directory: &Path, files: Vec<PathBuf>, origin: &Origin, file: &Path)
     if size > LARGE {
         return Err(format!("it has {size} bytes, more than {LARGE}")).context(doing);
     }
-    Ok((sha256::of_file(file)?, size))
+    Ok((sha256::of_file(file)?, size, is_plain))
 }
 
 #[cfg(test)]
@@ -143,9 +168,9 @@ mod tests {
     use crate::testing::Directory;
     use std::os::unix::fs::symlink;
 
-    fn packed(directory: &Path, archive: &Path) -> Result<(Sha256, u64)> {
+    fn packed(directory: &Path, archive: &Path) -> Result<(Sha256, u64, bool)> {
         let origin = Origin::new(directory, None)?;
-        pack(directory, files(directory, &origin)?, &origin, archive)
+        pack(directory, &files(directory, &origin)?, &origin, archive)
     }
 
     #[test]
@@ -167,10 +192,8 @@ mod tests {
         let archive = place.path().join("a.tar.gz");
         fs::File::open(one.join("b c")).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         let origin = Origin::new(&two, None).unwrap();
-        let mut otherwise = files(&two, &origin).unwrap();
-        otherwise.sort();
-        otherwise.reverse();
-        assert_eq!(packed(&one, &archive).unwrap(), pack(&two, otherwise, &origin, &place.path().join("b.tar.gz")).unwrap());
+        let otherwise = files(&two, &origin).unwrap();
+        assert_eq!(packed(&one, &archive).unwrap(), pack(&two, &otherwise, &origin, &place.path().join("b.tar.gz")).unwrap());
         let unpacked = place.path().join("unpacked");
         unpack(&archive, &unpacked).unwrap();
         let mut found = files(&unpacked, &Origin::new(&unpacked, None).unwrap()).unwrap();
@@ -203,7 +226,7 @@ mod tests {
             // what git tracks, the same way
             let origin = Origin::new(place.path(), None).unwrap();
             if place.path().join("sub/link").is_file() {
-                assert!(pack(place.path(), vec!["sub/link".into()], &origin, &outside.join("a")).is_err());
+                assert!(pack(place.path(), &["sub/link".into()], &origin, &outside.join("a")).is_err());
             }
         }
         fs::remove_file(place.path().join("sub/link")).unwrap();
@@ -224,10 +247,38 @@ mod tests {
         symlink("../key", place.path().join("host/note")).unwrap();
         let origin = Origin::new(place.path(), Some(&key)).unwrap();
         let archive = place.path().join("a.tar.gz");
-        let error = pack(place.path(), vec!["host/note".into()], &origin, &archive).unwrap_err().to_string();
+        let error = pack(place.path(), &["host/note".into()], &origin, &archive).unwrap_err().to_string();
         assert!(error.contains("host/note") && error.contains("the key that signs releases"), "{error}");
         // somebody else's is a matter of theirs
         fs::write(place.path().join("other"), "-----BEGIN PRIVATE KEY-----\ny\n").unwrap();
-        pack(place.path(), vec!["other".into()], &origin, &archive).unwrap();
+        assert!(!pack(place.path(), &["other".into()], &origin, &archive).unwrap().2);
+    }
+
+    #[test]
+    fn files_are_told_from_what_they_were() {
+        let place = Directory::new();
+        let (one, other) = (place.path().join("one"), place.path().join("other"));
+        let stamp = |key: Option<&Path>| {
+            let origin = Origin::new(place.path(), key).unwrap();
+            stamp(place.path(), &files(place.path(), &origin).unwrap(), &origin)
+        };
+        fs::write(&one, "1").unwrap();
+        // it may be changed once more in the same moment
+        assert_eq!(stamp(None), None);
+        let settle = || std::thread::sleep(std::time::Duration::from_secs(SETTLED.unsigned_abs() + 1));
+        settle();
+        let first = stamp(None).unwrap();
+        assert_eq!(stamp(None).unwrap(), first);
+        assert_ne!(stamp(Some(&one)).unwrap(), first);
+        // as long, and as old
+        let time = fs::metadata(&one).unwrap().modified().unwrap();
+        fs::write(&one, "2").unwrap();
+        File::options().append(true).open(&one).unwrap().set_modified(time).unwrap();
+        symlink("one", &other).unwrap();
+        settle();
+        let second = stamp(None).unwrap();
+        fs::remove_file(&other).unwrap();
+        let third = stamp(None).unwrap();
+        assert!(first != second && second != third && third != first);
     }
 }

@@ -131,6 +131,7 @@ fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Made> {
     // hosts may share it
     if !archive.exists() {
         let doing = || format!("write {}", archive.display());
+        fleet.provide(source)?;
         files::write(&archive, &fs::read(&source.archive).context(doing)?, 0o600).context(doing)?;
     }
     let (name, attr, sha256) = (host.name.clone(), host.attr.clone(), source.sha256.clone());

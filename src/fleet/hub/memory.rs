@@ -1,10 +1,12 @@
-//! What a publisher remembers of a hub: the number that it published last for each host. A hub that offers a lower one
-//! was restored from a backup, or withholds releases.
+//! What a publisher remembers of a hub: the number that it published last for each host, and the release that it has
+//! found to be its own. A hub that offers a lower number was restored from a backup, or withholds releases.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::fleet::Signed;
+use crate::fleet::archive::pack::identity;
 use crate::fleet::temporary::home;
 use crate::names::{HostName, Sequence};
 
@@ -30,5 +32,64 @@ impl Memory {
         let Some(place) = &self.0 else { return Ok(()) };
         std::fs::create_dir_all(place).context(|| format!("create {}", place.display()))?;
         files::write_json(&place.join(host), &number, 0o644)
+    }
+
+    /// Whether a release that the hub offers is, to the letter, the one that was found to be signed with this key last.
+    pub fn vouches(&self, host: &HostName, release: &Signed, key: Option<&Path>) -> bool {
+        self.proof(host).is_some_and(|proof| std::fs::read_to_string(proof).is_ok_and(|text| text == Self::vouching(release, key)))
+    }
+
+    /// Remembers that it is.
+    pub fn vouch(&self, host: &HostName, release: &Signed, key: Option<&Path>) -> Result<()> {
+        // of a hub to which this publisher has published something
+        let Some(proof) = self.proof(host).filter(|proof| proof.parent().is_some_and(Path::is_dir)) else { return Ok(()) };
+        // a part of it is as good as none
+        std::fs::write(&proof, Self::vouching(release, key)).context(|| format!("write {}", proof.display()))
+    }
+
+    fn proof(&self, host: &HostName) -> Option<PathBuf> {
+        // no host has that in its name
+        self.0.as_ref().map(|place| place.join(format!("{host}.signed")))
+    }
+
+    /// The same key as long as nobody has touched its file.
+    fn vouching(release: &Signed, key: Option<&Path>) -> String {
+        let key = key.map(|key| key.metadata().map_or(String::new(), |metadata| identity(&metadata)));
+        format!("{key:?}\n{:?}\n{}", release.signature, release.manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn only_what_was_found_to_be_ours_is_vouched_for() {
+        let place = Directory::new();
+        let (memory, host) = (Memory(Some(place.path().join("hub"))), HostName::try_from("web").unwrap());
+        let keys = [place.path().join("key"), place.path().join("other")];
+        for key in &keys {
+            std::fs::write(key, "x").unwrap();
+        }
+        let release =
+            |manifest: &str, signature: Option<&str>| Signed { manifest: manifest.into(), signature: signature.map(String::from) };
+        let ours = release("a", Some("b"));
+        assert!(!memory.vouches(&host, &ours, Some(&keys[0])));
+        memory.note(&host, Sequence::try_from(1).unwrap()).unwrap();
+        memory.vouch(&host, &ours, Some(&keys[0])).unwrap();
+        assert!(memory.vouches(&host, &ours, Some(&keys[0])));
+        for (release, key) in [
+            (release("c", Some("b")), Some(&keys[0])),
+            (release("a", Some("c")), Some(&keys[0])),
+            (release("a", None), Some(&keys[0])),
+            (release("a", Some("b")), Some(&keys[1])),
+            (release("a", Some("b")), None),
+        ] {
+            assert!(!memory.vouches(&host, &release, key.map(PathBuf::as_path)));
+        }
+        std::fs::write(&keys[0], "yy").unwrap();
+        assert!(!memory.vouches(&host, &ours, Some(&keys[0])));
+        assert!(!Memory::default().vouches(&host, &ours, None));
     }
 }

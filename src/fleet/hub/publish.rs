@@ -93,6 +93,7 @@ pub fn deploy(
         repository.build(host, &system)?;
     }
     say("publishing");
+    repository.provide(source)?;
     replace(hub, &built, manner, &before).map(|release| Some((release.sequence, what)))
 }
 
@@ -153,9 +154,10 @@ fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Opt
     let host = &manifest.host;
     let text = serde_json::to_string(manifest).context(|| format!("write the manifest of {host}"))?;
     let signature = manner.key.map(|key| sign(&text, key)).transpose()?;
-    hub.publish(manifest, &Signed { manifest: text, signature }, old)?;
+    let signed = Signed { manifest: text, signature };
+    hub.publish(manifest, &signed, old)?;
     // it is published all the same
-    let noted = manner.memory.note(host, manifest.release.sequence);
+    let noted = manner.memory.note(host, manifest.release.sequence).and_then(|()| manner.memory.vouch(host, &signed, manner.key));
     let noted =
         noted.and_then(|()| if hub.is_elsewhere() || hub.check_ours().is_err() { Ok(()) } else { history::note_in_turn(hub, host) });
     noted.unwrap_or_else(|error| log::warn!("{error}."));
@@ -165,7 +167,14 @@ fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Opt
 impl Standing {
     fn new(hub: &ServedDirectory, host: &HostName, manner: &Manner, scratch: &Path) -> Result<Self> {
         let old = hub.valid_manifest(host)?;
-        let is_ours = old.as_ref().map_or(Ok(false), |old| is_ours(old, manner.key, scratch))?;
+        let is_ours = match &old {
+            Some((_, signed)) if manner.memory.vouches(host, signed, manner.key) => true,
+            Some(old) if is_ours(old, manner.key, scratch)? => {
+                manner.memory.vouch(host, &old.1, manner.key).unwrap_or_else(|error| log::warn!("{error}."));
+                true
+            }
+            _ => false,
+        };
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let heard = heartbeat.as_ref().map(|heartbeat| [&heartbeat.seen, &heartbeat.deployed]);
         let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);

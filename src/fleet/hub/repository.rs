@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -36,7 +36,7 @@ pub struct Packed {
     pub place: String,
     /// Where that is.
     pub directory: PathBuf,
-    /// Its archive.
+    /// Where its archive is, once it has been asked for: see [`FleetRepository::provide`].
     pub archive: PathBuf,
     /// The archive's hash.
     pub sha256: Sha256,
@@ -80,17 +80,19 @@ pub struct FleetRepository {
     flags: Vec<String>,
     state: PathBuf,
     scratch: Temporary,
+    turn: Mutex<()>,
 }
 
 impl FleetRepository {
     /// Opens the one in this directory.
     pub fn open(directory: &Path, settings: &Settings) -> Result<Self> {
         let state = home("XDG_STATE_HOME", ".local/state")?;
-        for name in ["logs", "evaluated", "systems"] {
+        for name in ["logs", "evaluated", "packed", "systems"] {
             fs::create_dir_all(state.join(name)).context(|| format!("create {}", state.join(name).display()))?;
         }
         let origin = pack::Origin::new(directory, settings.signing_key.as_deref())?;
-        Ok(Self { directory: directory.to_owned(), origin, flags: settings.flags.clone(), state, scratch: Temporary::new()? })
+        let (directory, flags, scratch) = (directory.to_owned(), settings.flags.clone(), Temporary::new()?);
+        Ok(Self { directory, origin, flags, state, scratch, turn: Mutex::default() })
     }
 
     /// Where a configuration may be: the repository itself, and the directories of `hosts`. True is a
@@ -119,10 +121,49 @@ impl FleetRepository {
 
     fn pack(&self, place: &str, is_flake: bool) -> Result<Packed> {
         let directory = if place == "." { self.directory.clone() } else { self.directory.join(place) };
-        let files = if place == "." { pack::tracked_files(&directory)? } else { pack::files(&directory, &self.origin)? };
+        let files = self.files(place, &directory)?;
         let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
-        let (sha256, size) = pack::pack(&directory, files, &self.origin, &archive)?;
+        let (known, stamp) = (self.known(place), || pack::stamp(&directory, &files, &self.origin));
+        let now = stamp();
+        if let Ok(Some((then, sha256, size))) = files::read_json::<(String, Sha256, u64)>(&known) {
+            if now.as_ref() == Some(&then) {
+                return Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake });
+            }
+        }
+        let (sha256, size, is_plain) = pack::pack(&directory, &files, &self.origin, &archive)?;
+        // what there is something to say of is said each time
+        if let Some(now) = now.filter(|now| is_plain && stamp().as_ref() == Some(now)) {
+            // a part of it is as good as none
+            let text = serde_json::to_vec(&(now, &sha256, size)).unwrap_or_default();
+            fs::write(&known, text).context(|| format!("write {}", known.display()))?;
+        }
         Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake })
+    }
+
+    fn files(&self, place: &str, directory: &Path) -> Result<Vec<PathBuf>> {
+        if place == "." { pack::tracked_files(directory) } else { pack::files(directory, &self.origin) }
+    }
+
+    /// Where it is remembered what the files of a place were packed to.
+    fn known(&self, place: &str) -> PathBuf {
+        self.state.join("packed").join(format!("{}.json", label(place)))
+    }
+
+    /// Makes an archive of which the contents were known so far.
+    pub fn provide(&self, source: &Packed) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if source.archive.exists() {
+            return Ok(());
+        }
+        let files = self.files(&source.place, &source.directory)?;
+        let new = source.archive.with_extension("new");
+        let (sha256, size, _) = pack::pack(&source.directory, &files, &self.origin, &new)?;
+        let doing = || format!("pack {}", source.place);
+        if (&sha256, size) != (&source.sha256, source.size) {
+            files::remove(&self.known(&source.place)).context(doing)?;
+            return Err("it has been changed meanwhile, or tar or gzip have been; try again").context(doing);
+        }
+        fs::rename(new, &source.archive).context(doing)
     }
 
     /// The names of all hosts, as they were when they were looked at last; those of what was not are found now.
@@ -233,6 +274,7 @@ impl FleetRepository {
     pub fn with_unpacked<T>(&self, source: &Packed, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         let place = self.scratch.path().join(name);
         let directory = place.join("configuration");
+        self.provide(source)?;
         let done = unpack(&source.archive, &directory).and_then(|()| then(&directory));
         let _ = fs::remove_dir_all(place);
         done
@@ -342,6 +384,7 @@ mod tests {
             flags: Vec::new(),
             state: PathBuf::new(),
             scratch,
+            turn: Mutex::default(),
         };
         let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
         assert_eq!(repository.places().unwrap(), of_hosts);
@@ -349,6 +392,37 @@ mod tests {
         assert_eq!(repository.places().unwrap(), of_hosts);
         fs::write(place.path().join("flake.nix"), "").unwrap();
         assert_eq!(repository.places().unwrap().last(), Some(&(".".to_owned(), true)));
+    }
+
+    #[test]
+    fn what_is_unchanged_is_packed_when_that_is_needed_and_to_the_same() {
+        let place = Directory::new();
+        let web = place.path().join("hosts/web");
+        fs::create_dir_all(&web).unwrap();
+        fs::create_dir_all(place.path().join("state/packed")).unwrap();
+        fs::write(web.join("configuration.nix"), "1").unwrap();
+        let repository = || FleetRepository {
+            directory: place.path().into(),
+            origin: pack::Origin::new(place.path(), None).unwrap(),
+            flags: Vec::new(),
+            state: place.path().join("state"),
+            scratch: Temporary::below(&place.path().join("cache")).unwrap(),
+            turn: Mutex::default(),
+        };
+        let pack = |repository: &FleetRepository| repository.pack("hosts/web", false).unwrap();
+        assert!(pack(&repository()).archive.exists());
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        let (first, second, third) = (repository(), repository(), repository());
+        let before = pack(&first);
+        assert!(before.archive.exists());
+        let after = pack(&second);
+        assert!(!after.archive.exists() && (&after.sha256, after.size) == (&before.sha256, before.size));
+        second.provide(&after).unwrap();
+        assert_eq!(fs::read(&after.archive).unwrap(), fs::read(&before.archive).unwrap());
+        let unchanged = pack(&third);
+        fs::write(web.join("configuration.nix"), "2").unwrap();
+        assert!(third.provide(&unchanged).unwrap_err().to_string().ends_with("try again") && !unchanged.archive.exists());
+        assert_ne!(pack(&repository()).sha256, before.sha256);
     }
 
     #[test]
