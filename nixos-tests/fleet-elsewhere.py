@@ -13,7 +13,7 @@ cd ~/gate
 exec 3<&0
 exec /usr/bin/sftp $(cat limit) "$@" < <(while IFS= read -ru 3 line; do
   if [[ $line == $(cat at) ]]; then touch held; cat go > /dev/null; fi
-  printf '%s\n' "$line"
+  printf '%s\n' "$line" >> told; printf '%s\n' "$line"
 done) 3<&-
 """
 
@@ -352,7 +352,7 @@ with subtest("a hub that was restored, or built anew, is noticed, and goes on wi
     follows(content)
     for restore, state in (("cp -a /tmp/backup/. .", "refusing"), ("true", "hub went back")):
         hub.succeed(f"cd {RELEASE}; rm *; {restore}")
-        code, said = desk.execute(fleet("status --once"))
+        code, said = desk.execute(fleet("status --once web"))
         assert code == 4 and "hub went back" in said and f"{number} has been published" in said, said
         assert poll()["result"] == "failed"
         becomes(state)
@@ -396,3 +396,29 @@ with subtest("a directory that is synced in any order: the host waits for what i
     # over sftp it goes on from there
     change()
     assert published(desk.succeed(fleet("deploy"))) > number
+
+with subtest("the hub tells of all hosts at once: who looks asks for no single one, unless that is old, or older than what was published from here"):
+    def asked(arguments):
+        desk.succeed(by("deploy", "rm -f ~/gate/told"))
+        desk.execute(fleet(arguments))
+        return desk.succeed(by("deploy", "cat ~/gate/told")).count('manifest.json" "')
+    poll()
+    becomes("up to date")
+    question = f".web.manifest | fromjson | .manifest | fromjson | .sequence == {manifest()['sequence']}"
+    hub.wait_until_succeeds(f"jq -e {shlex.quote(question)} {HUB}/received/all.json")
+    counts = [asked(arguments) for arguments in ("status", "status web", "deploy")]
+    assert counts[:2] == [0, 1] and counts[2] > 0, counts
+    hub.succeed("systemctl stop ekiben-hub-collect.timer ekiben-hub-collect.service")
+    change()
+    desk.succeed(fleet("deploy"))
+    assert asked("status") == 1 and json.loads(desk.execute(fleet("status --json 2>/dev/null"))[1])["web"]["state"] == "rebuild pending"
+    # as alice sees it, who has not published that, it is as of then
+    assert json.loads(desk.execute(fleet("status --json 2>/dev/null", "alice"))[1])["web"]["state"] == "up to date"
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    assert json.loads(desk.execute(fleet("status --json 2>/dev/null", "alice"))[1])["web"]["state"] == "rebuild pending"
+    assert asked("status") == 0
+    for trouble in ("touch -d '1 hour ago' all.json", "echo '{' > all.json", "rm all.json"):
+        hub.succeed(f"cd {HUB}/received; {trouble}")
+        assert asked("status") == 1, trouble
+        assert json.loads(desk.execute(fleet("status --json 2>/dev/null", "alice"))[1])["web"]["state"] == "rebuild pending"
+    hub.succeed("systemctl start ekiben-hub-collect.timer")

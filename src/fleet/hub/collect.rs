@@ -17,7 +17,7 @@ use ::nix::fcntl::FlockArg;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::hub::{history, standing};
+use crate::fleet::hub::{history, snapshot, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::gather::{gather, sorted};
 use crate::json;
@@ -52,15 +52,24 @@ pub fn collect(hub: &ServedDirectory) -> Result<()> {
         log::error!("{error}.");
     }
     standing::keep(hub)?;
+    snapshot::keep(&hub.collected(), hosts.into_iter().map(|host| (host.clone(), hub.release(&host), hub.received(&host))))?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
 }
 
 /// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them, with one more of its files.
 pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>) -> Result<()> {
     match hub.elsewhere() {
-        Some(elsewhere) => elsewhere.fetch(wanted, also),
+        Some(elsewhere) => elsewhere.fetch(wanted, also, true),
         // a user who may only read sees what was collected before
         None => collect(hub).or(Ok(())),
+    }
+}
+
+/// The same for who only looks: as the hub elsewhere has collected it last, where it says so of all hosts at once.
+pub fn take_in_to_show(hub: &ServedDirectory, wanted: &[&str]) -> Result<()> {
+    match hub.elsewhere() {
+        Some(elsewhere) => elsewhere.fetch(wanted, None, false),
+        None => take_in(hub, wanted, None),
     }
 }
 

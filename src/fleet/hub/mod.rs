@@ -18,5 +18,6 @@ mod remote;
 mod repository;
 pub mod served;
 pub mod settings;
+mod snapshot;
 mod standing;
 mod status;

@@ -5,6 +5,7 @@
 //! archive is there. Of several who publish for one host, one at a time does, and only on top of what
 //! it has seen: a release is never replaced by one of the same number, or of a lower one.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::hub::memory::Memory;
+use crate::fleet::hub::snapshot;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{KNOWN, LARGE, REMOVED};
@@ -33,6 +36,8 @@ const SENT: &str = ".sent";
 /// For how long somebody who publishes has to be silent before somebody else does; what the former sent
 /// is then removed, so it is no matter if they are slow and not gone.
 const STALE: Duration = Duration::from_secs(30);
+/// For fewer hosts than that, what is told of all of them is not worth the while.
+const FEW: usize = 20;
 /// How often the name is tried that nothing seems to have.
 const TRIES: usize = 5;
 
@@ -41,6 +46,7 @@ pub struct Elsewhere {
     server: String,
     path: String,
     temporary: Temporary,
+    memory: Memory,
     /// One session at a time is enough to send.
     turn: Mutex<()>,
 }
@@ -49,7 +55,7 @@ impl Elsewhere {
     /// The one of this URL.
     pub fn new(url: &str) -> Result<Self> {
         let (server, path) = parse(url).context(|| format!("understand {url:?}"))?;
-        Ok(Self { server, path, temporary: Temporary::new()?, turn: Mutex::default() })
+        Ok(Self { server, path, temporary: Temporary::new()?, memory: Memory::new(Path::new(url)), turn: Mutex::default() })
     }
 
     /// Which machine it is, as `sftp://` without a path.
@@ -71,13 +77,19 @@ impl Elsewhere {
     }
 
     /// Fetches which hosts there are; and of those that are named, or all, what is published and what
-    /// they said last, with one more of the files that were collected.
-    pub fn fetch(&self, wanted: &[&str], also: Option<&str>) -> Result<()> {
+    /// they said last, with one more of the files that were collected. What the hub tells of all hosts at once may be some
+    /// seconds old; `exactly` is to ask for each.
+    pub fn fetch(&self, wanted: &[&str], also: Option<&str>, exactly: bool) -> Result<()> {
         let mut session = self.open(FETCH)?;
         let hosts = self.place().join("hosts");
         fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
         for file in [KNOWN, REMOVED] {
             session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
+        }
+        let (all, mut known) = (self.place().join("all.json"), BTreeSet::new());
+        let is_for_few = !wanted.is_empty() && wanted.len() < FEW;
+        if !exactly && !is_for_few && session.fetch(snapshot::FILE, &all)? {
+            known = snapshot::lay_out(&all, self.place(), &self.memory).context(|| format!("read {}", all.display()))?;
         }
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
             let files = [("hosts", "/release", MANIFEST), ("received", "", "heartbeat.json")];
@@ -85,7 +97,7 @@ impl Elsewhere {
                 let directory = format!("{above}/{host}{below}");
                 let local = self.place().join(&directory);
                 fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
-                if wanted.is_empty() || wanted.contains(&&*host) {
+                if (wanted.is_empty() || wanted.contains(&&*host)) && !known.contains(&host) {
                     session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
                 }
             }

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use crate::error::{Context, Result};
-use crate::fleet::hub::collect::take_in;
+use crate::fleet::hub::collect::take_in_to_show;
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::publish::DAY;
@@ -164,7 +164,7 @@ pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool,
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
-        take_in(hub, wanted, None)?;
+        take_in_to_show(hub, wanted)?;
         let shown = rows(hub, fleet, wanted)?;
         if !live {
             if json { output::print_json(&shown) } else { output::print(&table(&shown, wide, false, now())) }?;

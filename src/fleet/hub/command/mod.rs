@@ -181,7 +181,7 @@ impl Fleet<'_> {
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
-            collect::take_in(&self.hub, wanted, None)?;
+            collect::take_in_to_show(&self.hub, wanted)?;
             let shown = status::rows(&self.hub, &fleet, wanted)?;
             return self.write(&shown).map(|()| status::exit(&shown));
         }

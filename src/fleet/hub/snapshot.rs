@@ -1,0 +1,82 @@
+//! What a publisher elsewhere has to know of all hosts, in one file: the hub writes it whenever it collects, so that nobody
+//! has to ask for each host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+use crate::files;
+use crate::fleet::hub::memory::Memory;
+use crate::fleet::{LARGE, Manifest, SMALL, Signed};
+use crate::json;
+use crate::names::HostName;
+
+/// Where it is in the hub's directory: no host is called that.
+pub const FILE: &str = "received/all.json";
+/// After how long it says nothing any more: the hub does not collect, or is of a version that does not write it.
+const LATE: Duration = Duration::from_secs(600);
+
+/// What there is of a host: the texts of files, and when the latter arrived, in seconds since 1970.
+#[derive(Deserialize, Serialize)]
+struct KnownHost {
+    manifest: Option<String>,
+    heartbeat: Option<String>,
+    arrived: u64,
+}
+
+/// Writes it among what was collected, of hosts whose manifest and heartbeat are in these directories.
+pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, PathBuf)>) -> Result<()> {
+    let text = |path: &Path| files::read_foreign(path, SMALL).ok().and_then(|text| String::from_utf8(text).ok());
+    let mut all = BTreeMap::new();
+    for (host, release, received) in hosts {
+        let (manifest, heartbeat) = (release.join("manifest.json"), received.join("heartbeat.json"));
+        let arrived = heartbeat.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let arrived = arrived.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived });
+    }
+    let path = collected.join("all.json");
+    let doing = || format!("write {}", path.display());
+    let new = serde_json::to_vec(&all).context(doing)?;
+    let is_same = fs::read(&path).is_ok_and(|known| known == new);
+    let touch = || File::options().append(true).open(&path)?.set_modified(SystemTime::now());
+    if is_same { touch() } else { files::write(&path, &new, 0o644) }.context(doing)
+}
+
+/// Puts what the hub has told by that file into `place`, in the hub's paths. Returns which hosts that is all of: not one for
+/// which this publisher has published something since.
+pub fn lay_out(file: &Path, place: &Path, memory: &Memory) -> io::Result<BTreeSet<HostName>> {
+    let mut known = BTreeSet::new();
+    let age = file.metadata()?.modified()?.elapsed().unwrap_or_else(|error| error.duration());
+    let text = files::read_foreign(file, LARGE)?;
+    // what another version writes there says nothing either
+    let Some(all) = json::parse::<BTreeMap<HostName, KnownHost>>(&text).ok().filter(|_| age < LATE) else { return Ok(known) };
+    for (host, KnownHost { manifest, heartbeat, arrived }) in all {
+        let number = |text: &String| {
+            let signed: Signed = json::parse(text.as_bytes()).ok()?;
+            json::parse_foreign::<Manifest>(signed.manifest.as_bytes()).ok().map(|manifest| manifest.release.sequence)
+        };
+        if memory.last(&host) > manifest.as_ref().and_then(number) {
+            continue;
+        }
+        let arrived = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(arrived)).unwrap_or(SystemTime::UNIX_EPOCH);
+        for (directory, name, text) in
+            [(format!("hosts/{host}/release"), "manifest.json", manifest), (format!("received/{host}"), "heartbeat.json", heartbeat)]
+        {
+            let directory = place.join(directory);
+            fs::create_dir_all(&directory)?;
+            let path = directory.join(name);
+            files::remove(&path)?;
+            if let Some(text) = text {
+                fs::write(&path, text)?;
+                File::options().append(true).open(&path)?.set_modified(arrived)?;
+            }
+        }
+        known.insert(host);
+    }
+    Ok(known)
+}
