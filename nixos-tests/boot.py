@@ -310,6 +310,24 @@ with subtest("what a boot has brought, a boot takes away by a rollback, if the o
     assert last_run(machine, "app")["result"] == "rolledBack" and state() == after, last_run(machine, "app")
     assert status(machine, "app")["undone"] is None
     assert run(machine, "app")["result"] == "unchanged"
+    # it is had back before the boot
+    assert machine.execute("ekiben rollback app")[0] == 75
+    machine.succeed("cd /var/lib/ekiben/status; jq '.undone.since -= 61' app.json > x; mv x app.json", "ekiben trigger --wait app")
+    known = status(machine, "app")
+    assert (known["runs"][0]["result"], known["awaiting"], known["undone"]) == ("unchanged", None, None) and state() == after, known
+
+with subtest("what was undone is deployed by no other instance with the same repository, but for somebody at this machine"):
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "live")["result"] == "deployed"
+    machine.succeed("ekiben rollback live")
+    before = state()
+    ended = run(machine, "app")
+    assert ended["result"] == "withheld" and "run ekiben trigger app to deploy" in ended["warnings"][0] and state() == before, ended
+    machine.succeed("cd /var/lib/ekiben/status; jq '.undone.since -= 61' live.json > x; mv x live.json")
+    assert machine.execute("ekiben trigger --wait app")[0] == 75
+    boot()
+    check_deployed(machine, "app")
+    assert run(machine, "live")["result"] == "unchanged" and status(machine, "live")["undone"] is None
 
 with subtest("what was switched to and does not boot is said, and nothing is put back"):
     publish(machine, "app", str(next(COUNT)))

@@ -136,8 +136,43 @@ with subtest("inputs are updated in one commit, those alone that may be, in whic
     check_shown(content)
     assert shows(web, "other") == "2"
 
+with subtest("a host that is left out is tried again, on top of inputs that were updated then, too"):
+    def follow_inputs():
+        """Goes on in the developer's clone from what was made here."""
+        hub.succeed(as_deploy("cd /srv/work; git reset -q --hard; git fetch -q /srv/fleet main; git merge -q --ff-only FETCH_HEAD"))
+
+    follow_inputs()
+    publish(hub, "other", "3")
+    pack = hub.succeed("tar -C /srv -cz app other | base64 -w0").strip()
+    web.succeed(f"base64 -d <<< {pack} | tar -C /srv -xz; chown -R ekiben-fleet /srv/app /srv/other")
+    change("db", trouble="build")
+    base = push("db is broken")
+    for _ in range(2):
+        ended = post()
+        assert ended["result"] == "partly" and "db (" in ended["error"], ended
+        # nobody has signed that
+        assert hub.succeed(as_deploy("git -C /srv/fleet log -1 --format='%P %G?'")).split() == [base, "N"]
+    follow_inputs()
+    content["db"] = change("db")
+    commit = push("db is mended")
+    assert (post()["result"], fleet_head()) == ("deployed", commit), last_run(hub, "publish")
+    check_shown(content)
+
+with subtest("a host whose build does not come to its end holds back itself only"):
+    hub.succeed("cp /etc/ekiben/config.json /tmp/config.json",
+                "jq '.instances.publish.timeouts.build = 5' /tmp/config.json > /tmp/x; install -m 644 /tmp/x /etc/ekiben/config.json")
+    content["web"] = change("web")
+    change("db", trouble="build-hangs")
+    push("db hangs")
+    ended = post()
+    assert ended["result"] == "partly" and "db (" in ended["error"] and "timed out after 5 seconds" in ended["error"], ended
+    hub.succeed("install -m 444 /tmp/config.json /etc/ekiben/config.json")
+    content["db"] = change("db")
+    push("db does not hang")
+    assert post()["result"] == "deployed", last_run(hub, "publish")
+    check_shown(content)
+
 with subtest("what is cut off has published hosts wholly or not at all, and is completed by the next run"):
-    hub.succeed(as_deploy("cd /srv/work; git reset -q --hard; git fetch -q /srv/fleet main; git merge -q --ff-only FETCH_HEAD"))
     for unit in ("ekiben-release-publish@*.service", "ekiben-publish.service"):
         content = {name: change(name) for name in HOSTS}
         commit, before, was = push("all change"), numbers(), fleet_head()

@@ -461,6 +461,32 @@ with subtest("somebody at this machine has it back, though not at once; the hand
     assert state() == kept and last_run(machine, "app")["result"] == "failed"
     machine.succeed(f"{PROFILE}/bin/switch-to-configuration test || [ $? = 4 ]")
 
+with subtest("who asks twice has it undone once; what is published for others since is in nobody's way"):
+    publish(machine, "app", "25")
+    assert run(machine, "app")["result"] == "deployed"
+    before = state()
+    publish(machine, "app", "26")
+    assert run(machine, "app")["result"] == "deployed"
+    # as an instance that publishes has it
+    machine.succeed("cd /var/lib/ekiben/status; jq '.deployed.number += 1 | .deployed.system = \"\"' app.json > publish.json",
+                    "systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
+    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    machine.succeed("systemd-run --unit=first --property=RemainAfterExit=yes ekiben rollback app")
+    machine.wait_until_succeeds(knows("app", '.running.trigger == "rollback"'))
+    machine.succeed("systemd-run --unit=second --property=RemainAfterExit=yes ekiben rollback app")
+    machine.wait_until_succeeds("test -e /var/lib/ekiben/rollbacks/app")
+    machine.succeed("systemctl stop holder")
+    machine.wait_until_succeeds("test ! -e /var/lib/ekiben/rollbacks/app")
+    wait_until_at_rest(machine, "app")
+    known = status(machine, "app")
+    assert [run["result"] for run in known["runs"][:2]] == ["withheld", "restored"] and known["well"], known
+    assert {**before, "head": ""} == {**state(), "head": ""}, (before, state())
+    for unit in ("first", "second"):
+        machine.succeed(f"journalctl -q -o cat -u {unit} | grep -x 'The run ended: restored.'", f"systemctl stop {unit}")
+    machine.succeed("rm /var/lib/ekiben/status/publish.json")
+    publish(machine, "app", "27")
+    assert run(machine, "app")["result"] == "deployed"
+
 with subtest("where there is nothing to go back to, nothing is done, and why is said"):
     machine.succeed("rm -f /tmp/x; cp /var/lib/ekiben/status/app.json /tmp/x")
     kept = state()

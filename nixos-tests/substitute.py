@@ -154,8 +154,20 @@ with subtest("what evaluation imports is not built here, either"):
     ends("6")
     server.succeed(f"test -e {imported}")
 
+with subtest("a rollback does not wait for a cache"):
+    commit("6a")
+    server.succeed("ekiben trigger app")
+    waits("app", "in no cache yet")
+    server.succeed("timeout 60 ekiben rollback app")
+    wait_until_at_rest(server, "app")
+    known = status(server, "app")
+    assert [run["result"] for run in known["runs"][:2]] == ["restored", "failed"] and known["bad"] is None, known
+    assert "since a rollback has been asked for" in known["runs"][1]["error"] and shows(server, "app") == "5", known
+
 with subtest("what cannot be evaluated has failed at once"):
+    # whatever is said
+    on_ci("sed -i 's/trouble in evaluation/& of nix.settings.max-jobs/' system.nix")
     commit("7", trouble="evaluation")
     ended = run(server, "hasty")
-    assert ended["result"] == "failed" and "trouble in evaluation" in ended["error"] and status(server, "hasty")["bad"] is not None, ended
+    assert ended["result"] == "failed" and "trouble in evaluation of nix.settings.max-jobs" in ended["error"] and status(server, "hasty")["bad"] is not None, ended
     assert builds() == BUILDS

@@ -222,6 +222,12 @@ with subtest("what is to be signed is deployed only if one of the signers has si
     publish(forge, "app", "9")
     forge.succeed(pack)
     assert run(server, "signed")["result"] == "deployed" and shows(server, "app") == "9"
+    # it stays that when it has been undone
+    server.succeed("ekiben rollback signed")
+    assert run(server, "signed")["result"] == "withheld" and shows(server, "app") == "8", last_run(server, "signed")
+    publish(forge, "app", "9a")
+    forge.succeed(pack)
+    assert run(server, "signed")["result"] == "deployed" and shows(server, "app") == "9a", last_run(server, "signed")
     deploy(server, "git commit -q --allow-empty -m mine")
     refuses_unsigned("it is not signed")
     deploy(server, "git reset -q --hard HEAD^; git push -q; for kind in gpg.program gpg.openpgp.program gpg.ssh.program; "

@@ -19,6 +19,8 @@ use crate::text::span;
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(300)];
 /// What Nix says before it lists what no cache has and nobody can build.
 const UNKNOWN: &str = "don't know how to build these paths";
+/// What it says where it would have to build: other words on that are the configuration's.
+const IDLE: &str = "'--max-jobs'";
 /// What is in the lines that say how many derivations would have to be built, and which, and that a cache cannot be asked.
 const LACKING: &[&str] = &[" will be built:", ".drv", "unable to download"];
 /// The same where a cache cannot be used, or does not have what is accepted.
@@ -32,8 +34,9 @@ struct Wanted {
     derivation: Option<String>,
 }
 
-/// Has `link` lead to a system as [`super::build_system`] does, and waits, for `limit` at most, until some cache has it.
-pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Duration) -> Result<()> {
+/// Has `link` lead to a system as [`super::build_system`] does, and waits, for `limit` at most, until some cache has it, or
+/// `is_over`.
+pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Duration, is_over: impl Fn() -> bool) -> Result<()> {
     let deadline = Instant::now() + limit;
     let left = || deadline.saturating_duration_since(Instant::now());
     let mut wanted = match source {
@@ -50,14 +53,19 @@ pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Durat
             None => Some("what the evaluation imports is in no cache yet".into()),
         };
         let Some(lacking) = lacking else { return Ok(()) };
+        let fail = |why: &str| Err(Error::new(format!("Failed to fetch {}: {lacking}; {why}", source.name())).transient());
         if left() <= pause {
-            let message =
-                format!("Failed to fetch {}: {lacking}; waited for {}, and nothing is built here", source.name(), span(limit.as_secs()));
-            return Err(Error::new(message).transient());
+            return fail(&format!("waited for {}, and nothing is built here", span(limit.as_secs())));
         }
         log::info!("Waiting: {lacking}; asking again in {} s.", pause.as_secs());
         show(&lacking);
-        thread::sleep(pause);
+        let next = Instant::now() + pause;
+        while Instant::now() < next {
+            if is_over() {
+                return fail("not waited for, since a rollback has been asked for");
+            }
+            thread::sleep(PAUSES[0]);
+        }
         pause = (pause * 2).min(PAUSES[1]);
     }
 }
@@ -78,7 +86,7 @@ fn evaluate(source: &Source, flags: &[String], limit: Duration) -> Result<Option
         let doing = || format!("evaluate {}", source.name());
         let eval = source.give(idle("eval", flags)).args(["--raw", "--apply", "system: \"${system.drvPath} ${system.outPath}\""]);
         let ended = eval.run(limit, doing)?;
-        if !ended.status.success() && ended.tail.iter().any(|line| line.contains("max-jobs")) {
+        if !ended.status.success() && ended.tail.iter().any(|line| line.contains(IDLE)) {
             return Ok(None);
         }
         let said = ended.tail.last().cloned().unwrap_or_default();

@@ -27,8 +27,7 @@ pub fn drift(paths: &Paths) -> Option<String> {
 
 /// What this machine deployed last for itself, and not for a fleet.
 fn latest(paths: &Paths) -> Option<Deployed> {
-    let own = |deployed: &Deployed| deployed.system.is_absolute();
-    all_deployed(paths).into_iter().filter(own).max_by_key(|deployed| deployed.number)
+    all_deployed(paths).into_iter().filter(Deployed::is_own).max_by_key(|deployed| deployed.number)
 }
 
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.

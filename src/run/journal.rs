@@ -128,6 +128,9 @@ pub struct Run {
     pub returns: u32,
     /// What went wrong so far.
     pub failure: Option<Failure>,
+    /// The commit that has become the branch, whatever comes of it then.
+    #[serde(default)]
+    pub accepted: Option<String>,
     /// Which hosts could not be published, while others were.
     #[serde(default)]
     pub left_out: Option<Failure>,
@@ -173,6 +176,7 @@ impl Run {
             worse: BTreeSet::new(),
             returns: 0,
             failure: None,
+            accepted: None,
             left_out: None,
             result: None,
             warnings: Vec::new(),

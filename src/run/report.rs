@@ -23,6 +23,7 @@ impl Status {
         if ended.result != Outcome::StartedOver {
             status.served = status.served.max(run.request.unwrap_or(0));
         }
+        status.accepted = run.accepted.clone().or(status.accepted);
         let options = run.instance.clone();
         let failure = run.failure.as_ref();
         if let Some(notes) = run.notes.as_ref().filter(|notes| notes.release.is_some()) {
@@ -48,7 +49,14 @@ impl Status {
                     Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since, base, tree, before });
                 (status.bad, status.undone) = (None, None);
             }
-            (Outcome::Unchanged | Outcome::Drifted, _) => status.bad = None,
+            (Outcome::Unchanged | Outcome::Drifted, proposal) => {
+                status.bad = None;
+                // another instance has gone on
+                status.undone = status.undone.filter(|_| {
+                    let commit = proposal.map(|proposal| &*proposal.commit);
+                    commit == status.deployed.as_ref().map(|deployed| &*deployed.commit)
+                });
+            }
             (Outcome::Restored, _) if run.undoes.is_some() => {
                 status.undone.clone_from(&run.undoes);
                 if run.phase == Phase::Persisted {

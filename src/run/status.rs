@@ -52,6 +52,8 @@ pub struct Status {
     pub held_by: Vec<String>,
     /// What was deployed last.
     pub deployed: Option<Deployed>,
+    /// The commit that became the branch last, whatever has come of it since.
+    pub accepted: Option<String>,
     /// What waits for the next boot.
     pub awaiting: Option<Awaiting>,
     /// What has booted and is not to go on running: in which boot, and the system.
@@ -151,6 +153,13 @@ pub struct Tried {
     pub run: Ended,
 }
 
+impl Deployed {
+    /// Whether it is what this machine itself was to run, and not what others fetch.
+    pub fn is_own(&self) -> bool {
+        self.system.is_absolute()
+    }
+}
+
 impl Status {
     /// Reads what is known; nothing, if the file is not there or makes no sense.
     pub fn read(paths: &Paths) -> Self {
@@ -196,10 +205,15 @@ impl Status {
         self.bad.as_ref().map_or(Ok(()), |bad| bad.check(instance, proposal, options, is_asked))
     }
 
-    /// Why a candidate is withheld, if it is: its deployment was undone by hand.
-    pub fn withholds(&self, instance: &str, proposal: &Proposal) -> Option<String> {
+    /// Why a candidate is withheld, if it is: its deployment was undone by hand, by whichever instance, and it has not been
+    /// deployed again.
+    pub fn withholds(&self, paths: &Paths, proposal: &Proposal) -> Option<String> {
+        if proposal.unchanged && self.awaiting.is_none() {
+            return None;
+        }
         let by = self.running.as_ref().map_or(&[][..], |running| &running.by);
-        self.undone.as_ref().filter(|undone| undone.is(proposal))?.withholds(instance, by, now())
+        let undone = paths.with_status().iter().filter_map(|instance| Self::read(instance).undone).find(|undone| undone.is(proposal));
+        undone?.withholds(paths.name(), by, now())
     }
 
     /// The commit of the deployment that can be undone: what awaits the next boot, or else what was deployed last.
@@ -239,6 +253,11 @@ impl Status {
         }
         status.held_by = asker::all(status.held_by.into_iter().chain(by));
         Self { running: None, held: number.max(status.held), ..status }.write(paths)
+    }
+
+    /// What the next boot was to undo stays.
+    pub fn keep_undone(paths: &Paths) -> Result<()> {
+        Self { undone: None, ..Self::read(paths) }.write(paths)
     }
 
     /// Says that this process' run failed before it had a journal, unless it has been reported.

@@ -36,11 +36,11 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
             return candidate::build(paths, instance, publish, &repository, &commit);
         }
         let limit = Duration::from_secs(instance.timeouts.build);
-        let get = match instance.build {
-            Build::Local => nix::build_system,
-            Build::Substitute => substitute::fetch_system,
+        let (flags, link) = (&instance.flags, paths.candidate());
+        let build = |source: &Source| match instance.build {
+            Build::Local => nix::build_system(source, flags, &link, limit),
+            Build::Substitute => substitute::fetch_system(source, flags, &link, limit, || paths.rollback().exists()),
         };
-        let build = |source: &Source| get(source, &instance.flags, &paths.candidate(), limit);
         if instance.hub.is_some() {
             return release::build(&repository, &commit, &paths.own("source"), instance.build == Build::Substitute, build);
         }

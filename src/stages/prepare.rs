@@ -46,7 +46,7 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
     match propose_from_head(paths, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
         Ok(mut proposal) => {
             let status = Status::read(paths);
-            proposal.withheld = status.withholds(paths.name(), &proposal);
+            proposal.withheld = status.withholds(paths, &proposal);
             log::info!("{}.", describe(&proposal));
             let known = if proposal.withheld.is_some() { Ok(()) } else { status.check_not_bad(paths.name(), &proposal, instance) };
             notes.proposal = Some(proposal);
@@ -147,9 +147,10 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         repository.head.clone()
     };
 
-    // what has been deployed is Ekiben's own commit on one that was signed
-    let Status { deployed, awaiting, .. } = Status::read(paths);
-    if !instance.signers.is_empty() && deployed.as_ref().is_none_or(|deployed| deployed.commit != base) {
+    // what has become the branch is Ekiben's own commit on one that was signed
+    let Status { deployed, accepted, awaiting, .. } = Status::read(paths);
+    let mut ours = deployed.as_ref().map(|deployed| &deployed.commit).into_iter().chain(&accepted);
+    if !instance.signers.is_empty() && !ours.any(|ours| *ours == base) {
         repository.check_signed(&base, &instance.signers, scratch)?;
     }
     persist(retries, || repository.complete(&base))?;

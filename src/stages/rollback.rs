@@ -10,7 +10,8 @@ use crate::fault;
 use crate::nix::{self, profile};
 use crate::paths::Paths;
 use crate::run::journal::{Before, Phase, Run};
-use crate::run::{Failure, Outcome, Stage};
+use crate::run::status::Status;
+use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::system::boot_id;
 use crate::system::boot_loader::BootLoader;
 use crate::system::health;
@@ -166,6 +167,9 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
 pub fn withdraw(paths: &Paths, trial: &Run) -> Result<()> {
     if let Some(before) = &trial.before {
         put_back(paths, trial, before, true)?;
+    }
+    if trial.trigger == Trigger::Rollback {
+        Status::keep_undone(paths)?;
     }
     trial.end(paths)
 }

@@ -81,6 +81,9 @@ pub fn settle(paths: &Paths, run: &mut Run, fate: Fate) -> Result<bool> {
     };
     if ended.status.success() {
         run.warnings.extend(said("warning: "));
+        if fate == Fate::Accept {
+            run.accepted = run.proposal().map(|proposal| proposal.commit.to_string());
+        }
         return Ok(true);
     }
     let error = said("error: ").pop().unwrap_or_else(|| format!("Failed to {}", doing()));

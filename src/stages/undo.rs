@@ -10,7 +10,7 @@ use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::status::Status;
 use crate::stages::rollback;
-use crate::system::{self, Turn};
+use crate::system::{self, Turn, now};
 
 /// Finds the system to go back to, and what was booted with it; nothing where the run has come to its end already.
 pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
@@ -19,7 +19,13 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     *turn = Some(Turn::take()?);
     let status = Status::read(paths);
     let Some(undone) = run.undoes.as_mut().filter(|undone| status.last_deployment(name).is_ok_and(|last| last == undone.commit)) else {
-        status.last_deployment(name)?;
+        if let Some(known) = status.undone.filter(|known| run.undoes.take_if(|undone| undone.commit == known.commit).is_some()) {
+            // somebody else had asked for the same
+            run.warnings.push(known.notice(name, now()));
+            run.decision = Some(Decision::Withheld);
+            return run.save(paths).map(|()| None);
+        }
+        Status::read(paths).last_deployment(name)?;
         return Err(fail(&format!("something else has been deployed since that was asked for; see ekiben status {name}")));
     };
     undone.before = status.deployed.as_ref().map(|deployed| deployed.commit.clone());
@@ -39,7 +45,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     (undone.summary, undone.release) = (deployed.summary, deployed.release);
     undone.before = before.deployed.map(|deployed| deployed.commit);
     for other in paths.with_status() {
-        if Status::read(&other).deployed.is_some_and(|other| other.number > deployed.number) {
+        if Status::read(&other).deployed.is_some_and(|other| other.is_own() && other.number > deployed.number) {
             let other = other.name();
             return Err(fail(&format!("{other} has deployed since, which would be undone, too; run ekiben rollback {other} before")));
         }

@@ -184,7 +184,8 @@ fn check_out(paths: &Paths, instance: &Instance, repository: &Repository, commit
     if !settings.flags.is_empty() {
         log::warn!("flags of fleet.json do not count here: set services.ekiben.hub.publish.flags.");
     }
-    settings.flags.clone_from(&instance.flags);
+    // one that does not come to its end leaves out itself only, too
+    settings.flags = [&["--option".into(), "timeout".into(), instance.timeouts.build.to_string()], &instance.flags[..]].concat();
     settings.signing_key = None;
     Ok((FleetRepository::open(&source, &settings)?, settings))
 }
