@@ -67,29 +67,35 @@ impl Repository {
         let place = instance.flake_path.display();
         fs::read_dir(directory).context(|| format!("open {}", directory.display()))?;
         let doing = || format!("open the repository {place}");
-        let top = ask(directory, ["rev-parse", "--show-toplevel"], doing)?;
-        let one = |argument: &str| ask(directory, ["rev-parse", argument], doing);
-        let top = PathBuf::from(top);
+        let formats = [("--show-object-format", "sha1", "objects"), ("--show-ref-format", "files", "refs")];
+        let questions = ["rev-parse", "--show-toplevel", "--absolute-git-dir", formats[0].0, formats[1].0, "--show-prefix"];
+        // one process, since there are many runs
+        let said = ask(directory, questions, doing)?;
+        let mut said = said.lines();
+        let mut next = || said.next().unwrap_or_default();
+        let top = PathBuf::from(next());
         if top != fs::canonicalize(&instance.flake_path).context(|| format!("open {place}"))? {
             return Err(Error::new(format!(
                 "Failed to open the repository {place}: its top is {}; set flakePath to that, and flakeRef to the flake in it",
                 top.display()
             )));
         }
-        let git_directory = PathBuf::from(one("--absolute-git-dir")?);
+        let git_directory = PathBuf::from(next());
         if !git_directory.starts_with(&top) {
             return Err(Error::new(format!(
                 "Failed to open the repository {place}: it is a worktree or submodule of {}; use a clone of its own",
                 git_directory.display()
             )));
         }
-        for (question, can_read, what) in [("--show-object-format", "sha1", "objects"), ("--show-ref-format", "files", "refs")] {
+        for (question, can_read, what) in formats {
+            let format = next();
             // an older git does not know other ones
-            if let Some(format) = one(question).ok().filter(|format| format != can_read && format != question) {
+            if format != can_read && format != question {
                 let only = format!("it has {what} of format {format}, Nix reads {can_read} only; use a clone of that format");
                 return Err(Error::new(format!("Failed to open the repository {place}: {only}")));
             }
         }
+        let prefix = next();
         let shared = ask(directory, ["config", "--get-all", "core.sharedRepository"], doing)?;
         // the last one is ours
         if let Some(shared) = shared.lines().rev().nth(1) {
@@ -109,7 +115,7 @@ impl Repository {
         let Some(head) = look_for(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], doing)? else {
             return not_now("the branch has no commit yet; commit the flake");
         };
-        Ok(Self { prefix: one("--show-prefix")?, top, branch, head, git_directory })
+        Ok(Self { prefix: prefix.into(), top, branch, head, git_directory })
     }
 
     /// Whether HEAD is another branch or commit than when these were read; says so.
