@@ -73,6 +73,30 @@ impl serde::de::Error for Invalid {
     fn custom<T: fmt::Display>(what: T) -> Self {
         Self(Box::new(What { what: what.to_string(), path: Vec::new() }))
     }
+
+    fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        not_expected("type", found, expected)
+    }
+
+    fn invalid_value(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        not_expected("value", found, expected)
+    }
+}
+
+/// As serde says it, which would bring all that it takes to write a fraction.
+#[inline(never)]
+fn not_expected(what: &str, found: Unexpected<'_>, expected: &dyn Expected) -> Invalid {
+    let found = match found {
+        Unexpected::Bool(value) => format!("boolean `{value}`"),
+        Unexpected::Unsigned(number) => format!("integer `{number}`"),
+        Unexpected::Signed(number) => format!("integer `{number}`"),
+        Unexpected::Str(text) => format!("string {text:?}"),
+        Unexpected::Seq => "sequence".into(),
+        Unexpected::Map => "map".into(),
+        Unexpected::Other(other) => other.into(),
+        _ => "another value".into(),
+    };
+    Invalid::custom(format!("invalid {what}: {found}, expected {expected}"))
 }
 
 struct Node<'a>(&'a Value);
@@ -86,7 +110,7 @@ impl Node<'_> {
             Value::Number(number) => match (number.as_u64(), number.as_i64()) {
                 (Some(number), _) => Unexpected::Unsigned(number),
                 (None, Some(number)) => Unexpected::Signed(number),
-                _ => Unexpected::Float(number.as_f64().unwrap_or_default()),
+                _ => Unexpected::Other("fraction"),
             },
             Value::String(text) => Unexpected::Str(text),
             Value::Array(_) => Unexpected::Seq,
