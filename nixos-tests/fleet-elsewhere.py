@@ -422,3 +422,20 @@ with subtest("the hub tells of all hosts at once: who looks asks for no single o
         assert asked("status") == 1, trouble
         assert json.loads(desk.execute(fleet("status --json 2>/dev/null", "alice"))[1])["web"]["state"] == "rebuild pending"
     hub.succeed("systemctl start ekiben-hub-collect.timer")
+
+with subtest("a job publishes by the script in the manual, and reads what came of each host"):
+    with open("src/fleet/README.md") as manual:
+        script = "#!/bin/sh\n# publish.sh" + manual.read().split("#!/bin/sh\n# publish.sh")[1].split("```")[0]
+    desk.succeed(by("deploy", f"printf %s {shlex.quote(script)} > ~/publish.sh; jq '.signingKey = \"~/.ssh/fleet-signer\"' fleet.json > new; mv new fleet.json"))
+    line = shlex.quote(f"[hub]:2222 {HOST_KEY}")
+    job = f"PUBLISHER_KEY=$(cat /etc/scenario/deploy) SIGNING_KEY=$(cat /etc/scenario/other) HUB_KEY={line} sh ~/publish.sh web 2> ~/said"
+    content = change()
+    told = json.loads(desk.succeed(by("deploy", job)))
+    assert told == {"web": {"state": "published", "release": manifest()["sequence"]}}, told
+    assert "web: building ..." in desk.succeed("cat /home/deploy/said")
+    assert json.loads(desk.succeed(by("deploy", job))) == {"web": {"state": "unchanged", "release": manifest()["sequence"]}}
+    follows(content)
+    change(trouble="build")
+    code, said = desk.execute(by("deploy", job))
+    told = json.loads(said)["web"]
+    assert code == 1 and told["state"] == "failed" and "Failed to build web" in told["error"], (code, said)

@@ -23,7 +23,7 @@ _ekiben() {
             options="--repository --directory --help" ;;
         "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
         "fleet build"*) words=$($hosts) options="--jobs --target" ;;
-        "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --jobs" ;;
+        "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --json --jobs" ;;
         "fleet collect"*) options="--html --metrics" ;;
         "fleet status"*) words=$($hosts) options="--json --html --wide --once" ;;
         "fleet history"*) words=$($hosts) options="--json" ;;

@@ -35,6 +35,7 @@ complete -c ekiben -n "__ekiben_after fleet" -l directory -r -F
 complete -c ekiben -n "__ekiben_after fleet build" -a "dry-build build test switch"
 complete -c ekiben -n "__ekiben_after fleet build" -l target -x
 complete -c ekiben -n "__ekiben_after fleet deploy" -l no-build
+complete -c ekiben -n "__ekiben_after fleet deploy" -l json
 complete -c ekiben -n "__ekiben_after fleet deploy" -l unsigned
 for command in build deploy renew
     complete -c ekiben -n "__ekiben_after fleet $command" -l jobs -x

@@ -24,7 +24,7 @@ _ekiben() {
             options=(--repository --directory --help) ;;
         "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
         "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
-        "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --jobs) ;;
+        "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --json --jobs) ;;
         "fleet collect"*) options=(--html --metrics) ;;
         "fleet status"*) found=($($hosts)) options=(--json --html --wide --once) ;;
         "fleet history"*) found=($($hosts)) options=(--json) ;;

@@ -30,14 +30,16 @@ pub fn parallel<T: Sync, R: Send>(items: &[T], jobs: usize, work: impl Fn(&T) ->
 /// What is under way.
 pub struct Board {
     terminal: bool,
+    /// Whether standard output is for something else.
+    aside: bool,
     /// Names, and what is being done.
     lines: Mutex<Vec<(String, String)>>,
 }
 
 impl Board {
     /// An empty one.
-    pub fn new() -> Self {
-        Self { terminal: std::io::stdout().is_terminal(), lines: Mutex::default() }
+    pub fn new(aside: bool) -> Self {
+        Self { terminal: !aside && std::io::stdout().is_terminal(), aside, lines: Mutex::default() }
     }
 
     /// Says what is being done to a host.
@@ -65,7 +67,11 @@ impl Board {
             text.extend(lines.iter().map(|(name, what)| format!("{name}: {what} ...\n")));
         }
         // the reader may be gone
-        let mut output = std::io::stdout().lock();
-        let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+        if self.aside {
+            let _ = std::io::stderr().write_all(text.as_bytes());
+        } else {
+            let mut output = std::io::stdout().lock();
+            let _ = output.write_all(text.as_bytes()).and_then(|()| output.flush());
+        }
     }
 }

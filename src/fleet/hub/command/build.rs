@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::unistd::geteuid;
 
@@ -14,6 +14,7 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::publish::{self, Manner};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::{collect, push};
+use crate::gather::sorted;
 use crate::nix::profile::set_profile;
 use crate::output::print;
 use crate::system;
@@ -65,18 +66,40 @@ impl Fleet<'_> {
         let manner = self.manner(repository.commit());
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
-        print(&match commit {
+        let json = self.arguments.has("--json");
+        let what = match commit {
             None => "Publishing from a directory without commits\n".into(),
             Some(commit) if *dirty => format!("Publishing uncommitted changes to {commit} by {}: {}\n", text(author), text(summary)),
             Some(commit) => format!("Publishing {commit} by {}: {}\n", text(author), text(summary)),
-        })?;
+        };
+        if json {
+            log::info!("{}", what.trim_end());
+        } else {
+            print(&what)?;
+        }
+        let results = Mutex::new(Vec::new());
         let well = self.each(&repository, &hosts, |host, say| {
-            let released = publish::deploy(&self.hub, &repository, host, &manner, say)?;
-            Ok(match released {
+            let released = publish::deploy(&self.hub, &repository, host, &manner, say);
+            let (state, rest) = match &released {
+                Ok(Some((sequence, _))) => ("published", format!("\"release\": {sequence}")),
+                Ok(None) => {
+                    let there = self.hub.valid_manifest(&host.name).ok().flatten();
+                    let there = there.map_or("null".into(), |(manifest, _)| manifest.release.sequence.to_string());
+                    ("unchanged", format!("\"release\": {there}"))
+                }
+                Err(error) => ("failed", format!("\"error\": {}", serde_json::to_string(&error.to_string()).unwrap_or_default())),
+            };
+            let result = format!("  \"{}\": {{ \"state\": \"{state}\", {rest} }}", host.name);
+            results.lock().unwrap_or_else(PoisonError::into_inner).push(result);
+            Ok(match released? {
                 None => "unchanged".into(),
                 Some((sequence, what)) => format!("release {sequence} published{what}"),
             })
         })?;
+        if json {
+            let results = sorted(results.into_inner().unwrap_or_else(PoisonError::into_inner));
+            print(&format!("{{\n{}\n}}\n", results.join(",\n")))?;
+        }
         Ok(exit(well && found))
     }
 

@@ -30,7 +30,7 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
                                       evaluate, or build; test and switch activate the system of one host, on this
                                       machine or over SSH
-  deploy [--no-build] [--unsigned] [--jobs N] [HOST...]
+  deploy [--no-build] [--unsigned] [--json] [--jobs N] [HOST...]
                                       build what has changed, and publish it
   renew [HOST...]                     publish again, as it is, what expires before long
   status [--json|--html FILE] [--wide] [--once] [HOST...]
@@ -57,7 +57,7 @@ Options:
 const OPTIONS: [(&str, &[&str]); 11] = [
     ("init", &[]),
     ("build", &["--jobs", "--target"]),
-    ("deploy", &["--jobs", "--no-build", "--unsigned"]),
+    ("deploy", &["--jobs", "--json", "--no-build", "--unsigned"]),
     ("renew", &["--jobs"]),
     ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
@@ -224,7 +224,7 @@ impl Fleet<'_> {
         hosts: &[Host],
         work: impl Fn(&Host, &dyn Fn(&str)) -> Result<String> + Sync,
     ) -> Result<bool> {
-        let board = Board::new();
+        let board = Board::new(self.arguments.has("--json"));
         let done = parallel(hosts, self.arguments.jobs()?, |host| {
             let done = work(host, &|what| board.begin(&host.name, what));
             let said = match &done {
