@@ -551,6 +551,17 @@ with subtest("who waits sees how far the run is, what it waits for, and may stop
     machine.succeed("systemctl stop ekiben-app.service")
     machine.wait_until_succeeds("grep -aF 'The run ended: failed' /run/terminal")
 
+with subtest("a rollback behind a build says how to have it at once"):
+    machine.succeed("ekiben trigger app")
+    machine.wait_until_succeeds("(ekiben status || true) | grep -F 'running (build)'", timeout=60)
+    machine.succeed("systemd-run --unit=waiter-2 --property=RemainAfterExit=yes ekiben rollback app")
+    said = "app: build: building 1 of 1; the rollback follows, at once after systemctl stop ekiben-app"
+    machine.wait_until_succeeds(f"journalctl -q -o cat -u waiter-2 | grep -x {shlex.quote(said)}", timeout=60)
+    machine.succeed("systemctl stop ekiben-app")
+    machine.wait_until_succeeds("journalctl -q -o cat -u waiter-2 | grep -x 'The run ended: restored.'", timeout=60)
+    machine.succeed("systemctl stop waiter-2")
+    wait_until_at_rest(machine, "app")
+
 with subtest("while it builds, status says so"):
     publish(machine, "app", "12", trouble="build-hangs")
     machine.succeed("ekiben trigger app")

@@ -140,7 +140,12 @@ fn wait(paths: &Paths, interrupt: &SignalFd, is_rollback: bool, ended: impl Fn(&
         }
         let hold = Hold::read(paths).filter(|_| status.running.is_none() && !is_rollback);
         let state = match (&status.running, hold) {
-            (Some(running), _) if look % LOOKS == 0 || !said.starts_with(&known) => Some(at_work(paths, running)),
+            (Some(running), _) if look % LOOKS == 0 || !said.starts_with(&known) => {
+                let behind = is_rollback && running.trigger != Trigger::Rollback;
+                let next =
+                    if behind { format!("; the rollback follows, at once after systemctl stop ekiben-{name}") } else { String::new() };
+                Some(format!("{}{next}\n", at_work(paths, running)))
+            }
             (None, Some(hold)) => Some(held(name, &hold)),
             (None, None) if began.elapsed() > PATIENCE => {
                 Some(format!("No run takes the request of {name} yet; see ekiben status {name}.\n"))
@@ -185,7 +190,7 @@ fn at_work(paths: &Paths, running: &Running) -> String {
         None if said.is_empty() => running.stage.to_string(),
         None => format!("waiting: {said}"),
     };
-    format!("{}: {what}\n", paths.name())
+    format!("{}: {what}", paths.name())
 }
 
 fn unit(paths: &Paths) -> String {
