@@ -89,6 +89,15 @@ with subtest("nothing new: nothing is published, and no file changes"):
     assert ended["result"] == "unchanged", ended
     assert published() == before
 
+with subtest("a timer looks at all hosts, by a run: no look can tell that nothing is new"):
+    for _ in range(2):
+        known = last_run(hub, "publish")["id"]
+        hub.execute("systemctl start ekiben-look@publish.service")
+        hub.wait_until_succeeds(knows("publish", f'.runs[0].id != "{known}" and .running == null'), timeout=60)
+        wait_until_idle(hub, "publish")
+        ended = last_run(hub, "publish")
+        assert (ended["result"], ended["by"]) == ("unchanged", ["timer"]), ended
+
 with subtest("a host that does not build holds back itself only, and is named"):
     content |= {"db": change("db"), "plain": change("plain")}
     change("web", trouble="build")

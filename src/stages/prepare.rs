@@ -68,6 +68,9 @@ pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
         log::info!("A run is under way; at its end, another one follows.");
         return Ok(());
     }
+    if instance.publish.is_some() {
+        return Err(needed("all hosts have to be looked at"));
+    }
     let status = Status::read(paths);
     let drift = || drift(paths).map(|what| format!("the machine {what}"));
     let held = || Hold::read(paths).map(|hold| format!("held {}", hold.why()));
