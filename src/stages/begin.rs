@@ -109,6 +109,7 @@ pub fn retry(paths: &Paths) -> Result<()> {
 /// Opens the journal, and takes the request that waits, if there is one; `goes_on` where a run was cut off before.
 fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
     let waiting = queue::waiting(paths)?;
+    let was_due = system::was_due(paths.name());
     if let Some(undone) = &run.undoes {
         (run.trigger, run.by) = (Trigger::Rollback, vec![undone.by.clone()]);
     } else {
@@ -120,7 +121,7 @@ fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
         let earlier = started_over.map(|last| last.by).unwrap_or_default().into_iter().chain(status.held_by);
         run.by = asker::all(earlier.chain(waiting.map(|number| queue::askers(paths, number)).unwrap_or_default()));
         if run.by.is_empty() {
-            run.by.push(asker::unasked(goes_on).into());
+            run.by.push(asker::unasked(goes_on, was_due).into());
         }
     }
     if run.decision.is_some() {

@@ -210,10 +210,22 @@ pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
     if may_follow && timer_has_elapsed(&service, &look)? {
         // it has seen this run, and failed
         systemctl(&["reset-failed", "--", &look])?;
+        if let Err(error) = fs::write(due(instance), "") {
+            log::warn!("Failed to write {}: {error}.", due(instance).display());
+        }
         let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
         return restart.output(|| format!("start {service} again"), None).map(drop);
     }
     cancel_jobs(instance, |job| job.kind == "start" && job.state == "waiting")
+}
+
+/// Whether the run that begins is the one that [`sort_out_starts`] has follow.
+pub fn was_due(instance: &str) -> bool {
+    fs::remove_file(due(instance)).is_ok()
+}
+
+fn due(instance: &str) -> PathBuf {
+    Path::new("/run/ekiben").join(format!("{instance}.due"))
 }
 
 fn cancel_jobs(instance: &str, which: impl Fn(&Job) -> bool) -> Result<()> {
