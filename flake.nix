@@ -28,6 +28,7 @@
             fileset = lib.fileset.unions [
               ./Cargo.toml
               ./Cargo.lock
+              ./.cargo
               ./.clippy.toml
               ./.rustfmt.toml
               # not what is beside it, which makes no other program

@@ -162,8 +162,8 @@ with subtest("from a third machine, without root, a release is published, follow
     second = change()
     assert published(desk.succeed(fleet("deploy"))) > first_number
     follows(second)
-    # this release, and the one before
-    assert len(hub.succeed(f"ls {RELEASE} | grep -v json").split()) == 2
+    # what can be published again
+    assert len(hub.succeed(f"ls {RELEASE} | grep -v json").split()) == 3
     assert hub.succeed(f"stat -c %U {RELEASE}/manifest.json").strip() == "ekiben-publisher"
     assert desk.succeed("find /home/*/.cache/ekiben/fleet -mindepth 1; find /tmp -name 'ekiben-fleet*'") == ""
 
@@ -181,7 +181,7 @@ with subtest("who publishes can do nothing else at the hub"):
         said = desk.fail(by("deploy", f"timeout 20 ssh -N -o ExitOnForwardFailure=yes {forward} -p 2222 ekiben-publisher@hub < /dev/null 2>&1"))
         assert "prohibited" in said or "forwarding failed" in said, said
     # all at once there is, but for what it may: none of these is a name that is not there
-    assert set(desk.succeed(sftp("ls -1")).split()[3:]) == {"home", "hosts", "received"}
+    assert set(desk.succeed(sftp("ls -1")).split()[3:]) == {"home", "hosts", "received", "rollout"}
     desk.succeed(sftp("ls received/web", "get received/web/heartbeat.json /tmp/heartbeat.json", "get hosts/web/release/manifest.json /tmp/manifest.json"))
     desk.succeed("touch /tmp/x")
     for command in (
@@ -240,7 +240,7 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
     # names that are none, and one that many have waited for
     odd = ['x\\".sent', 'x\\".tar.gz', "*.sent", "a b.tar.gz", "-rf.tar.gz", f"{'0' * 64}.tar.gz", "0b6f5d0c-7b9a-4c8e-9a51-000000000000.manifest.json.sent"]
     desk.succeed(sftp(*(f'put /tmp/x "hosts/web/release/{name}"' for name in odd)))
-    hub.succeed(f"touch $'{RELEASE}/x\\n!touch owned\\n.sent' $'{RELEASE}/sftp> # x\\n.tar.gz'; chown ekiben-publisher {RELEASE}/*")
+    hub.succeed(f"touch $'{RELEASE}/x\\n!touch owned\\n.sent' $'{RELEASE}/sftp> # x\\n.tar.gz'; chown ekiben-publisher {RELEASE}/*; touch -d '2 hours ago' {RELEASE}/{'0' * 64}.tar.gz")
     published_before = manifest()
     for changes in ({"id": "../../../../received/outside"}, {"id": outside}, {"sequence": 2**64 - 1}, {"sequence": 2 * 10**12}, {"host": "db"}, {"sequence": 4 * 10**9}):
         forged = json.dumps({"manifest": json.dumps({**published_before, **changes}), "signature": None})

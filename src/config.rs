@@ -202,6 +202,23 @@ pub struct Publish {
     pub directory: PathBuf,
     /// How many hosts are built at once.
     pub parallel: NonZeroUsize,
+    /// Which hosts get a release first, and which later.
+    #[serde(default)]
+    pub waves: Vec<Wave>,
+}
+
+/// Hosts of a fleet that get their releases at the same time.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Wave {
+    /// Their names, those of groups behind an `@`, and `*` for all that are in no earlier wave.
+    pub hosts: Vec<String>,
+    /// For how many seconds they have to be healthy before the next wave begins.
+    pub soak: u64,
+    /// How many of them may fail.
+    pub may_fail: usize,
+    /// Whether those hold it up that are silent.
+    pub wait_for_silent: bool,
 }
 
 /// One address of a hub.

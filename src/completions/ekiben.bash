@@ -19,16 +19,18 @@ _ekiben() {
         hold*) words=$($instances) options="--reason" ;;
         forget-releases | resume | rollback) words=$($instances) ;;
         fleet)
-            words="init build deploy renew status history log diff flake-update bootstrap collect"
+            words="init build deploy hold resume abort renew status history log diff flake-update bootstrap collect"
             options="--repository --directory --help" ;;
         "fleet build") words="dry-build build test switch $($hosts)" options="--jobs --target" ;;
         "fleet build"*) words=$($hosts) options="--jobs --target" ;;
-        "fleet deploy"*) words=$($hosts) options="--no-build --unsigned --json --jobs" ;;
+        "fleet deploy"*) words=$($hosts) options="--waves --again --no-build --unsigned --json --jobs" ;;
+        "fleet hold"*) words=$($hosts) options="--for --reason" ;;
+        "fleet abort"*) options="--unsigned" ;;
         "fleet collect"*) options="--html --metrics" ;;
         "fleet status"*) words=$($hosts) options="--json --html --wide --once" ;;
         "fleet history"*) words=$($hosts) options="--json" ;;
         "fleet renew"*) words=$($hosts) options="--jobs" ;;
-        "fleet log" | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
+        "fleet log" | "fleet resume"* | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
     esac
     [[ $word != -* ]] || words=$options
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")

@@ -29,11 +29,16 @@ for command in trigger hold resume rollback status log forget-releases
 end
 complete -c ekiben -n "__ekiben_after check" -F
 complete -c ekiben -n "__ekiben_after fleet; and test (count (commandline -opc)) = 2" \
-    -a "init build deploy renew status history log diff flake-update bootstrap collect"
+    -a "init build deploy hold resume abort renew status history log diff flake-update bootstrap collect"
 complete -c ekiben -n "__ekiben_after fleet" -l repository -r -F
 complete -c ekiben -n "__ekiben_after fleet" -l directory -r -F
 complete -c ekiben -n "__ekiben_after fleet build" -a "dry-build build test switch"
 complete -c ekiben -n "__ekiben_after fleet build" -l target -x
+complete -c ekiben -n "__ekiben_after fleet deploy" -l waves
+complete -c ekiben -n "__ekiben_after fleet deploy" -l again -x
+complete -c ekiben -n "__ekiben_after fleet hold" -l for -x
+complete -c ekiben -n "__ekiben_after fleet hold" -l reason -x
+complete -c ekiben -n "__ekiben_after fleet abort" -l unsigned
 complete -c ekiben -n "__ekiben_after fleet deploy" -l no-build
 complete -c ekiben -n "__ekiben_after fleet deploy" -l json
 complete -c ekiben -n "__ekiben_after fleet deploy" -l unsigned
@@ -48,6 +53,6 @@ complete -c ekiben -n "__ekiben_after fleet collect" -l html -r
 complete -c ekiben -n "__ekiben_after fleet collect" -l metrics -r
 complete -c ekiben -n "__ekiben_after fleet status" -l wide
 complete -c ekiben -n "__ekiben_after fleet status" -l once
-for command in build deploy renew status history log diff flake-update
+for command in build deploy hold resume renew status history log diff flake-update
     complete -c ekiben -n "__ekiben_after fleet $command" -a "(__ekiben_names ekiben fleet status --once)"
 end

@@ -20,16 +20,18 @@ _ekiben() {
         hold*) found=($($instances)) options=(--reason) ;;
         forget-releases | resume | rollback) found=($($instances)) ;;
         fleet)
-            found=(init build deploy renew status history log diff flake-update bootstrap collect)
+            found=(init build deploy hold resume abort renew status history log diff flake-update bootstrap collect)
             options=(--repository --directory --help) ;;
         "fleet build") found=(dry-build build test switch $($hosts)) options=(--jobs --target) ;;
         "fleet build"*) found=($($hosts)) options=(--jobs --target) ;;
-        "fleet deploy"*) found=($($hosts)) options=(--no-build --unsigned --json --jobs) ;;
+        "fleet deploy"*) found=($($hosts)) options=(--waves --again --no-build --unsigned --json --jobs) ;;
+        "fleet hold"*) found=($($hosts)) options=(--for --reason) ;;
+        "fleet abort"*) options=(--unsigned) ;;
         "fleet collect"*) options=(--html --metrics) ;;
         "fleet status"*) found=($($hosts)) options=(--json --html --wide --once) ;;
         "fleet history"*) found=($($hosts)) options=(--json) ;;
         "fleet renew"*) found=($($hosts)) options=(--jobs) ;;
-        "fleet log" | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
+        "fleet log" | "fleet resume"* | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
     esac
     [[ ${words[CURRENT]} != -* ]] || found=($options)
     compadd -- $found

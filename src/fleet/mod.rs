@@ -6,6 +6,7 @@
 //! ```text
 //! <directory>/hosts/<host>/release/manifest.json    a Signed; replaced in one step
 //! <directory>/hosts/<host>/release/<id>.tar.gz      that host's configuration
+//! <directory>/hosts/<host>/release/<id>.<n>.next    a Signed that is to be the manifest in a later wave
 //! <directory>/hosts/<host>/release/publishing       who is publishing from elsewhere just now
 //! <directory>/hosts/<host>/release/received.json    a Received: which reports have arrived
 //! <directory>/hosts/<host>/reports/heartbeat.json   a Heartbeat; replaced by each poll
@@ -16,6 +17,9 @@
 //! <directory>/hosts/<host>/files/index.json         a list of Served; replaced in one step
 //! <directory>/hosts/<host>/files/<sha256>           one of these files
 //! <directory>/received/<host>/history               the Manifests that have been published, in lines
+//! <directory>/rollout/plan.json                     which hosts get what in which wave; publishers may write there
+//! <directory>/rollout/holds.json                    what nothing new is published for
+//! <directory>/received/rollout.json                 how far the roll-out has come
 //! <directory>/heard/hosts.json                      how the hosts stand, for CI jobs that wait for them
 //! <directory>/received/<host>/...                   what was collected, and the hub's own received.json; nobody
 //!                                                   but the hub can write there, where publishers can in release
@@ -51,6 +55,8 @@ pub const NAMESPACE: &str = "ekiben";
 pub const KNOWN: &str = "known.json";
 /// The file beside it that says of which hosts without one what there is of them is removed, and when.
 pub const REMOVED: &str = "removed.json";
+/// The directory of plans for roll-outs.
+pub const ROLLOUT: &str = "rollout";
 /// The largest manifest, heartbeat, report or list of reports, in bytes.
 pub const SMALL: u64 = 256 * 1024;
 /// The largest archive, and the largest log, in bytes.

@@ -113,7 +113,7 @@ fn lift(paths: &Paths) -> Result<bool> {
 }
 
 /// A time span as in systemd.time(7), in seconds.
-fn seconds(span: &str) -> Result<u64> {
+pub fn seconds(span: &str) -> Result<u64> {
     let doing = || format!("understand the duration {span:?}");
     let said = Program::new("systemd-analyze").args(["timespan", "--", span]).output(doing, None)?;
     let said = String::from_utf8_lossy(&said).into_owned();

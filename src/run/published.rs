@@ -32,12 +32,19 @@ pub struct Published {
 }
 
 /// How a host stands with what is published for it, as others may know it.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum HostStep {
     /// A run under way is about to publish for it.
     Building,
+    /// It is to fetch it in a later wave.
+    Waiting,
+    /// So it was, and the roll-out has been stopped.
+    Stopped,
+    /// Nothing new is published for it, since somebody has asked for that.
+    Held,
     /// It can fetch what it is to run.
+    #[default]
     Published,
     /// It runs that.
     Deployed,
@@ -52,6 +59,9 @@ pub struct HostStanding {
     pub release: Option<Sequence>,
     /// How it stands with it.
     pub state: HostStep,
+    /// For which wave it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wave: Option<usize>,
 }
 
 /// What came of one.
@@ -63,12 +73,17 @@ pub struct Offered {
     pub new: bool,
     /// Why it was left out.
     pub error: Option<String>,
+    /// How it stands, until it is heard of; and for which wave it waits.
+    #[serde(default)]
+    pub state: HostStep,
+    #[serde(default)]
+    pub wave: Option<usize>,
 }
 
 impl Offered {
     /// A host that is left out.
     pub fn left_out(error: &str) -> Self {
-        Self { release: None, new: false, error: Some(error.to_owned()) }
+        Self { release: None, new: false, error: Some(error.to_owned()), state: HostStep::Failing, wave: None }
     }
 }
 
@@ -102,15 +117,16 @@ impl Published {
             let release = host.release.as_ref().map(|release| release.sequence);
             // that is of a later one, where somebody has published since
             let heard = heard.get(name).filter(|heard| heard.release >= release);
-            let state = match release {
-                _ if is_running => HostStep::Building,
-                None => HostStep::Failing,
-                Some(_) => heard.map_or(HostStep::Published, |heard| heard.state),
+            let (state, wave) = match release {
+                _ if is_running => (HostStep::Building, None),
+                None if host.state != HostStep::Held => (HostStep::Failing, None),
+                _ => heard.map_or((host.state, host.wave), |heard| (heard.state, heard.wave)),
             };
-            HostStanding { release, state }
+            HostStanding { release, state, wave }
         };
         let hosts = hosts.iter().map(|(name, host)| (name.to_string(), standing(name, host)));
-        let left_out = HostStanding { release: None, state: if is_running { HostStep::Building } else { HostStep::Failing } };
+        let state = if is_running { HostStep::Building } else { HostStep::Failing };
+        let left_out = HostStanding { release: None, state, wave: None };
         Some(gather(hosts.chain(unknown.into_keys().map(|place| (place, left_out)))))
     }
 
@@ -128,7 +144,11 @@ impl Published {
     pub fn lines(&self) -> Vec<String> {
         let said = |(name, host): (&HostName, &Offered)| match (&host.error, &host.release) {
             (Some(error), _) => Some(format!("{name}: {error}")),
-            (None, Some(release)) if host.new => Some(format!("{name}: release {} published", release.sequence)),
+            (None, Some(release)) if host.new => Some(match host.wave {
+                Some(wave) => format!("{name}: release {} signed, for wave {wave}", release.sequence),
+                None => format!("{name}: release {} published", release.sequence),
+            }),
+            _ if host.state == HostStep::Held => Some(format!("{name}: held")),
             _ => None,
         };
         let unknown = self.unknown.iter().map(|(place, error)| format!("{place}: {error}"));

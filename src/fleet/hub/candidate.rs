@@ -11,14 +11,16 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Instance, Publish};
+use crate::config::{Instance, Publish, Wave};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Provenance;
 use crate::fleet::hub::jobs::{LINES, parallel};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::plan::{self, Member, Plan};
+use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::{FleetRepository, Host};
+use crate::fleet::hub::rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::Temporary;
@@ -30,7 +32,7 @@ use crate::nix;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::notes::run_id;
-use crate::run::published::{Offered, Published};
+use crate::run::published::{HostStep, Offered, Published};
 
 /// What the stage that builds hands on to the one that publishes, which evaluates nothing.
 #[derive(Deserialize, Serialize)]
@@ -41,6 +43,7 @@ struct Handover {
     built: Vec<Made>,
     left_out: BTreeMap<HostName, String>,
     unknown: BTreeMap<String, String>,
+    waves: Vec<Wave>,
 }
 
 /// A host that was built.
@@ -51,6 +54,8 @@ struct Made {
     sha256: Sha256,
     size: u64,
     toplevel: StorePath,
+    wave: usize,
+    silent_after: u64,
 }
 
 /// Updates the inputs of all flakes of the repository, as it is in a commit.
@@ -91,13 +96,18 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
     let (fleet, settings) = check_out(paths, instance, repository, commit)?;
     let jobs = publish.parallel.get();
     let (hosts, failed) = fleet.hosts(jobs)?;
+    // where there are none, all are in the only one
+    let known: Vec<_> = hosts.iter().map(|host| &host.name).collect();
+    let (waves, places) = plan::assign(&publish.waves, &settings.groups, &known, !failed.is_empty())?;
     let archives = archives(paths);
     files::make_directory(&archives).context(|| format!("create {}", archives.display()))?;
     let done = parallel(&hosts, jobs, |host| make(&fleet, host, &archives));
     let (mut built, mut left_out, mut first) = (Vec::new(), BTreeMap::new(), None);
-    for (host, done) in hosts.iter().zip(done) {
+    for ((host, done), wave) in hosts.iter().zip(done).zip(places) {
         match done {
-            Ok(made) => built.push(made),
+            Ok(made) => {
+                built.push(Made { wave, silent_after: settings.silence(&made.name).as_secs(), ..made });
+            }
             Err(error) => {
                 log::error!("{}: {error}.", host.name);
                 for line in error.end(LINES) {
@@ -118,7 +128,7 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
         return Err(first.unwrap_or_else(|| Error::new("Failed to build: there is no host in the repository")));
     }
     let origin = fleet.commit();
-    let handover = Handover { run: run_id()?, origin, expires_after: settings.expires_after, built, left_out, unknown };
+    let handover = Handover { run: run_id()?, origin, expires_after: settings.expires_after, built, left_out, unknown, waves };
     files::write_json(&paths.own("built.json"), &handover, 0o600)
 }
 
@@ -135,7 +145,7 @@ fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Made> {
         files::write(&archive, &fs::read(&source.archive).context(doing)?, 0o600).context(doing)?;
     }
     let (name, attr, sha256) = (host.name.clone(), host.attr.clone(), source.sha256.clone());
-    Ok(Made { name, attr, sha256, size: source.size, toplevel: system.toplevel })
+    Ok(Made { name, attr, sha256, size: source.size, toplevel: system.toplevel, wave: 0, silent_after: 0 })
 }
 
 /// Publishes what a run has built; its own unit does so, with the key that signs releases.
@@ -157,21 +167,44 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
         lasting: handover.expires_after,
         origin: handover.origin,
         memory: Memory::new(&publish.directory),
+        holds: Plan::holds(&hub)?,
+        plan: Plan::read(&hub),
+        waves: !publish.waves.is_empty(),
     };
     let scratch = Temporary::below(&std::env::temp_dir())?;
     let offer = |made: &Made| {
-        let Made { name, attr, sha256, size, toplevel } = made;
+        let Made { name, attr, sha256, size, toplevel, .. } = made;
         let (archive, toplevel) = (archives(paths).join(sha256), toplevel.clone());
         let built = publish::Built { name, attr, archive: &archive, sha256, size: *size, toplevel };
         publish::offer(&hub, &built, &manner, &scratch.path().join(name))
     };
     let mut hosts: BTreeMap<_, _> = gather(handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))));
+    let mut members = Vec::new();
     for (made, done) in handover.built.iter().zip(parallel(&handover.built, publish.parallel.get(), offer)) {
-        let offered = done.map_or_else(
-            |error| Offered::left_out(&error.to_string()),
-            |(release, new)| Offered { release: Some(release), new, error: None },
-        );
+        let offered = match done {
+            Err(error) => Offered::left_out(&error.to_string()),
+            Ok(Placed { member, new, .. }) => {
+                let release = member.as_ref().map(|member| member.release.clone());
+                let waits = member.as_ref().is_some_and(|member| made.wave > 0 && member.before != release);
+                let is_held = manner.holds.of(Some(&made.name)).is_some();
+                let (wave, silent_after) = (made.wave, made.silent_after);
+                members.extend(member.map(|member| Member { wave, silent_after, ..member }));
+                let state = if is_held {
+                    HostStep::Held
+                } else if waits {
+                    HostStep::Waiting
+                } else {
+                    HostStep::Published
+                };
+                Offered { release, new, error: None, state, wave: waits.then_some(wave + 1) }
+            }
+        };
         hosts.insert(made.name.clone(), offered);
+    }
+    if manner.waves {
+        rollout::propose(&hub, manner.plan.as_ref(), &manner.origin, handover.waves, members)?;
+    } else {
+        rollout::end(&hub, manner.plan.as_ref())?;
     }
     Published { run: run.clone(), hosts, unknown: handover.unknown }.tell(paths)
 }

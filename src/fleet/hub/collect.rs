@@ -17,7 +17,7 @@ use ::nix::fcntl::FlockArg;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::hub::{history, snapshot, standing};
+use crate::fleet::hub::{history, rollout, snapshot, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::gather::{gather, sorted};
 use crate::json;
@@ -40,14 +40,15 @@ const LOG: &str = ".log.gz";
 const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 
 /// Collects from all hosts; trouble with one does not keep the others waiting. Nobody does so but the
-/// hub's user, whose all has to be that is collected.
-pub fn collect(hub: &ServedDirectory) -> Result<()> {
+/// hub's user, whose all has to be that is collected. `goes_on` is to begin waves whose time has come.
+pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     hub.check_ours()?;
     let hosts = hub.hosts()?;
     // one may have been removed meanwhile
     let is_served = |host| hub.hosts().is_ok_and(|hosts| hosts.contains(host));
     let mut failed: Vec<_> = hosts.iter().filter_map(|host| collect_host(hub, host).err().filter(|_| is_served(host))).collect();
     failed.extend(clean_up(hub, &hosts).err());
+    failed.extend(goes_on.then(|| rollout::advance(hub)).and_then(Result::err));
     for error in &failed {
         log::error!("{error}.");
     }
@@ -61,7 +62,7 @@ pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>) -> Re
     match hub.elsewhere() {
         Some(elsewhere) => elsewhere.fetch(wanted, also, true),
         // a user who may only read sees what was collected before
-        None => collect(hub).or(Ok(())),
+        None => collect(hub, false).or(Ok(())),
     }
 }
 
@@ -121,7 +122,7 @@ fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     }
     acknowledge(hub, host, &index)?;
     // what is published is not the host's doing
-    history::note(hub, host).unwrap_or_else(|error| log::warn!("{error}."));
+    history::note(hub, host, true).unwrap_or_else(|error| log::warn!("{error}."));
     Ok(())
 }
 
@@ -298,7 +299,7 @@ mod tests {
         }
 
         fn collect(&self) {
-            collect(&self.hub).unwrap();
+            collect(&self.hub, true).unwrap();
         }
 
         fn index(&self) -> Vec<String> {
@@ -410,7 +411,7 @@ mod tests {
             fs::write(elsewhere.join("reports/thesis"), "").unwrap();
             fs::remove_dir_all(&link).unwrap();
             symlink(&elsewhere, &link).unwrap();
-            assert!(collect(&fixture.hub).is_err());
+            assert!(collect(&fixture.hub, true).is_err());
             assert!(elsewhere.join("thesis").exists() && elsewhere.join("reports/thesis").exists());
         }
     }
@@ -421,7 +422,7 @@ mod tests {
         fixture.send("heartbeat.json", &heartbeat("web"));
         let received = fixture.place.path().join("received");
         fs::remove_dir(&received).unwrap();
-        assert!(collect(&fixture.hub).is_err() && !received.exists());
+        assert!(collect(&fixture.hub, true).is_err() && !received.exists());
         symlink("/proc/1", &received).unwrap();
         take_in(&fixture.hub, &[], None).unwrap();
         assert_eq!(fixture.left(), 1);
@@ -526,7 +527,7 @@ mod tests {
         let fixture = Fixture::new();
         fs::create_dir_all(fixture.hub.release(&"a".try_into().unwrap())).unwrap();
         fixture.send("heartbeat.json", &heartbeat("web"));
-        let error = collect(&fixture.hub).unwrap_err().to_string();
+        let error = collect(&fixture.hub, true).unwrap_err().to_string();
         assert_eq!(error, "Failed to collect from 1 hosts");
         assert!(fixture.got("heartbeat.json").exists());
     }

@@ -10,16 +10,18 @@ use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
+use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::{LARGE, Manifest};
+use crate::fleet::{LARGE, Manifest, Signed};
 use crate::gather::sorted;
-use crate::names::HostName;
+use crate::names::{HostName, Sequence};
 use crate::system::now;
 use crate::text::ago;
 use crate::{files, json, table};
 
-/// How many releases of one host are kept.
+/// How many releases of one host are noted, and of how many the archives stay.
 const KEPT: usize = 1000;
+const ARCHIVES: usize = 5;
 /// The name of the file, among what was collected of a host.
 pub const FILE: &str = "history";
 
@@ -32,7 +34,18 @@ const SETTLED: Duration = Duration::from_secs(60);
 pub struct Noted {
     /// When the hub has seen it first, in seconds since 1970.
     seen: u64,
-    manifest: Manifest,
+    pub manifest: Manifest,
+    /// By whom it was published, line by line; unknown of what an earlier version has noted.
+    #[serde(default)]
+    signature: Option<Vec<String>>,
+}
+
+impl Noted {
+    /// The same as it was published.
+    pub fn signed(&self) -> Result<Signed> {
+        let manifest = serde_json::to_string(&self.manifest).context(|| format!("write the manifest of {}", self.manifest.host))?;
+        Ok(Signed { manifest, signature: self.signature.as_ref().map(|lines| lines.join("\n") + "\n") })
+    }
 }
 
 /// The file of a host.
@@ -40,8 +53,9 @@ pub fn file(hub: &ServedDirectory, host: &HostName) -> PathBuf {
     hub.received(host).join(FILE)
 }
 
-/// Adds what is published for a host, if that is new; whoever does so has the host's turn.
-pub fn note(hub: &ServedDirectory, host: &HostName) -> Result<()> {
+/// Adds what is published for a host, if that is new, and removes what is too old to be published again; whoever does so has
+/// the host's turn. `others` may be about to publish at the same time.
+pub fn note(hub: &ServedDirectory, host: &HostName, others: bool) -> Result<()> {
     let file = file(hub, host);
     let doing = || format!("write {}", file.display());
     let Some(changed) = hub.changed(host)? else { return Ok(()) };
@@ -50,12 +64,20 @@ pub fn note(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     if age > SETTLED && fs::metadata(&file).and_then(|metadata| metadata.modified()).is_ok_and(|noted| noted == changed) {
         return Ok(());
     }
-    let Some(Ok((manifest, _))) = hub.manifest(host)? else { return Ok(()) };
+    let Some(Ok((manifest, signed))) = hub.manifest(host)? else { return Ok(()) };
     let mut kept = read(&file)?;
     if kept.last().is_none_or(|last| last.manifest != manifest) {
-        kept.push(Noted { seen: now(), manifest });
+        kept.push(Noted { seen: now(), manifest, signature: signed.signature.map(|text| text.lines().map(String::from).collect()) });
         write(&file, &kept)?;
     }
+    let mut archives = Vec::new();
+    for id in kept.iter().rev().map(|noted| &noted.manifest.release.id) {
+        if archives.len() < ARCHIVES && !archives.contains(id) {
+            archives.push(id.clone());
+        }
+    }
+    archives.extend(Plan::read(hub).and_then(|plan| plan.get(host).map(|member| member.release.id.clone())));
+    hub.tidy(host, &archives, others)?;
     File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).context(doing)
 }
 
@@ -70,7 +92,12 @@ pub fn note_in_turn(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     let received = hub.received(host);
     fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;
-    note(hub, host)
+    note(hub, host, false)
+}
+
+/// The release of a host that had this number, as it was published last.
+pub fn find(hub: &ServedDirectory, host: &HostName, number: Sequence) -> Result<Option<Noted>> {
+    Ok(read(&file(hub, host))?.into_iter().rfind(|noted| noted.manifest.release.sequence == number))
 }
 
 /// The releases of a host, the newest last.
@@ -96,7 +123,7 @@ pub fn of(hub: &ServedDirectory, hosts: &[HostName]) -> Result<Vec<Noted>> {
 /// A line for each.
 pub fn lines(all: &[Noted]) -> String {
     let mut rows = vec![["PUBLISHED", "HOST", "RELEASE", "COMMIT", "SUMMARY"].map(String::from)];
-    rows.extend(all.iter().map(|Noted { seen, manifest }| {
+    rows.extend(all.iter().map(|Noted { seen, manifest, .. }| {
         let origin = &manifest.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let by = [text(&origin.summary), text(&origin.author)].join(" - ");
@@ -127,7 +154,7 @@ mod tests {
             manifest.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
             let signed = json!({"manifest": manifest.to_string(), "signature": null});
             fs::write(hub.release(&host).join("manifest.json"), signed.to_string()).unwrap();
-            note(&hub, &host).unwrap();
+            note(&hub, &host, true).unwrap();
         };
         let numbers = || {
             of(&hub, std::slice::from_ref(&host)).unwrap().iter().map(|one| u64::from(one.manifest.release.sequence)).collect::<Vec<_>>()
@@ -151,7 +178,7 @@ mod tests {
         let old = fs::metadata(&manifest).unwrap().modified().unwrap();
         fs::write(&manifest, text).unwrap();
         File::options().append(true).open(&manifest).unwrap().set_modified(old).unwrap();
-        note(&hub, &host).unwrap();
+        note(&hub, &host, true).unwrap();
         assert_eq!(numbers(), [4, 3, 2, 2]);
         let shown = lines(&of(&hub, std::slice::from_ref(&host)).unwrap());
         assert!(!shown.contains('\u{1b}') && shown.lines().count() == 5, "{shown}");

@@ -45,6 +45,8 @@ pub enum HostState {
     Building,
     /// It does not have the published release yet.
     RebuildPending,
+    /// It is to get something new in a later wave.
+    Waiting,
     /// It does not have the published release yet, but runs the same system.
     SyncPending,
     /// It has never been heard of.
@@ -126,6 +128,7 @@ impl fmt::Display for HostState {
             Self::AwaitingBoot => "awaiting boot",
             Self::Building => "building",
             Self::RebuildPending => "rebuild pending",
+            Self::Waiting => "waiting",
             Self::SyncPending => "sync pending",
             Self::NewMachine => "new machine",
             Self::NotDeployed => "not deployed",

@@ -1,6 +1,6 @@
 //! The state of all hosts as a text file for Prometheus, as the hub has collected it.
 
-use crate::fleet::hub::status::{Row, Rows};
+use crate::fleet::hub::status::{Row, Shown};
 use crate::run::metrics::{Sample, family, label};
 
 /// One family of metrics: its name, what it tells, and its sample of a host.
@@ -20,11 +20,14 @@ fn plain(value: Option<u64>) -> Option<Sample> {
 }
 
 /// The file.
-pub fn text(shown: &Rows, _: u64) -> String {
+pub fn text(shown: &Shown, _: u64) -> String {
     let mut lines = Vec::new();
     for (name, help, sample) in FAMILIES {
-        let of_all = shown.iter().filter_map(|(host, row)| sample(row).map(|(labels, value)| (format!("host=\"{host}\"{labels}"), value)));
+        let of_all =
+            shown.hosts.iter().filter_map(|(host, row)| sample(row).map(|(labels, value)| (format!("host=\"{host}\"{labels}"), value)));
         family(&mut lines, name, help, "gauge", of_all.collect());
     }
+    let stopped = vec![(String::new(), u64::from(shown.stopped))];
+    family(&mut lines, "rollout_stopped", "Whether a roll-out has been stopped.", "gauge", stopped);
     lines.join("\n") + "\n"
 }

@@ -211,6 +211,54 @@ let
     flakeRef = "${publish.repository}#publish";
   };
 
+  # a time span in seconds
+  inSeconds =
+    span:
+    let
+      parts = builtins.match "([0-9]+)(s|min|h|d)" span;
+      unit = {
+        s = 1;
+        min = 60;
+        h = 3600;
+        d = 86400;
+      };
+    in
+    lib.toIntBase10 (lib.elemAt parts 0) * unit.${lib.elemAt parts 1};
+
+  waveOptions = types.submodule {
+    options = {
+      hosts = mkOption {
+        type = types.nonEmptyListOf types.singleLineStr;
+        example = [
+          "canary"
+          "@laptops-early"
+        ];
+        description = ''
+          Hosts, groups of `fleet.json` behind an `@`, and `*` for all hosts that are in no earlier wave. A name that is neither a
+          host's nor a group's has the run fail.
+        '';
+      };
+      soak = mkOption {
+        type = types.strMatching "[0-9]+(s|min|h|d)";
+        default = "0s";
+        example = "1h";
+        description = "For how long its hosts have to be healthy on the release before the next wave begins.";
+      };
+      mayFail = mkOption {
+        type = types.ints.unsigned;
+        default = 0;
+        example = 2;
+        description = "How many of its hosts may fail, roll back or refuse the release before that stops the roll-out.";
+      };
+      waitForSilent = mkOption {
+        type = types.bool;
+        default = false;
+        example = true;
+        description = "Whether hosts that have been silent since before, or are held, hold up the next wave.";
+      };
+    };
+  };
+
   # Releases are published and signed here and nowhere else, so that what evaluates and builds cannot read the key. It
   # evaluates nothing, and reaches nobody.
   release = {
@@ -449,6 +497,27 @@ in
         example = 8;
         description = "How many hosts to evaluate and build at once.";
       };
+      waves = mkOption {
+        type = types.listOf waveOptions;
+        default = [ ];
+        example = literalExpression ''
+          [
+            {
+              hosts = [
+                "canary"
+                "@laptops-early"
+              ];
+              soak = "1h";
+            }
+            { hosts = [ "*" ]; }
+          ]
+        '';
+        description = ''
+          Which hosts get a release first, and which later: a wave begins when the hosts of the one before have been healthy for
+          its {option}`soak`. All is built and signed at the beginning. Hosts that are in no wave come last, together. If there
+          are none, all hosts get a release at once.
+        '';
+      };
       inherit flags;
       notify = mkOption {
         type = types.attrsOf types.str;
@@ -510,6 +579,7 @@ in
         publish.publish = {
           inherit (hub) directory;
           inherit (publish) parallel;
+          waves = map (wave: wave // { soak = inSeconds wave.soak; }) publish.waves;
         };
       };
     };
@@ -590,6 +660,8 @@ in
       tmpfiles.rules = [
         "d ${hub.directory} 0755 root root -"
         "d ${hub.directory}/received 0750 ${hub.user} ${publisher} -"
+        # what is to be published later, and for whom nothing is
+        "d ${hub.directory}/rollout 0775 ${hub.user} ${publisher} -"
         "d ${directories} 0750 root ${publisher} -"
         # what there is of hosts that were removed a while ago
         "d ${directories}/.removed 0700 root root 0"

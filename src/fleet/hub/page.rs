@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use crate::fleet::hub::host_state::FAILING;
-use crate::fleet::hub::status::{Row, Rows, gravest_first, totals};
+use crate::fleet::hub::status::{Row, Shown, gravest_first, totals};
 use crate::run::hold::moment;
 use crate::text::{ago, line};
 
@@ -12,11 +12,15 @@ use crate::text::{ago, line};
 const HEAD: &str = include_str!("page-head.html");
 
 /// The page.
-pub fn page(shown: &Rows, now: u64) -> String {
+pub fn page(shown: &Shown, now: u64) -> String {
     let hosts = gravest_first(shown);
     let mut page = HEAD.to_owned();
     let _ = write!(page, "<header>\n<h1>{} host{}</h1>\n", hosts.len(), if hosts.len() == 1 { "" } else { "s" });
-    let _ = write!(page, "<p class=\"faint\">as of {}</p>\n</header>\n<main>\n<ul class=\"totals\">\n", escaped(&moment(now)));
+    let _ = write!(page, "<p class=\"faint\">as of {}</p>\n</header>\n<main>\n", escaped(&moment(now)));
+    if let Some(line) = &shown.rollout {
+        let _ = writeln!(page, "<p class=\"{}\">{}</p>", if shown.stopped { "bad" } else { "doubt" }, escaped(line));
+    }
+    page.push_str("<ul class=\"totals\">\n");
     for (count, row) in totals(&hosts) {
         let _ = writeln!(page, "<li class=\"{}\">{count} {}</li>", class(row), escaped(&row.state));
     }

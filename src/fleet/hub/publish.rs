@@ -8,8 +8,9 @@ use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::hub::history;
+use crate::fleet::hub::history::{self, Noted};
 use crate::fleet::hub::memory::Memory;
+use crate::fleet::hub::plan::{Holds, Member, Plan};
 use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, Manifest, NAMESPACE, Provenance, Signed, sha256};
@@ -37,6 +38,29 @@ pub struct Manner<'a> {
     pub origin: Provenance,
     /// What was published before.
     pub memory: Memory,
+    /// For which hosts nothing new is published.
+    pub holds: Holds,
+    /// What is rolled out, or has been.
+    pub plan: Option<Plan>,
+    /// Whether something new waits for its wave.
+    pub waves: bool,
+}
+
+impl Manner<'_> {
+    /// Whether what a host sees is to be followed by something in a later wave.
+    fn waits(&self, sees: &Manifest) -> bool {
+        self.plan.as_ref().and_then(|plan| plan.waits(&sees.host, Some(&sees.release))).is_some()
+    }
+}
+
+/// What came of publishing for a host.
+pub struct Placed {
+    /// What it is to run, in the place of what; the same, if that is there. None where it is held, and nothing is there.
+    pub member: Option<Member>,
+    /// Whether something was published, or is to be.
+    pub new: bool,
+    /// What there is to say of it.
+    pub said: String,
 }
 
 /// What a host is to get.
@@ -62,20 +86,18 @@ struct Standing {
     refused: Option<String>,
     /// The numbers that are known to have been published.
     known: Vec<Sequence>,
+    /// What the host has deployed.
+    deployed: Option<Sequence>,
     now: u64,
 }
 
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
-/// before that, if so asked for. Returns the release's sequence number, and what there is to say of it. `say` is told what
-/// is being done.
-pub fn deploy(
-    hub: &ServedDirectory,
-    repository: &FleetRepository,
-    host: &Host,
-    manner: &Manner,
-    say: impl Fn(&str),
-) -> Result<Option<(Sequence, &'static str)>> {
+/// before that, if so asked for. `say` is told what is being done.
+pub fn deploy(hub: &ServedDirectory, repository: &FleetRepository, host: &Host, manner: &Manner, say: impl Fn(&str)) -> Result<Placed> {
     let before = Standing::that_may_be_replaced(hub, &host.name, manner, &repository.scratch(&host.name))?;
+    if let Some(held) = before.held(&host.name, manner) {
+        return Ok(held);
+    }
     say("evaluating");
     let system = repository.evaluate(host)?;
     let source = &host.source;
@@ -87,27 +109,29 @@ pub fn deploy(
         size: source.size,
         toplevel: system.toplevel.clone(),
     };
-    let Some(what) = before.why_replace(hub, &built, manner) else { return Ok(None) };
+    let what = match before.there(hub, &built, manner, &repository.scratch(&host.name))? {
+        Ok(there) => return Ok(there),
+        Err(what) => what,
+    };
     if manner.build {
         say("building");
         repository.build(host, &system)?;
     }
     say("publishing");
     repository.provide(source)?;
-    replace(hub, &built, manner, &before).map(|release| Some((release.sequence, what)))
+    replace(hub, &built, manner, &before, what)
 }
 
-/// Publishes what was built for a host, unless it is published already, signed as it should be; `scratch` is a file for
-/// it. Returns the release, and whether it is a new one.
-pub fn offer(hub: &ServedDirectory, built: &Built, manner: &Manner, scratch: &Path) -> Result<(Release, bool)> {
+/// Publishes what was built for a host, unless it is published already, signed as it should be; `scratch` is a file for it.
+pub fn offer(hub: &ServedDirectory, built: &Built, manner: &Manner, scratch: &Path) -> Result<Placed> {
     let before = Standing::that_may_be_replaced(hub, built.name, manner, scratch)?;
-    match (before.why_replace(hub, built, manner), &before.old) {
-        (None, Some((old, _))) => Ok((old.release.clone(), false)),
-        _ => replace(hub, built, manner, &before).map(|release| (release, true)),
+    if let Some(held) = before.held(built.name, manner) {
+        return Ok(held);
     }
+    before.there(hub, built, manner, scratch)?.or_else(|what| replace(hub, built, manner, &before, what))
 }
 
-fn replace(hub: &ServedDirectory, built: &Built, manner: &Manner, before: &Standing) -> Result<Release> {
+fn replace(hub: &ServedDirectory, built: &Built, manner: &Manner, before: &Standing, what: &str) -> Result<Placed> {
     let Built { name, attr, archive, sha256, size, toplevel } = built;
     let manifest = Manifest {
         format: FORMAT,
@@ -124,8 +148,37 @@ fn replace(hub: &ServedDirectory, built: &Built, manner: &Manner, before: &Stand
     let contents = fs::read(archive).context(|| format!("read {}", archive.display()))?;
     let place = hub.release(name).join(manifest.archive());
     files::write(&place, &contents, 0o644).context(|| format!("write {}", place.display()))?;
-    publish(hub, &manifest, manner, before.old.as_ref())?;
-    Ok(manifest.release)
+    let release = manifest.release.clone();
+    // what contains nothing new can do no harm
+    let (verb, sees) = if manner.waves && what.is_empty() {
+        hub.stage(&manifest, &signed(&manifest, manner)?)?;
+        ("signed", before.old.as_ref().map(|(old, _)| old.release.clone()))
+    } else {
+        publish(hub, &manifest, manner, before.old.as_ref())?;
+        ("published", Some(release.clone()))
+    };
+    Ok(before.placed(name, release.clone(), sees, true, format!("release {} {verb}{what}", release.sequence)))
+}
+
+/// Publishes a release of a host's again, by another number, as it was: `noted` is of the hub, and has to be signed as it
+/// should be.
+pub fn again(hub: &ServedDirectory, noted: &Noted, manner: &Manner, scratch: &Path) -> Result<Sequence> {
+    let old = &noted.manifest;
+    let doing = || format!("publish release {} of {} again", old.release.sequence, old.host);
+    let from = || old.origin.commit.as_ref().map_or("its configuration".into(), |commit| format!("commit {commit}"));
+    let before = Standing::that_may_be_replaced(hub, &old.host, manner, scratch)?;
+    let signed = noted.signed()?;
+    if !is_ours((old, &signed), manner.key, scratch)? {
+        return Err(format!("it is not known to be signed with the signingKey; check out {}, and deploy", from())).context(doing);
+    }
+    if !hub.keeps(old)? {
+        return Err(format!("its archive is gone; check out {}, and deploy", from())).context(doing);
+    }
+    let release = Release { sequence: before.next(&old.host)?, ..old.release.clone() };
+    let expires = manner.lasting.map(|lasting| before.now + lasting);
+    let new = Manifest { release, published: before.now, expires, ..old.clone() };
+    publish(hub, &new, manner, before.old.as_ref())?;
+    Ok(new.release.sequence)
 }
 
 /// Publishes a host's release again, by another number, if more than half of its time is over. What is renewed is what
@@ -134,6 +187,10 @@ pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostNam
     let before = Standing::new(hub, host, manner, &repository.scratch(host))?;
     let doing = || format!("renew the release of {host}");
     let Some((old, _)) = &before.old else { return Ok(None) };
+    // or what is to follow would be no later one
+    if manner.waits(old) {
+        return Ok(None);
+    }
     if !before.is_ours {
         return Err("it is not signed with the signingKey; deploy").context(doing);
     }
@@ -152,16 +209,20 @@ pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostNam
 /// Signs a manifest, and puts it in the place of the old one.
 fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Option<&(Manifest, Signed)>) -> Result<()> {
     let host = &manifest.host;
-    let text = serde_json::to_string(manifest).context(|| format!("write the manifest of {host}"))?;
-    let signature = manner.key.map(|key| sign(&text, key)).transpose()?;
-    let signed = Signed { manifest: text, signature };
-    hub.publish(manifest, &signed, old)?;
+    let new = signed(manifest, manner)?;
+    hub.publish(manifest, &new, old.map(|(_, signed)| signed))?;
     // it is published all the same
-    let noted = manner.memory.note(host, manifest.release.sequence).and_then(|()| manner.memory.vouch(host, &signed, manner.key));
+    let noted = manner.memory.note(host, manifest.release.sequence).and_then(|()| manner.memory.vouch(host, &new, manner.key));
     let noted =
         noted.and_then(|()| if hub.is_elsewhere() || hub.check_ours().is_err() { Ok(()) } else { history::note_in_turn(hub, host) });
     noted.unwrap_or_else(|error| log::warn!("{error}."));
     Ok(())
+}
+
+fn signed(manifest: &Manifest, manner: &Manner) -> Result<Signed> {
+    let text = serde_json::to_string(manifest).context(|| format!("write the manifest of {}", manifest.host))?;
+    let signature = manner.key.map(|key| sign(&text, key)).transpose()?;
+    Ok(Signed { manifest: text, signature })
 }
 
 impl Standing {
@@ -169,13 +230,20 @@ impl Standing {
         let old = hub.valid_manifest(host)?;
         let is_ours = match &old {
             Some((_, signed)) if manner.memory.vouches(host, signed, manner.key) => true,
-            Some(old) if is_ours(old, manner.key, scratch)? => {
-                manner.memory.vouch(host, &old.1, manner.key).unwrap_or_else(|error| log::warn!("{error}."));
+            Some((old, signed)) if is_ours((old, signed), manner.key, scratch)? => {
+                manner.memory.vouch(host, signed, manner.key).unwrap_or_else(|error| log::warn!("{error}."));
                 true
             }
             _ => false,
         };
+        // the hub has begun a wave
+        if let Some((old, _)) =
+            old.as_ref().filter(|(old, _)| is_ours && manner.memory.last(host).is_some_and(|last| last < old.release.sequence))
+        {
+            manner.memory.note(host, old.release.sequence).unwrap_or_else(|error| log::warn!("{error}."));
+        }
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
+        let deployed = heartbeat.as_ref().and_then(|heartbeat| heartbeat.deployed.as_ref()).map(|release| release.sequence);
         let heard = heartbeat.as_ref().map(|heartbeat| [&heartbeat.seen, &heartbeat.deployed]);
         let heard = heard.into_iter().flatten().flatten().map(|release| release.sequence);
         let now = now();
@@ -186,7 +254,7 @@ impl Standing {
                 "{host} may have seen release {number}, which no later one can exceed: run `ekiben forget-releases` there, as root."
             );
         }
-        Ok(Self { old, is_ours, refused: heartbeat.and_then(|heartbeat| heartbeat.refused), known, now })
+        Ok(Self { old, is_ours, refused: heartbeat.and_then(|heartbeat| heartbeat.refused), known, deployed, now })
     }
 
     /// The same; fails unless the hub serves the host, and what it offers may be followed by what is published so.
@@ -200,6 +268,39 @@ impl Standing {
         Ok(before)
     }
 
+    fn placed(&self, host: &HostName, release: Release, before: Option<Release>, new: bool, said: String) -> Placed {
+        let good = self.deployed.or(before.as_ref().map(|before| before.sequence)).filter(|good| *good < release.sequence);
+        Placed { member: Some(Member { host: host.clone(), wave: 0, release, before, good, silent_after: 0 }), new, said }
+    }
+
+    /// That nothing is published, since the host is held; what waits for its wave can be signed meanwhile.
+    fn held(&self, host: &HostName, manner: &Manner) -> Option<Placed> {
+        let said = manner.holds.said(host).filter(|_| !manner.waves)?;
+        let sees = self.old.as_ref().map(|(old, _)| old.release.clone());
+        let placed = sees.map(|release| self.placed(host, release.clone(), Some(release), false, said.clone()));
+        Some(placed.unwrap_or(Placed { member: None, new: false, said }))
+    }
+
+    /// What there is already: it is published, or waits for its wave; or what there is to say of a new release.
+    fn there(&self, hub: &ServedDirectory, built: &Built, manner: &Manner, scratch: &Path) -> Result<Result<Placed, &'static str>> {
+        let planned = manner.plan.as_ref().filter(|_| manner.waves).and_then(|plan| plan.get(built.name));
+        let sees = self.old.as_ref().map(|(old, _)| &old.release);
+        let what = self.why_replace(hub, built, manner);
+        if let (None, Some(sees)) = (what, sees) {
+            let member = planned.filter(|planned| planned.release == *sees).cloned();
+            let placed = self.placed(built.name, sees.clone(), Some(sees.clone()), false, "unchanged".into());
+            return Ok(Ok(Placed { member: member.or(placed.member), ..placed }));
+        }
+        let what = what.unwrap_or_default();
+        let Some(planned) = planned.filter(|planned| planned.before.as_ref() == sees) else { return Ok(Err(what)) };
+        let Some((manifest, signed)) = hub.staged(built.name, &planned.release) else { return Ok(Err(what)) };
+        let is_same = planned.release.id == id(built.sha256, built.attr.as_ref(), Some(&built.toplevel))?;
+        if !is_same || !is_ours((&manifest, &signed), manner.key, scratch)? || self.is_to_be_renewed(&manifest, manner.lasting) {
+            return Ok(Err(what));
+        }
+        Ok(Ok(Placed { member: Some(planned.clone()), new: false, said: "unchanged".into() }))
+    }
+
     /// What there is to say of a new release in the place of the present one; none if that is the same, and will do.
     fn why_replace(&self, hub: &ServedDirectory, built: &Built, manner: &Manner) -> Option<&'static str> {
         let new = (built.sha256, built.attr, Some(&built.toplevel));
@@ -210,6 +311,7 @@ impl Standing {
             Some((same, _)) if !hub.has_archive(same, self.refused.is_some()) => ": the same, sent again",
             Some((same, _)) if self.has_gone_back(same) => ": the same, since the hub had gone back",
             Some((same, _)) if self.is_to_be_renewed(same, manner.lasting) => ": renewed",
+            Some((same, _)) if !manner.waves && manner.waits(same) => ": the same, instead of what was to follow",
             Some(_) => return None,
         })
     }
@@ -251,7 +353,7 @@ fn next(before: Option<Sequence>, known: &[Sequence], now: u64) -> Result<Sequen
 }
 
 /// Whether a release is one of this fleet's: signed with its key, if it has one, and named by its contents.
-fn is_ours((manifest, signed): &(Manifest, Signed), key: Option<&Path>, scratch: &Path) -> Result<bool> {
+fn is_ours((manifest, signed): (&Manifest, &Signed), key: Option<&Path>, scratch: &Path) -> Result<bool> {
     let is_named_so = id(&manifest.sha256, manifest.attr.as_ref(), manifest.toplevel.as_ref())? == manifest.release.id;
     Ok(is_named_so && is_signed_by(signed, key, scratch)?)
 }

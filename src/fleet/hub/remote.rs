@@ -18,13 +18,15 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::snapshot;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::fleet::{KNOWN, LARGE, REMOVED};
+use crate::fleet::{KNOWN, LARGE, REMOVED, ROLLOUT};
 use crate::names::{HostName, Sha256};
 
 /// Why a release is not published that is not on top of the last one.
 pub const MEANWHILE: &str = "another release was published in the meantime; deploy again";
 /// What a publisher calls the hub.
 pub const SCHEME: &str = "sftp://";
+/// The end of the names of manifests that are to follow.
+pub const NEXT: &str = ".next";
 /// How long it may take to fetch what is known of the hosts, and to send one release.
 const FETCH: Duration = Duration::from_secs(600);
 const SEND: Duration = Duration::from_secs(3600);
@@ -86,6 +88,11 @@ impl Elsewhere {
         for file in [KNOWN, REMOVED] {
             session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
         }
+        for (directory, file) in [(ROLLOUT, "plan.json"), (ROLLOUT, "holds.json"), ("received", "rollout.json")] {
+            let local = self.place().join(directory);
+            fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
+            session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
+        }
         let (all, mut known) = (self.place().join("all.json"), BTreeSet::new());
         let is_for_few = !wanted.is_empty() && wanted.len() < FEW;
         if !exactly && !is_for_few && session.fetch(snapshot::FILE, &all)? {
@@ -112,16 +119,43 @@ impl Elsewhere {
         session.close()
     }
 
-    /// Sends a host's archive, and then the file `new` as its manifest; keeps no other archives but those
-    /// that are named. Fails, and changes nothing, if somebody else has published since [`Self::fetch`].
-    pub fn publish(&self, host: &HostName, archive: &str, new: &Path, kept: &[String]) -> Result<()> {
+    /// Sends one such file.
+    pub fn send_file(&self, file: &str) -> Result<()> {
+        let mut session = self.open(SEND)?;
+        session.put(&self.place().join(file), file)?;
+        session.close()
+    }
+
+    /// Whether a file is there.
+    pub fn has(&self, directory: &str, name: &str) -> Result<bool> {
+        let mut session = self.open(FETCH)?;
+        let found = session.list(directory)?.iter().any(|there| there == name);
+        session.close().map(|()| found)
+    }
+
+    /// Sends files of a host's release, one after the other.
+    pub fn stage(&self, host: &HostName, names: &[&str]) -> Result<()> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut release = self.publication(host)?;
+        for name in names {
+            release.send(name, &release.local.join(name))?;
+            release.rename_sent(name)?;
+        }
+        release.session.close()
+    }
+
+    fn publication(&self, host: &HostName) -> Result<Publication> {
         let path = format!("hosts/{host}/release");
-        let id = fs::read_to_string("/proc/sys/kernel/random/uuid")
-            .context(|| "read /proc/sys/kernel/random/uuid".into())?
-            .trim_end()
-            .to_owned();
-        let mut release = Publication { session: self.open(SEND)?, host: host.clone(), local: self.place().join(&path), path, id };
+        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
+        let (id, local) = (id.trim_end().to_owned(), self.place().join(&path));
+        Ok(Publication { session: self.open(SEND)?, host: host.clone(), local, path, id })
+    }
+
+    /// Sends a host's archive, and then the file `new` as its manifest. Fails, and changes nothing, if somebody else has
+    /// published since [`Self::fetch`].
+    pub fn publish(&self, host: &HostName, archive: &str, new: &Path) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut release = self.publication(host)?;
         let local = release.local.join(archive);
         // what is renewed is there
         if local.exists() {
@@ -130,7 +164,7 @@ impl Elsewhere {
         }
         release.send(MANIFEST, new)?;
         release.claim()?;
-        let done = release.replace(archive, kept);
+        let done = release.replace(archive);
         // nobody need wait for this process any more
         let ours = release.is_claimed();
         let gone = ours.and_then(|ours| if ours { release.clear(CLAIM) } else { Ok(()) });
@@ -231,10 +265,11 @@ impl Publication {
     }
 
     /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
-    fn replace(&mut self, archive: &str, kept: &[String]) -> Result<()> {
+    fn replace(&mut self, archive: &str) -> Result<()> {
         let (there, id) = (self.session.list(&self.path)?, self.id.clone());
         // a publisher that comes later, however late, finds nothing to put into place
-        for name in there.iter().filter(|name| is_sent(name) && !name.starts_with(&id)) {
+        // nor does the hub, which may be about to begin a wave
+        for name in there.iter().filter(|name| (is_sent(name) || is_next(name)) && !name.starts_with(&id)) {
             self.clear(name)?;
         }
         let fetched = match files::read_foreign(&self.local.join(MANIFEST), LARGE) {
@@ -244,11 +279,7 @@ impl Publication {
         if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
             return Err(self.meanwhile());
         }
-        self.rename_sent(MANIFEST)?;
-        for name in there.iter().filter(|name| is_archive(name) && !kept.contains(name)) {
-            self.clear(name)?;
-        }
-        Ok(())
+        self.rename_sent(MANIFEST)
     }
 
     /// What a file says now; `None` if it is not there.
@@ -265,7 +296,13 @@ impl Publication {
 fn is_sent(name: &str) -> bool {
     let name = name.strip_suffix(SENT).and_then(|name| name.split_once('.'));
     let is_id = |id: &str| id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST].contains(&name) || is_archive(name)))
+    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST].contains(&name) || is_archive(name) || is_next(name)))
+}
+
+/// Whether it is that of a manifest that is to follow.
+fn is_next(name: &str) -> bool {
+    let parts = name.strip_suffix(NEXT).and_then(|name| name.split_once('.'));
+    parts.is_some_and(|(id, number)| Sha256::try_from(id).is_ok() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn is_archive(name: &str) -> bool {
@@ -295,6 +332,8 @@ mod tests {
         for name in ["manifest.json".into(), "publishing".into(), format!("{sha}.tar.gz")] {
             assert!(is_sent(&format!("{id}.{name}.sent")));
         }
+        assert!(is_next(&format!("{sha}.5.next")) && is_sent(&format!("{id}.{sha}.5.next.sent")));
+        assert!(!is_next(&format!("{sha}.x.next")) && !is_next("x.5.next") && !is_next(&format!("../{sha}.5.next")));
         for name in ["x.sent", "../x.sent", "x\".tar.gz.sent", &format!("{id}./../x.sent"), &format!("{id}.manifest.json")] {
             assert!(!is_sent(name), "{name}");
         }

@@ -16,19 +16,22 @@ use std::time::{Duration, SystemTime};
 use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use ::nix::sys::stat::Mode;
 use ::nix::unistd::geteuid;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, SCHEME};
-use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, REMOVED, Received, SMALL, Signed, sha256};
+use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, NEXT, SCHEME};
+use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, REMOVED, ROLLOUT, Received, SMALL, Signed, sha256};
 use crate::gather::sorted;
 use crate::json;
 use crate::names::{HostName, Sha256};
+use crate::run::Release;
 use crate::text;
 
 const MANIFEST: &str = "manifest.json";
 const RECEIVED: &str = "received.json";
+/// For how long a file that nothing refers to may be about to be.
+const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 
 /// The served directory.
 pub struct ServedDirectory {
@@ -92,30 +95,97 @@ impl ServedDirectory {
         }
     }
 
-    /// Has hosts see a new release: its archive, which is beside `old`, and then its manifest. Keeps no other
-    /// archives but that one's. Fails, and changes nothing, if `old` is not what they see now.
-    pub fn publish(&self, manifest: &Manifest, new: &Signed, old: Option<&(Manifest, Signed)>) -> Result<()> {
+    /// Has hosts see a new release: its archive, which is beside `old`, and then its manifest; what was to follow does no more.
+    /// Fails, and changes nothing, if `old` is not what they see now.
+    pub fn publish(&self, manifest: &Manifest, new: &Signed, old: Option<&Signed>) -> Result<()> {
         let release = self.release(&manifest.host);
-        let kept: Vec<_> = old.iter().map(|(old, _)| old).chain([manifest]).map(Manifest::archive).collect();
         if let Some(elsewhere) = &self.elsewhere {
             let path = release.join("new");
             files::write_json(&path, new, 0o644)?;
-            return elsewhere.publish(&manifest.host, &manifest.archive(), &path, &kept);
+            return elsewhere.publish(&manifest.host, &manifest.archive(), &path);
         }
-        if self.valid_manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old.map(|(_, signed)| signed) {
+        if self.valid_manifest(&manifest.host)?.map(|(_, signed)| signed).as_ref() != old {
             return Err(MEANWHILE).context(|| format!("publish {}", manifest.host));
         }
-        files::write_json(&release.join(MANIFEST), new, 0o644)?;
+        files::write_json(&release.join(MANIFEST), new, 0o644)
+    }
+
+    /// Puts a release beside the one that hosts see, to follow that later.
+    pub fn stage(&self, manifest: &Manifest, new: &Signed) -> Result<()> {
+        let name = next(&manifest.release);
+        files::write_json(&self.release(&manifest.host).join(&name), new, 0o644)?;
+        self.elsewhere.as_ref().map_or(Ok(()), |elsewhere| elsewhere.stage(&manifest.host, &[&manifest.archive(), &name]))
+    }
+
+    /// What was put there.
+    pub fn staged(&self, host: &HostName, release: &Release) -> Option<(Manifest, Signed)> {
+        let text = read(&self.release(host).join(next(release))).ok()??;
+        let (manifest, signed) = parse(&text, host).ok()?;
+        manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
+    }
+
+    /// Has hosts see what was put there, if they see `before` now. Returns whether they do see it.
+    pub fn follow(&self, host: &HostName, release: &Release, before: Option<&Release>) -> Result<bool> {
+        let sees = self.valid_manifest(host)?.map(|(manifest, _)| manifest.release);
+        if sees.as_ref() == Some(release) {
+            return Ok(true);
+        }
+        let is_later = before.is_none_or(|before| before.sequence < release.sequence);
+        let staged = self.staged(host, release).filter(|(manifest, _)| self.has_archive(manifest, false));
+        if sees.as_ref() != before || !is_later || staged.is_none() {
+            return Ok(false);
+        }
+        let (place, path) = (self.release(host), self.release(host).join(MANIFEST));
+        match fs::rename(place.join(next(release)), &path) {
+            // whoever publishes from elsewhere removes it first
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            other => other.and_then(|()| files::sync_parent(&path)).context(|| format!("publish {host}")).map(|()| true),
+        }
+    }
+
+    /// Has what was put there not follow; elsewhere the hub removes it.
+    pub fn forget_next(&self, host: &HostName, release: &Release) -> Result<()> {
+        let path = self.release(host).join(next(release));
+        files::remove(&path).context(|| format!("remove {}", path.display()))
+    }
+
+    /// Removes all releases of a host but those of which something is in `kept`, and what is on its way, if others may be
+    /// about to publish.
+    pub fn tidy(&self, host: &HostName, kept: &[Sha256], others: bool) -> Result<()> {
+        let release = self.release(host);
         for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let is_archive = name.split_once(".tar.gz").is_some_and(|(id, _)| Sha256::try_from(id).is_ok());
+            let (id, end) = name.split_once('.').unwrap_or_default();
             // whatever somebody else is writing is neither
-            if (is_archive || name.starts_with(MANIFEST) && name != MANIFEST) && !kept.contains(&name) {
+            let is_left = match Sha256::try_from(id) {
+                Ok(id) => (end.starts_with("tar.gz") || end.ends_with(NEXT)) && !kept.contains(&id),
+                Err(_) => name.starts_with(MANIFEST) && name != MANIFEST,
+            };
+            let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
+            if is_left && (!others || age.is_some_and(|age| age > ON_ITS_WAY)) {
                 // it is published all the same
                 files::remove(&entry.path()).unwrap_or_else(|error| log::warn!("Failed to remove {:?}: {error}.", entry.path()));
             }
         }
         Ok(())
+    }
+
+    /// Where plans and holds are.
+    pub fn rollout(&self) -> PathBuf {
+        self.directory.join(ROLLOUT)
+    }
+
+    /// Replaces one of the files there.
+    pub fn write(&self, path: &Path, content: &impl Serialize) -> Result<()> {
+        if self.is_elsewhere() {
+            let directory = self.rollout();
+            fs::create_dir_all(&directory).context(|| format!("create {}", directory.display()))?;
+        }
+        files::write_json(path, content, 0o644)?;
+        match (&self.elsewhere, path.strip_prefix(&self.directory)) {
+            (Some(elsewhere), Ok(file)) => elsewhere.send_file(&file.to_string_lossy()),
+            _ => Ok(()),
+        }
     }
 
     /// The hosts that the hub serves.
@@ -221,6 +291,14 @@ impl ServedDirectory {
         is_there && (!thorough || sha256::of_file(&path).is_ok_and(|sha256| sha256 == manifest.sha256))
     }
 
+    /// Whether there is an archive of that name, at least.
+    pub fn keeps(&self, manifest: &Manifest) -> Result<bool> {
+        match &self.elsewhere {
+            Some(elsewhere) => elsewhere.has(&format!("hosts/{}/release", manifest.host), &manifest.archive()),
+            None => Ok(self.has_archive(manifest, true)),
+        }
+    }
+
     /// What a host said last, and when that arrived.
     pub fn heartbeat(&self, host: &HostName) -> Result<Option<(Heartbeat, SystemTime)>> {
         let path = self.received(host).join("heartbeat.json");
@@ -249,6 +327,11 @@ impl ServedDirectory {
         Ok(text.map(|text| json::parse_foreign(&text)).transpose().context(doing)?.unwrap_or_default())
     }
 
+    /// The turn of who publishes, if nobody has it.
+    pub fn turn_if_free(&self) -> Result<Option<Flock<File>>> {
+        files::lock(&self.collected(), FlockArg::LockExclusiveNonblock)
+    }
+
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
     pub fn turn(&self) -> Result<Flock<File>> {
         let directory = self.collected();
@@ -268,6 +351,11 @@ impl ServedDirectory {
         }
         files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for another publisher"))
     }
+}
+
+/// What the manifest of a release is called that is to follow.
+fn next(release: &Release) -> String {
+    format!("{}.{}{NEXT}", release.id, release.sequence)
 }
 
 /// Reads a file in which anything may be; `None` if it is not there.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Wave;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::fleet::SMALL;
@@ -31,6 +32,8 @@ pub struct Settings {
     pub silent_after_of: BTreeMap<HostName, u64>,
     /// Hosts under one name, which stands for them behind an `@`.
     pub groups: BTreeMap<HostName, Vec<HostName>>,
+    /// Which hosts get releases first, and which later, by `deploy --waves`.
+    pub waves: Vec<Wave>,
     /// For how many seconds a release counts as new.
     pub expires_after: Option<u64>,
     /// More arguments for `nix eval` and `nix build`.
@@ -45,6 +48,7 @@ impl Default for Settings {
             silent_after: 3600,
             silent_after_of: BTreeMap::new(),
             groups: BTreeMap::new(),
+            waves: Vec::new(),
             expires_after: Some(30 * 24 * 60 * 60),
             flags: Vec::new(),
         }

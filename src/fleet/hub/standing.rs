@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 use crate::error::Result;
 use crate::files;
 use crate::fleet::hub::host_state::{FAILING, HostState};
+use crate::fleet::hub::plan::{Holds, Plan};
+use crate::fleet::hub::rollout::Rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::HostName;
 use crate::run::published::{HostStanding, HostStep};
@@ -18,9 +20,9 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
     if !file.parent().is_some_and(Path::exists) {
         return Ok(());
     }
-    let mut all = BTreeMap::new();
+    let (mut all, rollout, holds) = (BTreeMap::new(), Rollout::read(hub)?, Plan::holds(hub)?);
     for host in hub.hosts()? {
-        all.extend(look(hub, &host)?.map(|standing| (host, standing)));
+        all.extend(look(hub, &host, rollout.as_ref(), &holds)?.map(|standing| (host, standing)));
     }
     if files::read_json(&file).is_ok_and(|known| known.as_ref() == Some(&all)) {
         return Ok(());
@@ -28,8 +30,21 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
     files::write_json(&file, &all, 0o644)
 }
 
-fn look(hub: &ServedDirectory, host: &HostName) -> Result<Option<HostStanding>> {
-    let Some(Ok((manifest, _))) = hub.manifest(host)? else { return Ok(None) };
+fn look(hub: &ServedDirectory, host: &HostName, rollout: Option<&Rollout>, holds: &Holds) -> Result<Option<HostStanding>> {
+    let manifest = hub.manifest(host)?.and_then(Result::ok).map(|(manifest, _)| manifest);
+    let sees = manifest.as_ref().map(|manifest| &manifest.release);
+    let waits = rollout.and_then(|rollout| Some((rollout, rollout.plan.waits(host, sees)?)));
+    let planned = waits.and_then(|(rollout, _)| rollout.plan.get(host)).map(|member| member.release.sequence);
+    let state = match waits {
+        _ if holds.of(Some(host)).is_some() => Some(HostStep::Held),
+        Some((rollout, _)) if rollout.stopped().is_some() => Some(HostStep::Stopped),
+        waits => waits.map(|_| HostStep::Waiting),
+    };
+    if let Some(state) = state {
+        let release = planned.or(sees.map(|sees| sees.sequence));
+        return Ok(Some(HostStanding { release, state, wave: waits.map(|(_, wave)| wave) }));
+    }
+    let Some(manifest) = manifest else { return Ok(None) };
     let heard = hub.heartbeat(host)?;
     let age = |arrived: SystemTime| SystemTime::now().duration_since(arrived).unwrap_or_default();
     let heard = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, age(*arrived)));
@@ -39,5 +54,5 @@ fn look(hub: &ServedDirectory, host: &HostName) -> Result<Option<HostStanding>> 
         state if state.trouble() == FAILING => HostStep::Failing,
         _ => HostStep::Published,
     };
-    Ok(Some(HostStanding { release: Some(manifest.release.sequence), state }))
+    Ok(Some(HostStanding { release: Some(manifest.release.sequence), state, wave: None }))
 }

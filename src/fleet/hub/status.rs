@@ -7,12 +7,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::fleet::hub::collect::take_in_to_show;
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::memory::Memory;
+use crate::fleet::hub::plan::{Holds, Plan};
 use crate::fleet::hub::publish::DAY;
 use crate::fleet::hub::repository::select;
+use crate::fleet::hub::rollout::Rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::{Heartbeat, Manifest};
@@ -36,8 +38,14 @@ pub struct Known<'a> {
     pub memory: Memory,
 }
 
-/// Hosts and what there is to show of them.
-pub type Rows = BTreeMap<HostName, Row>;
+/// What there is to show.
+pub struct Shown {
+    /// Where the roll-out stands, if one is under way; and whether it has been stopped.
+    pub rollout: Option<String>,
+    pub stopped: bool,
+    /// The hosts.
+    pub hosts: BTreeMap<HostName, Row>,
+}
 
 /// A host, as `--json` shows it.
 #[derive(Serialize)]
@@ -45,6 +53,8 @@ pub type Rows = BTreeMap<HostName, Row>;
 pub struct Row {
     pub(super) state: String,
     pub(super) well: bool,
+    /// For which wave of the roll-out it waits.
+    wave: Option<usize>,
     /// What there is to see to, in lines.
     pub(super) trouble: Vec<String>,
     /// The beginnings of the hashes of the published and of the running system.
@@ -76,7 +86,7 @@ impl Row {
     }
 }
 
-fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> Row {
+fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool, (plan, holds): (Option<&Plan>, &Holds)) -> Row {
     // trouble with one host hides no other
     let mut trouble = Vec::new();
     let published = match hub.manifest(host) {
@@ -97,6 +107,7 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> R
     let listed = fleet.names.as_ref().is_none_or(|names| names.contains(host));
     let last = fleet.memory.last(host).filter(|last| u64::from(*last) <= now() + DAY);
     let offered = published.as_ref().map(|manifest| manifest.release.sequence);
+    let wave = plan.and_then(|plan| plan.waits(host, published.as_ref().map(|manifest| &manifest.release)));
     let state = match HostState::of(published.as_ref(), age, fleet.settings.silence(host), now()) {
         _ if !trouble.is_empty() => HostState::Unreadable,
         _ if !known && fleet.names.is_some() && listed => HostState::Unkeyed,
@@ -108,6 +119,7 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> R
                 trouble.push(format!("the hub offers {offers}, and {last} has been published; deploy again"));
                 HostState::WentBack
             }
+            _ if wave.is_some() && state.trouble() == 0 => HostState::Waiting,
             _ => state,
         },
     };
@@ -134,15 +146,22 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool) -> R
     let deployed = [HostState::AutoUpdated, HostState::ExtraRuns, HostState::UpToDate].contains(&state);
     let held = heartbeat.and_then(|heartbeat| heartbeat.held.as_ref()).filter(|hold| now() < hold.until);
     trouble.extend(held.map(|hold| text::line(&format!("held until {} {}", moment(hold.until), hold.why()))));
+    let held_here = holds.said(host);
     let also = [
-        (held.is_some(), ", held"),
+        (held.is_some() || held_here.is_some(), ", held"),
         (deployed && heartbeat.is_some_and(|beat| beat.reboot_needed), ", reboot needed"),
         (files.is_some(), ", files missing"),
     ];
+    trouble.extend(held_here.map(|said| format!("at the hub: {said}")));
+    let named = match (state, wave) {
+        (HostState::Waiting, Some(wave)) => format!("waiting for wave {wave}"),
+        _ => state.to_string(),
+    };
     let local = published.as_ref().map(|manifest| manifest.toplevel.as_ref().map_or(short(&manifest.release.id), hash));
     Row {
-        state: also.iter().filter(|(is_so, _)| *is_so).fold(state.to_string(), |state, (_, what)| state + what),
+        state: also.iter().filter(|(is_so, _)| *is_so).fold(named, |state, (_, what)| state + what),
         well: exit == 0,
+        wave,
         trouble,
         local_version: local.unwrap_or_default(),
         remote_version: heartbeat.and_then(|heartbeat| heartbeat.system.as_ref().map(hash)).unwrap_or_default(),
@@ -167,7 +186,7 @@ pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool,
         take_in_to_show(hub, wanted)?;
         let shown = rows(hub, fleet, wanted)?;
         if !live {
-            if json { output::print_json(&shown) } else { output::print(&table(&shown, wide, false, now())) }?;
+            if json { output::print_json(&shown.hosts) } else { output::print(&table(&shown, wide, false, now())) }?;
             return Ok(exit(&shown));
         }
         let text = text::lines(&table(&shown, wide, true, now()));
@@ -182,25 +201,35 @@ pub fn status(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool,
 }
 
 /// What there is to show of the hosts of these names, or of all.
-pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Rows> {
+pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Shown> {
     let (served, known) = (hub.hosts()?, hub.known());
     let all: BTreeSet<_> = gather(served.iter().chain(fleet.names.iter().flatten()).cloned());
     let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
     let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
-    Ok(gather(hosts.into_iter().map(|host| (host.clone(), look(hub, &host, fleet, is_known(&host))))))
+    // what cannot be read hides no host
+    let told = |error: &Error| log::warn!("{error}.");
+    let rollout = Rollout::read(hub).inspect_err(told).ok().flatten();
+    let holds = Plan::holds(hub).inspect_err(told).unwrap_or_default();
+    // of a hub elsewhere the others are not known
+    let line = rollout.as_ref().filter(|_| wanted.is_empty()).and_then(|rollout| rollout.line(hub).inspect_err(told).ok().flatten());
+    let plan = rollout.as_ref().map(|rollout| &rollout.plan);
+    let row = |host: HostName| (host.clone(), look(hub, &host, fleet, is_known(&host), (plan, &holds)));
+    let stopped = rollout.as_ref().is_some_and(|rollout| rollout.stopped().is_some());
+    Ok(Shown { rollout: line, stopped, hosts: gather(hosts.into_iter().map(row)) })
 }
 
 /// The exit status that says which kind of trouble there is, the gravest of them.
-pub fn exit(shown: &Rows) -> ExitCode {
-    let exit = shown.values().map(|shown| shown.exit).filter(|exit| *exit > 0).min();
+pub fn exit(shown: &Shown) -> ExitCode {
+    let of_rollout = (shown.rollout.is_some() && shown.stopped).then_some(FAILING);
+    let exit = shown.hosts.values().map(|shown| shown.exit).chain(of_rollout).filter(|exit| *exit > 0).min();
     ExitCode::from(exit.unwrap_or(0))
 }
 
 /// The hosts in the order in which they are shown.
-pub fn gravest_first(shown: &Rows) -> Vec<(&HostName, &Row)> {
+pub fn gravest_first(shown: &Shown) -> Vec<(&HostName, &Row)> {
     let by = |row: &Row| (if row.exit > 0 { row.exit } else { u8::MAX }, row.state_alone);
-    let hosts = sorted(shown.iter().map(|(host, row)| (by(row), &row.state, host)));
-    hosts.into_iter().filter_map(|(.., host)| shown.get_key_value(host)).collect()
+    let hosts = sorted(shown.hosts.iter().map(|(host, row)| (by(row), &row.state, host)));
+    hosts.into_iter().filter_map(|(.., host)| shown.hosts.get_key_value(host)).collect()
 }
 
 /// How many hosts there are of which state, and one of them.
@@ -209,14 +238,16 @@ pub fn totals<'a>(hosts: &[(&'a HostName, &'a Row)]) -> Vec<(usize, &'a Row)> {
 }
 
 /// How many hosts there are of which state; then a line for each, and what there is to see to.
-fn table(shown: &Rows, wide: bool, terminal: bool, now: u64) -> String {
+fn table(shown: &Shown, wide: bool, terminal: bool, now: u64) -> String {
     let wrapped = |text: &str, indent: &str| if terminal { wrapped(text, indent) } else { format!("{indent}{text}\n") };
     let hosts = gravest_first(shown);
     if hosts.is_empty() {
         return "no hosts: see ekiben fleet bootstrap\n".into();
     }
     let totals: Vec<_> = totals(&hosts).into_iter().map(|(count, row)| format!("{count} {}", row.state)).collect();
-    let mut text = wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
+    let rollout = shown.rollout.as_ref().map(|line| wrapped(line, ""));
+    let mut text = rollout.unwrap_or_default();
+    text += &wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
     let mut rows =
         vec![["HOST", "STATE", "HEARD", "RUN", "PUBLISHED"].iter().chain(&wide_heads).map(ToString::to_string).collect::<Vec<_>>()];
@@ -282,6 +313,7 @@ mod tests {
         let shown = |heartbeat: Heartbeat, state: HostState, trouble: &str| Row {
             state: state.to_string(),
             well: state.trouble() == 0,
+            wave: None,
             trouble: trouble.lines().map(String::from).collect(),
             local_version: hash(manifest().toplevel.as_ref().unwrap()),
             remote_version: hash(heartbeat.system.as_ref().unwrap()),
@@ -301,7 +333,11 @@ mod tests {
             ("e", shown(same, HostState::UpToDate, "")),
         ];
         let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();
+        let rollout = "roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet resume, or abort";
+        let hosts = Shown { rollout: Some(rollout.into()), stopped: true, hosts };
         let expected = "\
+roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet
+resume, or abort
 5 hosts: 1 failing; 1 not in repository; 1 auto updated; 2 up to date
 HOST  STATE              HEARD  RUN    PUBLISHED
 c     failing            20 s   1 min  1 min

@@ -11,10 +11,13 @@ use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit};
 use crate::fleet::hub::jobs::parallel;
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::plan::{Member, Plan};
+use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
+use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, push};
 use crate::gather::sorted;
+use crate::names::HostName;
 use crate::nix::profile::set_profile;
 use crate::output::print;
 use crate::system;
@@ -63,7 +66,9 @@ impl Fleet<'_> {
         collect::take_in(&self.hub, wanted, None)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
-        let manner = self.manner(repository.commit());
+        let manner = self.manner(repository.commit())?;
+        let waves = manner.waves.then(|| self.waves(&hosts, !found || !wanted.is_empty())).transpose()?;
+        let members = Mutex::new(vec![None; hosts.len()]);
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let json = self.arguments.has("--json");
@@ -80,22 +85,33 @@ impl Fleet<'_> {
         let results = Mutex::new(Vec::new());
         let well = self.each(&repository, &hosts, |host, say| {
             let released = publish::deploy(&self.hub, &repository, host, &manner, say);
-            let (state, rest) = match &released {
-                Ok(Some((sequence, _))) => ("published", format!("\"release\": {sequence}")),
-                Ok(None) => {
-                    let there = self.hub.valid_manifest(&host.name).ok().flatten();
-                    let there = there.map_or("null".into(), |(manifest, _)| manifest.release.sequence.to_string());
-                    ("unchanged", format!("\"release\": {there}"))
-                }
-                Err(error) => ("failed", format!("\"error\": {}", serde_json::to_string(&error.to_string()).unwrap_or_default())),
-            };
-            let result = format!("  \"{}\": {{ \"state\": \"{state}\", {rest} }}", host.name);
-            results.lock().unwrap_or_else(PoisonError::into_inner).push(result);
-            Ok(match released? {
-                None => "unchanged".into(),
-                Some((sequence, what)) => format!("release {sequence} published{what}"),
-            })
+            let mut waits = None;
+            if let (Ok(Placed { member: Some(member), .. }), Some((_, places))) = (&released, &waves) {
+                let place = hosts.iter().position(|other| other.name == host.name).unwrap_or_default();
+                waits = Some(places[place]).filter(|_| member.before.as_ref() != Some(&member.release));
+                let silent_after = self.settings.silence(&host.name).as_secs();
+                let planned = Member { wave: places[place], silent_after, ..member.clone() };
+                members.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(planned);
+            }
+            results.lock().unwrap_or_else(PoisonError::into_inner).push(result(&host.name, &released, waits.is_some()));
+            let said = released?.said;
+            Ok(waits.map_or(said.clone(), |wave| format!("{said}, for wave {}", wave + 1)))
         })?;
+        match waves {
+            Some((waves, _)) => {
+                let members = members.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect();
+                rollout::propose(&self.hub, manner.plan.as_ref(), &manner.origin, waves, members)?;
+                if let Some(line) = Rollout::read(&self.hub)?.map(|rollout| rollout.line(&self.hub)).transpose()?.flatten() {
+                    if json {
+                        log::info!("{line}");
+                    } else {
+                        print(&(line + "\n"))?;
+                    }
+                }
+            }
+            None if wanted.is_empty() => rollout::end(&self.hub, manner.plan.as_ref())?,
+            None => {}
+        }
         if json {
             let results = sorted(results.into_inner().unwrap_or_else(PoisonError::into_inner));
             print(&format!("{{\n{}\n}}\n", results.join(",\n")))?;
@@ -108,7 +124,7 @@ impl Fleet<'_> {
         let _turn = self.hub.turn()?;
         collect::take_in(&self.hub, wanted, None)?;
         let repository = self.repository()?;
-        let manner = self.manner(Provenance::default());
+        let manner = self.manner(Provenance::default())?;
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
         let done = parallel(&hosts, self.arguments.jobs()?, |host| match publish::renew(&self.hub, &repository, host, &manner) {
             Ok(renewed) => print(&renewed.map_or(String::new(), |number| format!("{host}: release {number} published: renewed\n"))).is_ok(),
@@ -120,12 +136,13 @@ impl Fleet<'_> {
         Ok(exit(done.into_iter().all(|well| well)))
     }
 
-    fn manner(&self, origin: Provenance) -> Manner<'_> {
+    pub(super) fn manner(&self, origin: Provenance) -> Result<Manner<'_>> {
         let has = |option| self.arguments.has(option);
         let (key, lasting) = (self.settings.signing_key.as_deref(), self.settings.expires_after);
         let (build, unsigned, memory) = (!has("--no-build"), has("--unsigned"), Memory::new(&self.directory));
         let no_key = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
-        Manner { build, key, unsigned, no_key, lasting, origin, memory }
+        let (holds, plan, waves) = (Plan::holds(&self.hub)?, Plan::read(&self.hub), has("--waves"));
+        Ok(Manner { build, key, unsigned, no_key, lasting, origin, memory, holds, plan, waves })
     }
 }
 
@@ -151,4 +168,25 @@ fn activate(system: &Path, to_last: bool) -> Result<()> {
         system::switch_to(system, "boot", SWITCH, "install the boot loader")?.success()?;
     }
     activated.success()
+}
+
+/// What came of a host, as `--json` shows it.
+fn result(host: &HostName, released: &Result<Placed>, waits: bool) -> String {
+    let (state, rest) = match released {
+        Ok(placed) => {
+            let release = placed.member.as_ref().map_or("null".into(), |member| member.release.sequence.to_string());
+            (
+                if waits {
+                    "waiting"
+                } else if placed.new {
+                    "published"
+                } else {
+                    "unchanged"
+                },
+                format!("\"release\": {release}"),
+            )
+        }
+        Err(error) => ("failed", format!("\"error\": {}", serde_json::to_string(&error.to_string()).unwrap_or_default())),
+    };
+    format!("  \"{host}\": {{ \"state\": \"{state}\", {rest} }}")
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod reports;
+mod rollout;
 mod update;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::{Settings, find};
-use crate::fleet::hub::status::Rows;
+use crate::fleet::hub::status::Shown;
 use crate::fleet::hub::{collect, guide, metrics, page, status};
 use crate::system::now;
 use crate::{files, output};
@@ -30,8 +31,13 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
                                       evaluate, or build; test and switch activate the system of one host, on this
                                       machine or over SSH
-  deploy [--no-build] [--unsigned] [--json] [--jobs N] [HOST...]
-                                      build what has changed, and publish it
+  deploy [--waves] [--no-build] [--unsigned] [--json] [--jobs N] [HOST...]
+                                      build what has changed, and publish it; in the waves of fleet.json
+  deploy --again NUMBER [HOST...]     publish that release again, as it was
+  hold [--for DURATION] [--reason TEXT] [HOST...]
+                                      have nothing new be published for hosts; or no further wave begin
+  resume [HOST...]                    end that; or go on with the roll-out, although hosts have failed
+  abort                               end the roll-out, and publish again what ran before it
   renew [HOST...]                     publish again, as it is, what expires before long
   status [--json|--html FILE] [--wide] [--once] [HOST...]
                                       show the state of the hosts, trouble first; exit with 2 if one is failing, 3 if
@@ -54,10 +60,13 @@ Options:
 ";
 
 /// The options that each command takes besides those that all take.
-const OPTIONS: [(&str, &[&str]); 11] = [
+const OPTIONS: [(&str, &[&str]); 14] = [
     ("init", &[]),
     ("build", &["--jobs", "--target"]),
-    ("deploy", &["--jobs", "--json", "--no-build", "--unsigned"]),
+    ("deploy", &["--again", "--jobs", "--json", "--no-build", "--unsigned", "--waves"]),
+    ("hold", &["--for", "--reason"]),
+    ("resume", &[]),
+    ("abort", &["--unsigned"]),
     ("renew", &["--jobs"]),
     ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
@@ -79,7 +88,7 @@ impl<'a> Arguments<'a> {
         let mut rest = arguments.iter();
         while let Some(&word) = rest.next() {
             let value = match word {
-                "--repository" | "--directory" | "--jobs" | "--target" | "--html" | "--metrics" => {
+                "--repository" | "--directory" | "--jobs" | "--target" | "--html" | "--metrics" | "--again" | "--for" | "--reason" => {
                     rest.next().ok_or("value missing").context(|| format!("understand {word}"))?
                 }
                 _ => "",
@@ -145,7 +154,13 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     match words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
         ["build", ref hosts @ ..] => fleet.build("build", hosts),
-        ["deploy", ref hosts @ ..] => fleet.deploy(hosts),
+        ["deploy", ref hosts @ ..] => match arguments.options.get("--again") {
+            Some(number) => fleet.again(number, hosts),
+            None => fleet.deploy(hosts),
+        },
+        ["hold", ref hosts @ ..] => fleet.hold(hosts),
+        ["resume", ref hosts @ ..] => fleet.resume(hosts),
+        ["abort"] => fleet.abort(),
         ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub collects on its own")),
         ["collect"] => fleet.collect(),
         ["renew", ref hosts @ ..] => fleet.renew(hosts),
@@ -190,14 +205,14 @@ impl Fleet<'_> {
 
     /// Collects, and writes what is to be seen of the hosts: as the hub sees them, who has no repository.
     fn collect(&self) -> Result<ExitCode> {
-        let collected = collect::collect(&self.hub);
+        let collected = collect::collect(&self.hub, true);
         let fleet = status::Known { settings: &self.settings, names: None, memory: Memory::default() };
         let written = status::rows(&self.hub, &fleet, &[]).and_then(|shown| self.write(&shown));
         collected.and(written).map(|()| ExitCode::SUCCESS)
     }
 
     /// Writes the files that are asked for, each in one step.
-    fn write(&self, shown: &Rows) -> Result<()> {
+    fn write(&self, shown: &Shown) -> Result<()> {
         for (option, text) in [("--html", page::page as fn(&_, _) -> _), ("--metrics", metrics::text)] {
             if let Some(file) = self.arguments.options.get(option) {
                 let text: String = text(shown, now());

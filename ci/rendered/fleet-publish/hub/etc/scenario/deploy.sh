@@ -9,8 +9,9 @@ while sleep 5; do
     | (if $ARGS.positional == [] then $hosts | keys else $ARGS.positional end) as $wanted
     | [$wanted[] | $hosts[.].state // "failing"] as $states
     | if .served < $request or .running != null then "building"
-      elif .last.result == "failed" or any($states[]; . == "failing") then "failing"
+      elif .last.result == "failed" or any($states[]; IN("failing", "stopped", "held")) then "failing"
       elif all($states[]; . == "deployed") then "deployed"
+      elif any($states[]; . == "waiting") then "waiting"
       else "published" end' --args -- "$@")
   echo "$state"
   case $state in deployed) exit 0 ;; failing) exit 1 ;; esac

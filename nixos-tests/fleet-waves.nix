@@ -1,0 +1,50 @@
+# Roll-outs in waves: on a hub that publishes by itself, and by hand, there and from elsewhere.
+let
+  inherit (import ./fleet-machines.nix) host hub;
+  keys = import ./fleet-keys.nix;
+in
+{
+  # what decides here is what the hub notes of its hosts, and the same everywhere
+  onlyHosts = true;
+  nodes.hub = {
+    imports = [
+      (hub [
+        "db"
+        "plain"
+        "web"
+      ])
+    ];
+    services.ekiben = {
+      hub = {
+        publishers = [ keys.publisher.public ];
+        # when the script says so
+        reports.interval = "1h";
+        metrics = "/var/lib/ekiben-hub-metrics/fleet.prom";
+        publish = {
+          enable = true;
+          dates = null;
+          signingKeyFile = "/root/signer";
+          parallel = 1;
+          waves = [
+            {
+              hosts = [ "@canaries" ];
+              soak = "3s";
+            }
+            { hosts = [ "web" ]; }
+          ];
+        };
+      };
+      webhook = {
+        enable = true;
+        projects.fleet = {
+          tokenFile = "/etc/scenario/token-ci";
+          instance = "publish";
+        };
+      };
+    };
+    environment.etc."scenario/publisher".text = keys.publisher.private;
+  };
+  nodes.db = host "db";
+  nodes.plain = host "plain";
+  nodes.web = host "web";
+}

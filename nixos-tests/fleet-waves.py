@@ -1,0 +1,306 @@
+start_all()
+HOSTS = {"db": db, "plain": plain, "web": web}
+DIRECTORY = "/var/lib/ekiben-hub"
+ASK = "curl -fsS -H 'Authorization: Bearer token-ci-0123456789' http://127.0.0.1:8787/ekiben"
+NOTED = f"{DIRECTORY}/received/rollout.json"
+
+
+def push(message, trouble="none", hosts=tuple(HOSTS)):
+    """Changes hosts, `db` so that it has trouble, and has the hub publish that; returns what their systems say then."""
+    content = {name: change_hosts(hub, name, trouble if name == "db" else "none") for name in hosts}
+    hub.succeed(as_deploy(f"cd /srv/fleet; git add --all; git commit -qm {shlex.quote(message)}"))
+    ended = run(hub, "publish")
+    assert ended["result"] == "deployed", ended
+    return content
+
+
+def collect():
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+
+
+def manifests():
+    """What each host can fetch."""
+    text = hub.succeed(f"for host in {' '.join(HOSTS)}; do jq -r .manifest {DIRECTORY}/hosts/$host/release/manifest.json; done")
+    return {shown["host"]: shown for shown in map(json.loads, text.splitlines())}
+
+
+def numbers():
+    return {name: shown["sequence"] for name, shown in manifests().items()}
+
+
+def renewed(before):
+    """Who can fetch something else than before."""
+    return {name for name, number in numbers().items() if number != before[name]}
+
+
+def told():
+    """How hosts stand, as a CI job is told."""
+    return {name: host["state"] for name, host in json.loads(hub.succeed(ASK))["hosts"].items()}
+
+
+def stands():
+    """Where the roll-out stands; nothing if that is at its end."""
+    line = hub.execute(fleet("status --once"))[1].splitlines()[0]
+    return line if line.startswith("roll-out") else ""
+
+
+def noted():
+    return json.loads(hub.succeed(f"cat {NOTED}"))
+
+
+def soak(machine):
+    """Has a host be healthy for as long as it has to."""
+    collect()
+    since = noted()["since"][machine.name]
+    hub.wait_until_succeeds(f"test $(date +%s) -gt {since + 3}")
+    poll(machine)
+    collect()
+
+
+def follow_all():
+    """Has all hosts poll, and the hub go on, until there is nothing more to do."""
+    poll(db)
+    soak(db)
+    for machine in (web, plain):
+        poll(machine)
+        collect()
+    assert stands() == "", stands()
+
+
+with subtest("a fleet is set up"):
+    settings = found_fleet(hub, {db: "db", plain: "plain", web: "web"}) | {"groups": {"canaries": ["db"]}}
+    hub.succeed("install -m 600 /etc/scenario/signer /root/signer")
+    hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/fleet"))
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
+    for name in HOSTS:
+        write(hub, f"/srv/fleet/hosts/{name}/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.{name} = {system(name)}; }}; }}")
+
+with subtest("all is signed at once, and offered wave by wave, when the hosts before have been healthy for long enough"):
+    content = push("first")
+    commit = hub.succeed(as_deploy("git -C /srv/fleet rev-parse HEAD")).strip()
+    assert states(hub) == {"db": "new machine", "web": "waiting for wave 2", "plain": "waiting for wave 3"}, states(hub)
+    assert told() == {"db": "published", "web": "waiting", "plain": "waiting"}, told()
+    assert json.loads(hub.succeed(ASK))["hosts"]["plain"]["wave"] == 3
+    shown = json.loads(hub.succeed(f"cat {DIRECTORY}/rollout/plan.json"))
+    signed = {host["host"]: host["release"]["sequence"] for host in shown["hosts"]}
+    assert stands() == f"roll-out of {commit[:12]}: wave 1 of 3: 0 of 1 healthy, 1 silent or held", stands()
+    assert poll(db)["result"] == "deployed"
+    collect()
+    assert "wave 1 of 3: 1 of 1 healthy" in stands() and "soaks until" in stands(), stands()
+    assert json.loads(hub.execute(fleet("status --json"))[1])["web"]["wave"] == 2
+    # what has been heard once is no proof
+    hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since']['db'] + 3}")
+    collect()
+    assert told() == {"db": "deployed", "web": "waiting", "plain": "waiting"}, told()
+    poll(db)
+    collect()
+    assert states(hub) == {"db": "up to date", "web": "new machine", "plain": "waiting for wave 3"}, states(hub)
+    assert poll(web)["result"] == "deployed"
+    collect()
+    assert "3 of 3" in stands() and poll(plain)["result"] == "deployed"
+    collect()
+    assert stands() == "" and set(told().values()) == {"deployed"}, stands()
+    assert numbers() == signed and {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+    assert hub.succeed(f"ls {DIRECTORY}/hosts/*/release | grep next || true") == ""
+    # nothing new: nothing begins anew
+    assert run(hub, "publish")["result"] == "unchanged"
+    assert numbers() == signed and stands() == ""
+    assert "first" in hub.succeed(fleet("history plain"))
+
+with subtest("a canary that rolls back stops it, for all to see, until somebody has it go on"):
+    before = numbers()
+    push("bad for the canary", trouble="activation")
+    assert renewed(before) == {"db"} and poll(db)["result"] == "rolledBack"
+    collect()
+    assert "stopped in wave 1: db is rolled back; ekiben fleet resume, or abort" in stands(), stands()
+    assert told() == {"db": "failing", "web": "stopped", "plain": "stopped"} and hub.execute(fleet("status --once"))[0] == 2
+    assert "ekiben_rollout_stopped{} 1" in hub.succeed("cat /var/lib/ekiben-hub-metrics/fleet.prom")
+    assert "The roll-out of" in hub.succeed("journalctl --sync; journalctl -q -u ekiben-hub-collect -o cat")
+    # neither time nor another run has it go on
+    assert run(hub, "publish")["result"] == "unchanged"
+    collect()
+    assert renewed(before) == {"db"}
+    assert "goes on" in hub.succeed(fleet("resume"))
+    collect()
+    assert renewed(before) == {"db", "web"}, stands()
+
+with subtest("what is pushed next takes its place"):
+    before = numbers()
+    content = push("mended")
+    assert renewed(before) == {"db"} and told()["plain"] == "waiting" and "wave 1 of 3" in stands(), stands()
+    assert hub.succeed(f"ls {DIRECTORY}/hosts/plain/release | grep -c next").strip() == "1"
+    follow_all()
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+
+with subtest("a canary that dies when it has deployed, or that runs something else after a reboot, stops it, too"):
+    before = numbers()
+    push("the canary dies")
+    assert poll(db)["result"] == "deployed"
+    collect()
+    hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
+    collect()
+    assert "stopped in wave 1: db has been silent since it has got the release" in stands() and renewed(before) == {"db"}, stands()
+    old = running(db)
+    push("the canary boots something else")
+    assert poll(db)["result"] == "deployed"
+    collect()
+    assert "1 of 1 healthy" in stands(), stands()
+    new = running(db)
+    db.succeed(f"nix-env --profile {PROFILE} --set {old}; {old}/bin/switch-to-configuration switch")
+    assert poll(db)["result"] == "drifted"
+    collect()
+    assert "stopped in wave 1: db is drifted" in stands() and renewed(before) == {"db"}, stands()
+    db.succeed(f"nix-env --profile {PROFILE} --set {new}; {new}/bin/switch-to-configuration switch")
+    poll(db)
+    hub.succeed(fleet("resume"))
+    follow_all()
+
+with subtest("a canary that does not build is no canary: the others wait until somebody says so"):
+    before = numbers()
+    for name in HOSTS:
+        change_hosts(hub, name, "build" if name == "db" else "none")
+    hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm broken"))
+    assert run(hub, "publish")["result"] == "partly"
+    collect()
+    assert "none of its hosts could be published" in stands() and renewed(before) == set(), stands()
+    content = push("mended again")
+    follow_all()
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+
+with subtest("hosts can be held, and the roll-out itself"):
+    before = numbers()
+    assert "held by deploy: audit" in hub.succeed(fleet("hold --reason audit web"))
+    content = push("held")
+    assert states(hub)["web"] == "waiting for wave 2, held" and told()["web"] == "held", states(hub)
+    poll(db)
+    soak(db)
+    # its wave waits for none
+    assert "wave 2" in stands() and renewed(before) == {"db"}, stands()
+    hub.succeed(fleet("hold --for 2h @canaries"), fleet("resume @canaries"), fleet("hold"), fleet("resume web"))
+    collect()
+    assert "held by deploy; ekiben fleet resume" in stands() and renewed(before) == {"db"}, stands()
+    hub.succeed(fleet("resume"))
+    collect()
+    assert renewed(before) == {"db", "web"}
+    follow_all()
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+    # nor is anything published for them by hand
+    hub.succeed(fleet("hold plain"))
+    change_hosts(hub, "plain")
+    before = numbers()
+    assert "plain: held by deploy" in hub.succeed(fleet("deploy plain")) and renewed(before) == set()
+    hub.succeed(fleet("resume plain"))
+
+with subtest("abort has all who got the new release go back to what they ran before, by a new number"):
+    good, before = {name: shows(machine, "app") for name, machine in HOSTS.items()}, numbers()
+    push("bad for all")
+    poll(db)
+    soak(db)
+    assert renewed(before) == {"db", "web"} and poll(web)["result"] == "deployed"
+    collect()
+    new = numbers()
+    said = hub.succeed(fleet("abort"))
+    assert f"{before['web']} again" in said and "plain" not in said.replace("plain: release", ""), said
+    after = numbers()
+    assert stands() == "" and after["web"] > new["web"] and after["db"] > new["db"], after
+    follow = {name: poll(HOSTS[name])["result"] for name in ("db", "web")}
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == good | {"plain": shows(plain, "app")}, follow
+    collect()
+    assert numbers() == after and "none is under way" in hub.fail(fleet("abort"))
+
+with subtest("a release can be published again, as long as there is its archive"):
+    commits = [shown["manifest"] for shown in json.loads(hub.succeed(fleet("history --json db")))]
+    first = commits[-1]
+    said = hub.fail(fleet(f"deploy --again {first['sequence']} db"))
+    assert f"its archive is gone; check out commit {first['commit']}, and deploy" in said, said
+    last = next(shown for shown in commits if shown["id"] != commits[0]["id"])
+    said = hub.succeed(fleet(f"deploy --again {last['sequence']} db"))
+    assert f"{last['sequence']} again, of {last['commit'][:12]}" in said and manifests()["db"]["id"] == last["id"], said
+    # nobody who only has the hub can have it sign something
+    hub.succeed(f"sed -i 's/{last['sha256']}/{'0' * 64}/' {DIRECTORY}/received/db/history")
+    assert "not known to be signed with the signingKey" in hub.fail(fleet(f"deploy --again {last['sequence']} db"))
+    assert "no host has had it" in hub.fail(fleet("deploy --again 5"))
+
+with subtest("by hand, also from elsewhere: the silent hold up nothing unless they shall, and some may fail"):
+    key = hub.succeed("ssh-keygen -y -f /etc/ssh/ssh_host_ed25519_key").strip()
+    hub.succeed(as_deploy(f"install -D -m 600 /etc/scenario/publisher ~/.ssh/id_ed25519; echo {shlex.quote(f'localhost {key}')} > ~/.ssh/known_hosts"))
+    assert "fleet.json has no waves" in hub.fail(fleet("deploy --waves"))
+    elsewhere = "sftp://ekiben-publisher@localhost"
+    for number, (directory, waves, poll_first, begun) in enumerate((
+        (DIRECTORY, [{"hosts": ["db", "web"]}, {"hosts": ["*"]}], [web], True),
+        (elsewhere, [{"hosts": ["db", "web"], "waitForSilent": True}, {"hosts": ["*"]}], [web], False),
+        (elsewhere, [{"hosts": ["db", "web"], "mayFail": 1}, {"hosts": ["*"]}], [db, web], True),
+        (DIRECTORY, [{"hosts": ["db", "web"], "soak": 3600}, {"hosts": ["*"]}], [db, web], False),
+    )):
+        write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"directory": directory, "waves": waves}))
+        # it has been silent since before, or fails
+        content = {name: change_hosts(hub, name, "activation" if name == "db" and "mayFail" in waves[0] else "none") for name in HOSTS}
+        before = numbers()
+        if db not in poll_first:
+            hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
+        said = hub.succeed(fleet("deploy --waves"))
+        assert "for wave 2" in said and "wave 1 of 2" in said, said
+        collect()
+        assert renewed(before) == {"db", "web"}, said
+        for machine in poll_first:
+            poll(machine)
+        collect()
+        assert (renewed(before) == set(HOSTS)) == begun, stands()
+        if db not in poll_first:
+            assert poll(db)["result"] == "deployed"
+        collect()
+        assert (renewed(before) == set(HOSTS)) == (begun or number == 1), stands()
+    # for one host, at once, and for the others as planned
+    change_hosts(hub, "plain")
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"directory": elsewhere, "waves": waves}))
+    before = numbers()
+    assert "web" not in hub.succeed(fleet("deploy plain")) and renewed(before) == {"plain"} and "wave 1 of 2" in stands()
+    # what is published for all ends it, and what was to follow is gone
+    content = {name: change_hosts(hub, name) for name in HOSTS}
+    hub.succeed(fleet("deploy --waves"))
+    collect()
+    before = numbers()
+    assert "held by" in hub.succeed(fleet("hold")) and "goes on" in hub.succeed(fleet("resume"))
+    said = hub.succeed(fleet("abort"))
+    assert "again" in said and renewed(before) == {"db", "web"} and stands() == "", said
+    hub.succeed(fleet("deploy"))
+    assert stands() == "" and all(poll(machine) for machine in HOSTS.values())
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
+
+with subtest("cut off at any moment, each host has one release or the other, and the roll-out goes on"):
+    # the unit that publishes, when the canary has been offered its release, and that cannot be noted
+    before = numbers()
+    for name in HOSTS:
+        change_hosts(hub, name)
+    hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm killed"))
+    hub.succeed(f"flock {DIRECTORY}/received/db sleep 1000 > /dev/null 2>&1 & echo $! > /tmp/holder", "ekiben trigger publish")
+    hub.wait_until_succeeds(f"jq -r .manifest {DIRECTORY}/hosts/db/release/manifest.json | jq -e '.sequence > {before['db']}'")
+    hub.succeed("systemctl kill --kill-whom main --signal KILL 'ekiben-release-publish@*.service'")
+    wait_until_idle(hub, "publish")
+    hub.succeed("pkill -P $(cat /tmp/holder); kill $(cat /tmp/holder) || true")
+    assert last_run(hub, "publish")["result"] == "failed" and renewed(before) == {"db"}, last_run(hub, "publish")
+    after = numbers()
+    ended = run(hub, "publish")
+    assert ended["result"] == "unchanged" and numbers() == after, ended
+    follow_all()
+    assert renewed(after) == {"web", "plain"}
+    # the one that collects, at each of its calls that put something on the disk or remove it
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"waves": [{"hosts": ["db"]}, {"hosts": ["web"]}]}))
+    calls, killed = "/^(fsync|rename|unlink)", 0
+    for first in (1, 3):
+        content, before = {name: change_hosts(hub, name) for name in HOSTS}, numbers()
+        hub.succeed(fleet("deploy --waves"))
+        signed = {host["host"]: host["release"]["sequence"] for host in json.loads(hub.succeed(f"cat {DIRECTORY}/rollout/plan.json"))["hosts"]}
+        for number, name in enumerate(("db", "web", "plain"), first):
+            assert poll(HOSTS[name])["result"] == "deployed"
+            # what the host has sent has been taken in by this
+            assert stands() != ""
+            strace = f"strace -f -qq -o /dev/null -e 'trace={calls}' -e 'inject={calls}:signal=KILL:when={number}'"
+            killed += hub.execute(fleet(f"collect --directory {DIRECTORY}", prefix=strace))[0] != 0
+            for other, shown in manifests().items():
+                assert shown["sequence"] in (before[other], signed[other]), shown
+                hub.succeed(f"ls {DIRECTORY}/hosts/{other}/release/{shown['id']}.tar.gz")
+            collect()
+        assert stands() == "" and numbers() == signed and {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+    assert killed >= 3, killed

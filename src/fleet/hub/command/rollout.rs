@@ -1,0 +1,142 @@
+//! Roll-outs by hand: what is held, what goes on, and what is published again.
+
+use std::process::ExitCode;
+
+use crate::config::Wave;
+use crate::error::{Context, Error, Result};
+use crate::fleet::Provenance;
+use crate::fleet::hub::command::{Fleet, exit, print};
+use crate::fleet::hub::plan::{self, Holds, OPEN, Plan};
+use crate::fleet::hub::publish::{self, Manner};
+use crate::fleet::hub::repository::{Host, select};
+use crate::fleet::hub::rollout::{self, Rollout};
+use crate::fleet::hub::{collect, history};
+use crate::fleet::temporary::Temporary;
+use crate::names::{HostName, Sequence};
+use crate::run::asker;
+use crate::run::hold::Hold;
+use crate::run::holding;
+use crate::system::now;
+
+impl Fleet<'_> {
+    /// The waves of `fleet.json`, and which host is in which; `some` if there may be other hosts.
+    pub(super) fn waves(&self, hosts: &[Host], some: bool) -> Result<(Vec<Wave>, Vec<usize>)> {
+        if self.settings.waves.is_empty() {
+            return Err("fleet.json has no waves").context(|| "publish in waves".into());
+        }
+        let known: Vec<_> = hosts.iter().map(|host| &host.name).collect();
+        plan::assign(&self.settings.waves, &self.settings.groups, &known, some)
+    }
+
+    /// Has nothing new be published for hosts, or no further wave begin, until that is over.
+    pub(super) fn hold(&self, wanted: &[&str]) -> Result<ExitCode> {
+        let said = |option| self.arguments.options.get(option).copied();
+        let until = said("--for").map(holding::seconds).transpose()?.map_or(OPEN, |span| now() + span);
+        let hold = Hold { since: now(), until, by: asker::this_user(), reason: said("--reason").unwrap_or_default().to_owned() };
+        let how = plan::said(&hold);
+        self.change(wanted, &hold, &|_, _| how.clone())
+    }
+
+    /// Ends that; has a roll-out that was stopped go on, whoever has failed until now.
+    pub(super) fn resume(&self, wanted: &[&str]) -> Result<ExitCode> {
+        let over = Hold { since: 0, until: 0, by: String::new(), reason: String::new() };
+        self.change(wanted, &over, &|holds, rollout| {
+            holds.resumed =
+                rollout.filter(|rollout| rollout.stopped().is_some()).map(|rollout| rollout.progress.stop()).or(holds.resumed.take());
+            "goes on".into()
+        })
+    }
+
+    /// Changes what is held of hosts, or of the roll-out if none are named; says what came of it.
+    fn change(&self, wanted: &[&str], hold: &Hold, done: &dyn Fn(&mut Holds, Option<&Rollout>) -> String) -> Result<ExitCode> {
+        collect::take_in(&self.hub, wanted, None)?;
+        let mut holds = Plan::holds(&self.hub)?;
+        let mut lines = Vec::new();
+        if wanted.is_empty() {
+            let rollout = self.rollout()?;
+            holds.put(None, hold.clone());
+            lines.push(format!("roll-out: {}\n", done(&mut holds, Some(&rollout))));
+        } else {
+            for host in select(self.hub.hosts()?, |name| name, wanted)? {
+                holds.put(Some(&host), hold.clone());
+                lines.push(format!("{host}: {}\n", done(&mut holds, None)));
+            }
+        }
+        self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+        print(&lines.concat())
+    }
+
+    fn rollout(&self) -> Result<Rollout> {
+        let rollout = Rollout::read(&self.hub)?.filter(|rollout| rollout.progress.id != rollout.plan.id || !rollout.progress.done);
+        rollout.ok_or_else(|| Error::new("Failed to find a roll-out: none is under way; name hosts, or see ekiben fleet deploy --waves"))
+    }
+
+    /// Ends the roll-out, and publishes again what hosts have run well before it.
+    pub(super) fn abort(&self) -> Result<ExitCode> {
+        let _turn = self.hub.turn()?;
+        collect::take_in(&self.hub, &[], Some(history::FILE))?;
+        let Rollout { plan, mut holds, .. } = self.rollout()?;
+        let manner = self.manner(Provenance::default())?;
+        // before anything is published: what is cut off in between is done by the next one, and no wave begins meanwhile
+        holds.put(None, Hold { since: now(), until: OPEN, by: asker::this_user(), reason: "abort".into() });
+        self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+        let mut well = true;
+        for member in &plan.hosts {
+            let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release);
+            if sees.as_ref() == Some(&member.release) && member.before != sees {
+                well &= self.publish_again(&member.host, member.good, &manner)?;
+            }
+        }
+        if well {
+            rollout::end(&self.hub, Some(&plan))?;
+            holds.held.retain(|held| held.0.is_some());
+            self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+        }
+        Ok(exit(well))
+    }
+
+    /// Publishes the release of this number again.
+    pub(super) fn again(&self, number: &str, wanted: &[&str]) -> Result<ExitCode> {
+        let number: u64 =
+            number.parse().map_err(|_| Error::new(format!("Failed to understand --again: expected a number, found {number:?}")))?;
+        let number = Sequence::try_from(number).context(|| "understand --again".into())?;
+        let _turn = self.hub.turn()?;
+        collect::take_in(&self.hub, wanted, Some(history::FILE))?;
+        let manner = self.manner(Provenance::default())?;
+        let mut hosts = select(self.hub.hosts()?, |name| name, wanted)?;
+        if wanted.is_empty() {
+            hosts.retain(|host| history::find(&self.hub, host, number).is_ok_and(|found| found.is_some()));
+            if hosts.is_empty() {
+                return Err(Error::new(format!("Failed to find release {number}: no host has had it; see ekiben fleet history")));
+            }
+        }
+        let mut well = true;
+        for host in &hosts {
+            well &= self.publish_again(host, Some(number), &manner)?;
+        }
+        Ok(exit(well))
+    }
+
+    /// The same for one host; whether that went well.
+    fn publish_again(&self, host: &HostName, number: Option<Sequence>, manner: &Manner) -> Result<bool> {
+        let scratch = Temporary::new()?;
+        let publish = || -> Result<String> {
+            let number = number.ok_or("nothing is known to have run there before").context(|| format!("publish for {host}"))?;
+            let found = history::find(&self.hub, host, number)?;
+            let found =
+                found.ok_or_else(|| Error::new(format!("Failed to find release {number} of {host}: see ekiben fleet history {host}")))?;
+            let new = publish::again(&self.hub, &found, manner, &scratch.path().join(host))?;
+            let from = found.manifest.origin.short();
+            let from = if from.is_empty() { from } else { format!(", of {from}") };
+            Ok(format!("release {new} published: {number} again{from}"))
+        };
+        let done = manner.holds.said(host).map_or_else(publish, Ok);
+        match done {
+            Ok(said) => print(&format!("{host}: {said}\n")).map(|_| true),
+            Err(error) => {
+                log::error!("{error}.");
+                Ok(false)
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What is to be rolled out in waves, what people hold, and how far the hub has come: three files, each with one writer, and
+//! replaced in one step. They are read as a stranger's.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Wave;
+use crate::error::{Context, Result};
+use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::{FORMAT, LARGE, Provenance};
+use crate::names::{HostName, Sequence};
+use crate::run::Release;
+use crate::run::hold::{Hold, moment};
+use crate::system::now;
+use crate::{files, json, text};
+
+/// Until when a hold is in force that has no end.
+pub const OPEN: u64 = u64::MAX;
+
+/// One of the three files: what the others are for is empty in it.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Plan {
+    /// [`FORMAT`], of a plan.
+    pub format: u32,
+    /// What tells the plan from all others.
+    pub id: String,
+    /// Which host gets what, and when; and what that is made from.
+    pub origin: Provenance,
+    pub waves: Vec<Wave>,
+    pub hosts: Vec<Member>,
+    /// Hosts for which nothing new is published; none stands for the roll-out.
+    pub held: Vec<(Option<HostName>, Hold)>,
+    /// After which stop it goes on.
+    pub resumed: Option<String>,
+    /// The last wave that has begun.
+    pub wave: usize,
+    /// Since when hosts have been healthy.
+    pub since: BTreeMap<HostName, u64>,
+    /// How often it has been stopped, and why it is.
+    pub stops: usize,
+    pub stopped: Option<String>,
+    /// Whose failures count no more, and how many waves need no host that is well.
+    pub forgiven: Vec<HostName>,
+    pub waived: usize,
+    pub done: bool,
+}
+
+/// What people have asked for.
+pub type Holds = Plan;
+/// How far it has come, as the hub has noted.
+pub type Headway = Plan;
+
+/// A host in it.
+#[derive(Clone, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Member {
+    pub host: HostName,
+    /// In which wave, from 0 on.
+    pub wave: usize,
+    /// What it is to get.
+    pub release: Release,
+    /// In the place of what; of the same, if it has that already.
+    pub before: Option<Release>,
+    /// What it ran well when that was planned.
+    pub good: Option<Sequence>,
+    /// After how many seconds it is silent.
+    pub silent_after: u64,
+}
+
+/// Until when something is held, and by whom.
+pub fn said(hold: &Hold) -> String {
+    let until = if hold.until == OPEN { String::new() } else { format!("until {} ", moment(hold.until)) };
+    text::line(&format!("held {until}{}", hold.why()))
+}
+
+impl Plan {
+    /// Where it is, and what is held.
+    pub fn file(hub: &ServedDirectory) -> PathBuf {
+        hub.rollout().join("plan.json")
+    }
+
+    pub fn holds_file(hub: &ServedDirectory) -> PathBuf {
+        hub.rollout().join("holds.json")
+    }
+
+    /// Reads one of the files; an empty one if it is not there.
+    pub fn read_from(path: &Path) -> Result<Self> {
+        let doing = || format!("read {}", path.display());
+        if !path.exists() {
+            return Ok(Self::default());
+        }
+        json::parse_foreign(&files::read_foreign(path, LARGE).context(doing)?).context(doing)
+    }
+
+    /// What is held; fails if that cannot be read, since something may be.
+    pub fn holds(hub: &ServedDirectory) -> Result<Holds> {
+        Self::read_from(&Self::holds_file(hub))
+    }
+
+    /// The hold of a host that is in force; or of the roll-out.
+    pub fn of(&self, host: Option<&HostName>) -> Option<&Hold> {
+        self.held.iter().find(|held| held.0.as_ref() == host).map(|held| &held.1).filter(|hold| now() < hold.until)
+    }
+
+    /// That a host is held, in words.
+    pub fn said(&self, host: &HostName) -> Option<String> {
+        self.of(Some(host)).map(said)
+    }
+
+    /// Holds a host, or the roll-out, or ends that.
+    pub fn put(&mut self, host: Option<&HostName>, hold: Hold) {
+        self.held.retain(|held| held.0.as_ref() != host && now() < held.1.until);
+        self.held.push((host.cloned(), hold));
+    }
+
+    /// What tells its last stop from others.
+    pub fn stop(&self) -> String {
+        format!("{} {}", self.id, self.stops)
+    }
+
+    /// The one that there is; what is no plan is none.
+    pub fn read(hub: &ServedDirectory) -> Option<Self> {
+        let found = Self::read_from(&Self::file(hub)).inspect_err(|error| log::warn!("{error}.")).ok();
+        found.filter(|plan| plan.format == FORMAT && plan.hosts.iter().all(|member| member.wave < plan.waves.len()))
+    }
+
+    /// What a host is to get.
+    pub fn get(&self, host: &HostName) -> Option<&Member> {
+        self.hosts.iter().find(|member| member.host == *host)
+    }
+
+    /// The number of the wave, from 1 on, that a host waits for, which sees this release.
+    pub fn waits(&self, host: &HostName, sees: Option<&Release>) -> Option<usize> {
+        let member = self.get(host)?;
+        (sees == member.before.as_ref() && sees != Some(&member.release)).then_some(member.wave + 1)
+    }
+
+    /// A new one.
+    pub fn new(origin: Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<Self> {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
+        Ok(Self { format: FORMAT, id: id.trim_end().to_owned(), origin, waves, hosts, ..Self::default() })
+    }
+}
+
+/// In which waves hosts are, in the order of `known`, which are those that there are: who is in none comes last. Of others
+/// nothing is known only if `some` could not be looked at.
+pub fn assign(
+    waves: &[Wave],
+    groups: &BTreeMap<HostName, Vec<HostName>>,
+    known: &[&HostName],
+    some: bool,
+) -> Result<(Vec<Wave>, Vec<usize>)> {
+    let (mut kept, mut places) = (Vec::new(), vec![usize::MAX; known.len()]);
+    let last = Wave { hosts: vec!["*".into()], ..Wave::default() };
+    for wave in waves.iter().chain([&last]) {
+        let (number, mut is_one) = (kept.len(), false);
+        for word in &wave.hosts {
+            let group = word.strip_prefix('@').and_then(|name| groups.iter().find(|(group, _)| ***group == *name));
+            let is_meant = |host: &HostName| word == "*" || **host == **word || group.is_some_and(|(_, hosts)| hosts.contains(host));
+            let mut is_known = word == "*" || group.is_some();
+            for (host, place) in known.iter().zip(&mut places).filter(|(host, _)| is_meant(host)) {
+                is_known |= ***host == **word;
+                is_one |= *place == usize::MAX;
+                *place = number.min(*place);
+            }
+            if !is_known && !some {
+                return Err(format!("there is no host or group {word:?}")).context(|| "understand the waves".into());
+            }
+            is_one |= !is_known;
+        }
+        if is_one {
+            kept.push(wave.clone());
+        }
+    }
+    Ok((kept, places))
+}

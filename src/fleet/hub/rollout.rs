@@ -1,0 +1,533 @@
+//! A roll-out in waves: everything is built and signed at the beginning, and a wave's hosts are offered their releases when
+//! those of the wave before have been healthy for a while.
+//!
+//! Whoever publishes writes the plan, people what is held, and the hub, where nobody else can write, how far it has come: each
+//! file has one writer, and is replaced in one step. The order is: archives and signed manifests, beside those that hosts see;
+//! the plan; then each host's by a rename. What is cut off before the plan changes nothing, after it the hub goes on when it
+//! collects next. A host that has been published for since sees something else than the plan says, and is passed over.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::config::Wave;
+use crate::error::{Context, Result};
+use crate::fleet::hub::history;
+use crate::fleet::hub::host_state::{FAILING, HostState};
+use crate::fleet::hub::plan::{Headway, Holds, Member, Plan, said};
+use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::{Heartbeat, Manifest, Provenance};
+use crate::run::hold::moment;
+use crate::system::now;
+use crate::{files, text};
+
+/// How many of those that have failed are named.
+const NAMED: usize = 3;
+
+/// How a host does with its release.
+#[derive(Debug, PartialEq)]
+pub enum Health {
+    /// It has not been offered it.
+    Waits,
+    /// It has not tried it yet.
+    Pending,
+    /// It has been silent since before, or somebody there has it held.
+    Silent,
+    /// It has fetched it, and has been silent since.
+    Gone,
+    Well,
+    Failed(HostState),
+    /// It is offered something else.
+    Out,
+}
+
+/// A host of a plan, its health, when what that follows from has arrived, and since when it is offered what it is, in seconds since 1970.
+pub type Seen<'a> = (&'a Member, Health, u64, u64);
+
+/// All that there is to know of it.
+pub struct Rollout {
+    pub plan: Plan,
+    pub holds: Holds,
+    pub progress: Headway,
+}
+
+/// Begins to roll out what was placed, in the place of what a plan says, unless that is the same.
+pub fn propose(hub: &ServedDirectory, old: Option<&Plan>, origin: &Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<()> {
+    let is_there = match old {
+        Some(old) => old.waves == waves && old.hosts == hosts,
+        None => hosts.iter().all(|member| member.before.as_ref() == Some(&member.release)),
+    };
+    if is_there { Ok(()) } else { begin(hub, &Plan::new(origin.clone(), waves, hosts)?, old) }
+}
+
+/// Puts a plan in the place of another one, and has the first wave see its releases, if that is here.
+fn begin(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()> {
+    hub.write(&Plan::file(hub), plan)?;
+    supersede(hub, plan, other)?;
+    let holds = Plan::holds(hub)?;
+    if !hub.is_elsewhere() && holds.of(None).is_none() {
+        for member in plan.hosts.iter().filter(|member| member.wave == 0 && holds.of(Some(&member.host)).is_none()) {
+            offer(hub, member)?;
+        }
+    }
+    Ok(())
+}
+
+/// Ends a roll-out.
+pub fn end(hub: &ServedDirectory, plan: Option<&Plan>) -> Result<()> {
+    if plan.is_some() {
+        hub.write(&Plan::file(hub), &Plan::default())?;
+        supersede(hub, &Plan::default(), plan)?;
+    }
+    Ok(())
+}
+
+fn supersede(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()> {
+    for old in other.iter().flat_map(|other| &other.hosts) {
+        if plan.get(&old.host).is_none_or(|new| new.release != old.release) {
+            hub.forget_next(&old.host, &old.release)?;
+        }
+    }
+    Ok(())
+}
+
+/// Has a host see its release, unless it sees something new.
+fn offer(hub: &ServedDirectory, member: &Member) -> Result<()> {
+    let host = &member.host;
+    if !hub.follow(host, &member.release, member.before.as_ref())? {
+        log::warn!("{host} is passed over: what was planned for it has been replaced or removed.");
+    } else if hub.check_ours().is_ok() {
+        history::note_in_turn(hub, host)?;
+    }
+    Ok(())
+}
+
+/// How a host does, by what it is offered since when, and by what it said when.
+pub fn health(
+    member: &Member,
+    offered: Option<(&Manifest, SystemTime)>,
+    heard: Option<(&Heartbeat, SystemTime)>,
+    now: SystemTime,
+) -> Health {
+    let Some((manifest, since)) = offered.filter(|(manifest, _)| manifest.release.sequence >= member.release.sequence) else {
+        let is_as_before = offered.map(|(manifest, _)| &manifest.release) == member.before.as_ref();
+        return if is_as_before { Health::Waits } else { Health::Out };
+    };
+    let age = heard.map(|(heartbeat, arrived)| (heartbeat, now.duration_since(arrived).unwrap_or_default()));
+    let state = HostState::of(Some(manifest), age, Duration::from_secs(member.silent_after), seconds(now));
+    let Some((heartbeat, arrived)) = heard else { return Health::Silent };
+    let has_it =
+        [&heartbeat.running, &heartbeat.seen, &heartbeat.deployed].into_iter().any(|release| release.as_ref() == Some(&manifest.release));
+    match state {
+        HostState::UpToDate | HostState::ExtraRuns | HostState::AutoUpdated => Health::Well,
+        // what it said before is about something else
+        _ if state.trouble() == FAILING && arrived > since => Health::Failed(state),
+        HostState::Silent if has_it => Health::Gone,
+        HostState::Silent => Health::Silent,
+        _ if heartbeat.held.is_some() => Health::Silent,
+        _ => Health::Pending,
+    }
+}
+
+/// Goes on as far as that can be: returns the hosts that are to be offered their releases now.
+pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen<'a>]) -> Vec<&'a Member> {
+    if progress.id != plan.id {
+        // who is healthy stays so
+        *progress = Headway { id: plan.id.clone(), since: std::mem::take(&mut progress.since), ..Headway::default() };
+    }
+    if progress.done {
+        return Vec::new();
+    }
+    let mut is_resumed = progress.stopped.is_some() && holds.resumed.as_ref() == Some(&progress.stop());
+    if is_resumed {
+        progress.stopped = None;
+        progress.waived = progress.wave + 1;
+    }
+    loop {
+        let current = progress.wave;
+        let (mut failed, mut pending, mut well) = (vec![Vec::new(); current + 1], 0, 0);
+        for &(member, ref health, arrived, offered) in seen {
+            let (host, wave) = (&member.host, member.wave);
+            if wave > current || holds.of(Some(host)).is_some() {
+                continue;
+            }
+            // of what it is offered now
+            let since = progress.since.get(host).copied().filter(|since| *since >= offered);
+            let since = since.or_else(|| (*health == Health::Well).then_some(arrived.max(offered)));
+            progress.since.extend(since.map(|since| (host.clone(), since)));
+            let has_soaked = since.is_some_and(|since| arrived >= since.saturating_add(plan.waves[wave].soak));
+            let mut fails = |how: String| {
+                progress.since.insert(host.clone(), 0);
+                if is_resumed {
+                    progress.forgiven.push(host.clone());
+                }
+                if !progress.forgiven.contains(host) {
+                    failed[wave].push(format!("{host} {how}"));
+                }
+            };
+            match health {
+                Health::Failed(state) => fails(format!("is {state}")),
+                Health::Gone if !has_soaked => fails("has been silent since it has got the release".into()),
+                Health::Well | Health::Gone if has_soaked => well += usize::from(wave == current),
+                Health::Silent if !plan.waves[wave].wait_for_silent => {}
+                Health::Out => {}
+                _ => pending += usize::from(wave == current),
+            }
+        }
+        is_resumed = false;
+        let takes_part = plan.hosts.iter().any(|member| member.wave == current);
+        let too_many = failed.iter().enumerate().find(|(wave, failed)| failed.len() > plan.waves[*wave].may_fail);
+        let why = match too_many {
+            Some((wave, failed)) => {
+                let more = if failed.len() > NAMED { format!(", and {} more", failed.len() - NAMED) } else { String::new() };
+                Some(format!("wave {}: {}{more}", wave + 1, failed[..failed.len().min(NAMED)].join(", ")))
+            }
+            None if !takes_part && progress.waived <= current => {
+                Some(format!("wave {}: none of its hosts could be published", current + 1))
+            }
+            None => None,
+        };
+        if let (Some(why), None) = (why, &progress.stopped) {
+            progress.stopped = Some(why);
+            progress.stops += 1;
+        }
+        if progress.stopped.is_some() || holds.of(None).is_some() {
+            return Vec::new();
+        }
+        let is_next =
+            |(member, health, ..): &&Seen| *health == Health::Waits && member.wave <= current && holds.of(Some(&member.host)).is_none();
+        let next: Vec<_> = seen.iter().filter(is_next).map(|seen| seen.0).collect();
+        if !next.is_empty() || pending > 0 || well == 0 && progress.waived <= current {
+            return next;
+        }
+        if current + 1 == plan.waves.len() {
+            progress.done = true;
+            return Vec::new();
+        }
+        progress.wave += 1;
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Begins the next wave if it is time for that; the hub does, each time that it has collected.
+pub fn advance(hub: &ServedDirectory) -> Result<()> {
+    // whoever publishes may be about to replace the plan
+    let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
+    let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)? else { return Ok(()) };
+    let text = |progress: &Headway| serde_json::to_vec_pretty(progress).context(|| "write how far the roll-out has come".into());
+    let (before, was_stopped) = (text(&progress)?, progress.stopped.is_some());
+    let seen = seen(hub, &plan)?;
+    let next = step(&plan, &holds, &mut progress, &seen);
+    let after = text(&progress)?;
+    if after != before {
+        if let Some(why) = progress.stopped.as_ref().filter(|_| !was_stopped) {
+            log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
+        }
+        let path = Rollout::file(hub);
+        files::write(&path, &after, 0o644).context(|| format!("write {}", path.display()))?;
+    }
+    next.into_iter().try_for_each(|member| offer(hub, member))
+}
+
+/// How all hosts of a plan do.
+fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> {
+    let served = hub.hosts()?;
+    let look = |member: &'a Member| -> Result<Seen<'a>> {
+        let host = &member.host;
+        let manifest = hub.manifest(host)?.and_then(Result::ok).map(|(manifest, _)| manifest);
+        let heard = hub.heartbeat(host)?;
+        let heard = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, *arrived));
+        let offered = manifest.as_ref().zip(hub.changed(host)?);
+        let health = health(member, offered, heard, SystemTime::now());
+        Ok((member, health, heard.map_or(0, |(_, arrived)| seconds(arrived)), offered.map_or(0, |(_, changed)| seconds(changed))))
+    };
+    let mut all = Vec::new();
+    for member in plan.hosts.iter().filter(|member| served.contains(&member.host)) {
+        // what cannot be read holds up its wave, and no other host
+        all.push(look(member).unwrap_or_else(|error| {
+            log::warn!("{error}.");
+            (member, Health::Pending, 0, 0)
+        }));
+    }
+    Ok(all)
+}
+
+impl Rollout {
+    /// Where the hub notes how far it has come.
+    pub fn file(hub: &ServedDirectory) -> PathBuf {
+        hub.collected().join("rollout.json")
+    }
+
+    /// The one that has been begun last, if nothing has been published since for all hosts at once.
+    pub fn read(hub: &ServedDirectory) -> Result<Option<Self>> {
+        let Some(plan) = Plan::read(hub) else { return Ok(None) };
+        let progress = Headway::read_from(&Self::file(hub))?;
+        Ok(Some(Self { plan, holds: Plan::holds(hub)?, progress }))
+    }
+
+    /// Why it goes on no further, unless it does.
+    pub fn stopped(&self) -> Option<&String> {
+        self.progress.stopped.as_ref().filter(|_| self.progress.id == self.plan.id)
+    }
+
+    /// Where it stands, in a line; none if it is at its end.
+    pub fn line(&self, hub: &ServedDirectory) -> Result<Option<String>> {
+        let Self { plan, holds, progress } = self;
+        let is_of_plan = progress.id == plan.id;
+        if is_of_plan && progress.done {
+            return Ok(None);
+        }
+        let (wave, all) = (if is_of_plan { progress.wave } else { 0 }, plan.waves.len());
+        let seen = seen(hub, plan)?;
+        let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
+        let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
+        let ready = ours().filter_map(|(member, ..)| progress.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
+        let stands = match (self.stopped(), holds.of(None)) {
+            (Some(why), _) => format!("stopped in {why}; ekiben fleet resume, or abort"),
+            (None, Some(hold)) => format!("wave {} of {all}: {}; ekiben fleet resume, or abort", wave + 1, said(hold)),
+            (None, None) => {
+                let (well, silent) = (count(&[Health::Well]), count(&[Health::Silent, Health::Gone]));
+                let silent = if silent > 0 { format!(", {silent} silent or held") } else { String::new() };
+                let soaks = ready.filter(|ready| *ready > now() && count(&[Health::Waits, Health::Pending]) == 0);
+                let soaks = soaks.map_or(String::new(), |ready| format!("; soaks until {}", moment(ready)));
+                format!("wave {} of {all}: {well} of {} healthy{silent}{soaks}", wave + 1, ours().count())
+            }
+        };
+        let origin = plan.origin.short();
+        let of = if origin.is_empty() { String::new() } else { format!(" of {origin}") };
+        Ok(Some(text::line(&format!("roll-out{of}: {stands}"))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::hub::host_state::tests::{heartbeat, last, manifest, release};
+    use crate::fleet::{FORMAT, hub::plan::assign};
+    use crate::names::HostName;
+    use crate::run::Outcome;
+    use crate::run::hold::Hold;
+
+    fn name(name: &str) -> HostName {
+        name.try_into().unwrap()
+    }
+
+    fn wave(hosts: &[&str], soak: u64, may_fail: usize, wait_for_silent: bool) -> Wave {
+        Wave { hosts: hosts.iter().map(ToString::to_string).collect(), soak, may_fail, wait_for_silent }
+    }
+
+    fn member(host: &str, wave: usize) -> Member {
+        Member { host: name(host), wave, release: release(2), before: Some(release(1)), good: None, silent_after: 100 }
+    }
+
+    fn hold() -> Hold {
+        Hold { since: 0, until: u64::MAX, by: "alice".into(), reason: String::new() }
+    }
+
+    /// A plan, and what has become of it.
+    struct Story {
+        plan: Plan,
+        holds: Holds,
+        progress: Headway,
+        /// Since when all are offered what they are.
+        offered: u64,
+    }
+
+    impl Story {
+        fn new(waves: &[Wave], hosts: &[(&str, usize)]) -> Self {
+            let hosts = hosts.iter().map(|(host, wave)| member(host, *wave)).collect();
+            let plan = Plan { format: FORMAT, id: "x".into(), waves: waves.to_vec(), hosts, ..Plan::default() };
+            Self { plan, holds: Holds::default(), progress: Headway::default(), offered: 1 }
+        }
+
+        /// Who is offered something, by how hosts do, and by when that arrived.
+        fn step(&mut self, seen: &[(&str, Health, u64)]) -> String {
+            let members: Vec<_> = seen.iter().map(|(host, ..)| self.plan.get(&name(host)).unwrap().clone()).collect();
+            let clone = |health: &Health| match health {
+                Health::Failed(state) => Health::Failed(*state),
+                Health::Waits => Health::Waits,
+                Health::Pending => Health::Pending,
+                Health::Silent => Health::Silent,
+                Health::Gone => Health::Gone,
+                Health::Well => Health::Well,
+                Health::Out => Health::Out,
+            };
+            let seen: Vec<_> =
+                members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, clone(health), *arrived, self.offered)).collect();
+            let next = step(&self.plan, &self.holds, &mut self.progress, &seen);
+            next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
+        }
+
+        fn stopped(&self) -> &str {
+            self.progress.stopped.as_deref().unwrap_or_default()
+        }
+    }
+
+    use Health::{Failed, Gone, Out, Pending, Silent, Waits, Well};
+    use HostState::RolledBack;
+
+    #[test]
+    fn a_wave_begins_when_all_of_the_one_before_have_been_healthy_for_so_long() {
+        let mut story = Story::new(&[wave(&["a", "b"], 10, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("b", 0), ("c", 1)]);
+        assert_eq!(story.step(&[("a", Waits, 5), ("b", Waits, 5), ("c", Waits, 5)]), "a b");
+        assert_eq!(story.step(&[("a", Pending, 6), ("b", Pending, 6), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 20), ("b", Pending, 6), ("c", Waits, 5)]), "");
+        // one has been for long enough, the other just now, and what has been heard once is no proof
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 30), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 39), ("c", Waits, 5)]), "");
+        // what is told again and again does not move the beginning
+        assert_eq!(story.step(&[("a", Gone, 30), ("b", Well, 40), ("c", Waits, 5)]), "c");
+        assert!(!story.progress.done);
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Pending, 50)]), "");
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Well, 60)]), "");
+        assert!(story.progress.done);
+    }
+
+    #[test]
+    fn who_fails_stops_it_until_somebody_has_it_go_on() {
+        let waves = [wave(&["a"], 10, 0, false), wave(&["b"], 10, 0, false), wave(&["*"], 0, 0, false)];
+        for (how, said) in
+            [(Failed(RolledBack), "wave 1: a is rolled back"), (Gone, "wave 1: a has been silent since it has got the release")]
+        {
+            let mut story = Story::new(&waves, &[("a", 0), ("b", 1), ("c", 2)]);
+            story.step(&[("a", Well, 20), ("b", Waits, 5), ("c", Waits, 5)]);
+            assert_eq!(story.step(&[("a", how, 25), ("b", Waits, 5), ("c", Waits, 5)]), "");
+            assert_eq!(story.stopped(), said);
+            // to be well again is not enough
+            assert_eq!(story.step(&[("a", Well, 26), ("b", Waits, 5), ("c", Waits, 5)]), "");
+            assert_eq!(story.step(&[("a", Well, 40), ("b", Waits, 5), ("c", Waits, 5)]), "");
+            // neither is what was said of another stop, or of another plan
+            for odd in ["x 0", "y 1"] {
+                story.holds.resumed = Some(odd.into());
+                assert_eq!(story.step(&[("a", Failed(RolledBack), 40), ("b", Waits, 5), ("c", Waits, 5)]), "");
+            }
+            story.holds.resumed = Some("x 1".into());
+            assert_eq!(story.step(&[("a", Failed(RolledBack), 40), ("b", Waits, 5), ("c", Waits, 5)]), "b");
+            // that counted for the failures until then
+            assert_eq!(story.step(&[("a", Failed(RolledBack), 50), ("b", Failed(RolledBack), 50), ("c", Waits, 5)]), "");
+            assert_eq!((story.stopped(), story.progress.stops), ("wave 2: b is rolled back", 2));
+        }
+        // of a wave that is over as well, before the next one
+        let mut story = Story::new(&waves, &[("a", 0), ("b", 1), ("c", 2)]);
+        story.step(&[("a", Well, 20), ("b", Waits, 5), ("c", Waits, 5)]);
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Waits, 5), ("c", Waits, 5)]), "b");
+        assert_eq!(story.step(&[("a", Failed(RolledBack), 45), ("b", Well, 45), ("c", Waits, 5)]), "");
+        assert_eq!(story.stopped(), "wave 1: a is rolled back");
+    }
+
+    #[test]
+    fn some_may_fail_and_the_silent_hold_up_nothing_unless_they_shall() {
+        let hosts = [("a", 0), ("b", 0), ("c", 1)];
+        let mut story = Story::new(&[wave(&["a", "b"], 0, 1, false), wave(&["*"], 0, 0, false)], &hosts);
+        assert_eq!(story.step(&[("a", Failed(RolledBack), 5), ("b", Well, 5), ("c", Waits, 5)]), "c");
+        // none is well
+        let mut story = Story::new(&[wave(&["a", "b"], 0, 1, false), wave(&["*"], 0, 0, false)], &hosts);
+        assert_eq!(story.step(&[("a", Failed(RolledBack), 5), ("b", Silent, 5), ("c", Waits, 5)]), "");
+        assert_eq!(story.stopped(), "");
+        assert_eq!(story.step(&[("a", Failed(RolledBack), 5), ("b", Failed(RolledBack), 5), ("c", Waits, 5)]), "");
+        assert_eq!(story.stopped(), "wave 1: a is rolled back, b is rolled back");
+        for (waits, next) in [(false, "c"), (true, "")] {
+            let mut story = Story::new(&[wave(&["a", "b"], 0, 0, waits), wave(&["*"], 0, 0, false)], &hosts);
+            assert_eq!(story.step(&[("a", Silent, 5), ("b", Well, 5), ("c", Waits, 5)]), next);
+        }
+        // somebody has published something else for one, and another could not be built
+        let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+        assert_eq!(story.step(&[("a", Out, 5), ("c", Waits, 5)]), "");
+        story.plan.hosts.remove(0);
+        assert_eq!(story.step(&[("c", Waits, 5)]), "");
+        assert_eq!(story.stopped(), "wave 1: none of its hosts could be published");
+        story.holds.resumed = Some("x 1".into());
+        assert_eq!(story.step(&[("c", Waits, 5)]), "c");
+    }
+
+    #[test]
+    fn what_is_held_is_passed_over_and_comes_when_that_is_over() {
+        let mut story = Story::new(&[wave(&["a", "b"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("b", 0), ("c", 1)]);
+        story.holds.put(Some(&name("b")), hold());
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Waits, 5)]), "c");
+        story.holds.held.clear();
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Pending, 5)]), "b");
+        let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+        story.holds.put(None, hold());
+        assert_eq!(story.step(&[("a", Waits, 5), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 5), ("c", Waits, 5)]), "");
+        story.holds.held.clear();
+        assert_eq!(story.step(&[("a", Well, 5), ("c", Waits, 5)]), "c");
+    }
+
+    #[test]
+    fn another_plan_begins_anew_and_knows_who_is_healthy_on_the_same_release() {
+        let mut story = Story::new(&[wave(&["a"], 10, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+        story.step(&[("a", Well, 5), ("c", Waits, 5)]);
+        story.step(&[("a", Failed(RolledBack), 6), ("c", Waits, 5)]);
+        assert!(!story.stopped().is_empty());
+        story.plan.id = "y".into();
+        assert_eq!(story.step(&[("a", Well, 20), ("c", Waits, 5)]), "");
+        story.plan.id = "z".into();
+        assert_eq!(story.step(&[("a", Well, 30), ("c", Waits, 5)]), "c");
+        story.plan.id = "another release".into();
+        story.offered = 45;
+        assert_eq!(story.step(&[("a", Well, 50), ("c", Waits, 5)]), "");
+    }
+
+    #[test]
+    fn how_a_host_does_follows_from_what_it_said_since_it_was_offered_that() {
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let offered = |sequence: u64| Manifest { release: release(sequence), expires: None, ..manifest() };
+        let of = |sees: Option<u64>, heard: Option<(&Heartbeat, u64)>| {
+            let (sees, heard) = (sees.map(offered), heard.map(|(beat, arrived)| (beat, at(arrived))));
+            health(&member("web", 0), sees.as_ref().map(|sees| (sees, at(1060))), heard, at(1150))
+        };
+        let failed = |number| Heartbeat { last: Some(last(Some(release(number)), Outcome::RolledBack)), ..heartbeat(1) };
+        let refused = Heartbeat { refused: Some("x".into()), ..heartbeat(1) };
+        for (expected, sees, heard, arrived) in [
+            (Waits, Some(1), heartbeat(1), 1100),
+            (Waits, Some(1), failed(1), 1100),
+            (Out, None, heartbeat(1), 1100),
+            (Pending, Some(2), heartbeat(1), 1100),
+            (Well, Some(2), heartbeat(2), 1100),
+            (Failed(RolledBack), Some(2), failed(2), 1100),
+            (Pending, Some(2), failed(1), 1100),
+            // before it could see it
+            (Pending, Some(2), refused.clone(), 1060),
+            (Failed(HostState::Refusing), Some(2), refused, 1100),
+            // silent, with and without it
+            (Silent, Some(2), heartbeat(1), 1049),
+            (Gone, Some(2), heartbeat(2), 1049),
+            (Gone, Some(2), Heartbeat { seen: Some(release(2)), ..heartbeat(1) }, 1049),
+            (Silent, Some(2), Heartbeat { held: Some(hold()), ..heartbeat(1) }, 1100),
+            // a later one is as good
+            (Well, Some(3), heartbeat(3), 1100),
+            (Pending, Some(3), heartbeat(2), 1100),
+        ] {
+            assert_eq!(of(sees, Some((&heard, arrived))), expected, "{heard:?} {arrived}");
+        }
+        assert_eq!(of(Some(2), None), Silent);
+    }
+
+    #[test]
+    fn hosts_are_in_the_first_wave_that_names_them() {
+        let known = ["a", "b", "c", "d"].map(name);
+        let groups = [(name("laptops"), vec![name("b"), name("a")]), (name("none"), vec![])].into_iter().collect();
+        let places = |waves: &[&[&str]], some| {
+            let waves: Vec<_> = waves.iter().map(|hosts| wave(hosts, 0, 0, false)).collect();
+            let known: Vec<_> = known.iter().collect();
+            let assigned = assign(&waves, &groups, &known, some).map_err(|error| error.to_string())?;
+            let text: Vec<_> = known.iter().zip(&assigned.1).map(|(host, wave)| format!("{host}{wave}")).collect();
+            Ok::<_, String>((assigned.0.len(), text.join(" ")))
+        };
+        let of = |count: usize, text: &str| Ok((count, text.to_owned()));
+        assert_eq!(places(&[], false), of(1, "a0 b0 c0 d0"));
+        assert_eq!(places(&[&["c"], &["@laptops", "c"], &["*"]], false), of(3, "a1 b1 c0 d2"));
+        assert_eq!(places(&[&["*"], &["c"]], false), of(1, "a0 b0 c0 d0"));
+        // those that are in none come last, and a wave of nobody is none
+        assert_eq!(places(&[&["@none"], &["c"]], false), of(2, "a1 b1 c0 d1"));
+        // what is misspelt, or removed, must not have all the others get it at once
+        assert!(places(&[&["canary"], &["*"]], false).unwrap_err().contains("no host or group \"canary\""));
+        assert!(places(&[&["@canaries"], &["*"]], false).is_err());
+        // nor must what could not be looked at
+        assert_eq!(places(&[&["canary"], &["*"]], true), of(2, "a1 b1 c1 d1"));
+    }
+}
