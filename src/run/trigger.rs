@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -85,7 +85,11 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     let interrupt = signals.thread_block().and_then(|()| SignalFd::new(&signals)).context(|| "wait for signals".into())?;
-    let mut log = Program::new("journalctl").args(["--quiet", "--follow", "--lines=0", "--output=cat", "--unit", &unit]).show()?;
+    // it takes a moment to begin, and the run may be sooner
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = format!("--since=@{}.{:06}", since.as_secs(), since.subsec_micros());
+    let log = Program::new("journalctl").args(["--quiet", "--follow", "--no-tail", &since, "--output=cat", "--unit", &unit]);
+    let mut log = log.show()?;
     let ended = ask(&interrupt);
     if let Ok(Waited::Ended(run)) = &ended {
         wait_for_unit(name, run);
