@@ -280,7 +280,7 @@ with subtest("a host is removed: said, and cleaned up after a while"):
     hub.succeed(f"echo '{{\"web\": 1000}}' > {HUB}/hosts/removed.json; systemctl start ekiben-hub-files; "
                 "systemctl start ekiben-hub-collect")
     code, said = status_says("alice")
-    assert code == 0 and said.startswith("1 host: 1 up to date\n") and hub.succeed(f"ls {HUB}/received") == "shop\n", said
+    assert code == 0 and said.startswith("1 host: 1 up to date\n") and hub.succeed(f"cd {HUB}/received; ls -d */") == "shop/\n", said
 
 STATE = "/var/lib/ekiben"
 disks = {

@@ -418,7 +418,8 @@ for name in ("claim", "other.json"):
     attempt(f"remove {name}", lambda: s.request(13, text(f"{release}/{name}")))
 attempt("received", lambda: s.list("received"))
 ''', "ekiben-publisher")
-    assert could.pop("list")[-2:] == ["hosts", "received"] and could.pop("get") == "manifest" and could.pop("received") == [], could
+    assert could.pop("list")[-3:] == ["hosts", "received", "rollout"] and could.pop("get") == "manifest", could
+    assert set(could.pop("received")) <= {"all.json", "rollout.json"}, could
     assert could.pop("link again") == "refused: Failure" and set(could.values()) == {"ok"}, could
     before = served()
     could = sftp(b, r'''
@@ -515,7 +516,8 @@ with subtest("the units of the hub can do what they are for, and nothing else"):
     }, could
     could = take_over(hub, "ekiben-hub-collect", READS, MORE)
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in (*scratch, "/run/lock")))} == {
-        f"write {HUB}/home", f"write {HUB}/received", *(f"write {HUB}/hosts/{host}/{place}" for host in ("a", "b") for place in ("release", "reports")),
+        f"write {HUB}/home", f"write {HUB}/received", f"write {HUB}/rollout",
+        *(f"write {HUB}/hosts/{host}/{place}" for host in ("a", "b") for place in ("release", "reports")),
         f"read {HUB}/hosts/a/reports/heartbeat.json", "remove a report",
     }, could
 
