@@ -16,6 +16,7 @@ use crate::fleet::LARGE;
 use crate::fleet::place::Place;
 use crate::program::Program;
 use crate::program::conversation::Conversation;
+use crate::system;
 use crate::text;
 
 /// What sftp puts before a line that it repeats.
@@ -102,8 +103,8 @@ impl Session {
             .args(["env", "--ignore-signal=XFSZ", "--", "sftp", "-b", "-"])
             .args(arguments)
             .env("LC_ALL", "C");
-        let random = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
-        let mut session = Self { sftp: sftp.talk(Some(file))?, errors, heard: 0, server, mark: format!("# {}", random.trim_end()) };
+        let mark = format!("# {}", system::uuid()?);
+        let mut session = Self { sftp: sftp.talk(Some(file))?, errors, heard: 0, server, mark };
         session.ask("-pwd", &[])?;
         Ok(session)
     }

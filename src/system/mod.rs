@@ -219,6 +219,12 @@ pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
     cancel_jobs(instance, |job| job.kind == "start" && job.state == "waiting")
 }
 
+/// A name that nobody else can know, nor has.
+pub fn uuid() -> Result<String> {
+    const PATH: &str = "/proc/sys/kernel/random/uuid";
+    fs::read_to_string(PATH).context(|| format!("read {PATH}")).map(|uuid| uuid.trim_end().to_owned())
+}
+
 /// Whether the run that begins is the one that [`sort_out_starts`] has follow.
 pub fn was_due(instance: &str) -> bool {
     fs::remove_file(due(instance)).is_ok()

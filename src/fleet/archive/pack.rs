@@ -193,6 +193,8 @@ mod tests {
         fs::File::open(one.join("b c")).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         let origin = Origin::new(&two, None).unwrap();
         let otherwise = files(&two, &origin).unwrap();
+        // in whichever order the directory has them
+        assert!(otherwise.is_sorted());
         assert_eq!(packed(&one, &archive).unwrap(), pack(&two, &otherwise, &origin, &place.path().join("b.tar.gz")).unwrap());
         let unpacked = place.path().join("unpacked");
         unpack(&archive, &unpacked).unwrap();

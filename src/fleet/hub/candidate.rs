@@ -185,7 +185,7 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
             Err(error) => Offered::left_out(&error.to_string()),
             Ok(Placed { member, new, .. }) => {
                 let release = member.as_ref().map(|member| member.release.clone());
-                let waits = member.as_ref().is_some_and(|member| made.wave > 0 && member.before != release);
+                let waits = member.as_ref().is_some_and(|member| made.wave > 0 && member.is_new());
                 let is_held = manner.holds.of(Some(&made.name)).is_some();
                 let (wave, silent_after) = (made.wave, made.silent_after);
                 members.extend(member.map(|member| Member { wave, silent_after, ..member }));

@@ -16,6 +16,7 @@ use ::nix::fcntl::FlockArg;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, rollout, snapshot, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
@@ -43,10 +44,11 @@ const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 /// hub's user, whose all has to be that is collected. `goes_on` is to begin waves whose time has come.
 pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     hub.check_ours()?;
-    let hosts = hub.hosts()?;
+    let (hosts, plan) = (hub.hosts()?, Plan::read(hub));
     // one may have been removed meanwhile
     let is_served = |host| hub.hosts().is_ok_and(|hosts| hosts.contains(host));
-    let mut failed: Vec<_> = hosts.iter().filter_map(|host| collect_host(hub, host).err().filter(|_| is_served(host))).collect();
+    let mut failed: Vec<_> =
+        hosts.iter().filter_map(|host| collect_host(hub, host, plan.as_ref()).err().filter(|_| is_served(host))).collect();
     failed.extend(clean_up(hub, &hosts).err());
     failed.extend(goes_on.then(|| rollout::advance(hub)).and_then(Result::err));
     for error in &failed {
@@ -87,7 +89,7 @@ fn clean_up(hub: &ServedDirectory, served: &[HostName]) -> Result<()> {
     Ok(())
 }
 
-fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
+fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> Result<()> {
     let (reports, received) = (hub.reports(host), hub.received(host));
     let doing = || format!("collect from {}", reports.display());
     fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
@@ -122,7 +124,7 @@ fn collect_host(hub: &ServedDirectory, host: &HostName) -> Result<()> {
     }
     acknowledge(hub, host, &index)?;
     // what is published is not the host's doing
-    history::note(hub, host, true).unwrap_or_else(|error| log::warn!("{error}."));
+    history::note(hub, host, plan, true).unwrap_or_else(|error| log::warn!("{error}."));
     Ok(())
 }
 

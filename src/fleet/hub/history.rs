@@ -54,8 +54,8 @@ pub fn file(hub: &ServedDirectory, host: &HostName) -> PathBuf {
 }
 
 /// Adds what is published for a host, if that is new, and removes what is too old to be published again; whoever does so has
-/// the host's turn. `others` may be about to publish at the same time.
-pub fn note(hub: &ServedDirectory, host: &HostName, others: bool) -> Result<()> {
+/// the host's turn. `plan` is what is rolled out; `others` may be about to publish at the same time.
+pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others: bool) -> Result<()> {
     let file = file(hub, host);
     let doing = || format!("write {}", file.display());
     let Some(changed) = hub.changed(host)? else { return Ok(()) };
@@ -76,7 +76,7 @@ pub fn note(hub: &ServedDirectory, host: &HostName, others: bool) -> Result<()> 
             archives.push(id.clone());
         }
     }
-    archives.extend(Plan::read(hub).and_then(|plan| plan.get(host).map(|member| member.release.id.clone())));
+    archives.extend(plan.and_then(|plan| plan.get(host)).map(|member| member.release.id.clone()));
     hub.tidy(host, &archives, others)?;
     File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).context(doing)
 }
@@ -88,11 +88,11 @@ fn write(file: &Path, kept: &[Noted]) -> Result<()> {
 }
 
 /// The same, when it is its turn.
-pub fn note_in_turn(hub: &ServedDirectory, host: &HostName) -> Result<()> {
+pub fn note_in_turn(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> Result<()> {
     let received = hub.received(host);
     fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;
-    note(hub, host, false)
+    note(hub, host, plan, false)
 }
 
 /// The release of a host that had this number, as it was published last.
@@ -154,7 +154,7 @@ mod tests {
             manifest.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
             let signed = json!({"manifest": manifest.to_string(), "signature": null});
             fs::write(hub.release(&host).join("manifest.json"), signed.to_string()).unwrap();
-            note(&hub, &host, true).unwrap();
+            note(&hub, &host, None, true).unwrap();
         };
         let numbers = || {
             of(&hub, std::slice::from_ref(&host)).unwrap().iter().map(|one| u64::from(one.manifest.release.sequence)).collect::<Vec<_>>()
@@ -178,7 +178,7 @@ mod tests {
         let old = fs::metadata(&manifest).unwrap().modified().unwrap();
         fs::write(&manifest, text).unwrap();
         File::options().append(true).open(&manifest).unwrap().set_modified(old).unwrap();
-        note(&hub, &host, true).unwrap();
+        note(&hub, &host, None, true).unwrap();
         assert_eq!(numbers(), [4, 3, 2, 2]);
         let shown = lines(&of(&hub, std::slice::from_ref(&host)).unwrap());
         assert!(!shown.contains('\u{1b}') && shown.lines().count() == 5, "{shown}");

@@ -13,7 +13,7 @@ use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};
 use crate::run::Release;
 use crate::run::hold::{Hold, moment};
-use crate::system::now;
+use crate::system::{self, now};
 use crate::{files, json, text};
 
 /// Until when a hold is in force that has no end.
@@ -68,6 +68,13 @@ pub struct Member {
     pub good: Option<Sequence>,
     /// After how many seconds it is silent.
     pub silent_after: u64,
+}
+
+impl Member {
+    /// Whether it is to get something else than it had when that was planned.
+    pub fn is_new(&self) -> bool {
+        self.before.as_ref() != Some(&self.release)
+    }
 }
 
 /// Until when something is held, and by whom.
@@ -140,8 +147,7 @@ impl Plan {
 
     /// A new one.
     pub fn new(origin: Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<Self> {
-        let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
-        Ok(Self { format: FORMAT, id: id.trim_end().to_owned(), origin, waves, hosts, ..Self::default() })
+        Ok(Self { format: FORMAT, id: system::uuid()?, origin, waves, hosts, ..Self::default() })
     }
 }
 

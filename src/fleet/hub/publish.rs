@@ -213,8 +213,9 @@ fn publish(hub: &ServedDirectory, manifest: &Manifest, manner: &Manner, old: Opt
     hub.publish(manifest, &new, old.map(|(_, signed)| signed))?;
     // it is published all the same
     let noted = manner.memory.note(host, manifest.release.sequence).and_then(|()| manner.memory.vouch(host, &new, manner.key));
-    let noted =
-        noted.and_then(|()| if hub.is_elsewhere() || hub.check_ours().is_err() { Ok(()) } else { history::note_in_turn(hub, host) });
+    let noted = noted.and_then(|()| {
+        if hub.is_elsewhere() || hub.check_ours().is_err() { Ok(()) } else { history::note_in_turn(hub, host, manner.plan.as_ref()) }
+    });
     noted.unwrap_or_else(|error| log::warn!("{error}."));
     Ok(())
 }

@@ -20,6 +20,7 @@ use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{KNOWN, LARGE, REMOVED, ROLLOUT};
 use crate::names::{HostName, Sha256};
+use crate::system;
 
 /// Why a release is not published that is not on top of the last one.
 pub const MEANWHILE: &str = "another release was published in the meantime; deploy again";
@@ -146,8 +147,7 @@ impl Elsewhere {
 
     fn publication(&self, host: &HostName) -> Result<Publication> {
         let path = format!("hosts/{host}/release");
-        let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context(|| "read /proc/sys/kernel/random/uuid".into())?;
-        let (id, local) = (id.trim_end().to_owned(), self.place().join(&path));
+        let (id, local) = (system::uuid()?, self.place().join(&path));
         Ok(Publication { session: self.open(SEND)?, host: host.clone(), local, path, id })
     }
 

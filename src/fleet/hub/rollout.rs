@@ -24,7 +24,7 @@ use crate::{files, text};
 const NAMED: usize = 3;
 
 /// How a host does with its release.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Health {
     /// It has not been offered it.
     Waits,
@@ -54,7 +54,7 @@ pub struct Rollout {
 pub fn propose(hub: &ServedDirectory, old: Option<&Plan>, origin: &Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<()> {
     let is_there = match old {
         Some(old) => old.waves == waves && old.hosts == hosts,
-        None => hosts.iter().all(|member| member.before.as_ref() == Some(&member.release)),
+        None => !hosts.iter().any(Member::is_new),
     };
     if is_there { Ok(()) } else { begin(hub, &Plan::new(origin.clone(), waves, hosts)?, old) }
 }
@@ -66,7 +66,7 @@ fn begin(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()>
     let holds = Plan::holds(hub)?;
     if !hub.is_elsewhere() && holds.of(None).is_none() {
         for member in plan.hosts.iter().filter(|member| member.wave == 0 && holds.of(Some(&member.host)).is_none()) {
-            offer(hub, member)?;
+            offer(hub, plan, member)?;
         }
     }
     Ok(())
@@ -91,12 +91,12 @@ fn supersede(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result
 }
 
 /// Has a host see its release, unless it sees something new.
-fn offer(hub: &ServedDirectory, member: &Member) -> Result<()> {
+fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
     let host = &member.host;
     if !hub.follow(host, &member.release, member.before.as_ref())? {
         log::warn!("{host} is passed over: what was planned for it has been replaced or removed.");
     } else if hub.check_ours().is_ok() {
-        history::note_in_turn(hub, host)?;
+        history::note_in_turn(hub, host, Some(plan))?;
     }
     Ok(())
 }
@@ -215,7 +215,8 @@ fn seconds(time: SystemTime) -> u64 {
 pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // whoever publishes may be about to replace the plan
     let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
-    let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)? else { return Ok(()) };
+    // of what is over, no host need be looked at
+    let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
     let text = |progress: &Headway| serde_json::to_vec_pretty(progress).context(|| "write how far the roll-out has come".into());
     let (before, was_stopped) = (text(&progress)?, progress.stopped.is_some());
     let seen = seen(hub, &plan)?;
@@ -228,7 +229,7 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
         let path = Rollout::file(hub);
         files::write(&path, &after, 0o644).context(|| format!("write {}", path.display()))?;
     }
-    next.into_iter().try_for_each(|member| offer(hub, member))
+    next.into_iter().try_for_each(|member| offer(hub, &plan, member))
 }
 
 /// How all hosts of a plan do.
@@ -267,6 +268,11 @@ impl Rollout {
         Ok(Some(Self { plan, holds: Plan::holds(hub)?, progress }))
     }
 
+    /// Whether all waves have been, and are well.
+    pub fn is_over(&self) -> bool {
+        self.progress.done && self.progress.id == self.plan.id
+    }
+
     /// Why it goes on no further, unless it does.
     pub fn stopped(&self) -> Option<&String> {
         self.progress.stopped.as_ref().filter(|_| self.progress.id == self.plan.id)
@@ -275,11 +281,10 @@ impl Rollout {
     /// Where it stands, in a line; none if it is at its end.
     pub fn line(&self, hub: &ServedDirectory) -> Result<Option<String>> {
         let Self { plan, holds, progress } = self;
-        let is_of_plan = progress.id == plan.id;
-        if is_of_plan && progress.done {
+        if self.is_over() {
             return Ok(None);
         }
-        let (wave, all) = (if is_of_plan { progress.wave } else { 0 }, plan.waves.len());
+        let (wave, all) = (if progress.id == plan.id { progress.wave } else { 0 }, plan.waves.len());
         let seen = seen(hub, plan)?;
         let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
         let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
@@ -345,17 +350,8 @@ mod tests {
         /// Who is offered something, by how hosts do, and by when that arrived.
         fn step(&mut self, seen: &[(&str, Health, u64)]) -> String {
             let members: Vec<_> = seen.iter().map(|(host, ..)| self.plan.get(&name(host)).unwrap().clone()).collect();
-            let clone = |health: &Health| match health {
-                Health::Failed(state) => Health::Failed(*state),
-                Health::Waits => Health::Waits,
-                Health::Pending => Health::Pending,
-                Health::Silent => Health::Silent,
-                Health::Gone => Health::Gone,
-                Health::Well => Health::Well,
-                Health::Out => Health::Out,
-            };
             let seen: Vec<_> =
-                members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, clone(health), *arrived, self.offered)).collect();
+                members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, self.offered)).collect();
             let next = step(&self.plan, &self.holds, &mut self.progress, &seen);
             next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
         }

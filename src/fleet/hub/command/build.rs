@@ -88,7 +88,7 @@ impl Fleet<'_> {
             let mut waits = None;
             if let (Ok(Placed { member: Some(member), .. }), Some((_, places))) = (&released, &waves) {
                 let place = hosts.iter().position(|other| other.name == host.name).unwrap_or_default();
-                waits = Some(places[place]).filter(|_| member.before.as_ref() != Some(&member.release));
+                waits = Some(places[place]).filter(|_| member.is_new());
                 let silent_after = self.settings.silence(&host.name).as_secs();
                 let planned = Member { wave: places[place], silent_after, ..member.clone() };
                 members.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(planned);

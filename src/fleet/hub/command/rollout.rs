@@ -67,7 +67,7 @@ impl Fleet<'_> {
     }
 
     fn rollout(&self) -> Result<Rollout> {
-        let rollout = Rollout::read(&self.hub)?.filter(|rollout| rollout.progress.id != rollout.plan.id || !rollout.progress.done);
+        let rollout = Rollout::read(&self.hub)?.filter(|rollout| !rollout.is_over());
         rollout.ok_or_else(|| Error::new("Failed to find a roll-out: none is under way; name hosts, or see ekiben fleet deploy --waves"))
     }
 
@@ -83,7 +83,7 @@ impl Fleet<'_> {
         let mut well = true;
         for member in &plan.hosts {
             let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release);
-            if sees.as_ref() == Some(&member.release) && member.before != sees {
+            if sees.as_ref() == Some(&member.release) && member.is_new() {
                 well &= self.publish_again(&member.host, member.good, &manner)?;
             }
         }
