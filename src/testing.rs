@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A directory that is gone with its value.
@@ -21,6 +22,21 @@ impl Directory {
     pub fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// Runs a script of a user of git who has configured nothing; returns what it prints.
+pub fn git(directory: &Path, script: &str) -> String {
+    let mut shell = Command::new("sh");
+    shell.args(["-euc", script]).current_dir(directory).env("GIT_CONFIG_GLOBAL", "/dev/null");
+    for name in ["GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"] {
+        shell.env_remove(name);
+    }
+    for who in ["AUTHOR", "COMMITTER"] {
+        shell.env(format!("GIT_{who}_NAME"), "a").env(format!("GIT_{who}_EMAIL"), "a");
+    }
+    let said = shell.output().unwrap();
+    assert!(said.status.success(), "{script}: {}", String::from_utf8_lossy(&said.stderr));
+    String::from_utf8_lossy(&said.stdout).trim_end().to_owned()
 }
 
 impl Drop for Directory {

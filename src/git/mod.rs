@@ -322,7 +322,16 @@ pub fn git(directory: &Path) -> Program {
         "core.fsync=all",
         "gc.auto=0",
         "maintenance.auto=false",
+        // what is read is to be the same whatever the user likes to read
+        "i18n.logOutputEncoding=UTF-8",
         "log.showSignature=false",
+        "status.showUntrackedFiles=normal",
+        // what is written or sent, too: this much, in formats that Nix reads
+        "i18n.commitEncoding=UTF-8",
+        "init.defaultObjectFormat=sha1",
+        "init.defaultRefFormat=files",
+        "push.followTags=false",
+        "submodule.recurse=false",
         // no part of an index beside it
         "core.splitIndex=false",
         // by set-group-id bits, which the sandbox forbids; our umask does the same

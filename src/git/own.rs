@@ -24,7 +24,7 @@ pub fn create(instance: &Instance) -> Result<()> {
         return remove_locks(&git_directory).and_then(|()| take_as_it_is(&git_directory)).context(doing);
     }
     fs::create_dir_all(&new).context(doing)?;
-    ask(&new, ["init", "--quiet", "--initial-branch=main", "."], doing)?;
+    ask(&new, ["init", "--quiet", "--initial-branch=main", "--template=", "."], doing)?;
     take_as_it_is(&new.join(".git")).context(doing)?;
     let commit = git(&new).args(["commit", "--quiet", "--no-gpg-sign", "--allow-empty", "--message=nothing yet"]);
     by(&instance.author, commit).output(doing, None)?;

@@ -18,6 +18,7 @@ impl Repository {
         let settings = [
             &format!("gpg.ssh.allowedSignersFile={}", allowed.display()),
             "gpg.ssh.program=ssh-keygen",
+            "gpg.ssh.revocationFile=",
             // signatures of other kinds are those of other keys
             "gpg.program=false",
             "gpg.openpgp.program=false",

@@ -4,7 +4,7 @@ use super::*;
 use crate::config::Author;
 use crate::git::own::{create, take_as_it_is};
 use crate::git::savepoint::cut_off::Changed;
-use crate::testing::Directory;
+use crate::testing::{Directory, git as shell};
 use std::os::unix::fs::PermissionsExt;
 use std::time::SystemTime;
 
@@ -22,12 +22,6 @@ const CHANGES: [(&str, &str); 8] = [
         "printf 2 > \"$(printf 'odd\\377\\nname')\"; mkdir \"$(printf '\\376')\"; echo 2 > \"$(printf '\\376')\"/x",
     ),
 ];
-
-fn shell(directory: &Path, script: &str) -> String {
-    let program = Program::new("sh").args(["-euc", script]).directory(directory).env("GIT_CONFIG_GLOBAL", "/dev/null");
-    let program = program.env("GIT_AUTHOR_NAME", "a").env("GIT_AUTHOR_EMAIL", "a").env("GIT_COMMITTER_NAME", "a");
-    line(&program.env("GIT_COMMITTER_EMAIL", "a").output(|| script.into(), None).unwrap())
-}
 
 /// A repository that stands before a change, and the commit after it.
 fn repository(directory: &Directory, before: &str, after: &str) -> (Repository, String) {
@@ -357,4 +351,80 @@ fn what_is_checked_out_is_a_commit_and_no_edit_filter_or_hook_of_the_users() {
     let new = repository.commit_lock_files(&commit, locks, "new", &author, &place.path().join("index")).unwrap();
     assert_eq!(shell(&repository.top, &format!("git diff --name-only {commit} {new}")), "flake.lock\nhosts/a/flake.lock");
     assert_eq!(repository.read_file(&new, "hosts/a/flake.lock").unwrap().unwrap(), b"2\n");
+}
+
+#[test]
+fn a_commit_says_what_it_said_and_goes_where_it_shall() {
+    let (place, scratch) = (Directory::new(), Directory::new());
+    let (mut repository, to) = repository(&place, "echo 1 > plain", "echo 2 > plain");
+    let author = Author { name: "bücher".into(), mail: "b@example.org".into() };
+    let lock = [("flake.lock", &b"{}"[..])];
+    let commit = repository.commit_lock_files(&to, lock, "flake.lock: grün\n", &author, &scratch.path().join("index")).unwrap();
+    assert_eq!(repository.subject(&commit).unwrap(), "flake.lock: grün");
+    assert_eq!(repository.message(&commit, "^flake.lock: (grün|x)$").unwrap().as_deref(), Some("flake.lock: grün"));
+    assert_eq!(repository.subjects(&repository.head, &commit, 9).unwrap(), ["flake.lock: grün", "x"]);
+    let raw = shell(place.path(), &format!("git cat-file commit {commit}"));
+    assert!(raw.contains("author bücher <b@example.org> ") && !raw.contains("encoding"), "{raw}");
+
+    // with a submodule that nobody has, and a tag that nobody has asked for
+    let key = scratch.path().join("key");
+    let sign = format!("git -c gpg.format=ssh -c user.signingKey={} commit -qS -m signed", key.display());
+    shell(place.path(), &format!("ssh-keygen -qt ed25519 -N '' -f {}", key.display()));
+    let module = format!(
+        "git update-index --add --cacheinfo 160000,{commit},module; printf '[submodule \"m\"]\npath = module\nurl = /nowhere\n' > .gitmodules"
+    );
+    repository.head = shell(place.path(), &format!("{module}; git add .gitmodules; {sign}; git tag -am t tag; git rev-parse HEAD"));
+    let public = fs::read_to_string(key.with_extension("pub")).unwrap().trim().to_owned();
+    repository.check_signed(&repository.head, &[public], scratch.path()).unwrap();
+    assert!(repository.check_signed(&repository.head, &[], scratch.path()).unwrap_err().to_string().contains("`signers`"));
+    let upstream = scratch.path().join("upstream.git");
+    let remote =
+        format!("git init -q --bare {0}; git remote add origin {0}; git config branch.feature/main.remote origin", upstream.display());
+    shell(place.path(), &format!("{remote}; git config branch.feature/main.merge refs/heads/main"));
+    repository.push(&repository.head, &scratch.path().join("memory"), "app").unwrap();
+    assert_eq!(shell(&upstream, "git for-each-ref --format='%(objectname) %(refname)'"), format!("{} refs/heads/main", repository.head));
+    assert!(repository.knows_upstream(&scratch.path().join("memory")).unwrap());
+    assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
+}
+
+/// What people like of git, and what would have it print, write or send something else.
+const HOSTILE: &str = "
+[alias]\n log = !false\n status = !false
+[color]\n ui = always\n status = always\n branch = always
+[column]\n ui = always
+[commit]\n gpgSign = true\n template = /nowhere\n verbose = true\n cleanup = verbatim
+[core]\n pager = false\n editor = false\n quotePath = false\n abbrev = 4\n autocrlf = input\n safecrlf = true\n fileMode = false
+ hooksPath = /nowhere\n untrackedCache = true\n splitIndex = true\n fsmonitor = true\n preloadIndex = true\n checkStat = minimal
+[diff]\n external = false\n noprefix = true\n mnemonicPrefix = true\n renames = copies\n relative = true\n ignoreSubmodules = all
+[feature]\n manyFiles = true
+[fetch]\n prune = true\n pruneTags = true\n writeCommitGraph = true
+[format]\n pretty = fuller
+[gpg]\n format = ssh
+[gpg \"ssh\"]\n revocationFile = /nowhere\n allowedSignersFile = /nowhere
+[grep]\n patternType = fixed
+[i18n]\n commitEncoding = ISO-8859-1\n logOutputEncoding = ISO-8859-1
+[index]\n version = 4
+[init]\n defaultBranch = trunk\n defaultObjectFormat = sha256\n defaultRefFormat = reftable\n templateDir = /nowhere
+[log]\n showSignature = true\n date = relative\n decorate = full\n follow = true\n diffMerges = on
+[pager]\n log = true\n status = true
+[push]\n followTags = true\n gpgSign = if-asked\n default = nothing\n recurseSubmodules = only
+[safe]\n bareRepository = explicit
+[status]\n showUntrackedFiles = no\n short = true\n branch = true\n relativePaths = false\n showStash = true
+[submodule]\n recurse = true
+[user]\n useConfigOnly = true
+";
+
+#[test]
+fn nothing_that_a_user_has_configured_for_git_changes_what_is_read_and_written() {
+    let place = Directory::new();
+    let configuration = place.path().join("gitconfig");
+    fs::write(&configuration, HOSTILE).unwrap();
+    let again = std::env::current_exe().unwrap();
+    let said = std::process::Command::new(again)
+        .args(["git::", "whatever_the_publisher_likes", "--skip", "that_a_user_has_configured"])
+        .env("GIT_CONFIG_GLOBAL", &configuration)
+        .envs([("GIT_DIR", "/nowhere"), ("GIT_INDEX_FILE", "/nowhere"), ("GIT_WORK_TREE", "/nowhere")])
+        .output()
+        .unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stdout));
 }

@@ -64,6 +64,10 @@ impl Program {
     pub fn new(name: &str) -> Self {
         let mut command = Command::new(name);
         command.stdin(Stdio::null());
+        // which repository a hook of git's is of that has this process run says nothing of another
+        for name in ["GIT_DIR", "GIT_COMMON_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"] {
+            command.env_remove(name);
+        }
         Self { command, name: name.to_owned(), watched: &[], quiet: false, heard: None, reason }
     }
 

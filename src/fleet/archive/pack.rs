@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Context, Result};
 use crate::fleet::{LARGE, sha256};
 use crate::gather::sorted;
+use crate::git::git;
 use crate::names::Sha256;
 use crate::program::Program;
 use crate::system::now;
@@ -125,8 +126,7 @@ fn walk(top: &Path, below: &Path, origin: &Origin, above: &mut Vec<(u64, u64)>, 
 
 /// The files of a directory that git tracks, as they are now.
 pub fn tracked_files(directory: &Path) -> Result<Vec<PathBuf>> {
-    let list = Program::new("git").arg("-C").arg(directory).args(["ls-files", "-z"]);
-    let list = list.output(|| format!("list what git tracks in {}", directory.display()), None)?;
+    let list = git(directory).args(["ls-files", "-z"]).output(|| format!("list what git tracks in {}", directory.display()), None)?;
     let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
     let names = names.map(|name| PathBuf::from(std::ffi::OsStr::from_bytes(name)));
     // neither what is removed but not yet committed, nor submodules

@@ -20,10 +20,10 @@ use crate::fleet::hub::jobs;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::{Temporary, home};
 use crate::gather::sorted;
+use crate::git;
 use crate::json;
 use crate::names::{HostName, ObjectId, Sha256, StorePath};
 use crate::nix::nix;
-use crate::program::Program;
 use crate::text;
 
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
@@ -184,8 +184,8 @@ impl FleetRepository {
     /// What git says of what is published; nothing, where nothing is committed.
     pub fn commit(&self) -> Provenance {
         let git = |arguments: &[&str]| {
-            let git = Program::new("git").arg("-C").arg(&self.directory).args(arguments);
-            let said = git.output(|| format!("read the last commit of {}", self.directory.display()), None).ok()?;
+            let doing = || format!("read the last commit of {}", self.directory.display());
+            let said = git::git(&self.directory).args(arguments).output(doing, None).ok()?;
             String::from_utf8(said).ok()
         };
         let said = git(&["log", "-1", "--format=%H%n%an <%ae>%n%s"]).unwrap_or_default();
@@ -351,7 +351,28 @@ pub fn select<T>(all: Vec<T>, name: impl Fn(&T) -> &str, wanted: &[&str]) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Directory;
+    use crate::testing::{self, Directory};
+
+    #[test]
+    fn what_is_published_is_named_whatever_the_publisher_likes_git_to_print() {
+        let place = Directory::new();
+        let script = "git init -q; echo 1 > file; git add .; git commit -qm 'grün'; git log -1 --format=%H";
+        let commit = testing::git(place.path(), script);
+        let repository = FleetRepository {
+            directory: place.path().into(),
+            origin: pack::Origin::new(place.path(), None).unwrap(),
+            flags: Vec::new(),
+            state: PathBuf::new(),
+            scratch: Temporary::below(&place.path().join(".git/cache")).unwrap(),
+            turn: Mutex::default(),
+        };
+        let found = repository.commit();
+        assert_eq!((&*found.commit.unwrap(), &*found.author.unwrap(), &*found.summary.unwrap()), (&*commit, "a <a>", "grün"));
+        assert!(!found.dirty);
+        assert_eq!(pack::tracked_files(place.path()).unwrap(), [PathBuf::from("file")]);
+        fs::write(place.path().join("new"), "").unwrap();
+        assert!(repository.commit().dirty);
+    }
 
     fn host(name: &str, place: &str, attr: Option<&str>) -> Host {
         let source = Packed {
