@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Wave;
@@ -107,6 +108,17 @@ impl Plan {
         Self::read_from(&Self::holds_file(hub))
     }
 
+    /// Changes what is held: of several who do so at once, nobody's change is lost on a hub that is here.
+    pub fn change_holds(hub: &ServedDirectory, change: impl FnOnce(&mut Holds)) -> Result<()> {
+        let path = Self::holds_file(hub);
+        hub.take_in_file(&path)?;
+        // not the turn of who publishes: that may take as long as a build
+        let _lock = (!hub.is_elsewhere()).then(|| files::lock(&hub.rollout(), FlockArg::LockExclusive)).transpose()?;
+        let mut holds = Self::holds(hub)?;
+        change(&mut holds);
+        hub.write(&path, &holds)
+    }
+
     /// The hold of a host that is in force; or of the roll-out.
     pub fn of(&self, host: Option<&HostName>) -> Option<&Hold> {
         self.held.iter().find(|held| held.0.as_ref() == host).map(|held| &held.1).filter(|hold| now() < hold.until)
@@ -182,4 +194,26 @@ pub fn assign(
         }
     }
     Ok((kept, places))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn of_many_who_hold_at_once_nobody_is_forgotten() {
+        let place = Directory::new();
+        let hub = ServedDirectory::new(place.path()).unwrap();
+        std::fs::create_dir(hub.rollout()).unwrap();
+        let hosts: Vec<_> = (0..80).map(|number| HostName::try_from(&*format!("host{number}")).unwrap()).collect();
+        let hold = |host| {
+            let hold = Hold { since: 0, until: OPEN, by: "a".into(), reason: String::new() };
+            Plan::change_holds(&hub, |holds| holds.put(Some(host), hold)).unwrap();
+        };
+        std::thread::scope(|scope| hosts.chunks(10).for_each(|some| drop(scope.spawn(move || some.iter().for_each(hold)))));
+        let holds = Plan::holds(&hub).unwrap();
+        let lost: Vec<_> = hosts.iter().filter(|host| holds.of(Some(host)).is_none()).collect();
+        assert!(lost.is_empty(), "{lost:?}");
+    }
 }

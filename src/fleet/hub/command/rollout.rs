@@ -50,19 +50,19 @@ impl Fleet<'_> {
     /// Changes what is held of hosts, or of the roll-out if none are named; says what came of it.
     fn change(&self, wanted: &[&str], hold: &Hold, done: &dyn Fn(&mut Holds, Option<&Rollout>) -> String) -> Result<ExitCode> {
         collect::take_in(&self.hub, wanted, None)?;
-        let mut holds = Plan::holds(&self.hub)?;
+        let rollout = wanted.is_empty().then(|| self.rollout()).transpose()?;
+        let hosts = if wanted.is_empty() { Vec::new() } else { select(self.hub.hosts()?, |name| name, wanted)? };
         let mut lines = Vec::new();
-        if wanted.is_empty() {
-            let rollout = self.rollout()?;
-            holds.put(None, hold.clone());
-            lines.push(format!("roll-out: {}\n", done(&mut holds, Some(&rollout))));
-        } else {
-            for host in select(self.hub.hosts()?, |name| name, wanted)? {
-                holds.put(Some(&host), hold.clone());
-                lines.push(format!("{host}: {}\n", done(&mut holds, None)));
+        Plan::change_holds(&self.hub, |holds| {
+            if wanted.is_empty() {
+                holds.put(None, hold.clone());
+                lines.push(format!("roll-out: {}\n", done(holds, rollout.as_ref())));
             }
-        }
-        self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+            for host in &hosts {
+                holds.put(Some(host), hold.clone());
+                lines.push(format!("{host}: {}\n", done(holds, None)));
+            }
+        })?;
         print(&lines.concat())
     }
 
@@ -75,11 +75,11 @@ impl Fleet<'_> {
     pub(super) fn abort(&self) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         collect::take_in(&self.hub, &[], Some(history::FILE))?;
-        let Rollout { plan, mut holds, .. } = self.rollout()?;
+        let plan = self.rollout()?.plan;
         let manner = self.manner(Provenance::default())?;
         // before anything is published: what is cut off in between is done by the next one, and no wave begins meanwhile
-        holds.put(None, Hold { since: now(), until: OPEN, by: asker::this_user(), reason: "abort".into() });
-        self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+        let hold = Hold { since: now(), until: OPEN, by: asker::this_user(), reason: "abort".into() };
+        Plan::change_holds(&self.hub, |holds| holds.put(None, hold))?;
         let mut well = true;
         for member in &plan.hosts {
             let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release);
@@ -89,8 +89,7 @@ impl Fleet<'_> {
         }
         if well {
             rollout::end(&self.hub, Some(&plan))?;
-            holds.held.retain(|held| held.0.is_some());
-            self.hub.write(&Plan::holds_file(&self.hub), &holds)?;
+            Plan::change_holds(&self.hub, |holds| holds.held.retain(|held| held.0.is_some()))?;
         }
         Ok(exit(well))
     }
