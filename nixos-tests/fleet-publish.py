@@ -167,17 +167,22 @@ with subtest("a host that is left out is tried again, on top of inputs that were
     assert (post()["result"], fleet_head()) == ("deployed", commit), last_run(hub, "publish")
     check_shown(content)
 
-with subtest("a host whose build does not come to its end holds back itself only"):
+with subtest("a host whose build or evaluation does not come to its end holds back itself only"):
     hub.succeed("cp /etc/ekiben/config.json /tmp/config.json",
-                "jq '.instances.publish.timeouts.build = 5' /tmp/config.json > /tmp/x; install -m 644 /tmp/x /etc/ekiben/config.json")
+                "jq '.instances.publish.timeouts.build = 6' /tmp/config.json > /tmp/x; install -m 644 /tmp/x /etc/ekiben/config.json")
     content["web"] = change("web")
     change("db", trouble="build-hangs")
-    push("db hangs")
+    endless = "builtins.foldl' (a: b: a + b) 0 (builtins.genList (_: builtins.length (builtins.genList (x: x) 1000000)) 1000000)"
+    write(hub, "/srv/work/hosts/plain/configuration.nix", f"builtins.seq ({endless}) ({system('plain')}).module")
+    push("db and plain hang")
     ended = post()
-    assert ended["result"] == "partly" and "db (" in ended["error"] and "timed out after 5 seconds" in ended["error"], ended
+    assert ended["result"] == "partly" and "2 of 3 hosts" in ended["error"], ended
+    for what in ("build db", "evaluate hosts/plain"):
+        assert f"Failed to {what}: timed out after 6 s" in ended["error"], ended
     hub.succeed("install -m 444 /tmp/config.json /etc/ekiben/config.json")
-    content["db"] = change("db")
-    push("db does not hang")
+    content |= {name: change(name) for name in ("db", "plain")}
+    write(hub, "/srv/work/hosts/plain/configuration.nix", f"({system('plain')}).module")
+    push("nothing hangs")
     assert post()["result"] == "deployed", last_run(hub, "publish")
     check_shown(content)
 

@@ -13,6 +13,7 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::User;
@@ -39,6 +40,7 @@ pub struct Program {
     quiet: bool,
     heard: Option<Hearer>,
     reason: Reason,
+    limit: Option<(Duration, Instant)>,
 }
 
 /// Hears each line that a program says.
@@ -68,14 +70,14 @@ impl Program {
         for name in ["GIT_DIR", "GIT_COMMON_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"] {
             command.env_remove(name);
         }
-        Self { command, name: name.to_owned(), watched: &[], quiet: false, heard: None, reason }
+        Self { command, name: name.to_owned(), watched: &[], quiet: false, heard: None, reason, limit: None }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
         let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, heard: None, reason };
+        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, heard: None, reason, limit: None };
         program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -149,6 +151,21 @@ impl Program {
         self
     }
 
+    /// Has it end, with its children, when that has passed; what is set already is handed on.
+    pub fn within(mut self, limit: Duration) -> Self {
+        let mut command = Command::new("timeout");
+        command.stdin(Stdio::null()).args(["--kill-after=5", &limit.as_secs().to_string()]);
+        command.arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        (self.command, self.limit) = (command, Some((limit, Instant::now())));
+        self
+    }
+
     /// The directory to run in.
     pub fn directory(mut self, path: &Path) -> Self {
         self.command.current_dir(path);
@@ -185,6 +202,9 @@ impl Program {
         }
         let tail: Vec<String> = String::from_utf8_lossy(said).lines().map(text::line).collect();
         let tail = tail[tail.len().saturating_sub(TAIL_LINES)..].to_vec();
+        if let Some((limit, _)) = self.limit.filter(|(limit, since)| since.elapsed() >= *limit) {
+            return Err(Error::new(format!("Failed to {}: timed out after {} s", doing(), limit.as_secs())).with_tail(tail));
+        }
         let said = (self.reason)(&tail).or_else(|| tail.last().cloned()).map(|line| format!(": {line}")).unwrap_or_default();
         Err(failed(format!("Failed to {}: {} {}{said}", doing(), self.name, describe(status)), status, tail))
     }
@@ -323,8 +343,6 @@ fn describe(status: ExitStatus) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     fn shell(script: &str) -> Program {
@@ -358,6 +376,19 @@ mod tests {
     /// Whether the process of this number, which the program has said last, is there.
     fn is_there(ended: &Exited) -> bool {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(ended.tail.last().unwrap().parse().unwrap()), None).is_ok()
+    }
+
+    #[test]
+    fn what_is_logged_has_an_end_if_it_is_to() {
+        let log = crate::testing::Directory::new();
+        let log = log.path().join("log");
+        let before = Instant::now();
+        let hangs = |script: &str| shell(script).env("WORD", "on my way").within(Duration::from_secs(1)).logged(|| "count".into(), &log);
+        let error = hangs("echo $WORD >&2; sleep 1000 & sleep 1000").unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.tail()), ("Failed to count: timed out after 1 s", &["on my way".to_owned()][..]));
+        assert!(before.elapsed() < Duration::from_secs(5));
+        assert_eq!(hangs("echo $WORD").unwrap(), b"on my way\n");
+        assert_eq!(hangs("exit 3").unwrap_err().to_string(), "Failed to count: sh exited with 3");
     }
 
     #[test]

@@ -52,10 +52,12 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     match result {
         Ok(()) => {
             notes.built = true;
-            notes.changes = changes(&paths.candidate()).unwrap_or_else(|error| {
-                log::warn!("{error}.");
-                Vec::new()
-            });
+            if instance.publish.is_none() {
+                notes.changes = changes(&paths.candidate()).unwrap_or_else(|error| {
+                    log::warn!("{error}.");
+                    Vec::new()
+                });
+            }
             notes.write(paths)?;
             fault::point("build: noted");
             Ok(())

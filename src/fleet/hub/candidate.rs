@@ -217,10 +217,12 @@ fn check_out(paths: &Paths, instance: &Instance, repository: &Repository, commit
     if !settings.flags.is_empty() {
         log::warn!("flags of fleet.json do not count here: set services.ekiben.hub.publish.flags.");
     }
-    // one that does not come to its end leaves out itself only, too
-    settings.flags = [&["--option".into(), "timeout".into(), instance.timeouts.build.to_string()], &instance.flags[..]].concat();
+    settings.flags.clone_from(&instance.flags);
     settings.signing_key = None;
-    Ok((FleetRepository::open(&source, &settings)?, settings))
+    let mut fleet = FleetRepository::open(&source, &settings)?;
+    // one that does not come to its end leaves out itself only, too
+    fleet.limit = Some(Duration::from_secs(instance.timeouts.build));
+    Ok((fleet, settings))
 }
 
 fn source(paths: &Paths) -> PathBuf {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -24,6 +25,7 @@ use crate::git;
 use crate::json;
 use crate::names::{HostName, ObjectId, Sha256, StorePath};
 use crate::nix::nix;
+use crate::program::Program;
 use crate::text;
 
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
@@ -78,6 +80,8 @@ pub struct FleetRepository {
     directory: PathBuf,
     origin: pack::Origin,
     flags: Vec<String>,
+    /// For how long what is evaluated or built of one host may take.
+    pub limit: Option<Duration>,
     state: PathBuf,
     scratch: Temporary,
     turn: Mutex<()>,
@@ -92,7 +96,7 @@ impl FleetRepository {
         }
         let origin = pack::Origin::new(directory, settings.signing_key.as_deref())?;
         let (directory, flags, scratch) = (directory.to_owned(), settings.flags.clone(), Temporary::new()?);
-        Ok(Self { directory, origin, flags, state, scratch, turn: Mutex::default() })
+        Ok(Self { directory, origin, flags, limit: None, state, scratch, turn: Mutex::default() })
     }
 
     /// Where a configuration may be: the repository itself, and the directories of `hosts`. True is a
@@ -252,7 +256,11 @@ impl FleetRepository {
             .arg("--out-link")
             .arg(self.state.join("systems").join(&host.name));
         let build = build.arg(format!("{}^out", system.derivation));
-        build.logged(|| format!("build {}", host.name), &self.log(&host.name)).map(drop)
+        self.within(build).logged(|| format!("build {}", host.name), &self.log(&host.name)).map(drop)
+    }
+
+    fn within(&self, program: Program) -> Program {
+        if let Some(limit) = self.limit { program.within(limit) } else { program }
     }
 
     /// Where what nix says of a host is kept.
@@ -303,7 +311,7 @@ impl FleetRepository {
                 let configuration = format!("nixos-config={}", directory.join("configuration.nix").display());
                 eval.args(["-I", &configuration, "--file", "<nixpkgs/nixos>", attribute])
             };
-            eval.logged(|| format!("evaluate {}", source.place), &log)
+            self.within(eval).logged(|| format!("evaluate {}", source.place), &log)
         })?;
         let answer = json::parse(&answer).context(|| format!("evaluate {}", source.place))?;
         let answer = Remembered { question, answer };
@@ -362,6 +370,7 @@ mod tests {
             directory: place.path().into(),
             origin: pack::Origin::new(place.path(), None).unwrap(),
             flags: Vec::new(),
+            limit: None,
             state: PathBuf::new(),
             scratch: Temporary::below(&place.path().join(".git/cache")).unwrap(),
             turn: Mutex::default(),
@@ -403,6 +412,7 @@ mod tests {
             directory: place.path().into(),
             origin: pack::Origin::new(place.path(), None).unwrap(),
             flags: Vec::new(),
+            limit: None,
             state: PathBuf::new(),
             scratch,
             turn: Mutex::default(),
@@ -426,6 +436,7 @@ mod tests {
             directory: place.path().into(),
             origin: pack::Origin::new(place.path(), None).unwrap(),
             flags: Vec::new(),
+            limit: None,
             state: place.path().join("state"),
             scratch: Temporary::below(&place.path().join("cache")).unwrap(),
             turn: Mutex::default(),
