@@ -8,6 +8,7 @@ use crate::names::RunId;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::status::Status;
+use crate::system::service;
 
 /// What of the journal has the identifier of the run that it is from.
 pub const INVOCATION: &str = "_SYSTEMD_INVOCATION_ID";
@@ -24,7 +25,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     };
     let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
     let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
-    let unit = format!("--unit=ekiben-{name}.service");
+    let unit = format!("--unit={}", service::unit(name));
     let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
     let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {

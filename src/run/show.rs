@@ -18,7 +18,7 @@ use crate::run::log::INVOCATION;
 use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
-use crate::system::now;
+use crate::system::{now, service};
 use crate::text::{ago, short, span, times};
 use crate::{output, table};
 
@@ -213,7 +213,7 @@ impl Details {
         let (request, status) = (paths.request(), Status::read(&paths));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
         let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
-        let service = units.get(&format!("ekiben-{name}.service"));
+        let service = units.get(&service::unit(name));
         let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
         let mut problems = problems(name, units, &status, since, now());
         problems.extend(drift(&paths));

@@ -25,7 +25,7 @@ use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::undo::Undone;
 use crate::run::{Outcome, Stage, Trigger};
-use crate::system::{self, now};
+use crate::system::{self, now, service};
 use crate::text::{ago, short};
 
 /// How many ended runs are remembered.
@@ -318,7 +318,7 @@ impl Status {
     fn write_plainly(&mut self, paths: &Paths) -> Result<()> {
         self.format = FORMAT;
         files::write_json(&paths.status(), self, 0o644)?;
-        system::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
+        service::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
         Ok(())
     }
 }
@@ -339,7 +339,7 @@ pub fn note_boot(paths: &Paths) -> Result<()> {
 /// Has whoever wants to know be told of the end of a run.
 pub(super) fn tell(paths: &Paths, run: &str) {
     let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
-    system::start_if_there(&unit(run), &unit(""));
+    service::start_if_there(&unit(run), &unit(""));
 }
 
 /// What each of this machine's instances deployed last.

@@ -27,7 +27,7 @@ use crate::run::queue;
 use crate::run::status::{Running, Status};
 use crate::run::undo;
 use crate::run::{Outcome, Stage, Trigger};
-use crate::system::{self, now};
+use crate::system::{now, service};
 use crate::text::span;
 
 /// The exit status where nobody knows yet: `EX_TEMPFAIL` of sysexits.h.
@@ -80,7 +80,7 @@ pub fn roll_back(config: &Config, name: &str) -> Result<ExitCode> {
 /// Asks for a run by `ask`, which waits for its end, and shows its log meanwhile.
 fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Result<ExitCode> {
     let name = paths.name();
-    let unit = unit(paths);
+    let unit = service::unit(paths.name());
     // before the thread that shows the log, which would get it
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
@@ -179,14 +179,14 @@ fn wait(paths: &Paths, interrupt: &SignalFd, is_rollback: bool, ended: impl Fn(&
 fn wait_for_unit(name: &str, run: &Ended) {
     let Ok(id) = RunId::try_from(run.id.clone()) else { return };
     let began = Instant::now();
-    while began.elapsed() < PATIENCE && system::is_at_work(name, &id).unwrap_or(false) {
+    while began.elapsed() < PATIENCE && service::is_at_work(name, &id).unwrap_or(false) {
         std::thread::sleep(Duration::from_millis(PAUSE.into()));
     }
 }
 
 /// What the run under way does, as far as root announces it and systemd knows more.
 fn at_work(paths: &Paths, running: &Running) -> String {
-    let ask = Program::new("systemctl").args(["show", "--property=StatusText", "--value", "--", &unit(paths)]);
+    let ask = Program::new("systemctl").args(["show", "--property=StatusText", "--value", "--", &service::unit(paths.name())]);
     let said = ask.output(|| "ask systemd".into(), None).unwrap_or_default();
     let said = String::from_utf8_lossy(&said).trim().to_owned();
     let what = match said.strip_prefix(progress::BEGIN) {
@@ -195,10 +195,6 @@ fn at_work(paths: &Paths, running: &Running) -> String {
         None => format!("waiting: {said}"),
     };
     format!("{}: {what}", paths.name())
-}
-
-fn unit(paths: &Paths) -> String {
-    format!("ekiben-{}.service", paths.name())
 }
 
 /// Why a request waits, and for how long.

@@ -17,7 +17,7 @@ use crate::run::status::Status;
 use crate::run::undo;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::{boot, conclude, cut_off, rollback};
-use crate::system::{self, boot_id, has_unit, now, service, start};
+use crate::system::{self, boot_id, has_unit, now, service};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -93,7 +93,7 @@ pub fn retry(paths: &Paths) -> Result<()> {
         let longest = if could_not_begin { LONGEST } else { SHORTEST };
         thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, longest)));
     }
-    let unit = service(paths.name());
+    let unit = service::unit(paths.name());
     let mut pause = PAUSES[0];
     while has_unit(&unit) && paths.check_can_be_written().is_err() {
         thread::sleep(pause);
@@ -103,13 +103,13 @@ pub fn retry(paths: &Paths) -> Result<()> {
         // a switch has taken the instance away
         return Ok(());
     }
-    start(paths.name())
+    service::start(paths.name())
 }
 
 /// Opens the journal, and takes the request that waits, if there is one; `goes_on` where a run was cut off before.
 fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
     let waiting = queue::waiting(paths)?;
-    let was_due = system::was_due(paths.name());
+    let was_due = service::was_due(paths.name());
     if let Some(undone) = &run.undoes {
         (run.trigger, run.by) = (Trigger::Rollback, vec![undone.by.clone()]);
     } else {

@@ -10,7 +10,7 @@ use crate::run::journal::Run;
 use crate::run::status::{self, Status};
 use crate::run::{Failure, Outcome, Stage};
 use crate::stages::{conclude, rollback};
-use crate::system::{self, Turn, boot_id};
+use crate::system::{self, Turn, boot_id, service};
 
 /// Ends all runs that have waited for this boot, and has those that were cut off go on. Fails if one of the former has
 /// failed and its system is the one that runs: that is not a boot to count as a good one.
@@ -18,8 +18,8 @@ pub fn boot() -> ExitCode {
     let paths = Paths::new("");
     let cut_off = paths.with_journal();
     let is_sick = end_all(&paths);
-    for paths in cut_off.iter().filter(|paths| system::has_unit(&system::service(paths.name()))) {
-        system::start(paths.name()).unwrap_or_else(|error| log::warn!("{error}."));
+    for paths in cut_off.iter().filter(|paths| system::has_unit(&service::unit(paths.name()))) {
+        service::start(paths.name()).unwrap_or_else(|error| log::warn!("{error}."));
     }
     status::note_boot(&paths).unwrap_or_else(|error| log::warn!("{error}."));
     if let Some(drift) = drift(&paths) {

@@ -27,8 +27,7 @@ use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::branch::Fate;
 use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
-use crate::system::boot_id;
-use crate::system::{self, Turn};
+use crate::system::{self, Turn, boot_id, service};
 use crate::text::short;
 
 /// Between two looks at something that takes its time.
@@ -51,7 +50,7 @@ pub fn conclude(paths: &Paths) -> Result<()> {
     // after the unit's stages, not at the beginning of the next run
     if !service_result().is_empty() && !paths.request().exists() {
         let was_stopped = service_result() == "signal" && exit_status() == "TERM";
-        if let Err(error) = system::sort_out_starts(paths.name(), !was_stopped) {
+        if let Err(error) = service::sort_out_starts(paths.name(), !was_stopped) {
             log::warn!("{error}.");
         }
     }
@@ -97,7 +96,7 @@ pub fn check_can_end() -> Result<()> {
 /// Whether the unit of a run is still at it; what systemd runs in the end of that unit is part of the run.
 fn is_at_work(paths: &Paths, run: &Run) -> Result<bool> {
     let is_ours = run_id().is_ok_and(|id| id == run.id);
-    Ok(!is_ours && system::is_at_work(paths.name(), &run.id)?)
+    Ok(!is_ours && service::is_at_work(paths.name(), &run.id)?)
 }
 
 /// Has all runs that were cut off come to an end. Those of configured instances go on in their own units; those of others,
@@ -107,7 +106,7 @@ pub fn conclude_all(config: &Config) -> Result<()> {
     let (own, mut orphans): (Vec<_>, Vec<_>) = all.partition(|paths| config.instance(paths.name()).is_ok());
     for paths in own {
         if !Run::load(&paths)?.is_some_and(|run| is_at_work(&paths, &run).unwrap_or(true)) {
-            system::start(paths.name())?;
+            service::start(paths.name())?;
         }
     }
     while !orphans.is_empty() {

@@ -31,7 +31,7 @@ use crate::run::drift::{drift, is_deployed};
 use crate::run::hold::Hold;
 use crate::run::notes::{NEWS, Notes, Proposal};
 use crate::run::status::Status;
-use crate::system::{self, now};
+use crate::system::{now, service};
 use crate::text;
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
@@ -64,7 +64,7 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
 /// Looks for a timer: fails, with the reason, unless a run would surely find all as the last one has left it. Whatever
 /// goes wrong is a run's to report.
 pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
-    if system::has_been_at_work(paths.name()) {
+    if service::has_been_at_work(paths.name()) {
         log::info!("A run is under way; at its end, another one follows.");
         return Ok(());
     }

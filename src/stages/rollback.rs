@@ -16,7 +16,7 @@ use crate::system::boot_id;
 use crate::system::boot_loader::BootLoader;
 use crate::system::health;
 use crate::system::units::{self, Worse};
-use crate::system::{self, Turn};
+use crate::system::{self, Turn, service};
 
 /// Between two looks at the units.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -141,7 +141,7 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
     for _ in 0..2 {
         system::again(|| {
             let activate = || system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system");
-            let ended = system::letting_go_of_jobs(paths.name(), activate)?;
+            let ended = service::letting_go_of_jobs(paths.name(), activate)?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
         })?;
         let until = Instant::now() + RECOVERY;

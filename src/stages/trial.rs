@@ -15,7 +15,7 @@ use crate::run::status::Status;
 use crate::stages::switch;
 use crate::system::boot_loader::BootLoader;
 use crate::system::units::Restarts;
-use crate::system::{self, boot_id, health};
+use crate::system::{self, boot_id, health, service};
 
 /// Between two looks at a system that has booted.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -43,7 +43,7 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     fault::point("boot: begun");
     check_has_booted(run, &system)?;
     log::info!("{} has booted; observing it ...", system.display());
-    system::wait_for_jobs(run.instance.timeouts.activate)?;
+    service::wait_for_jobs(run.instance.timeouts.activate)?;
     let restarts = Restarts::now()?;
     let until = Instant::now() + Duration::from_secs(run.instance.observe);
     loop {

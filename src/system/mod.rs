@@ -2,6 +2,7 @@
 
 pub mod boot_loader;
 pub mod health;
+pub mod service;
 pub mod switched;
 pub mod units;
 
@@ -17,7 +18,6 @@ use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
 
 use crate::error::{Context, Error, Result};
-use crate::names::RunId;
 use crate::program::{Exited, Program};
 use crate::system::switched::WATCHED;
 
@@ -27,31 +27,14 @@ const CURRENT: &str = "/run/current-system";
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long what ought to work is tried again.
 const PERSISTENCE: Duration = Duration::from_secs(20);
-/// So many looks at which a run is at work mean that it is not at its very end.
-const LOOKS: u32 = 3;
 /// How long others wait for what a user may hold up.
-const LOAN: Duration = Duration::from_secs(10);
+const MOMENT: Duration = Duration::from_secs(10);
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
 /// Whether the running system has a unit of its own with this file.
 pub fn has_unit(file: &str) -> bool {
     Path::new("/etc/systemd/system").join(file).exists()
-}
-
-/// Has the instance's service start, without waiting for it; for root only.
-pub fn start(instance: &str) -> Result<()> {
-    let service = service(instance);
-    again(|| Program::as_root("systemctl").args(["start", "--no-block", "--", &service]).output(|| format!("start {service}"), None))
-        .map(drop)
-}
-
-/// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
-pub fn start_if_there(unit: &str, file: &str) {
-    if has_unit(file) {
-        let start = Program::as_root("systemctl").args(["restart", "--no-block", "--", unit]);
-        start.output(|| format!("start {unit}"), None).map_or_else(|error| log::warn!("{error}."), drop);
-    }
 }
 
 /// The right to change what this machine runs; others wait for it until this is dropped.
@@ -99,13 +82,9 @@ impl Turn {
 
     /// Does what a user may hold up, and lets others have the turn if that takes longer than a moment.
     pub fn lend<T>(self, work: impl FnOnce() -> T) -> (T, Option<Self>) {
-        let (done, is_done) = mpsc::channel::<()>();
-        thread::scope(|scope| {
-            let turn = scope.spawn(move || (is_done.recv_timeout(LOAN) != Err(RecvTimeoutError::Timeout)).then_some(self));
-            let result = work();
-            drop(done);
-            (result, turn.join().ok().flatten())
-        })
+        let mut turn = Some(self);
+        let result = unless_soon(work, || drop(turn.take()));
+        (result, turn)
     }
 }
 
@@ -169,134 +148,31 @@ pub fn is_stopping() -> Result<bool> {
     Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
 }
 
-/// Waits until systemd has started all that it is to, but for what waits for units of ours; or until a limit, in seconds.
-pub fn wait_for_jobs(limit: u64) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(limit);
-    let is_busy = |job: &Job| job.state == "running" && !job.unit.starts_with("ekiben");
-    while jobs(&[])?.iter().any(is_busy) && Instant::now() < until {
-        thread::sleep(PAUSE);
-    }
-    Ok(())
-}
-
-/// Whether the instance's service is at work on this run.
-pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
-    let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &service(instance)])?;
-    let shown = String::from_utf8_lossy(&shown);
-    let says = |line: &str| shown.lines().any(|other| other == line);
-    Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
-}
-
-/// The same for who may not ask systemd: whether it has had processes for a while.
-pub fn has_been_at_work(instance: &str) -> bool {
-    let group = Path::new("/sys/fs/cgroup/system.slice").join(service(instance));
-    (0..LOOKS).all(|look| {
-        if look > 0 {
-            thread::sleep(PAUSE);
-        }
-        group.exists()
-    })
-}
-
-/// Cancels a start of the instance's service that waits for the end of the present run; has another run follow
-/// if a timer has elapsed meanwhile and `may_follow`.
-///
-/// A run that is put back after its unit has failed reloads systemd. Its path unit then looks again, and may ask for
-/// a start that nobody needs. The start that a timer asks for, on the other hand, is lost: for systemd, it is the one
-/// that is under way.
-pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
-    let service = service(instance);
-    let look = format!("ekiben-look@{instance}.service");
-    if may_follow && timer_has_elapsed(&service, &look)? {
-        // it has seen this run, and failed
-        systemctl(&["reset-failed", "--", &look])?;
-        if let Err(error) = fs::write(due(instance), "") {
-            log::warn!("Failed to write {}: {error}.", due(instance).display());
-        }
-        let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
-        return restart.output(|| format!("start {service} again"), None).map(drop);
-    }
-    cancel_jobs(instance, |job| job.kind == "start" && job.state == "waiting")
-}
-
 /// A name that nobody else can know, nor has.
 pub fn uuid() -> Result<String> {
     const PATH: &str = "/proc/sys/kernel/random/uuid";
     fs::read_to_string(PATH).context(|| format!("read {PATH}")).map(|uuid| uuid.trim_end().to_owned())
 }
 
-/// Whether the run that begins is the one that [`sort_out_starts`] has follow.
-pub fn was_due(instance: &str) -> bool {
-    fs::remove_file(due(instance)).is_ok()
-}
-
-fn due(instance: &str) -> PathBuf {
-    Path::new("/run/ekiben").join(format!("{instance}.due"))
-}
-
-fn cancel_jobs(instance: &str, which: impl Fn(&Job) -> bool) -> Result<()> {
-    for Job { id, .. } in jobs(&[&service(instance)])?.into_iter().filter(which) {
-        Program::as_root("systemctl").args(["cancel", &id]).output(|| format!("cancel job {id}"), None)?;
-    }
-    Ok(())
-}
-
-/// One of systemd's jobs.
-struct Job {
-    id: String,
-    unit: String,
-    kind: String,
-    state: String,
-}
-
-/// The jobs of these units, or all.
-fn jobs(units: &[&str]) -> Result<Vec<Job>> {
-    let list = systemctl(&[&["list-jobs", "--no-legend", "--full", "--no-pager", "--"], units].concat())?;
-    let list = String::from_utf8_lossy(&list);
-    let job = |line: &str| {
-        let mut words = line.split_whitespace().map(String::from);
-        Some(Job { id: words.next()?, unit: words.next()?, kind: words.next()?, state: words.next()? })
-    };
-    Ok(list.lines().filter_map(job).collect())
-}
-
-/// Whether a timer of a service, or of the look before it, has elapsed since that was started.
-fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
-    let ask = |what: &str, units: &[&str]| {
-        let question = [&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat();
-        systemctl(&question).map(|answer| String::from_utf8_lossy(&answer).into_owned())
-    };
-    // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
-    let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
-    let triggers = ask("--property=TriggeredBy", &[service, look])?;
-    let timers: Vec<_> = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()).collect();
-    if timers.is_empty() {
-        return Ok(false);
-    }
-    let started = moment(&ask("--property=InactiveExitTimestamp", &[service])?);
-    Ok(ask("--property=LastTriggerUSec", &timers)?.lines().any(|line| moment(line) > started))
-}
-
-/// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
-/// by one of its timer or path unit while a stop of it is under way. The service goes on without its jobs.
-pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T {
-    let (done, is_done) = mpsc::channel::<()>();
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            while is_done.recv_timeout(LOAN) == Err(RecvTimeoutError::Timeout) {
-                cancel_jobs(instance, |_| true).unwrap_or_else(|error| log::warn!("{error}."));
-            }
-        });
-        let result = activate();
-        drop(done);
-        result
-    })
-}
-
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
 /// executes itself anew. Moments are UTC's, also those that `--timestamp` is not about.
 pub fn systemctl(question: &[&str]) -> Result<Vec<u8>> {
     again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").output(|| "ask systemd".into(), None)).map_err(Error::transient)
+}
+
+/// Does something, and `late` whenever it has taken another moment.
+fn unless_soon<T>(work: impl FnOnce() -> T, mut late: impl FnMut() + Send) -> T {
+    let (done, is_done) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_done.recv_timeout(MOMENT) == Err(RecvTimeoutError::Timeout) {
+                late();
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
 }
 
 /// Tries something until it succeeds, a few times within a while, with growing pauses.
@@ -313,11 +189,6 @@ pub fn again<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
             result => return result,
         }
     }
-}
-
-/// The unit of an instance's runs.
-pub fn service(instance: &str) -> String {
-    format!("ekiben-{instance}.service")
 }
 
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
