@@ -182,6 +182,18 @@ impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
+/// What may fail without that anything else fails.
+pub trait OrWarn<T> {
+    /// What came of it; if nothing did, that is logged.
+    fn or_warn(self) -> Option<T>;
+}
+
+impl<T> OrWarn<T> for Result<T> {
+    fn or_warn(self) -> Option<T> {
+        self.map_err(|error| log::warn!("{error}.")).ok()
+    }
+}
+
 /// Compiled once, not for each type of cause.
 #[inline(never)]
 fn failed(doing: &str, cause: &dyn fmt::Display) -> Error {

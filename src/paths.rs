@@ -24,13 +24,13 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use nix::fcntl::OFlag;
 
 use crate::error::{Context, Result};
 use crate::files;
 use crate::program::Program;
+use crate::system;
 
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]
@@ -134,7 +134,7 @@ impl Paths {
     /// When that was, in seconds since 1970; none if never.
     pub fn last_looked(&self) -> Option<u64> {
         let file = self.looked().metadata().ok().filter(|file| file.len() > 0)?;
-        Some(file.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_secs())
+        file.modified().ok().map(system::seconds)
     }
 
     /// The journal of the run under way.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use crate::config::{Config, instance_name};
 use crate::error::{Context, Error, Result};
@@ -17,7 +17,7 @@ use crate::run::hold::{Hold, moment};
 use crate::run::queue;
 use crate::run::status::Status;
 use crate::run::trigger;
-use crate::system::now;
+use crate::system::{self, now};
 
 /// How long a hold is if nobody says.
 const DEFAULT: &str = "1d";
@@ -101,8 +101,8 @@ pub fn watch() -> Result<()> {
 }
 
 fn is_old(path: &Path) -> bool {
-    let changed = path.symlink_metadata().and_then(|file| file.modified()).ok();
-    changed.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).is_some_and(|time| time.as_secs().abs_diff(now()) > PATIENCE)
+    let changed = path.symlink_metadata().and_then(|file| file.modified());
+    changed.is_ok_and(|time| system::seconds(time).abs_diff(now()) > PATIENCE)
 }
 
 /// Ends a hold, and has the request that was kept be served; whether there was one.

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::ExitCode;
-use std::time::UNIX_EPOCH;
 
 use serde::Serialize;
 
@@ -18,7 +17,7 @@ use crate::run::log::INVOCATION;
 use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
-use crate::system::{now, service};
+use crate::system::{now, seconds, service};
 use crate::text::{ago, short, span, times};
 use crate::{output, table};
 
@@ -211,8 +210,7 @@ impl Details {
     fn of(name: &str, units: &BTreeMap<String, Unit>, has_webhook: bool) -> Self {
         let paths = Paths::new(name);
         let (request, status) = (paths.request(), Status::read(&paths));
-        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok();
-        let since = since.and_then(|time| Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs()));
+        let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok().map(seconds);
         let service = units.get(&service::unit(name));
         let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
         let mut problems = problems(name, units, &status, since, now());

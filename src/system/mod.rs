@@ -99,7 +99,12 @@ impl Drop for Turn {
 
 /// Seconds since 1970.
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    seconds(SystemTime::now())
+}
+
+/// A moment in these.
+pub fn seconds(moment: SystemTime) -> u64 {
+    moment.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 /// What tells one boot from another.

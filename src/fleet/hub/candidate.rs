@@ -18,7 +18,7 @@ use crate::fleet::Provenance;
 use crate::fleet::hub::jobs::{LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::plan::{self, Member, Plan};
-use crate::fleet::hub::publish::{self, Manner, Placed};
+use crate::fleet::hub::publish::{self, Built, Manner, Placed};
 use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::rollout;
 use crate::fleet::hub::served::ServedDirectory;
@@ -27,7 +27,7 @@ use crate::fleet::temporary::Temporary;
 use crate::gather::gather;
 use crate::git::Repository;
 use crate::git::lockfile::{LockFile, Update};
-use crate::names::{HostName, RunId, Sha256, StorePath};
+use crate::names::{HostName, RunId};
 use crate::nix;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
@@ -40,22 +40,10 @@ struct Handover {
     run: RunId,
     origin: Provenance,
     expires_after: Option<u64>,
-    built: Vec<Made>,
+    built: Vec<Built>,
     left_out: BTreeMap<HostName, String>,
     unknown: BTreeMap<String, String>,
     waves: Vec<Wave>,
-}
-
-/// A host that was built.
-#[derive(Deserialize, Serialize)]
-struct Made {
-    name: HostName,
-    attr: Option<HostName>,
-    sha256: Sha256,
-    size: u64,
-    toplevel: StorePath,
-    wave: usize,
-    silent_after: u64,
 }
 
 /// Updates the inputs of all flakes of the repository, as it is in a commit.
@@ -105,9 +93,7 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
     let (mut built, mut left_out, mut first) = (Vec::new(), BTreeMap::new(), None);
     for ((host, done), wave) in hosts.iter().zip(done).zip(places) {
         match done {
-            Ok(made) => {
-                built.push(Made { wave, silent_after: settings.silence(&made.name).as_secs(), ..made });
-            }
+            Ok(made) => built.push(Built { wave, silent_after: settings.silence(&made.name).as_secs(), ..made }),
             Err(error) => {
                 log::error!("{}: {error}.", host.name);
                 for line in error.end(LINES) {
@@ -132,7 +118,7 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
     files::write_json(&paths.own("built.json"), &handover, 0o600)
 }
 
-fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Made> {
+fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Built> {
     log::info!("{}: building ...", host.name);
     let system = fleet.evaluate(host)?;
     fleet.build(host, &system)?;
@@ -144,8 +130,7 @@ fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Made> {
         fleet.provide(source)?;
         files::write(&archive, &fs::read(&source.archive).context(doing)?, 0o600).context(doing)?;
     }
-    let (name, attr, sha256) = (host.name.clone(), host.attr.clone(), source.sha256.clone());
-    Ok(Made { name, attr, sha256, size: source.size, toplevel: system.toplevel, wave: 0, silent_after: 0 })
+    Ok(Built::of(host, &system))
 }
 
 /// Publishes what a run has built; its own unit does so, with the key that signs releases.
@@ -172,12 +157,7 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
         waves: !publish.waves.is_empty(),
     };
     let scratch = Temporary::below(&std::env::temp_dir())?;
-    let offer = |made: &Made| {
-        let Made { name, attr, sha256, size, toplevel, .. } = made;
-        let (archive, toplevel) = (archives(paths).join(sha256), toplevel.clone());
-        let built = publish::Built { name, attr, archive: &archive, sha256, size: *size, toplevel };
-        publish::offer(&hub, &built, &manner, &scratch.path().join(name))
-    };
+    let offer = |made: &Built| publish::offer(&hub, made, &archives(paths).join(&made.sha256), &manner, &scratch.path().join(&made.name));
     let mut hosts: BTreeMap<_, _> = gather(handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))));
     let mut members = Vec::new();
     for (made, done) in handover.built.iter().zip(parallel(&handover.built, publish.parallel.get(), offer)) {

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use ::nix::fcntl::FlockArg;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrWarn, Result};
 use crate::files;
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
@@ -124,7 +124,7 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
     }
     acknowledge(hub, host, &index)?;
     // what is published is not the host's doing
-    history::note(hub, host, plan, true).unwrap_or_else(|error| log::warn!("{error}."));
+    history::note(hub, host, plan, true).or_warn();
     Ok(())
 }
 

@@ -4,13 +4,17 @@
 //! clock counts: the clocks of the hub and of the reader decide whether a host is silent.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::fleet::{Heartbeat, LastRun, Manifest};
 use crate::run::{Outcome, Release};
+use crate::system::seconds;
 
 /// The exit status that says that a host is not well.
 pub const FAILING: u8 = 2;
+
+/// What a host has said last, and when that has arrived.
+pub type Heard = (Heartbeat, SystemTime);
 
 /// How a host can be; what is graver comes first.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -64,13 +68,15 @@ pub enum HostState {
 }
 
 impl HostState {
-    /// Decides by what is published, and by what was heard of the host how long ago.
-    pub fn of(published: Option<&Manifest>, heard: Option<(&Heartbeat, Duration)>, silent_after: Duration, now: u64) -> Self {
-        if heard.is_some_and(|(heartbeat, age)| age <= silent_after && heartbeat.refused.is_some()) {
+    /// Decides by what is published, and by what was heard of the host last.
+    pub fn of(published: Option<&Manifest>, heard: Option<&Heard>, silent_after: Duration, now: SystemTime) -> Self {
+        let is_silent = |arrived: &SystemTime| now.duration_since(*arrived).is_ok_and(|age| age > silent_after);
+        if heard.is_some_and(|(heartbeat, arrived)| heartbeat.refused.is_some() && !is_silent(arrived)) {
             return Self::Refusing;
         }
         let Some(published) = published else { return Self::NotDeployed };
-        let Some((heartbeat, age)) = heard else { return Self::NewMachine };
+        let Some((heartbeat, arrived)) = heard else { return Self::NewMachine };
+        let now = seconds(now);
         let is_published = |release: &Option<_>| release.as_ref() == Some(&published.release);
         // what it has under another number it need not deploy again
         let is_same = |deployed: &Release| is_published(&heartbeat.seen) && deployed.id == published.release.id;
@@ -79,7 +85,7 @@ impl HostState {
         let about = |last: &&LastRun| is_published(&last.release) || (last.release.is_none() && !deployed);
         let result = heartbeat.last.as_ref().filter(about).map(|last| last.result);
         match result {
-            _ if age > silent_after => Self::Silent,
+            _ if is_silent(arrived) => Self::Silent,
             _ if is_published(&heartbeat.running) => Self::Building,
             Some(Outcome::Failed) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
@@ -97,6 +103,11 @@ impl HostState {
             _ if published.toplevel.is_some() && published.toplevel == heartbeat.system => Self::SyncPending,
             _ => Self::RebuildPending,
         }
+    }
+
+    /// Whether it runs the published release.
+    pub fn is_deployed(self) -> bool {
+        matches!(self, Self::UpToDate | Self::ExtraRuns | Self::AutoUpdated)
     }
 
     /// Which kind of trouble this is, as an exit status; 0 if it is none.
@@ -199,11 +210,14 @@ pub mod tests {
             AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
             RollbackFailed, RolledBack, Silent, Stale, SyncPending, Undone, UpToDate,
         };
-        let state = |heartbeat: &Heartbeat, age| {
-            HostState::of(Some(&manifest()), Some((heartbeat, Duration::from_secs(age))), Duration::from_secs(10), 5000)
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let state = |heartbeat: &Heartbeat, age: u64| {
+            let heard = (heartbeat.clone(), at(5000 - age));
+            HostState::of(Some(&manifest()), Some(&heard), Duration::from_secs(10), at(5000))
         };
         let of = |published: Option<&Manifest>, heard: Option<&Heartbeat>, now| {
-            HostState::of(published, heard.map(|heartbeat| (heartbeat, Duration::ZERO)), Duration::ZERO, now)
+            let heard = heard.map(|heartbeat| (heartbeat.clone(), at(now)));
+            HostState::of(published, heard.as_ref(), Duration::ZERO, at(now))
         };
         assert_eq!(of(None, None, 0), NotDeployed);
         assert_eq!(of(None, Some(&heartbeat(2)), 0), NotDeployed);

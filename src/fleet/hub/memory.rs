@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, OrWarn, Result};
 use crate::files;
 use crate::fleet::Signed;
 use crate::fleet::archive::pack::identity;
@@ -23,8 +23,7 @@ impl Memory {
 
     /// The number that was published last for a host.
     pub fn last(&self, host: &HostName) -> Option<Sequence> {
-        let read = |place: &PathBuf| files::read_json(&place.join(host)).inspect_err(|error| log::warn!("{error}."));
-        self.0.as_ref().and_then(|place| read(place).ok().flatten())
+        files::read_json(&self.0.as_ref()?.join(host)).or_warn().flatten()
     }
 
     /// Remembers a number that was published.

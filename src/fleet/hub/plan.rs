@@ -8,7 +8,7 @@ use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Wave;
-use crate::error::{Context, Result};
+use crate::error::{Context, OrWarn, Result};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};
@@ -142,7 +142,7 @@ impl Plan {
 
     /// The one that there is; what is no plan is none.
     pub fn read(hub: &ServedDirectory) -> Option<Self> {
-        let found = Self::read_from(&Self::file(hub)).inspect_err(|error| log::warn!("{error}.")).ok();
+        let found = Self::read_from(&Self::file(hub)).or_warn();
         found.filter(|plan| plan.format == FORMAT && plan.hosts.iter().all(|member| member.wave < plan.waves.len()))
     }
 
@@ -215,5 +215,34 @@ mod tests {
         let holds = Plan::holds(&hub).unwrap();
         let lost: Vec<_> = hosts.iter().filter(|host| holds.of(Some(host)).is_none()).collect();
         assert!(lost.is_empty(), "{lost:?}");
+    }
+
+    fn name(name: &str) -> HostName {
+        name.try_into().unwrap()
+    }
+
+    #[test]
+    fn hosts_are_in_the_first_wave_that_names_them() {
+        let known = ["a", "b", "c", "d"].map(name);
+        let groups = [(name("laptops"), vec![name("b"), name("a")]), (name("none"), vec![])].into_iter().collect();
+        let places = |waves: &[&[&str]], some| {
+            let waves: Vec<_> =
+                waves.iter().map(|hosts| Wave { hosts: hosts.iter().map(ToString::to_string).collect(), ..Wave::default() }).collect();
+            let known: Vec<_> = known.iter().collect();
+            let assigned = assign(&waves, &groups, &known, some).map_err(|error| error.to_string())?;
+            let text: Vec<_> = known.iter().zip(&assigned.1).map(|(host, wave)| format!("{host}{wave}")).collect();
+            Ok::<_, String>((assigned.0.len(), text.join(" ")))
+        };
+        let of = |count: usize, text: &str| Ok((count, text.to_owned()));
+        assert_eq!(places(&[], false), of(1, "a0 b0 c0 d0"));
+        assert_eq!(places(&[&["c"], &["@laptops", "c"], &["*"]], false), of(3, "a1 b1 c0 d2"));
+        assert_eq!(places(&[&["*"], &["c"]], false), of(1, "a0 b0 c0 d0"));
+        // those that are in none come last, and a wave of nobody is none
+        assert_eq!(places(&[&["@none"], &["c"]], false), of(2, "a1 b1 c0 d1"));
+        // what is misspelt, or removed, must not have all the others get it at once
+        assert!(places(&[&["canary"], &["*"]], false).unwrap_err().contains("no host or group \"canary\""));
+        assert!(places(&[&["@canaries"], &["*"]], false).is_err());
+        // nor must what could not be looked at
+        assert_eq!(places(&[&["canary"], &["*"]], true), of(2, "a1 b1 c1 d1"));
     }
 }

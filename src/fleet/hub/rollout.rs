@@ -7,41 +7,20 @@
 //! collects next. A host that has been published for since sees something else than the plan says, and is passed over.
 
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::Wave;
 use crate::error::{Context, Result};
+use crate::fleet::Provenance;
+use crate::fleet::hub::health::{Health, Seen, seen};
 use crate::fleet::hub::history;
-use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::plan::{Headway, Holds, Member, Plan, said};
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::{Heartbeat, Manifest, Provenance};
 use crate::run::hold::moment;
 use crate::system::now;
 use crate::{files, text};
 
 /// How many of those that have failed are named.
 const NAMED: usize = 3;
-
-/// How a host does with its release.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Health {
-    /// It has not been offered it.
-    Waits,
-    /// It has not tried it yet.
-    Pending,
-    /// It has been silent since before, or somebody there has it held.
-    Silent,
-    /// It has fetched it, and has been silent since.
-    Gone,
-    Well,
-    Failed(HostState),
-    /// It is offered something else.
-    Out,
-}
-
-/// A host of a plan, its health, when what that follows from has arrived, and since when it is offered what it is, in seconds since 1970.
-pub type Seen<'a> = (&'a Member, Health, u64, u64);
 
 /// All that there is to know of it.
 pub struct Rollout {
@@ -99,33 +78,6 @@ fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
         history::note_in_turn(hub, host, Some(plan))?;
     }
     Ok(())
-}
-
-/// How a host does, by what it is offered since when, and by what it said when.
-pub fn health(
-    member: &Member,
-    offered: Option<(&Manifest, SystemTime)>,
-    heard: Option<(&Heartbeat, SystemTime)>,
-    now: SystemTime,
-) -> Health {
-    let Some((manifest, since)) = offered.filter(|(manifest, _)| manifest.release.sequence >= member.release.sequence) else {
-        let is_as_before = offered.map(|(manifest, _)| &manifest.release) == member.before.as_ref();
-        return if is_as_before { Health::Waits } else { Health::Out };
-    };
-    let age = heard.map(|(heartbeat, arrived)| (heartbeat, now.duration_since(arrived).unwrap_or_default()));
-    let state = HostState::of(Some(manifest), age, Duration::from_secs(member.silent_after), seconds(now));
-    let Some((heartbeat, arrived)) = heard else { return Health::Silent };
-    let has_it =
-        [&heartbeat.running, &heartbeat.seen, &heartbeat.deployed].into_iter().any(|release| release.as_ref() == Some(&manifest.release));
-    match state {
-        HostState::UpToDate | HostState::ExtraRuns | HostState::AutoUpdated => Health::Well,
-        // what it said before is about something else
-        _ if state.trouble() == FAILING && arrived > since => Health::Failed(state),
-        HostState::Silent if has_it => Health::Gone,
-        HostState::Silent => Health::Silent,
-        _ if heartbeat.held.is_some() => Health::Silent,
-        _ => Health::Pending,
-    }
 }
 
 /// Goes on as far as that can be: returns the hosts that are to be offered their releases now.
@@ -207,10 +159,6 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
     }
 }
 
-fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 /// Begins the next wave if it is time for that; the hub does, each time that it has collected.
 pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // whoever publishes may be about to replace the plan
@@ -230,29 +178,6 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
         files::write(&path, &after, 0o644).context(|| format!("write {}", path.display()))?;
     }
     next.into_iter().try_for_each(|member| offer(hub, &plan, member))
-}
-
-/// How all hosts of a plan do.
-fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> {
-    let served = hub.hosts()?;
-    let look = |member: &'a Member| -> Result<Seen<'a>> {
-        let host = &member.host;
-        let manifest = hub.manifest(host)?.and_then(Result::ok).map(|(manifest, _)| manifest);
-        let heard = hub.heartbeat(host)?;
-        let heard = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, *arrived));
-        let offered = manifest.as_ref().zip(hub.changed(host)?);
-        let health = health(member, offered, heard, SystemTime::now());
-        Ok((member, health, heard.map_or(0, |(_, arrived)| seconds(arrived)), offered.map_or(0, |(_, changed)| seconds(changed))))
-    };
-    let mut all = Vec::new();
-    for member in plan.hosts.iter().filter(|member| served.contains(&member.host)) {
-        // what cannot be read holds up its wave, and no other host
-        all.push(look(member).unwrap_or_else(|error| {
-            log::warn!("{error}.");
-            (member, Health::Pending, 0, 0)
-        }));
-    }
-    Ok(all)
 }
 
 impl Rollout {
@@ -309,10 +234,10 @@ impl Rollout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::hub::host_state::tests::{heartbeat, last, manifest, release};
-    use crate::fleet::{FORMAT, hub::plan::assign};
+    use crate::fleet::FORMAT;
+    use crate::fleet::hub::host_state::HostState;
+    use crate::fleet::hub::host_state::tests::release;
     use crate::names::HostName;
-    use crate::run::Outcome;
     use crate::run::hold::Hold;
 
     fn name(name: &str) -> HostName {
@@ -466,64 +391,5 @@ mod tests {
         story.plan.id = "another release".into();
         story.offered = 45;
         assert_eq!(story.step(&[("a", Well, 50), ("c", Waits, 5)]), "");
-    }
-
-    #[test]
-    fn how_a_host_does_follows_from_what_it_said_since_it_was_offered_that() {
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        let offered = |sequence: u64| Manifest { release: release(sequence), expires: None, ..manifest() };
-        let of = |sees: Option<u64>, heard: Option<(&Heartbeat, u64)>| {
-            let (sees, heard) = (sees.map(offered), heard.map(|(beat, arrived)| (beat, at(arrived))));
-            health(&member("web", 0), sees.as_ref().map(|sees| (sees, at(1060))), heard, at(1150))
-        };
-        let failed = |number| Heartbeat { last: Some(last(Some(release(number)), Outcome::RolledBack)), ..heartbeat(1) };
-        let refused = Heartbeat { refused: Some("x".into()), ..heartbeat(1) };
-        for (expected, sees, heard, arrived) in [
-            (Waits, Some(1), heartbeat(1), 1100),
-            (Waits, Some(1), failed(1), 1100),
-            (Out, None, heartbeat(1), 1100),
-            (Pending, Some(2), heartbeat(1), 1100),
-            (Well, Some(2), heartbeat(2), 1100),
-            (Failed(RolledBack), Some(2), failed(2), 1100),
-            (Pending, Some(2), failed(1), 1100),
-            // before it could see it
-            (Pending, Some(2), refused.clone(), 1060),
-            (Failed(HostState::Refusing), Some(2), refused, 1100),
-            // silent, with and without it
-            (Silent, Some(2), heartbeat(1), 1049),
-            (Gone, Some(2), heartbeat(2), 1049),
-            (Gone, Some(2), Heartbeat { seen: Some(release(2)), ..heartbeat(1) }, 1049),
-            (Silent, Some(2), Heartbeat { held: Some(hold()), ..heartbeat(1) }, 1100),
-            // a later one is as good
-            (Well, Some(3), heartbeat(3), 1100),
-            (Pending, Some(3), heartbeat(2), 1100),
-        ] {
-            assert_eq!(of(sees, Some((&heard, arrived))), expected, "{heard:?} {arrived}");
-        }
-        assert_eq!(of(Some(2), None), Silent);
-    }
-
-    #[test]
-    fn hosts_are_in_the_first_wave_that_names_them() {
-        let known = ["a", "b", "c", "d"].map(name);
-        let groups = [(name("laptops"), vec![name("b"), name("a")]), (name("none"), vec![])].into_iter().collect();
-        let places = |waves: &[&[&str]], some| {
-            let waves: Vec<_> = waves.iter().map(|hosts| wave(hosts, 0, 0, false)).collect();
-            let known: Vec<_> = known.iter().collect();
-            let assigned = assign(&waves, &groups, &known, some).map_err(|error| error.to_string())?;
-            let text: Vec<_> = known.iter().zip(&assigned.1).map(|(host, wave)| format!("{host}{wave}")).collect();
-            Ok::<_, String>((assigned.0.len(), text.join(" ")))
-        };
-        let of = |count: usize, text: &str| Ok((count, text.to_owned()));
-        assert_eq!(places(&[], false), of(1, "a0 b0 c0 d0"));
-        assert_eq!(places(&[&["c"], &["@laptops", "c"], &["*"]], false), of(3, "a1 b1 c0 d2"));
-        assert_eq!(places(&[&["*"], &["c"]], false), of(1, "a0 b0 c0 d0"));
-        // those that are in none come last, and a wave of nobody is none
-        assert_eq!(places(&[&["@none"], &["c"]], false), of(2, "a1 b1 c0 d1"));
-        // what is misspelt, or removed, must not have all the others get it at once
-        assert!(places(&[&["canary"], &["*"]], false).unwrap_err().contains("no host or group \"canary\""));
-        assert!(places(&[&["@canaries"], &["*"]], false).is_err());
-        // nor must what could not be looked at
-        assert_eq!(places(&[&["canary"], &["*"]], true), of(2, "a1 b1 c1 d1"));
     }
 }

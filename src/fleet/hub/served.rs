@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::hub::host_state::Heard;
 use crate::fleet::hub::remote::{Elsewhere, MEANWHILE, NEXT, SCHEME};
 use crate::fleet::{FORMAT, Heartbeat, KNOWN, LARGE, Manifest, REMOVED, ROLLOUT, Received, SMALL, Signed, sha256};
 use crate::gather::sorted;
@@ -300,7 +301,7 @@ impl ServedDirectory {
     }
 
     /// What a host said last, and when that arrived.
-    pub fn heartbeat(&self, host: &HostName) -> Result<Option<(Heartbeat, SystemTime)>> {
+    pub fn heartbeat(&self, host: &HostName) -> Result<Option<Heard>> {
         let path = self.received(host).join("heartbeat.json");
         let doing = || format!("read {}", path.display());
         let Some(text) = read(&path).context(doing)? else { return Ok(None) };

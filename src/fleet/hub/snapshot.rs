@@ -15,6 +15,7 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::{LARGE, Manifest, SMALL, Signed};
 use crate::json;
 use crate::names::HostName;
+use crate::system::seconds;
 
 /// Where it is in the hub's directory: no host is called that.
 pub const FILE: &str = "received/all.json";
@@ -36,8 +37,7 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
     for (host, release, received) in hosts {
         let (manifest, heartbeat) = (release.join("manifest.json"), received.join("heartbeat.json"));
         let arrived = heartbeat.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let arrived = arrived.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived });
+        all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived: seconds(arrived) });
     }
     let path = collected.join("all.json");
     let doing = || format!("write {}", path.display());

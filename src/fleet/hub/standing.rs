@@ -12,7 +12,6 @@ use crate::fleet::hub::rollout::Rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::HostName;
 use crate::run::published::{HostStanding, HostStep};
-use crate::system::now;
 
 /// Writes it down for all hosts, where this is a hub that publishes by itself.
 pub fn keep(hub: &ServedDirectory) -> Result<()> {
@@ -45,12 +44,9 @@ fn look(hub: &ServedDirectory, host: &HostName, rollout: Option<&Rollout>, holds
         return Ok(Some(HostStanding { release, state, wave: waits.map(|(_, wave)| wave) }));
     }
     let Some(manifest) = manifest else { return Ok(None) };
-    let heard = hub.heartbeat(host)?;
-    let age = |arrived: SystemTime| SystemTime::now().duration_since(arrived).unwrap_or_default();
-    let heard = heard.as_ref().map(|(heartbeat, arrived)| (heartbeat, age(*arrived)));
     // who waits has a patience of his own
-    let state = match HostState::of(Some(&manifest), heard, Duration::MAX, now()) {
-        HostState::UpToDate | HostState::ExtraRuns | HostState::AutoUpdated => HostStep::Deployed,
+    let state = match HostState::of(Some(&manifest), hub.heartbeat(host)?.as_ref(), Duration::MAX, SystemTime::now()) {
+        state if state.is_deployed() => HostStep::Deployed,
         state if state.trouble() == FAILING => HostStep::Failing,
         _ => HostStep::Published,
     };

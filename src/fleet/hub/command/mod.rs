@@ -11,14 +11,14 @@ use std::process::ExitCode;
 
 use ::nix::sys::stat::{Mode, umask};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrWarn, Result};
 use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::{Settings, find};
 use crate::fleet::hub::status::Shown;
-use crate::fleet::hub::{collect, guide, metrics, page, status};
+use crate::fleet::hub::{collect, guide, metrics, page, status, terminal};
 use crate::system::now;
 use crate::{files, output};
 
@@ -192,7 +192,7 @@ impl Fleet<'_> {
     fn status(&self, wanted: &[&str]) -> Result<ExitCode> {
         // who only looks need not have a repository, nor one that can be read
         let names = self.place.as_ref().map(|_| self.repository().and_then(|repository| repository.names()));
-        let names = names.and_then(|names| names.inspect_err(|error| log::warn!("{error}.")).ok());
+        let names = names.and_then(OrWarn::or_warn);
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
@@ -200,7 +200,7 @@ impl Fleet<'_> {
             let shown = status::rows(&self.hub, &fleet, wanted)?;
             return self.write(&shown).map(|()| status::exit(&shown));
         }
-        status::status(&self.hub, &fleet, wanted, has("--json"), has("--once"), has("--wide"))
+        terminal::show(&self.hub, &fleet, wanted, has("--json"), has("--once"), has("--wide"))
     }
 
     /// Collects, and writes what is to be seen of the hosts: as the hub sees them, who has no repository.
