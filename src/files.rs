@@ -137,6 +137,14 @@ pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_foreign_below(path.parent().ok_or(ErrorKind::InvalidInput)?, name, limit)
 }
 
+/// The same; `None` if there is no file.
+pub fn read_foreign_if_there(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    match read_foreign(path, limit) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
 /// The same, with whose file it is.
 pub fn read_owned(path: &Path, limit: u64) -> io::Result<(Vec<u8>, u32)> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;

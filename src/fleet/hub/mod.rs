@@ -17,6 +17,7 @@ mod page;
 mod plan;
 mod publish;
 mod push;
+mod releases;
 mod remote;
 mod repository;
 mod rollout;

@@ -1,16 +1,12 @@
-//! The fleet's repository: which hosts are in it, and what their configurations evaluate to.
-//!
-//! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
-//! flake evaluated to is remembered for as long as the archive and the arguments are the same.
+//! The fleet's repository: which hosts are in it, and the archives of their configurations.
+
+pub mod evaluation;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
@@ -22,15 +18,8 @@ use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::{Temporary, home};
 use crate::gather::sorted;
 use crate::git;
-use crate::json;
-use crate::names::{HostName, ObjectId, Sha256, StorePath};
-use crate::nix::nix;
-use crate::program::Program;
+use crate::names::{HostName, ObjectId, Sha256};
 use crate::text;
-
-/// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
-const NAMES: &str = "builtins.attrNames";
-const SYSTEM: &str = "system: { derivation = system.drvPath; toplevel = system.outPath; }";
 
 /// A directory with configurations, packed.
 pub struct Packed {
@@ -59,21 +48,6 @@ pub struct Host {
 
 /// What kept hosts from being found, and in which places.
 pub type Failed = Vec<(String, Error)>;
-
-/// What a configuration evaluates to.
-#[derive(Deserialize)]
-pub struct System {
-    derivation: StorePath,
-    /// The system's path, built or not.
-    pub toplevel: StorePath,
-}
-
-/// What a question came to.
-#[derive(Deserialize, Serialize)]
-struct Remembered {
-    question: Vec<String>,
-    answer: Value,
-}
 
 /// The repository, with a place for what is remembered and one for what is not.
 pub struct FleetRepository {
@@ -129,18 +103,20 @@ impl FleetRepository {
         let archive = self.scratch.path().join(format!("{}.tar.gz", label(place)));
         let (known, stamp) = (self.known(place), || pack::stamp(&directory, &files, &self.origin));
         let now = stamp();
-        if let Ok(Some((then, sha256, size))) = files::read_json::<(String, Sha256, u64)>(&known) {
-            if now.as_ref() == Some(&then) {
-                return Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake });
+        let before =
+            files::read_json::<(Option<String>, Sha256, u64)>(&known).ok().flatten().filter(|(then, ..)| then.is_some() && *then == now);
+        let (sha256, size) = if let Some((_, sha256, size)) = before {
+            (sha256, size)
+        } else {
+            let (sha256, size, is_plain) = pack::pack(&directory, &files, &self.origin, &archive)?;
+            // what there is something to say of is said each time
+            if is_plain && now.is_some() && stamp() == now {
+                // a part of it is as good as none
+                let text = serde_json::to_vec(&(now, &sha256, size)).unwrap_or_default();
+                fs::write(&known, text).context(|| format!("write {}", known.display()))?;
             }
-        }
-        let (sha256, size, is_plain) = pack::pack(&directory, &files, &self.origin, &archive)?;
-        // what there is something to say of is said each time
-        if let Some(now) = now.filter(|now| is_plain && stamp().as_ref() == Some(now)) {
-            // a part of it is as good as none
-            let text = serde_json::to_vec(&(now, &sha256, size)).unwrap_or_default();
-            fs::write(&known, text).context(|| format!("write {}", known.display()))?;
-        }
+            (sha256, size)
+        };
         Ok(Packed { place: place.to_owned(), directory, archive, sha256, size, is_flake })
     }
 
@@ -174,9 +150,7 @@ impl FleetRepository {
     pub fn names(&self) -> Result<BTreeSet<HostName>> {
         let mut names = BTreeSet::new();
         for (place, is_flake) in self.places()? {
-            let file = self.state.join("evaluated").join(format!("{}.json", label(&place)));
-            let known = files::read_json::<Remembered>(&file).ok().flatten();
-            match known.and_then(|known| json::from_value::<Vec<HostName>>(&known.answer).ok()).filter(|_| is_flake) {
+            match self.names_known(&place).filter(|_| is_flake) {
                 Some(known) => names.extend(known),
                 None if is_flake => names.extend(self.hosts_in(self.pack(&place, true)?)?.into_iter().map(|host| host.name)),
                 None => names.extend(HostName::try_from(place.trim_start_matches("hosts/"))),
@@ -219,48 +193,14 @@ impl FleetRepository {
     }
 
     fn hosts_in(&self, source: Packed) -> Result<Vec<Host>> {
-        let place = source.place.clone();
-        let doing = || format!("find the hosts of {place}");
         let source = Arc::new(source);
         if !source.is_flake {
-            let name = place.trim_start_matches("hosts/").try_into().context(doing)?;
+            let name = source.place.trim_start_matches("hosts/").try_into().context(|| format!("find the hosts of {}", source.place))?;
             return Ok(vec![Host { name, attr: None, source }]);
         }
-        let names = self.ask(&source, &label(&place), "nixosConfigurations", NAMES, false)?;
-        let names: Vec<HostName> = json::from_value(&names).context(doing)?;
+        let names = self.names_in(&source)?;
         let host = |name: HostName| Host { attr: Some(name.clone()), name, source: Arc::clone(&source) };
         Ok(names.into_iter().map(host).collect())
-    }
-
-    /// Evaluates a host's configuration.
-    pub fn evaluate(&self, host: &Host) -> Result<System> {
-        let quoted = host.attr.as_ref().map(|attr| format!("nixosConfigurations.\"{attr}\".")).unwrap_or_default();
-        let attribute = format!("{quoted}config.system.build.toplevel");
-        let ask = |again| -> Result<System> {
-            let answer = self.ask(&host.source, &host.name, &attribute, SYSTEM, again)?;
-            json::from_value(&answer).context(|| format!("evaluate {}", host.name))
-        };
-        let system = ask(false)?;
-        // collected as garbage: nothing could be built
-        if system.derivation.path().exists() || system.toplevel.path().exists() { Ok(system) } else { ask(true) }
-    }
-
-    /// Builds what a host's configuration evaluated to.
-    pub fn build(&self, host: &Host, system: &System) -> Result<()> {
-        if !system.derivation.path().exists() {
-            return Ok(());
-        }
-        let build = nix()
-            .args(["build", "--print-build-logs"])
-            .args(&self.flags)
-            .arg("--out-link")
-            .arg(self.state.join("systems").join(&host.name));
-        let build = build.arg(format!("{}^out", system.derivation));
-        self.within(build).logged(|| format!("build {}", host.name), &self.log(&host.name)).map(drop)
-    }
-
-    fn within(&self, program: Program) -> Program {
-        if let Some(limit) = self.limit { program.within(limit) } else { program }
     }
 
     /// Where what nix says of a host is kept.
@@ -286,39 +226,6 @@ impl FleetRepository {
         let done = unpack(&source.archive, &directory).and_then(|()| then(&directory));
         let _ = fs::remove_dir_all(place);
         done
-    }
-
-    /// Evaluates `function` of an attribute, and keeps what nix says as the log `name`.
-    fn ask(&self, source: &Packed, name: &str, attribute: &str, function: &str, again: bool) -> Result<Value> {
-        let file = self.state.join("evaluated").join(format!("{name}.json"));
-        let question = [&[source.sha256.to_string(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
-        // of these arguments, the same may mean something else tomorrow
-        let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
-        if let Ok(Some(Remembered { answer, .. })) =
-            files::read_json(&file).map(|read| read.filter(|read: &Remembered| lasting && !again && read.question == question))
-        {
-            return Ok(answer);
-        }
-        let log = self.log(name);
-        files::remove(&log).context(|| format!("remove {}", log.display()))?;
-        let answer = self.with_unpacked(source, name, |directory| {
-            let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
-            let eval = if source.is_flake {
-                // a lock file that would change here would change there, too, and not to the same; names are not that particular
-                let strict = if function == NAMES { "--no-write-lock-file" } else { "--no-update-lock-file" };
-                eval.arg(strict).arg(format!("path:{}#{attribute}", directory.display()))
-            } else {
-                let configuration = format!("nixos-config={}", directory.join("configuration.nix").display());
-                eval.args(["-I", &configuration, "--file", "<nixpkgs/nixos>", attribute])
-            };
-            self.within(eval).logged(|| format!("evaluate {}", source.place), &log)
-        })?;
-        let answer = json::parse(&answer).context(|| format!("evaluate {}", source.place))?;
-        let answer = Remembered { question, answer };
-        if lasting {
-            files::write_json(&file, &answer, 0o644)?;
-        }
-        Ok(answer.answer)
     }
 }
 

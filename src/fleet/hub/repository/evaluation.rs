@@ -1,0 +1,116 @@
+//! What the configurations evaluate to, and building that.
+//!
+//! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
+//! flake evaluated to is remembered for as long as the archive and the arguments are the same.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Context, Result};
+use crate::files;
+use crate::fleet::hub::repository::{FleetRepository, Host, Packed, label};
+use crate::json;
+use crate::names::{HostName, StorePath};
+use crate::nix::nix;
+use crate::program::Program;
+
+/// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
+const NAMES: &str = "builtins.attrNames";
+const SYSTEM: &str = "system: { derivation = system.drvPath; toplevel = system.outPath; }";
+
+/// What a configuration evaluates to.
+#[derive(Deserialize)]
+pub struct System {
+    derivation: StorePath,
+    /// The system's path, built or not.
+    pub toplevel: StorePath,
+}
+
+/// What a question came to.
+#[derive(Deserialize, Serialize)]
+struct Remembered {
+    question: Vec<String>,
+    answer: Value,
+}
+
+impl FleetRepository {
+    /// The hosts of a flake.
+    pub(super) fn names_in(&self, source: &Packed) -> Result<Vec<HostName>> {
+        let names = self.ask(source, &label(&source.place), "nixosConfigurations", NAMES, false)?;
+        json::from_value(&names).context(|| format!("find the hosts of {}", source.place))
+    }
+
+    /// The same, as they were when they were looked at last.
+    pub(super) fn names_known(&self, place: &str) -> Option<Vec<HostName>> {
+        let known: Remembered = files::read_json(&self.answer(&label(place))).ok()??;
+        json::from_value(&known.answer).ok()
+    }
+
+    /// Evaluates a host's configuration.
+    pub fn evaluate(&self, host: &Host) -> Result<System> {
+        let quoted = host.attr.as_ref().map(|attr| format!("nixosConfigurations.\"{attr}\".")).unwrap_or_default();
+        let attribute = format!("{quoted}config.system.build.toplevel");
+        let ask = |again| -> Result<System> {
+            let answer = self.ask(&host.source, &host.name, &attribute, SYSTEM, again)?;
+            json::from_value(&answer).context(|| format!("evaluate {}", host.name))
+        };
+        let system = ask(false)?;
+        // collected as garbage: nothing could be built
+        if system.derivation.path().exists() || system.toplevel.path().exists() { Ok(system) } else { ask(true) }
+    }
+
+    /// Builds what a host's configuration evaluated to.
+    pub fn build(&self, host: &Host, system: &System) -> Result<()> {
+        if !system.derivation.path().exists() {
+            return Ok(());
+        }
+        let link = self.state.join("systems").join(&host.name);
+        let build = nix().args(["build", "--print-build-logs"]).args(&self.flags).arg("--out-link").arg(link);
+        self.within(build.arg(format!("{}^out", system.derivation)))
+            .logged(|| format!("build {}", host.name), &self.log(&host.name))
+            .map(drop)
+    }
+
+    fn within(&self, program: Program) -> Program {
+        if let Some(limit) = self.limit { program.within(limit) } else { program }
+    }
+
+    /// Where the answer is that was got last for this name.
+    fn answer(&self, name: &str) -> PathBuf {
+        self.state.join("evaluated").join(format!("{name}.json"))
+    }
+
+    /// Evaluates `function` of an attribute, and keeps what nix says as the log `name`.
+    fn ask(&self, source: &Packed, name: &str, attribute: &str, function: &str, again: bool) -> Result<Value> {
+        let file = self.answer(name);
+        let question = [&[source.sha256.to_string(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
+        // of these arguments, the same may mean something else tomorrow
+        let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
+        let known: Option<Remembered> = files::read_json(&file).ok().flatten().filter(|_| lasting && !again);
+        if let Some(known) = known.filter(|known| known.question == question) {
+            return Ok(known.answer);
+        }
+        let log = self.log(name);
+        files::remove(&log).context(|| format!("remove {}", log.display()))?;
+        let answer = self.with_unpacked(source, name, |directory| {
+            let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
+            let eval = if source.is_flake {
+                // a lock file that would change here would change there, too, and not to the same; names are not that particular
+                let strict = if function == NAMES { "--no-write-lock-file" } else { "--no-update-lock-file" };
+                eval.arg(strict).arg(format!("path:{}#{attribute}", directory.display()))
+            } else {
+                let configuration = format!("nixos-config={}", directory.join("configuration.nix").display());
+                eval.args(["-I", &configuration, "--file", "<nixpkgs/nixos>", attribute])
+            };
+            self.within(eval).logged(|| format!("evaluate {}", source.place), &log)
+        })?;
+        let answer = json::parse(&answer).context(|| format!("evaluate {}", source.place))?;
+        let answer = Remembered { question, answer };
+        if lasting {
+            files::write_json(&file, &answer, 0o644)?;
+        }
+        Ok(answer.answer)
+    }
+}
