@@ -212,7 +212,7 @@ with subtest("the host is killed in mid-download: the next poll completes it"):
     place = f"/var/lib/ekiben/instances/fleet/{release}.tar.gz"
     # the path unit would have it go on at once
     web.succeed("systemctl stop ekiben-fleet.path; systemctl start --no-block ekiben-fleet.service")
-    came = web.succeed(f"until test -s {place}; do :; done; pkill -STOP -x -u ekiben-fleet sftp; stat -c %s {place}")
+    came = web.succeed(f"until test -s {place}; do :; done; pkill -STOP -x -u ekiben-fleet ssh; stat -c %s {place}")
     web.succeed("systemctl kill --kill-whom=all --signal=KILL ekiben-fleet.service")
     assert 0 < int(came) < int(hub.succeed(f"stat -c %s {HOST}/release/{release}.tar.gz"))
     wait_until_idle(web, "fleet")

@@ -6,15 +6,43 @@ HUB = "/var/lib/ekiben-hub"
 RELEASE = f"{HUB}/hosts/web/release"
 COUNT = itertools.count(1)
 FLAKE = '{ outputs = { self }: { nixosConfigurations.web = import ./system.nix { name = "web"; app = ./app; other = ./app; revision = "none"; }; }; }'
-# The real sftp, which is told no more from the first line on that is as ~/gate/at says, until
-# somebody writes into ~/gate/go. What it may send in a second is in ~/gate/limit.
-GATE = r"""#!/bin/bash
-cd ~/gate
-exec 3<&0
-exec /usr/bin/sftp $(cat limit) "$@" < <(while IFS= read -ru 3 line; do
-  if [[ $line == $(cat at) ]]; then touch held; cat go > /dev/null; fi
-  printf '%s\n' "$line" >> told; printf '%s\n' "$line"
-done) 3<&-
+# The real ssh, which is handed no more of a session from the first request on that is as ~/gate/at says, until
+# somebody writes into ~/gate/go. What it was handed is in ~/gate/told, in lines.
+GATE = r"""#!/usr/bin/python3
+import fnmatch, os, subprocess, sys, threading
+
+os.chdir(os.path.expanduser("~/gate"))
+ssh = subprocess.Popen(["/usr/bin/ssh", *sys.argv[1:]], stdin=subprocess.PIPE)
+threading.Thread(target=lambda: os._exit(ssh.wait())).start()
+
+
+def texts(fields):
+    while fields:
+        size = int.from_bytes(fields[:4], "big")
+        yield fields[4:4 + size].decode(errors="replace")
+        fields = fields[4 + size:]
+
+
+while head := sys.stdin.buffer.read(4):
+    packet = sys.stdin.buffer.read(int.from_bytes(head, "big"))
+    kind, fields = packet[0], packet[5:]
+    if kind == 3:
+        path = next(texts(fields))
+        line = f"{'create' if fields[7 + len(path.encode())] & 2 else 'open'} {path}"
+    elif kind == 6:
+        handle = next(texts(fields))
+        line = f"write {int.from_bytes(fields[4 + len(handle):12 + len(handle)], 'big')}"
+    elif kind == 200:
+        line = " ".join(texts(fields)).replace("posix-rename@openssh.com", "rename").replace("hardlink@openssh.com", "link")
+    else:
+        line = str(kind)
+    if fnmatch.fnmatch(line, open("at").read().strip()):
+        open("held", "w").close()
+        open("go").read()
+    print(line, file=open("told", "a"))
+    ssh.stdin.write(head + packet)
+    ssh.stdin.flush()
+ssh.stdin.close()
 """
 
 
@@ -27,9 +55,9 @@ def fleet(arguments, user="deploy"):
     return by(user, f"ekiben fleet {arguments} 2>&1")
 
 
-def begin(user, arguments, at, limit=""):
-    """Begins to publish; returns when sftp would be told what is like `at`, or at once if that is empty."""
-    desk.succeed(by(user, f"rm -f ~/gate/held; printf %s {shlex.quote(at)} > ~/gate/at; echo {limit} > ~/gate/limit"))
+def begin(user, arguments, at):
+    """Begins to publish; returns when the hub would be asked what is like `at`, or at once if that is empty."""
+    desk.succeed(by(user, f"rm -f ~/gate/held; printf %s {shlex.quote(at)} > ~/gate/at"))
     desk.succeed(f"rm -f /tmp/{user}.*; (if {fleet(arguments, user)} > /tmp/{user}.said; then echo 0; else echo 1; "
                  f"fi > /tmp/{user}.new; mv /tmp/{user}.new /tmp/{user}.status) > /dev/null 2>&1 &")
     if at:
@@ -37,7 +65,7 @@ def begin(user, arguments, at, limit=""):
 
 
 def go_on_as(user):
-    desk.succeed(by(user, "echo > ~/gate/at; echo > ~/gate/limit; timeout 10 sh -c 'echo > ~/gate/go'"))
+    desk.succeed(by(user, "echo > ~/gate/at; timeout 10 sh -c 'echo > ~/gate/go'"))
 
 
 def ended(user):
@@ -117,8 +145,8 @@ for user, place in (("deploy", "sftp://ekiben-publisher@hub:2222"), ("alice", "s
         f"install -d -o {user} /home/{user}/fleet /home/{user}/bin /home/{user}/gate; install -d -m 700 -o {user} /home/{user}/.ssh",
         f"install -m 600 -o {user} /etc/scenario/{user} /home/{user}/.ssh/id_ed25519; mkfifo /home/{user}/gate/go; "
         f"chmod 666 /home/{user}/gate/go",
-        f"printf %s {shlex.quote(GATE)} > /home/{user}/bin/sftp; chmod 755 /home/{user}/bin/sftp",
-        by(user, "touch ~/gate/limit; echo > ~/gate/at; ekiben fleet init"),
+        f"printf %s {shlex.quote(GATE)} > /home/{user}/bin/ssh; chmod 755 /home/{user}/bin/ssh",
+        by(user, "echo > ~/gate/at; ekiben fleet init"),
         by(user, f"jq '.directory = \"{place}\"' fleet.json > new; mv new fleet.json; mkdir -p hosts/web/app; "
                  f"base64 -d <<< {pack} | tar -C hosts/web -xz; echo {shlex.quote(FLAKE)} > hosts/web/flake.nix"),
     )
@@ -267,10 +295,10 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
 with subtest("cut off at any moment, a release is not there, and the next try mends it"):
     last = second
     for at, cut in (
-        ('-rename *.tar.gz"', lambda: (hub.succeed("kill $(pgrep -u ekiben-publisher sshd)"), go_on_as("deploy"))),
-        ('-put *.manifest.json.sent"', lambda: desk.succeed("kill $(pgrep -u deploy -x sftp)")),
-        ("-ln *", lambda: desk.succeed("pkill -KILL -u deploy -x ekiben; pkill -KILL -u deploy")),
-        ('-rename *manifest.json"', lambda: desk.crash()),
+        ("rename *.tar.gz", lambda: hub.succeed("kill $(pgrep -u ekiben-publisher sshd)")),
+        ("create *.manifest.json.sent", lambda: desk.succeed("kill $(pgrep -u deploy -x ssh)")),
+        ("link *", lambda: desk.succeed("pkill -KILL -u deploy -x ekiben; pkill -KILL -u deploy")),
+        ("rename *manifest.json", lambda: desk.crash()),
     ):
         number = manifest()["sequence"]
         content = change()
@@ -287,7 +315,7 @@ with subtest("cut off at any moment, a release is not there, and the next try me
         stays(last)
         said = desk.succeed(fleet("deploy"))
         assert published(said) > number, said
-        assert ("has not responded for 30 s" in said) == (at == '-rename *manifest.json"'), said
+        assert ("has not responded for 30 s" in said) == (at == "rename *manifest.json"), said
         follows(content)
         last = content
         assert hub.succeed(f"ls {RELEASE} | grep -v -e json -e 'gz$' || true") == ""
@@ -295,12 +323,12 @@ with subtest("cut off at any moment, a release is not there, and the next try me
         assert desk.succeed("find /home/*/.cache/ekiben/fleet -mindepth 1") == ""
     # in the midst of an archive
     desk.succeed(by("deploy", "head -c 8000000 /dev/urandom > hosts/web/big"))
-    begin("deploy", "deploy", "", limit="-l4000")
+    begin("deploy", "deploy", "write 1048576")
     hub.wait_until_succeeds(f"test $(stat -c %s {RELEASE}/*.tar.gz.sent) -gt 100000")
     hub.succeed("kill $(pgrep -u ekiben-publisher sshd)")
     assert not ended("deploy")[0]
     stays(last)
-    desk.succeed(by("deploy", "echo > ~/gate/limit"), fleet("deploy"))
+    desk.succeed(by("deploy", "echo > ~/gate/at"), fleet("deploy"))
     follows(last)
     desk.succeed(by("deploy", "rm hosts/web/big"))
 
@@ -308,7 +336,7 @@ with subtest("of two who publish at once, one does, and the other is told"):
     number = manifest()["sequence"]
     desk.succeed(by("alice", "rm -r hosts; true"), "cp -r /home/deploy/fleet/hosts /home/alice/fleet; chown -R alice /home/alice/fleet")
     content, other = change("alice"), change("deploy")
-    begin("alice", "deploy", '-rename *manifest.json"')
+    begin("alice", "deploy", "rename *manifest.json")
     begin("deploy", "deploy", "")
     desk.wait_until_succeeds("grep 'web is being published by alice at desk' /tmp/deploy.said")
     go_on_as("alice")
@@ -323,7 +351,7 @@ with subtest("of two who publish at once, one does, and the other is told"):
 with subtest("who has been silent for too long publishes nothing any more"):
     number = manifest()["sequence"]
     content, other = change("deploy"), change("alice")
-    begin("alice", "deploy", '-rename *manifest.json"')
+    begin("alice", "deploy", "rename *manifest.json")
     newer = published(desk.succeed(fleet("deploy")))
     assert newer > number
     go_on_as("alice")
@@ -401,7 +429,7 @@ with subtest("the hub tells of all hosts at once: who looks asks for no single o
     def asked(arguments):
         desk.succeed(by("deploy", "rm -f ~/gate/told"))
         desk.execute(fleet(arguments))
-        return desk.succeed(by("deploy", "cat ~/gate/told")).count('manifest.json" "')
+        return desk.succeed(by("deploy", "cat ~/gate/told")).count("manifest.json\n")
     poll()
     becomes("up to date")
     question = f".web.manifest | fromjson | .manifest | fromjson | .sequence == {manifest()['sequence']}"

@@ -1,4 +1,4 @@
-//! A program that is asked and answers, line by line.
+//! A program that is asked and answers.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,7 +15,7 @@ pub struct Conversation {
 }
 
 impl Program {
-    /// Starts the program for a conversation, line by line; its errors go to `errors`, if that is given.
+    /// Starts the program for a conversation; its errors go to `errors`, if that is given.
     pub fn talk(mut self, errors: Option<File>) -> Result<Conversation> {
         if let Some(file) = errors {
             self.command.stderr(file);
@@ -30,22 +30,26 @@ impl Program {
 }
 
 impl Conversation {
+    /// Says some bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.input.write_all(bytes)
+    }
+
+    /// Waits for as many bytes as there is room for.
+    pub fn read(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        self.output.read_exact(bytes)
+    }
+
     /// Says a line.
     pub fn say(&mut self, line: &str) -> io::Result<()> {
         writeln!(self.input, "{line}")
     }
 
-    /// Waits for a line; `None` if the program has closed its output.
-    pub fn hear(&mut self) -> io::Result<Option<String>> {
-        let mut line = String::new();
-        let count = (&mut self.output).take(LINE_BYTES as u64).read_line(&mut line)?;
-        Ok((count > 0).then_some(line))
-    }
-
     /// Says a line and waits for the answer; another one is an error.
     pub fn ask(&mut self, line: &str, expected: &str) -> io::Result<()> {
         self.say(line)?;
-        let answer = self.hear()?.unwrap_or_default();
+        let mut answer = String::new();
+        (&mut self.output).take(LINE_BYTES as u64).read_line(&mut answer)?;
         if answer.trim_end() == expected { Ok(()) } else { Err(io::Error::other(format!("expected {expected:?}, found {answer:?}"))) }
     }
 

@@ -272,7 +272,7 @@ in
       type = types.listOf types.singleLineStr;
       default = [ ];
       example = [ "ProxyJump=gate@example.org" ];
-      description = "More options for {command}`sftp -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
+      description = "More options for {command}`ssh -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
     };
     user = mkOption {
       type = types.str;

@@ -19,14 +19,14 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Opens what there is, for so long; `directory` is for scratch files. Where releases come from a store and no files
+    /// Opens what there is, for so long; `directory` is for scratch files, `ahead` what will be fetched in a session. Where releases come from a store and no files
     /// from the hub, the hub need not be there.
-    pub fn open(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration) -> Result<Self> {
+    pub fn open(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
         let store = store(paths, hub, limit);
         if hub.servers.is_empty() {
             return Ok(Self { session: None, store });
         }
-        match identity(paths).and_then(|identity| Session::open(hub, &identity, directory, limit)) {
+        match identity(paths).and_then(|identity| Session::open(hub, &identity, directory, limit, ahead)) {
             Err(error) if store.is_some() && hub.file_directories.is_empty() => {
                 log::warn!("{error}.");
                 Ok(Self { session: None, store })
@@ -63,7 +63,7 @@ impl Peers {
 pub fn reach(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration) -> Result<()> {
     match store(paths, hub, limit) {
         Some(store) => store.reach(),
-        None => Session::open(hub, &identity(paths)?, directory, limit)?.close(),
+        None => Session::open(hub, &identity(paths)?, directory, limit, &[])?.close(),
     }
 }
 

@@ -40,6 +40,8 @@ const DELIVERY: Duration = Duration::from_secs(300);
 const LOOK: Duration = Duration::from_secs(120);
 /// What the hub's manifest was when it was accepted last, and for which settings.
 const ACCEPTED: &str = "accepted";
+/// Where the hub has it.
+const MANIFEST: &str = "release/manifest.json";
 /// The heartbeat that the hub has taken last.
 const TOLD: &str = "heartbeat.json";
 
@@ -48,7 +50,7 @@ const TOLD: &str = "heartbeat.json";
 pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
     let scratch = scratch(paths)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
-    let mut peers = Peers::open(paths, hub, scratch.path(), limit)?;
+    let mut peers = Peers::open(paths, hub, scratch.path(), limit, &fetched(hub))?;
     let files = fetch_files(&mut peers, paths, hub, scratch.path());
     let untold = files.as_ref().err().map(ToString::to_string);
     let taken = files.and_then(|()| take(peers.releases()?, paths, instance, hub, repository, scratch.path()));
@@ -78,13 +80,19 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
 /// deployed last.
 pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
     let scratch = scratch(paths)?;
-    let mut peers = Peers::open(paths, hub, scratch.path(), LOOK)?;
+    let mut peers = Peers::open(paths, hub, scratch.path(), LOOK, &fetched(hub))?;
     fetch_files(&mut peers, paths, hub, scratch.path())?;
     let file = scratch.path().join("manifest.json");
-    peers.releases()?.get("release/manifest.json", &file, SMALL)?;
+    peers.releases()?.get(MANIFEST, &file, SMALL)?;
     let expires = known(paths, instance, hub, &file)?.expires;
     deliver_by(&mut peers, paths, hub, scratch.path(), &Heartbeat { expires, ..heartbeat::now(paths, hub, true) })?;
     peers.close()
+}
+
+/// What each poll fetches in its session with the hub.
+fn fetched(hub: &Hub) -> Vec<&'static str> {
+    let index = (!hub.file_directories.is_empty()).then_some(secrets::INDEX);
+    index.into_iter().chain(hub.url.is_none().then_some(MANIFEST)).collect()
 }
 
 fn fetch_files(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path) -> Result<()> {
@@ -131,7 +139,7 @@ fn take(
     let file = scratch.join("manifest.json");
     let current = release::of(repository, &repository.head)?;
     let committed = current.as_ref().map(|manifest| manifest.release.clone());
-    if !place.get("release/manifest.json", &file, SMALL)? {
+    if !place.get(MANIFEST, &file, SMALL)? {
         return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
     }
     let accept = || {
@@ -277,7 +285,7 @@ pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
 /// Opens a session for a heartbeat and the reports that wait.
 fn send(paths: &Paths, hub: &Hub) -> Result<()> {
     let scratch = scratch(paths)?;
-    let mut peers = Peers::open(paths, hub, scratch.path(), DELIVERY)?;
+    let mut peers = Peers::open(paths, hub, scratch.path(), DELIVERY, &[])?;
     deliver_by(&mut peers, paths, hub, scratch.path(), &heartbeat::now(paths, hub, false))?;
     peers.close()
 }

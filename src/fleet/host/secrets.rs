@@ -18,14 +18,15 @@ use serde_json::Value;
 use crate::config::Hub;
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
 use crate::fleet::{SMALL, Served, sha256};
 use crate::json;
 use crate::names::Sha256;
 use crate::paths::Paths;
 
-/// Among what was fetched; the others are named as in `files` on the hub.
-const INDEX: &str = "files/index.json";
+/// What there is, here and on the hub; the others are named as in `files` there.
+pub const INDEX: &str = "files/index.json";
 /// A file on its way to its place, beside that.
 const NEW: &str = ".ekiben";
 /// The permissions of the directories that are made for files.

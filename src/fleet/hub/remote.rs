@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::snapshot;
+use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{KNOWN, LARGE, REMOVED, ROLLOUT};
@@ -72,11 +73,7 @@ impl Elsewhere {
     }
 
     fn open(&self, limit: Duration) -> Result<Session> {
-        let mut session = Session::open_as_configured(&self.server, self.place(), limit)?;
-        if !self.path.is_empty() {
-            session.enter(&self.path)?;
-        }
-        Ok(session)
+        Session::open_as_configured(&self.server, &self.path, self.place(), limit)
     }
 
     /// Fetches which hosts there are; and of those that are named, or all, what is published and what
