@@ -121,7 +121,7 @@ def go_on(machine, point):
 def is_idle(instance):
     """The command that succeeds if the instance's service, or another of ours by that name, does not run, nor is about to."""
     # a run that could not begin is tried again
-    units = f"ekiben-retry@{instance} ekiben-{instance} ekiben-retry@{instance}"
+    units = f"ekiben-due@{instance} ekiben-retry@{instance} ekiben-{instance} ekiben-retry@{instance}"
     return f"said=$(systemctl show --property ActiveState,Job {units}) && ! grep -qvE '^(ActiveState=(inactive|failed)|Job=0?|)$' <<< \"$said\""
 
 

@@ -135,8 +135,64 @@ if is_host(machine):
             assert len(began) == 1 and began[0]["by"] == ["timer"] and results in (None, [began[0]["result"]]), (case, began)
             began = look()
             assert [run["result"] for run in began] == then, (case, machine.succeed("journalctl --sync; journalctl -q -u ekiben-look@seldom -o cat -n 20"))
+        # and why that began
+        run(machine, "seldom")
+        said = machine.succeed("ekiben log seldom")
+        assert "The timer's look found" not in said, said
+        machine.succeed(as_deploy(f"cd {REPOSITORY}; git commit -q --allow-empty -m another"))
+        assert look()[0]["result"] == "deployed" and "The timer's look found: there is another commit." in machine.succeed("ekiben log seldom")
+
         machine.succeed("ekiben hold seldom")
         follow(machine, "seldom")
         assert look() == []
         wait_until_said(machine, "seldom", "Held until")
         machine.succeed("ekiben resume seldom")
+
+    with subtest("a start that was a timer's and is cancelled makes no later one the timer's"):
+        service = "/run/systemd/system/ekiben-seldom.service.d/wait.conf"
+        slow = "/run/systemd/system/scenario-slow.service"
+        machine.succeed(
+            f"printf '[Service]\nType=oneshot\nExecStart=sleep infinity\n' > {slow}; mkdir -p $(dirname {service})",
+            f"printf '[Unit]\nAfter=scenario-slow.service\n[Service]\nExecStartPre=sh -c \"while test -e /run/wait; do sleep 0.1; done\"\n' > {service}",
+            "printf '[Timer]\nOnActiveSec=1ms\nAccuracySec=1ms\nUnit=ekiben-seldom.service\n' > /run/systemd/system/scenario-once.timer; systemctl daemon-reload",
+        )
+        waits = "systemctl list-jobs | grep -E 'ekiben-seldom.service +(re)?start +waiting'"
+
+        def looks():
+            machine.succeed(as_deploy(f"cd {REPOSITORY}; echo >> flake.lock"), "systemctl start --no-block scenario-slow")
+            machine.execute("systemctl start ekiben-look@seldom.service")
+
+        def elapses():
+            machine.succeed("touch /run/wait; systemctl start --no-block ekiben-seldom")
+            machine.wait_until_succeeds("systemctl show --property SubState --value ekiben-seldom.service | grep -x start-pre")
+            # systemd tells by the second when a timer has elapsed
+            machine.succeed("now=$(date +%s); while test $(date +%s) = $now; do sleep 0.1; done")
+            machine.succeed("systemctl start --no-block scenario-slow; systemctl start scenario-once.timer")
+            machine.wait_until_succeeds("systemctl show --property SubState --value scenario-once.timer | grep -xE 'running|elapsed'")
+            machine.succeed("rm /run/wait")
+
+        for begin in (looks, elapses):
+            for is_cancelled in (True, False):
+                begin()
+                machine.wait_until_succeeds(waits, timeout=60)
+                if is_cancelled:
+                    machine.succeed("systemctl stop ekiben-seldom")
+                machine.succeed("systemctl kill scenario-slow; systemctl reset-failed scenario-slow || true", as_deploy(f"git -C {REPOSITORY} checkout -q ."))
+                if is_cancelled:
+                    wait_until_at_rest(machine, "seldom")
+                    machine.succeed("systemctl start ekiben-seldom")
+                wait_until_at_rest(machine, "seldom")
+                machine.succeed("systemctl stop scenario-once.timer")
+                ended = last_run(machine, "seldom")
+                assert ended["by"] == ["systemctl" if is_cancelled else "timer"], (begin, is_cancelled, ended)
+                failed = machine.succeed("systemctl list-units --failed --plain --no-legend 'ekiben-*seldom*'")
+                assert failed == "", failed
+        machine.succeed(f"rm {service} {slow} /run/systemd/system/scenario-once.timer; systemctl daemon-reload")
+
+    with subtest("a rollback that another instance's deployment is in the way of says what helps, also where that is no longer configured"):
+        asked = last_run(machine, "often")["id"]
+        assert "seldom has deployed since, which would be undone, too; run ekiben rollback seldom before" in machine.fail("ekiben rollback often 2>&1")
+        machine.succeed("mv /etc/systemd/system/ekiben-seldom.service /root/")
+        said = machine.fail("ekiben rollback often 2>&1")
+        assert "seldom is no longer configured: revert the commit and run ekiben trigger often instead" in said, said
+        assert last_run(machine, "often")["id"] != asked

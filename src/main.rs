@@ -44,6 +44,7 @@ use crate::stages::branch::{self, Fate};
 use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
+use crate::system::service;
 
 const HELP: &str = "\
 Keeps a NixOS machine up to date from the inside.
@@ -73,6 +74,7 @@ What the units run:
   notify INSTANCE RUN failure | change | always COMMAND
                                tell a command how a run has ended
   look INSTANCE                fail unless a run would find nothing to do
+  due INSTANCE                 have a run begin that is a timer's
   begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
   release INSTANCE RUN         publish what the run has built
   install INSTANCE             install the hub's files for this machine
@@ -166,6 +168,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
         ["conclude"] => config().and_then(|config| conclude::conclude_all(&config)),
+        ["due", name] => paths(name).and_then(|paths| service::start_as_due(paths.name(), "start")),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
         ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),
         // root to itself, as the instance's user

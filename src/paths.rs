@@ -131,7 +131,12 @@ impl Paths {
         self.root.join("looks").join(&self.name)
     }
 
-    /// When that was, in seconds since 1970; none if never.
+    /// What has the reason for which a timer has a run begin.
+    pub fn found(&self) -> PathBuf {
+        self.own("found")
+    }
+
+    /// When a timer has found nothing new last, in seconds since 1970; none if never.
     pub fn last_looked(&self) -> Option<u64> {
         let file = self.looked().metadata().ok().filter(|file| file.len() > 0)?;
         file.modified().ok().map(system::seconds)

@@ -45,22 +45,14 @@ pub fn all(by: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 /// What has started a run that nobody has asked for, by what systemd says of that, by whether it has found one that was
-/// cut off, and by whether a timer had elapsed during the one before.
-pub fn unasked(goes_on: bool, was_due: bool) -> &'static str {
+/// cut off, and by whether it is due: see [`crate::system::service::is_due`].
+pub fn unasked(goes_on: bool, is_due: bool) -> &'static str {
     match std::env::var("TRIGGER_UNIT").unwrap_or_default().rsplit_once('.') {
         Some((_, "timer")) => "timer",
-        _ if was_due || look().is_some() => "timer",
+        _ if is_due => "timer",
         _ if goes_on => "recovery",
         _ => "systemctl",
     }
-}
-
-/// The unit by which a timer has looked, if that has this run start: systemd names it whoever has, but it has failed only
-/// then, and that is reset when the run begins.
-pub fn look() -> Option<String> {
-    let of_monitor = |what: &str| std::env::var(format!("MONITOR_{what}")).ok();
-    let has_failed = of_monitor("SERVICE_RESULT").is_some_and(|result| result != "success");
-    of_monitor("UNIT").filter(|unit| has_failed && unit.starts_with("ekiben-look@"))
 }
 
 #[cfg(test)]

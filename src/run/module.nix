@@ -478,6 +478,24 @@ let
   # of another name, an assertion says what it is
   retriesOf = name: lib.optional (isName name) "ekiben-retry@${name}.service";
 
+  # the run knows that it is the timer's; nor may that be told for another's
+  due = {
+    description = "A run of Ekiben's instance %i that is due";
+    restartIfChanged = false;
+    # until it has succeeded
+    startLimitIntervalSec = 0;
+    path = [ config.systemd.package ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "${ekiben} due %i";
+      Restart = "on-failure";
+      # what the run says is enough
+      LogLevelMax = "crit";
+    }
+    // growingPauses "1s" "10s";
+  };
+  duesOf = name: lib.optional (isName name) "ekiben-due@${name}.service";
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -486,7 +504,8 @@ let
       "network-online.target"
       "ekiben-boot.service"
     ]
-    ++ retriesOf name;
+    ++ retriesOf name
+    ++ duesOf name;
     onFailure = retriesOf name;
     # it survives the switch that it makes
     restartIfChanged = false;
@@ -539,7 +558,7 @@ let
       "network-online.target"
       "ekiben-boot.service"
     ];
-    onFailure = [ "ekiben-${name}.service" ];
+    onFailure = duesOf name;
     restartIfChanged = false;
     startLimitIntervalSec = 0;
     inherit (config.systemd.services."ekiben-${name}") path;
@@ -809,6 +828,7 @@ in
           ekiben-metrics = mkIf (cfg.metrics != null) metrics;
           ekiben-reboot = mkIf mayReboot rebootService;
           "ekiben-restart@" = restart;
+          "ekiben-due@" = due;
           "ekiben-retry@" = retry;
         };
     };

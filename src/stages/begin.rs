@@ -17,7 +17,7 @@ use crate::run::status::Status;
 use crate::run::undo;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::stages::{boot, conclude, cut_off, rollback};
-use crate::system::{self, boot_id, has_unit, now, service};
+use crate::system::{boot_id, has_unit, now, service};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -31,10 +31,7 @@ const LONGEST: u64 = 10;
 /// Runs the stage. If it fails, there is no run, and the request is still there.
 pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     paths.restore();
-    if let Some(unit) = asker::look() {
-        // it has done its work
-        system::systemctl(&["reset-failed", "--", &unit]).map_or_else(|error| log::warn!("{error}."), drop);
-    }
+    let is_due = service::is_due(paths.name());
     let goes_on = paths.journal().exists();
     let concluded = conclude::conclude(paths);
     boot::end_all(paths);
@@ -70,7 +67,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
             run.failure = run.undoes.as_ref().map(|_| Failure::new(Stage::Begin, &error));
         }
     }
-    open(paths, &mut run, goes_on).or_else(|error| {
+    open(paths, &mut run, goes_on, is_due).or_else(|error| {
         if paths.journal().exists() {
             run.end(paths)?;
         }
@@ -103,13 +100,13 @@ pub fn retry(paths: &Paths) -> Result<()> {
         // a switch has taken the instance away
         return Ok(());
     }
-    service::start(paths.name())
+    if service::was_due(paths.name()) { service::start_as_due(paths.name(), "start") } else { service::start(paths.name()) }
 }
 
-/// Opens the journal, and takes the request that waits, if there is one; `goes_on` where a run was cut off before.
-fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
+/// Opens the journal, and takes the request that waits, if there is one; `goes_on` where a run was cut off before, `is_due`
+/// where a timer has it run.
+fn open(paths: &Paths, run: &mut Run, goes_on: bool, is_due: bool) -> Result<()> {
     let waiting = queue::waiting(paths)?;
-    let was_due = service::was_due(paths.name());
     if let Some(undone) = &run.undoes {
         (run.trigger, run.by) = (Trigger::Rollback, vec![undone.by.clone()]);
     } else {
@@ -121,7 +118,7 @@ fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
         let earlier = started_over.map(|last| last.by).unwrap_or_default().into_iter().chain(status.held_by);
         run.by = asker::all(earlier.chain(waiting.map(|number| queue::askers(paths, number)).unwrap_or_default()));
         if run.by.is_empty() {
-            run.by.push(asker::unasked(goes_on, was_due).into());
+            run.by.push(asker::unasked(goes_on, is_due).into());
         }
     }
     if run.decision.is_some() {
@@ -132,6 +129,7 @@ fn open(paths: &Paths, run: &mut Run, goes_on: bool) -> Result<()> {
     Status::reserve(paths);
     Status::announce(paths, run, Stage::Prepare)?;
     if run.trigger == Trigger::Rollback { undo::remove(paths) } else { queue::remove(paths, waiting) }?;
+    service::forget_due(paths.name());
     fault::point("begin: request taken");
     Ok(())
 }

@@ -7,7 +7,7 @@
 //! A timer looks first whether there is anything to do, by the same means, and asks for a run unless it is sure that
 //! there is not.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
@@ -36,12 +36,20 @@ use crate::text;
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(1);
+/// Why a look has a run begin comes after this.
+const NEEDED: &str = "Failed to do without a run: ";
 
 /// Runs the stage; what comes of it is in the notes.
 pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
     // a look comes to its end before
     let _turn = files::lock(&paths.own(""), FlockArg::LockExclusive)?;
     let mut notes = Notes::begin(paths)?;
+    if let Ok(found) = fs::read_to_string(paths.found()) {
+        let _ = files::clear(&paths.found());
+        if Status::read(paths).running.is_some_and(|running| running.by == ["timer"]) {
+            log::info!("The timer's look found: {found}.");
+        }
+    }
     fault::point("prepare: begun");
     match propose_from_head(paths, instance, &mut notes).map_err(|error| git::explain(instance, error)) {
         Ok(mut proposal) => {
@@ -62,8 +70,14 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
 }
 
 /// Looks for a timer: fails, with the reason, unless a run would surely find all as the last one has left it. Whatever
-/// goes wrong is a run's to report.
+/// goes wrong is a run's to report; that has the reason in its log.
 pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
+    look_around(paths, instance).inspect_err(|error| {
+        let _ = fs::write(paths.found(), error.to_string().trim_start_matches(NEEDED));
+    })
+}
+
+fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
     if service::has_been_at_work(paths.name()) {
         log::info!("A run is under way; at its end, another one follows.");
         return Ok(());
@@ -114,7 +128,7 @@ fn look_at_repository(paths: &Paths, instance: &Instance) -> Result<()> {
 }
 
 fn needed(why: &str) -> Error {
-    Error::new(format!("Failed to do without a run: {why}"))
+    Error::new(format!("{NEEDED}{why}"))
 }
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.

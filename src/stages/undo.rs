@@ -10,7 +10,7 @@ use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::status::Status;
 use crate::stages::rollback;
-use crate::system::{self, Turn, now};
+use crate::system::{self, Turn, now, service};
 
 /// Finds the system to go back to, and what was booted with it; nothing where the run has come to its end already.
 pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
@@ -47,7 +47,12 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     for other in paths.with_status() {
         if Status::read(&other).deployed.is_some_and(|other| other.is_own() && other.number > deployed.number) {
             let other = other.name();
-            return Err(fail(&format!("{other} has deployed since, which would be undone, too; run ekiben rollback {other} before")));
+            let way_out = if system::has_unit(&service::unit(other)) {
+                format!("run ekiben rollback {other} before")
+            } else {
+                format!("{other} is no longer configured: revert the commit and run ekiben trigger {name} instead")
+            };
+            return Err(fail(&format!("{other} has deployed since, which would be undone, too; {way_out}")));
         }
     }
     // what another hand has switched to stays, but for what is gone back to

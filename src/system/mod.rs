@@ -7,7 +7,7 @@ pub mod switched;
 pub mod units;
 
 use std::fs::{self, DirBuilder, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -29,6 +29,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const PERSISTENCE: Duration = Duration::from_secs(20);
 /// How long others wait for what a user may hold up.
 const MOMENT: Duration = Duration::from_secs(10);
+/// What is of this boot only.
+const RUNTIME: &str = "/run/ekiben";
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
@@ -47,9 +49,7 @@ impl Turn {
     /// Waits until no other run has it.
     pub fn take() -> Result<Self> {
         let doing = || format!("lock {TURN}");
-        if let Some(directory) = Path::new(TURN).parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(directory).context(doing)?;
-        }
+        make_runtime_directory().context(doing)?;
         let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).or_else(|(file, _)| {
             log::info!("Another run is switching this machine; waiting ...");
@@ -151,6 +151,10 @@ fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
     Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
+}
+
+fn make_runtime_directory() -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(RUNTIME)
 }
 
 /// A name that nobody else can know, nor has.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use crate::error::{Context, OrWarn, Result};
 use crate::names::RunId;
 use crate::program::Program;
-use crate::system::{PAUSE, again, has_unit, systemctl, unless_soon};
+use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, systemctl, unless_soon};
 
 /// So many looks at which a run is at work mean that it is not at its very end.
 const LOOKS: u32 = 3;
@@ -73,24 +73,55 @@ pub fn sort_out_starts(instance: &str, may_follow: bool) -> Result<()> {
     let service = unit(instance);
     let look = format!("ekiben-look@{instance}.service");
     if may_follow && timer_has_elapsed(&service, &look)? {
-        // it has seen this run, and failed
-        systemctl(&["reset-failed", "--", &look])?;
-        if let Err(error) = fs::write(due(instance), "") {
-            log::warn!("Failed to write {}: {error}.", due(instance).display());
-        }
-        let restart = Program::as_root("systemctl").args(["restart", "--no-block", "--", &service]);
-        return restart.output(|| format!("start {service} again"), None).map(drop);
+        return start_as_due(instance, "restart");
     }
     cancel_jobs(instance, |job| job.kind == "start" && job.state == "waiting")
 }
 
-/// Whether the run that begins is the one that [`sort_out_starts`] has follow.
+/// Has the instance's service start since a timer has elapsed, `how` systemctl calls that.
+pub fn start_as_due(instance: &str, how: &str) -> Result<()> {
+    let service = unit(instance);
+    if !has_unit(&service) {
+        // a switch has taken the instance away
+        return Ok(());
+    }
+    // a look that has failed has done its work
+    systemctl(&["reset-failed", "--", &format!("ekiben-look@{instance}.service")]).or_warn();
+    again(|| Program::as_root("systemctl").args([how, "--no-block", "--", &service]).output(|| format!("{how} {service}"), None))?;
+    let mark = |job| {
+        make_runtime_directory().and_then(|()| fs::write(due(instance), job)).context(|| format!("write {}", due(instance).display()))
+    };
+    job(&service).and_then(mark).or_warn();
+    Ok(())
+}
+
+/// Whether the service has been started by [`start_as_due`], and not by somebody after that start was cancelled.
+pub fn is_due(instance: &str) -> bool {
+    let Ok(marked) = fs::read(due(instance)) else { return false };
+    let is_due = job(&unit(instance)).is_ok_and(|job| job == marked);
+    if !is_due {
+        forget_due(instance);
+    }
+    is_due
+}
+
+/// The next start is another one.
+pub fn forget_due(instance: &str) {
+    let _ = fs::remove_file(due(instance));
+}
+
+/// Whether what could not begin is to be started again as due.
 pub fn was_due(instance: &str) -> bool {
-    fs::remove_file(due(instance)).is_ok()
+    due(instance).exists()
 }
 
 fn due(instance: &str) -> PathBuf {
-    Path::new("/run/ekiben").join(format!("{instance}.due"))
+    Path::new(RUNTIME).join(format!("{instance}.due"))
+}
+
+/// What tells the job that starts a unit from all others of this boot.
+fn job(unit: &str) -> Result<Vec<u8>> {
+    systemctl(&["show", "--property=Job", "--value", "--", unit])
 }
 
 fn cancel_jobs(instance: &str, which: impl Fn(&Job) -> bool) -> Result<()> {
