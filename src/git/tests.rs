@@ -384,6 +384,9 @@ fn a_commit_says_what_it_said_and_goes_where_it_shall() {
     repository.push(&repository.head, &scratch.path().join("memory"), "app").unwrap();
     assert_eq!(shell(&upstream, "git for-each-ref --format='%(objectname) %(refname)'"), format!("{} refs/heads/main", repository.head));
     assert!(repository.knows_upstream(&scratch.path().join("memory")).unwrap());
+    // another ref that ends in the same
+    shell(&upstream, "git update-ref refs/a/refs/heads/main main");
+    assert!(repository.knows_upstream(&scratch.path().join("memory")).unwrap());
     assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
 }
 

@@ -40,7 +40,8 @@ impl Repository {
     /// The commit of the upstream, as its server says; empty if it has none.
     fn listed(&self, Upstream { remote, branch, .. }: &Upstream, doing: impl Fn() -> String) -> Result<String> {
         let listed = self.git().args(["ls-remote", remote, branch]).run(LOOK_LIMIT, doing)?;
-        let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)).unwrap_or_default().trim().to_owned();
+        // others may end in the same; a tab has become a space
+        let theirs = listed.tail.iter().find_map(|line| line.strip_suffix(branch)?.strip_suffix(' ')).unwrap_or_default().to_owned();
         listed.success().map(|()| theirs)
     }
 

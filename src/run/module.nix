@@ -489,8 +489,8 @@ let
       Type = "oneshot";
       ExecStart = "${ekiben} due %i";
       Restart = "on-failure";
-      # what the run says is enough
-      LogLevelMax = "crit";
+      # what the run says is enough, if there is one
+      LogLevelMax = "warning";
     }
     // growingPauses "1s" "10s";
   };
