@@ -182,16 +182,27 @@ impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// What may fail without that anything else fails.
-pub trait OrWarn<T> {
-    /// What came of it; if nothing did, that is logged.
+/// What may fail without anything else failing: what came of it; where nothing did, the reason is logged.
+pub trait OrLog<T> {
+    /// As a warning.
     fn or_warn(self) -> Option<T>;
+    /// As an error.
+    fn or_error(self) -> Option<T>;
 }
 
-impl<T> OrWarn<T> for Result<T> {
+impl<T> OrLog<T> for Result<T> {
     fn or_warn(self) -> Option<T> {
-        self.map_err(|error| log::warn!("{error}.")).ok()
+        self.map_err(|error| told(log::Level::Warn, &error)).ok()
     }
+
+    fn or_error(self) -> Option<T> {
+        self.map_err(|error| told(log::Level::Error, &error)).ok()
+    }
+}
+
+#[inline(never)]
+fn told(level: log::Level, error: &Error) {
+    log::log!(level, "{error}.");
 }
 
 /// Compiled once, not for each type of cause.

@@ -45,19 +45,30 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     sync_parent(path)
 }
 
+/// The same, unless it is there with these contents. The error says which file.
+pub fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
+    let is_there = read_foreign(path, contents.len() as u64).is_ok_and(|there| there == contents);
+    if is_there { Ok(()) } else { write(path, contents, mode).context(|| format!("write {}", path.display())) }
+}
+
 /// The same for a value, as JSON. The error says which file.
 pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> {
     let doing = || format!("write {}", path.display());
     write(path, &serde_json::to_vec_pretty(value).context(doing)?, mode).context(doing)
 }
 
+/// What was found of a file; `None` if that is not there.
+pub fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
+}
+
 /// Reads a JSON file that nobody else can have written; `None` if it is not there.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let doing = || format!("read {}", path.display());
-    match fs::read(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        other => json::parse(&other.context(doing)?).map(Some).context(doing),
-    }
+    if_there(fs::read(path)).context(doing)?.map(|text| json::parse(&text).context(doing)).transpose()
 }
 
 /// Keeps room on the disk, to be given up for something small when the disk is full.
@@ -92,18 +103,14 @@ pub fn insist<T>(work: impl Fn() -> io::Result<T>) -> io::Result<T> {
 }
 
 /// A file that has no name, and goes when it is closed.
-pub fn unnamed(directory: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o600).open(directory)
+pub fn unnamed(directory: &Path, mode: u32) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(mode).open(directory)
 }
 
 /// Removes the file `path`, if it is there.
 pub fn remove(path: &Path) -> io::Result<()> {
     tidy(path);
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => sync_parent(path),
-    }
+    if_there(fs::remove_file(path))?.map_or(Ok(()), |()| sync_parent(path))
 }
 
 /// Removes whatever is at `path`, if something is; rm knows its way out of any depth.
@@ -135,14 +142,6 @@ pub fn sync(path: &Path) -> io::Result<()> {
 pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let name = path.file_name().ok_or(ErrorKind::InvalidInput)?;
     read_foreign_below(path.parent().ok_or(ErrorKind::InvalidInput)?, name, limit)
-}
-
-/// The same; `None` if there is no file.
-pub fn read_foreign_if_there(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
-    match read_foreign(path, limit) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
-    }
 }
 
 /// The same, with whose file it is.

@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use ::nix::sys::stat::{Mode, umask};
 
 use crate::config::{Config, Instance};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::{poll, secrets, seen};
 use crate::fleet::hub::{candidate, command, offer};
 use crate::names::RunId;
@@ -93,10 +93,7 @@ fn main() -> ExitCode {
     start_logging();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    run(&arguments).unwrap_or_else(|error| {
-        log::error!("{error}.");
-        ExitCode::FAILURE
-    })
+    run(&arguments).or_error().unwrap_or(ExitCode::FAILURE)
 }
 
 fn run(arguments: &[&str]) -> Result<ExitCode> {
@@ -134,27 +131,19 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["tokens"] => webhook::check_tokens(&webhook()?),
         // by another exit status, its unit knows that the request is still there
         ["begin", name] => {
-            return stage(file, name, begin::begin).map(|()| ExitCode::SUCCESS).or_else(|error| {
-                log::error!("{error}.");
-                Ok(ExitCode::from(begin::TRY_AGAIN))
-            });
+            let begun = stage(file, name, begin::begin).or_error();
+            return Ok(begun.map_or(begin::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
         ["look", name] => stage(file, name, prepare::look),
         ["prepare", name] if running(name)?.is_none() => stage(file, name, poll::tell),
         ["prepare" | "build", name] if matches!(running(name)?, None | Some(Trigger::Rollback)) => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
-        ["activate", name] => {
-            let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
-            activate::activate(&paths(name)?, config.as_ref())
-        }
-        ["publish", name] => {
-            let config = read_if_there(file)?.filter(|config| config.instances.contains_key(*name));
-            publish::publish(&paths(name)?, config.as_ref())
-        }
+        ["activate", name] => activate::activate(&paths(name)?, configured(file, name)?.as_ref()),
+        ["publish", name] => publish::publish(&paths(name)?, configured(file, name)?.as_ref()),
         ["release", name, run] => {
             let run = RunId::try_from(*run).context(|| "find the run".into())?;
-            let publish = configured(file, name)?.and_then(|instance| instance.publish);
+            let publish = configured(file, name)?.and_then(|mut config| config.instances.remove(*name)?.publish);
             // the hosts' own sftp servers have to read it
             umask(Mode::from_bits_truncate(0o022));
             candidate::release(&paths(name)?, &publish.ok_or_else(|| Error::new(format!("Failed to publish: {name} does not")))?, &run)
@@ -195,8 +184,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
 /// away: nothing has failed, and the run will start over when the instance is there again.
 fn stage(file: &Path, name: &str, stage: fn(&Paths, &Instance) -> Result<()>) -> Result<()> {
     let paths = paths(name)?;
-    if let Some(instance) = configured(file, name)? {
-        return stage(&paths, &instance);
+    if let Some(config) = configured(file, name)? {
+        return stage(&paths, config.instance(name)?);
     }
     log::warn!("Instance {name} is no longer configured; nothing to do.");
     Ok(())
@@ -207,12 +196,10 @@ fn running(name: &str) -> Result<Option<Trigger>> {
     Ok(Status::read(&paths(name)?).running.map(|running| running.trigger))
 }
 
-fn configured(file: &Path, name: &str) -> Result<Option<Instance>> {
-    Ok(read_if_there(file)?.and_then(|mut config| config.instances.remove(name)))
-}
-
-fn read_if_there(file: &Path) -> Result<Option<Config>> {
-    file.exists().then(|| Config::read(file)).transpose()
+/// The configuration, if it is there and has this instance.
+fn configured(file: &Path, name: &str) -> Result<Option<Config>> {
+    let config = file.exists().then(|| Config::read(file)).transpose()?;
+    Ok(config.filter(|config| config.instances.contains_key(name)))
 }
 
 fn paths(name: &str) -> Result<Paths> {

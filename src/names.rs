@@ -7,9 +7,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-/// Defines a type of text that `check` has accepted.
+/// Defines a type of text that `is_one` has accepted as what was expected.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $check:expr) => {
+    ($(#[$doc:meta])* $name:ident, $expected:expr, $is_one:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
         #[serde(try_from = "String", into = "String")]
@@ -19,8 +19,8 @@ macro_rules! name {
             type Error = String;
 
             fn try_from(text: String) -> Result<Self, String> {
-                let check: fn(&str) -> Result<(), String> = $check;
-                check(&text).map(|()| Self(text))
+                let is_one: fn(&str) -> bool = $is_one;
+                if is_one(&text) { Ok(Self(text)) } else { Err(format!("expected {}, found {text:?}", $expected)) }
             }
         }
 
@@ -63,66 +63,69 @@ macro_rules! name {
 name!(
     /// A run's: the identifier that systemd gave it, 32 hexadecimal digits.
     RunId,
-    |text| digits(text, 32).then_some(()).ok_or_else(|| format!("expected the identifier of a run, 32 hexadecimal digits, found {text:?}"))
+    "the identifier of a run, 32 hexadecimal digits",
+    |text| digits(text, 32)
 );
 
 name!(
     /// A SHA-256 in 64 hexadecimal digits: that of a file, or the name of a release.
     Sha256,
-    |text| digits(text, 64).then_some(()).ok_or_else(|| format!("expected a SHA-256, 64 hexadecimal digits, found {text:?}"))
+    "a SHA-256, 64 hexadecimal digits",
+    |text| digits(text, 64)
 );
 
 name!(
     /// A commit's or a tree's of git: its hash, by SHA-1 or SHA-256.
     ObjectId,
-    |text| {
-        let is_one = digits(text, 40) || digits(text, 64);
-        is_one.then_some(()).ok_or_else(|| format!("expected the name of a git object, found {text:?}"))
-    }
+    "the name of a git object",
+    |text| digits(text, 40) || digits(text, 64)
 );
 
 name!(
     /// A branch's of git, in full.
     Branch,
+    "a branch, refs/heads/<name>",
     |text| {
         let plain = |letter: char| !(letter.is_control() || " ~^:?*[\\".contains(letter));
         let is_one = text.strip_prefix("refs/heads/").is_some_and(|name| !name.is_empty() && name.chars().all(plain) && !name.contains(".."));
-        (is_one && text.len() <= 1024).then_some(()).ok_or_else(|| format!("expected a branch, refs/heads/<name>, found {text:?}"))
+        is_one && text.len() <= 1024
     }
 );
 
 name!(
-    /// A fleet host's; behind `fleet-` it is a user's name as well.
+    /// A fleet host's: it becomes the name of files and, behind `fleet-`, of a user.
     HostName,
-    host_name
+    "a host name of at most 25 lowercase letters, digits, _ and -",
+    |text| {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
+        (1..=25).contains(&text.len()) && !text.starts_with('-') && text.bytes().all(plain)
+    }
 );
 
 name!(
     /// A whole path of the Nix store.
     StorePath,
-    |text| {
-        let is_one = text.len() <= 255 && is_store_path(Path::new(text));
-        is_one.then_some(()).ok_or_else(|| format!("expected a path of the Nix store, found {text:?}"))
-    }
+    "a path of the Nix store",
+    |text| text.len() <= 255 && is_store_path(Path::new(text))
 );
 
 name!(
     /// A user's or a group's.
     Account,
+    "the name of a user or a group",
     |text| {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.$".contains(&byte);
-        let is_one = (1..=64).contains(&text.len()) && text.bytes().all(plain);
-        is_one.then_some(()).ok_or_else(|| format!("expected the name of a user or a group, found {text:?}"))
+        (1..=64).contains(&text.len()) && text.bytes().all(plain)
     }
 );
 
 name!(
     /// An absolute path of a file, each part of which is a name.
     FilePath,
+    "the absolute path of a file",
     |text| {
         let is_name = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255 && !part.contains(char::is_control);
-        let is_one = text.len() <= 1024 && text.strip_prefix('/').is_some_and(|below| below.split('/').all(is_name));
-        is_one.then_some(()).ok_or_else(|| format!("expected the absolute path of a file, found {text:?}"))
+        text.len() <= 1024 && text.strip_prefix('/').is_some_and(|below| below.split('/').all(is_name))
     }
 );
 
@@ -208,15 +211,6 @@ impl fmt::Display for Sequence {
 /// Whether a text has just that many hexadecimal digits, none of them a capital letter.
 fn digits(text: &str, count: usize) -> bool {
     text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-}
-
-/// Whether `name` can be a fleet host's: it becomes the name of files and, behind `fleet-`, of a user.
-pub fn host_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_' || byte == b'-';
-    if name.is_empty() || name.len() > 25 || name.starts_with('-') || !name.bytes().all(plain) {
-        return Err(format!("expected a host name of at most 25 lowercase letters, digits, _ and -, found {name:?}"));
-    }
-    Ok(())
 }
 
 /// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.

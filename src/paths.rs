@@ -20,14 +20,11 @@
 //! files/<instance>.json         which of the hub's files are in their places; root only
 //! ```
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
-
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::program::Program;
 use crate::system;
@@ -73,13 +70,10 @@ impl Paths {
 
     /// Has the directories made that somebody has removed, as at boot; for root only.
     pub fn restore(&self) {
-        if [self.request(), self.hold(), self.rollback(), self.looked(), self.journal(), self.status()]
-            .iter()
-            .all(|file| file.parent().is_some_and(Path::exists))
-        {
-            return;
+        let files = [self.request(), self.hold(), self.rollback(), self.looked(), self.journal(), self.status()];
+        if !files.iter().all(|file| file.parent().is_some_and(Path::exists)) {
+            self.make();
         }
-        self.make();
     }
 
     /// Has the directories made that are missing, for root only.
@@ -89,9 +83,7 @@ impl Paths {
         // whose directories are the removed ones
         let restart = Program::as_root("systemctl").args(["try-restart", "--no-block", "ekiben-webhook.service"]);
         for program in [make, restart] {
-            if let Err(error) = program.output(|| format!("recreate {}", self.root.display()), None) {
-                log::warn!("{error}.");
-            }
+            program.output(|| format!("recreate {}", self.root.display()), None).or_warn();
         }
     }
 
@@ -101,7 +93,7 @@ impl Paths {
         let outbox = Some(self.outbox()).filter(|outbox| outbox.exists());
         let directories = ["", "queue", "runs", "status"].map(|directory| self.root.join(directory));
         directories.into_iter().chain(outbox).try_for_each(|directory| {
-            let mut file = OpenOptions::new().write(true).custom_flags(OFlag::O_TMPFILE.bits()).open(directory)?;
+            let mut file = files::unnamed(&directory, 0o600)?;
             file.write_all(&vec![0; 64 * 1024]).and_then(|()| file.sync_all())
         })
     }

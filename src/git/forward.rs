@@ -6,12 +6,12 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::gather::gather;
 use crate::git::savepoint::Savepoint;
 use crate::git::savepoint::cut_off::Changed;
 use crate::git::{Repository, reason};
-use crate::program::KILLED;
+use crate::program::exited::KILLED;
 use crate::{fault, files};
 
 impl Repository {
@@ -97,9 +97,7 @@ impl Repository {
             Err(error) => return self.end(&savepoint, &files).and(Err(error)),
             Ok(()) => fault::point("accept: branch moved"),
         }
-        if let Err(error) = savepoint.install_index().and_then(|()| savepoint.discard()) {
-            log::warn!("{error}.");
-        }
+        savepoint.install_index().and_then(|()| savepoint.discard()).or_warn();
         Ok(())
     }
 

@@ -29,7 +29,8 @@ use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::gather::sorted;
-use crate::program::{KILLED, Program};
+use crate::program::Program;
+use crate::program::exited::KILLED;
 
 /// How long the other side of a fetch or push may take.
 const NETWORK_LIMIT: Duration = Duration::from_secs(300);

@@ -130,8 +130,7 @@ fn unlock(repository: &Path) -> Result<()> {
 fn set_refs_aside(repository: &Path) -> Result<()> {
     let doing = || format!("use {}", repository.display());
     let git = || git(repository).args(["--git-dir", "."]);
-    let list = git().args(["for-each-ref", "--format=%(objectname) %(refname)"]).output(doing, None)?;
-    let list = String::from_utf8_lossy(&list);
+    let list = git().args(["for-each-ref", "--format=%(objectname) %(refname)"]).said(doing)?;
     let refs = list.lines().filter_map(|line| line.split_once(' ')).filter(|(_, name)| !name.starts_with(ASIDE));
     // flat: a branch `a` may have become a branch `a/b`
     let flat = |name: &str| name.trim_start_matches("refs/").replace('/', "%");

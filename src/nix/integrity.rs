@@ -64,8 +64,8 @@ fn ask(question: &[&str], paths: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let said = nix_store().args(question).args(paths).output(|| "ask the store".into(), None)?;
-    Ok(gather(String::from_utf8_lossy(&said).lines().map(PathBuf::from)))
+    let said = nix_store().args(question).args(paths).said(|| "ask the store".into())?;
+    Ok(gather(said.lines().map(PathBuf::from)))
 }
 
 fn is_intact(path: &Path) -> bool {

@@ -134,8 +134,7 @@ fn not_the_candidate(error: Error) -> Error {
 /// Which packages of two systems are of other versions, or other sizes, a line each; of many, the first `most`.
 pub fn differences(old: &Path, new: &Path, most: usize) -> Result<Vec<String>> {
     let program = Program::new("timeout").args(["60", "nix", "--extra-experimental-features", "nix-command", "store", "diff-closures"]);
-    let said = program.arg(old).arg(new).output(|| format!("compare with {}", old.display()), None)?;
-    let said = String::from_utf8_lossy(&said);
+    let said = program.arg(old).arg(new).said(|| format!("compare with {}", old.display()))?;
     let mut lines: Vec<_> = said.lines().map(|line| text::line(&without_colours(line))).collect();
     let more = lines.len().saturating_sub(most);
     lines.truncate(most);
@@ -154,10 +153,8 @@ fn locked_out(error: &Error) -> Option<Error> {
     if !error.tail().iter().any(|line| line.contains("cannot open connection to remote store")) {
         return None;
     }
-    let words = |program: Program| -> Option<Vec<String>> {
-        let said = program.output(String::new, None).ok()?;
-        Some(String::from_utf8_lossy(&said).split_whitespace().map(String::from).collect())
-    };
+    let words =
+        |program: Program| -> Option<Vec<String>> { Some(program.said(String::new).ok()?.split_whitespace().map(String::from).collect()) };
     let setting = |name: &str| words(nix().args(["config", "show", name]));
     let allowed = [setting("allowed-users")?, setting("trusted-users")?].concat();
     let user = words(Program::new("id").arg("-un"))?.concat();

@@ -33,7 +33,7 @@ pub fn current_generation() -> Result<Option<Generation>> {
     let profile = Path::new(SYSTEM_PROFILE);
     let doing = || format!("read {SYSTEM_PROFILE}");
     let Ok(link) = fs::read_link(profile) else { return Ok(None) };
-    let number = link.file_name().and_then(|name| name.to_str()?.strip_prefix("system-")?.strip_suffix("-link")?.parse().ok());
+    let number = link.file_name().and_then(number_of);
     let number = number.ok_or_else(|| format!("{} is not a generation", link.display())).context(doing)?;
     Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
 }

@@ -5,7 +5,8 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use crate::error::{Context, Error, Result};
-use crate::program::{LINE_BYTES, Program, describe};
+use crate::program::exited::describe;
+use crate::program::{LINE_BYTES, Program};
 
 /// A program that is asked and answers.
 pub struct Conversation {

@@ -14,7 +14,8 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use crate::error::{Context, Error, Result};
-use crate::program::{Exited, Hearer, LINE_BYTES, Program, TAIL_LINES};
+use crate::program::exited::Exited;
+use crate::program::{Hearer, LINE_BYTES, Program, TAIL_LINES};
 use crate::text;
 
 /// How long a program may tidy up after it was asked to end, and how long its end may take.

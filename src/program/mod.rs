@@ -4,21 +4,22 @@
 //! report of a failure.
 
 pub mod conversation;
+pub mod exited;
 
 mod limited;
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
 use nix::unistd::User;
 
 use crate::error::{Context, Error, Result};
+use crate::program::exited::{Reason, describe, failed, reason};
 use crate::{output, text};
 
 /// How many lines of a program's output a report holds.
@@ -29,9 +30,6 @@ const LINE_BYTES: usize = 4 * text::LINE;
 const TAIL_BYTES: usize = TAIL_LINES * LINE_BYTES;
 /// The most that a program may write for us to work on.
 const OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
-/// What is said of a program that had no chance to tidy up.
-pub const KILLED: &str = "was ended by signal";
-
 /// A program about to be run.
 pub struct Program {
     command: Command,
@@ -45,21 +43,6 @@ pub struct Program {
 
 /// Hears each line that a program says.
 type Hearer = Box<dyn FnMut(&str)>;
-
-/// Finds what says best why a program failed, in the last lines that it printed.
-pub type Reason = fn(&[String]) -> Option<String>;
-
-/// How a program ended.
-pub struct Exited {
-    /// Its exit status.
-    pub status: ExitStatus,
-    /// The last lines of its output and errors.
-    pub tail: Vec<String>,
-    /// The lines in which it has said what was watched for, the first of them at least.
-    pub seen: Vec<String>,
-    doing: String,
-    reason: Reason,
-}
 
 impl Program {
     /// A program found by PATH, in the environment of this process.
@@ -178,6 +161,11 @@ impl Program {
         self.output_of(&doing, input)
     }
 
+    /// The same as text, of a program without input.
+    pub fn said(self, doing: impl Fn() -> String) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.output_of(&doing, None)?).into_owned())
+    }
+
     // compiled once, not for each caller; so are those below
     fn output_of(mut self, doing: &dyn Fn() -> String, input: Option<&[u8]>) -> Result<Vec<u8>> {
         let mut run = || -> io::Result<_> {
@@ -268,34 +256,6 @@ impl Program {
     }
 }
 
-impl Exited {
-    /// What it said of why it failed, if it did.
-    pub fn reason(&self) -> Option<String> {
-        (self.reason)(&self.tail)
-    }
-
-    /// The error that it has failed, for a reason of ours.
-    pub fn failed(self, why: &str) -> Error {
-        Error::new(format!("Failed to {}: {why}", self.doing)).with_tail(self.tail)
-    }
-
-    /// Fails unless the program succeeded.
-    pub fn success(self) -> Result<()> {
-        if self.status.success() {
-            return Ok(());
-        }
-        let said = self.reason().map(|line| format!(": {line}")).unwrap_or_default();
-        Err(failed(format!("Failed to {}: {}{said}", self.doing, describe(self.status)), self.status, self.tail))
-    }
-}
-
-/// The error that a program which did not succeed comes to. If somebody else has ended it, the next may well succeed.
-fn failed(message: String, status: ExitStatus, tail: Vec<String>) -> Error {
-    let error = Error::new(message).with_tail(tail);
-    let by_others = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGTERM].map(|signal| signal as i32);
-    if status.signal().is_some_and(|signal| by_others.contains(&signal)) { error.transient() } else { error }
-}
-
 /// Waits for a program's end with what it writes: all of its output, which must not be endless, and the end
 /// of its errors.
 fn collect(mut child: Child) -> io::Result<Output> {
@@ -327,23 +287,10 @@ fn end_of(mut stream: impl Read) -> Vec<u8> {
     kept
 }
 
-/// The line that says best why a program failed.
-fn reason(tail: &[String]) -> Option<String> {
-    let said = tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))?;
-    Some(said.trim_end_matches(['.', ';']).to_owned())
-}
-
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exited with {code}"),
-        (None, Some(signal)) => format!("{KILLED} {signal}"),
-        (None, None) => "ended".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::program::exited::Exited;
 
     fn shell(script: &str) -> Program {
         Program::new("sh").args(["-c", script])

@@ -7,7 +7,7 @@ use crate::run::{Failure, Outcome, Release, Stage, Trigger};
 use crate::system::now;
 
 /// A run that has ended.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Ended {
     /// The identifier that systemd gave it.
@@ -62,38 +62,18 @@ impl Ended {
     /// The end of `run`, now.
     pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
         Self {
+            id: run.id.to_string(),
+            result,
+            trigger: run.trigger,
+            by: run.by.clone(),
+            started: run.started,
+            finished: now(),
+            undid: run.undoes.as_ref().map(|undone| undone.commit.clone()),
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),
             reboot_needed: run.reboot_needed,
-            by: run.by.clone(),
-            undid: run.undoes.as_ref().map(|undone| undone.commit.clone()),
-            ..Self::bare(run.id.to_string(), run.trigger, run.started, result)
-        }
-    }
-
-    /// The end of a run, now, of which nothing else is known.
-    pub fn bare(id: String, trigger: Trigger, started: u64, result: Outcome) -> Self {
-        Self {
-            id,
-            result,
-            trigger,
-            by: Vec::new(),
-            started,
-            finished: now(),
-            commit: None,
-            undid: None,
-            base: None,
-            refused: false,
-            summary: None,
-            news: Vec::new(),
-            changes: Vec::new(),
-            release: None,
-            stage: None,
-            error: None,
-            warnings: Vec::new(),
-            reboot_needed: false,
-            stages: Vec::new(),
+            ..Self::default()
         }
     }
 

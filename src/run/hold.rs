@@ -1,18 +1,16 @@
 //! A hold on an instance: nothing is deployed until it ends. It is a file that whoever may ask for a run may write, and
 //! the webhook may only read.
 
-use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 
 use nix::unistd::User;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
-use crate::files;
-use crate::json;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::system::now;
+use crate::{files, json};
 
 /// More than anybody has to say.
 const LIMIT: u64 = 8 * 1024;
@@ -34,10 +32,7 @@ impl Hold {
     /// The hold that is in force, if one is.
     pub fn read(paths: &Paths) -> Option<Self> {
         let path = paths.hold();
-        let bytes = match files::read_foreign(&path, LIMIT) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return None,
-            other => other.map_err(|error| error.to_string()),
-        };
+        let bytes = files::if_there(files::read_foreign(&path, LIMIT)).transpose()?.map_err(|error| error.to_string());
         let hold = bytes.and_then(|bytes| json::parse_foreign::<Self>(&bytes).map_err(|error| error.to_string()));
         let mut hold = hold.inspect_err(|why| log::warn!("Ignoring unreadable hold {}: {why}.", path.display())).ok()?;
         // root speaks for others by sudo; all others are who they are, where that can be seen
@@ -67,8 +62,8 @@ impl Hold {
 
 /// A moment as people here write it.
 pub fn moment(seconds: u64) -> String {
-    let said = Program::new("date").args([format!("--date=@{seconds}"), "+%a %F %R %Z".into()]).output(|| "tell the time".into(), None);
-    said.map_or_else(|_| format!("{seconds} s after 1970"), |said| String::from_utf8_lossy(&said).trim().to_owned())
+    let said = Program::new("date").args([format!("--date=@{seconds}"), "+%a %F %R %Z".into()]).said(|| "tell the time".into());
+    said.map_or_else(|_| format!("{seconds} s after 1970"), |said| said.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -8,16 +8,13 @@ use std::time::Duration;
 
 use crate::config::{Config, instance_name};
 use crate::error::{Context, Error, Result};
-use crate::files;
-use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
-use crate::run::asker;
 use crate::run::hold::{Hold, moment};
-use crate::run::queue;
 use crate::run::status::Status;
-use crate::run::trigger;
+use crate::run::{asker, queue, trigger};
 use crate::system::{self, now};
+use crate::{files, output};
 
 /// How long a hold is if nobody says.
 const DEFAULT: &str = "1d";
@@ -115,8 +112,7 @@ fn lift(paths: &Paths) -> Result<bool> {
 /// A time span as in systemd.time(7), in seconds.
 pub fn seconds(span: &str) -> Result<u64> {
     let doing = || format!("understand the duration {span:?}");
-    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).output(doing, None)?;
-    let said = String::from_utf8_lossy(&said).into_owned();
+    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).said(doing)?;
     let count = said.lines().nth(1).and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
     let count = count.map(|count| count / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
     count.ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d").context(doing)

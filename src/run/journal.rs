@@ -6,23 +6,22 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Instance, LoaderKind};
 use crate::error::{Context, Result};
-use crate::files;
-use crate::json;
 use crate::names::RunId;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::notes::{Notes, Proposal};
 use crate::run::undo::Undone;
 use crate::run::{Failure, Outcome, Trigger};
+use crate::system::boot_loader::BootLoader;
 use crate::system::units::Units;
-use crate::system::{boot_id, now};
+use crate::system::{boot_id, is_of, now};
+use crate::{files, json};
 
 /// The format of journal and status; a file with another number is set aside.
 pub const FORMAT: u32 = 1;
@@ -203,10 +202,8 @@ impl Run {
     }
 
     fn load_from(path: &Path) -> Result<Option<Self>> {
-        let bytes = match fs::read(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            other => other.context(|| format!("read {}", path.display()))?,
-        };
+        let bytes = files::if_there(fs::read(path)).context(|| format!("read {}", path.display()))?;
+        let Some(bytes) = bytes else { return Ok(None) };
         match json::parse::<Self>(&bytes) {
             Ok(run) if run.format == FORMAT => Ok(Some(run)),
             other => {
@@ -222,6 +219,22 @@ impl Run {
     /// Writes the journal; when this returns, it will be there after a crash.
     pub fn save(&self, paths: &Paths) -> Result<()> {
         files::write_json(&if self.is_trial { paths.trial() } else { paths.journal() }, self, 0o600)
+    }
+
+    /// Says what the run comes to, which has nothing more to do then.
+    pub fn decide(&mut self, decision: Decision, paths: &Paths) -> Result<()> {
+        self.decision = Some(decision);
+        self.save(paths)
+    }
+
+    /// Whether a system is the candidate, or one of its specialisations.
+    pub fn is_candidate(&self, running: &Path) -> bool {
+        self.candidate.as_ref().is_some_and(|candidate| is_of(candidate, running))
+    }
+
+    /// What has the candidate boot once, if it is booted so.
+    pub fn booted_by(&self) -> Option<BootLoader> {
+        BootLoader::of(self.boot_loader).filter(|_| self.boots_once)
     }
 
     /// Enters a phase, durably, or not at all.

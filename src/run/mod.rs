@@ -68,19 +68,20 @@ impl fmt::Display for Stage {
 }
 
 /// Why a run began.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Trigger {
     /// Somebody asked: by webhook or by `ekiben trigger`.
     Request,
     /// Nobody: the timer, `systemctl start`, or a run that was cut off.
+    #[default]
     Timer,
     /// Somebody wants the last deployment undone: by `ekiben rollback`.
     Rollback,
 }
 
 /// How a run can end.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Outcome {
     /// The machine runs what the run proposed, or all hosts can fetch it, and it is the branch.
@@ -100,6 +101,7 @@ pub enum Outcome {
     /// The branch moved; another run starts from there.
     StartedOver,
     /// It failed before anything was changed.
+    #[default]
     Failed,
     /// It failed, and what had been changed was put back.
     RolledBack,

@@ -7,14 +7,12 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result};
-use crate::files;
-use crate::json;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::names::{Branch, ObjectId, RunId};
 use crate::paths::Paths;
 use crate::program::TAIL_LINES;
-use crate::run::Release;
-use crate::run::{Failure, Stage};
+use crate::run::{Failure, Release, Stage};
+use crate::{files, json};
 
 /// How many lines tell in detail what is new, or changes.
 pub const NEWS: usize = 40;
@@ -108,10 +106,7 @@ impl Notes {
     pub fn read_of(paths: &Paths, run: &RunId) -> Result<Option<Self>> {
         let path = paths.notes();
         let doing = || format!("read {}", path.display());
-        let bytes = match files::read_foreign(&path, LIMIT) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            other => other.context(doing)?,
-        };
+        let Some(bytes) = files::if_there(files::read_foreign(&path, LIMIT)).context(doing)? else { return Ok(None) };
         let notes: Self = json::parse_foreign(&bytes).context(doing)?;
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if notes.proposal.as_ref().is_some_and(|proposal| proposal.news.len() > NEWS)
@@ -127,9 +122,7 @@ impl Notes {
     /// Notes what a stage failed with and fails with it.
     pub fn fail(&mut self, paths: &Paths, error: Error) -> Result<()> {
         self.failure = Some(Failure::new(self.stage, &error));
-        if let Err(error) = self.write(paths) {
-            log::warn!("{error}.");
-        }
+        self.write(paths).or_warn();
         Err(error)
     }
 

@@ -40,7 +40,7 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     let host = host.trim();
     let told = Notice { format: FORMAT, instance: paths.name(), host, run: ended };
     let doing = || "write what is told".into();
-    let mut input = files::unnamed(&std::env::temp_dir()).context(doing)?;
+    let mut input = files::unnamed(&std::env::temp_dir(), 0o600).context(doing)?;
     serde_json::to_writer(&input, &told).context(doing)?;
     input.write_all(b"\n").and_then(|()| input.rewind()).context(doing)?;
     let why = ended.error.as_deref().or(ended.summary.as_deref()).filter(|why| !why.is_empty());

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::error::OrLog;
 use crate::gather::gather;
 use crate::program::Program;
 use crate::run::Stage;
@@ -31,11 +32,7 @@ pub(super) struct Unit {
 pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
     let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
     let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
-    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_else(|error| {
-        log::warn!("{error}.");
-        Vec::new()
-    });
-    let said = String::from_utf8_lossy(&said);
+    let said = ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default();
     let unit = |text: &str| {
         let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key).map(String::from));
         let next = value("NextElapseUSecRealtime=@").and_then(|time| time.parse().ok());

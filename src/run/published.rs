@@ -7,13 +7,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
-use crate::files;
 use crate::gather::gather;
-use crate::json;
 use crate::names::{HostName, RunId, Sequence};
 use crate::paths::Paths;
 use crate::run::{Failure, Release, Stage};
-use crate::text;
+use crate::{files, json, text};
 
 /// More than what is said of thousands of hosts takes, in bytes.
 const LIMIT: u64 = 4 * 1024 * 1024;

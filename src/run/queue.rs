@@ -9,14 +9,12 @@
 //! it that say so. A run
 //! removes the file when its journal has the number, and before it looks at anything that may be new.
 
-use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{geteuid, linkat};
 
 use crate::error::{Context, Result};
@@ -102,7 +100,7 @@ fn with_joined(paths: &Paths) -> impl Iterator<Item = PathBuf> {
 /// be in anybody's way.
 fn create(path: &Path, text: &str) -> io::Result<()> {
     let directory = path.parent().ok_or(ErrorKind::InvalidInput)?;
-    let mut file = OpenOptions::new().write(true).custom_flags(OFlag::O_TMPFILE.bits()).mode(0o640).open(directory)?;
+    let mut file = files::unnamed(directory, 0o640)?;
     file.write_all(text.as_bytes())?;
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
     linkat(AT_FDCWD, unnamed.as_str(), AT_FDCWD, path, AtFlags::AT_SYMLINK_FOLLOW)?;
@@ -114,10 +112,8 @@ fn create(path: &Path, text: &str) -> io::Result<()> {
 /// Looks what is there. A number is one only if it is higher than all that runs have served, and not out
 /// of reach: numbers never jump.
 fn find(path: &Path, served: u64) -> Found {
-    let text = match files::read_foreign(path, LIMIT) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Found::Nothing,
-        text => text.ok().and_then(|text| String::from_utf8(text).ok()),
-    };
+    let Some(text) = files::if_there(files::read_foreign(path, LIMIT)).transpose() else { return Found::Nothing };
+    let text = text.ok().and_then(|text| String::from_utf8(text).ok());
     let number = text.and_then(|text| text.split(' ').next()?.parse().ok());
     let in_reach = |number: &u64| served < *number && *number <= now().max(served).saturating_add(REACH);
     number.filter(in_reach).map_or(Found::Odd, Found::Request)

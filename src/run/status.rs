@@ -6,27 +6,23 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
-use crate::error::{Error, Result};
-use crate::files;
-use crate::json;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
-use crate::run::Release;
-use crate::run::asker;
 use crate::run::bad::Bad;
 use crate::run::ended::Ended;
 use crate::run::journal::{FORMAT, Run};
 use crate::run::notes::{Proposal, run_id};
 use crate::run::undo::Undone;
-use crate::run::{Outcome, Stage, Trigger};
+use crate::run::{Outcome, Release, Stage, Trigger, asker};
 use crate::system::{self, now, service};
 use crate::text::{ago, short};
+use crate::{files, json};
 
 /// How many ended runs are remembered.
 const HISTORY: usize = 50;
@@ -164,10 +160,8 @@ impl Status {
     /// Reads what is known; nothing, if the file is not there or makes no sense.
     pub fn read(paths: &Paths) -> Self {
         let path = paths.status();
-        let text = match fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Self::default(),
-            other => other.map_err(|error| error.to_string()),
-        };
+        let Some(text) = files::if_there(fs::read(&path)).transpose() else { return Self::default() };
+        let text = text.map_err(|error| error.to_string());
         let status = text.and_then(|text| json::parse::<Self>(&text).map_err(|error| error.to_string()));
         match status {
             Ok(status) if status.format == FORMAT => status,
@@ -245,6 +239,15 @@ impl Status {
         Self { running: Some(running), held, held_by, ..status }.write(paths)
     }
 
+    /// The run under way, which enters one of root's last stages; none if none has begun.
+    pub fn enter(paths: &Paths, stage: Stage) -> Result<Option<Run>> {
+        match Run::load(paths)? {
+            Some(run) => Self::announce(paths, &run, stage).map(|()| Some(run)),
+            None if Self::read(paths).running.is_none() => Ok(None),
+            None => Err(Error::new(format!("Failed to {stage}: no run is under way"))),
+        }
+    }
+
     /// Keeps the number of a request, if one waits, until a hold ends; no run is under way.
     pub fn keep_request(paths: &Paths, number: Option<u64>, by: Vec<String>) -> Result<()> {
         let mut status = Self::read(paths);
@@ -275,8 +278,8 @@ impl Status {
                 status.runs.remove(0);
             }
         }
-        let ended = Ended::bare(id.clone(), Trigger::Timer, started, Outcome::Failed);
-        status.remember(Ended { stage: Some(Stage::Begin), error: Some(why.to_owned()), ..ended });
+        let (result, trigger, stage, error) = (Outcome::Failed, Trigger::Timer, Some(Stage::Begin), Some(why.to_owned()));
+        status.remember(Ended { id: id.clone(), result, trigger, started, finished: now(), stage, error, ..Ended::default() });
         // what is kept for the report of a run that has begun stays
         status.write_plainly(paths)?;
         tell(paths, &id);
@@ -285,9 +288,8 @@ impl Status {
 
     /// Keeps room for a report on a disk that is full then.
     pub fn reserve(paths: &Paths) {
-        if let Err(error) = files::reserve(&paths.reserve(), RESERVE) {
-            log::warn!("Failed to write {}: {error}.", paths.reserve().display());
-        }
+        let path = paths.reserve();
+        files::reserve(&path, RESERVE).context(|| format!("write {}", path.display())).or_warn();
     }
 
     /// Puts an ended run before the others.

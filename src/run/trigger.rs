@@ -20,13 +20,10 @@ use crate::nix::progress;
 use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
-use crate::run::asker;
 use crate::run::ended::Ended;
 use crate::run::hold::{Hold, moment};
-use crate::run::queue;
 use crate::run::status::{Running, Status};
-use crate::run::undo;
-use crate::run::{Outcome, Stage, Trigger};
+use crate::run::{Outcome, Stage, Trigger, asker, queue, undo};
 use crate::system::{now, service};
 use crate::text::span;
 
@@ -187,8 +184,8 @@ fn wait_for_unit(name: &str, run: &Ended) {
 /// What the run under way does, as far as root announces it and systemd knows more.
 fn at_work(paths: &Paths, running: &Running) -> String {
     let ask = Program::new("systemctl").args(["show", "--property=StatusText", "--value", "--", &service::unit(paths.name())]);
-    let said = ask.output(|| "ask systemd".into(), None).unwrap_or_default();
-    let said = String::from_utf8_lossy(&said).trim().to_owned();
+    let said = ask.said(|| "ask systemd".into()).unwrap_or_default();
+    let said = said.trim();
     let what = match said.strip_prefix(progress::BEGIN) {
         Some(progress) => format!("{}: {progress}", Stage::Build),
         None if said.is_empty() => running.stage.to_string(),

@@ -2,17 +2,14 @@
 //! a file that whoever may ask for a run may write, and the webhook cannot see; it names the commit, so that nothing else
 //! is undone that has been deployed meanwhile.
 
-use std::io::ErrorKind;
-
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
 use crate::files;
 use crate::names::ObjectId;
 use crate::paths::Paths;
-use crate::run::Release;
-use crate::run::asker;
 use crate::run::notes::Proposal;
+use crate::run::{Release, asker};
 use crate::system::now;
 use crate::text::{ago, short};
 
@@ -90,13 +87,13 @@ pub fn waiting(paths: &Paths) -> Result<Option<Undone>> {
         let (base, tree) = (String::new(), String::new());
         Ok(Undone { commit, base, tree, summary: None, release: None, before: None, by, since: now() })
     };
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        _ => read().map(Some).or_else(|why| {
-            log::warn!("Ignoring {}: {why}.", path.display());
-            remove(paths).map(|()| None)
-        }),
+    if matches!(files::if_there(path.symlink_metadata()), Ok(None)) {
+        return Ok(None);
     }
+    read().map(Some).or_else(|why| {
+        log::warn!("Ignoring {}: {why}.", path.display());
+        remove(paths).map(|()| None)
+    })
 }
 
 /// Removes it, once the run's journal has it.

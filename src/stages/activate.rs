@@ -12,10 +12,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Operation};
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::fault;
-use crate::nix::profile::Generation;
-use crate::nix::{self, integrity, profile};
+use crate::nix::profile::{self, Generation};
+use crate::nix::{self, integrity};
 use crate::paths::Paths;
 use crate::run::hold::Hold;
 use crate::run::journal::{Before, Decision, Phase, Run};
@@ -25,22 +25,13 @@ use crate::run::{Failure, Stage, Trigger};
 use crate::stages::branch::Fate;
 use crate::stages::{boot, conclude, rollback, settle, switch, undo};
 use crate::system::boot_loader::BootLoader;
-use crate::system::health;
-use crate::system::switched;
 use crate::system::units::{Restarts, Units};
-use crate::system::{self, Turn};
+use crate::system::{self, Turn, health, switched};
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
 pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
-    let Some(mut run) = Run::load(paths)? else {
-        if Status::read(paths).running.is_none() {
-            // none has begun
-            return Ok(());
-        }
-        return Err(Error::new("Failed to activate: no run is under way"));
-    };
-    Status::announce(paths, &run, Stage::Activate)?;
+    let Some(mut run) = Status::enter(paths, Stage::Activate)? else { return Ok(()) };
     fault::point("activate: begun");
     let mut turn = None;
     run.boot_loader = config.and_then(|config| config.boot_loader);
@@ -69,8 +60,7 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
     };
     if proposal.withheld.is_some() {
         run.warnings.extend(proposal.withheld.clone());
-        run.decision = Some(Decision::Withheld);
-        return run.save(paths).map(|()| None);
+        return run.decide(Decision::Withheld, paths).map(|()| None);
     }
     if proposal.unchanged {
         if let Some(trial) = Run::load_trial(paths)? {
@@ -79,8 +69,7 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
-        run.decision = Some(Decision::Unchanged);
-        return run.save(paths).map(|()| None);
+        return run.decide(Decision::Unchanged, paths).map(|()| None);
     }
     let system = nix::trusted_system(&paths.candidate(), paths.name())?;
     run.candidate = Some(system.clone());
@@ -88,8 +77,7 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
     while turn.is_none() {
         let count = Turn::count();
         if !settle::settle(paths, run, Fate::Check)? {
-            run.decision = Some(Decision::StartOver);
-            return run.save(paths).map(|()| None);
+            return run.decide(Decision::StartOver, paths).map(|()| None);
         }
         *turn = Turn::take_at(count)?;
     }
@@ -99,8 +87,7 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
     }
     if Hold::read(paths).is_some() {
         // what is asked for then is kept until the hold ends
-        run.decision = Some(Decision::StartOver);
-        return run.save(paths).map(|()| None);
+        return run.decide(Decision::StartOver, paths).map(|()| None);
     }
     Ok(Some(system))
 }
@@ -193,10 +180,9 @@ fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
 /// is able to, once, and what was booted before by default.
 fn install(run: &mut Run, system: &Path, old: Option<Generation>) -> Result<()> {
     let install = |system: &Path| system::switch_to(system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success();
-    if let (Some(loader), Some(old)) = (BootLoader::of(run.boot_loader).filter(|_| run.boots_once), old) {
-        match install(&old.system).and_then(|()| loader.boot_once(system)) {
-            Ok(()) => return Ok(()),
-            Err(error) => log::warn!("{error}."),
+    if let (Some(loader), Some(old)) = (run.booted_by(), old) {
+        if install(&old.system).and_then(|()| loader.boot_once(system)).or_warn().is_some() {
+            return Ok(());
         }
     }
     install(system)?;
@@ -227,7 +213,7 @@ fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
 /// its system still runs, that is what was before that one.
 fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
     let system = system::current()?;
-    let stuck = Run::load_stuck(paths)?.filter(|stuck| stuck.candidate.as_ref().is_some_and(|stuck| system::is_of(stuck, &system)));
+    let stuck = Run::load_stuck(paths)?.filter(|stuck| stuck.is_candidate(&system));
     let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
         run.passed = passed;
         before

@@ -5,17 +5,13 @@ use std::thread;
 use std::time::Duration;
 
 use crate::config::Instance;
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::fault;
 use crate::paths::Paths;
-use crate::run::asker;
-use crate::run::holding;
 use crate::run::journal::{Decision, Run};
 use crate::run::notes::run_id;
-use crate::run::queue;
 use crate::run::status::Status;
-use crate::run::undo;
-use crate::run::{Failure, Outcome, Stage, Trigger};
+use crate::run::{Failure, Outcome, Stage, Trigger, asker, holding, queue, undo};
 use crate::stages::{boot, conclude, cut_off, rollback};
 use crate::system::{boot_id, has_unit, now, service};
 
@@ -38,10 +34,8 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     if paths.journal().exists() || Run::load_trial(paths)?.is_some_and(|trial| trial.boot != boot_id()) {
         return concluded.and_then(|()| Err(Error::new("Failed to start the run: the previous run has not ended")));
     }
-    if let Err(error) = concluded {
-        // that run has been reported; this one is another
-        log::warn!("{error}.");
-    }
+    // that run has been reported; this one is another
+    concluded.or_warn();
     // a hold is about deployments
     let undoes = undo::waiting(paths)?;
     match if undoes.is_some() { Ok(false) } else { holding::keep(paths) } {

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::nix;
 use crate::paths::Paths;
 use crate::run::drift::drift;
@@ -19,9 +19,9 @@ pub fn boot() -> ExitCode {
     let cut_off = paths.with_journal();
     let is_sick = end_all(&paths);
     for paths in cut_off.iter().filter(|paths| system::has_unit(&service::unit(paths.name()))) {
-        service::start(paths.name()).unwrap_or_else(|error| log::warn!("{error}."));
+        service::start(paths.name()).or_warn();
     }
-    status::note_boot(&paths).unwrap_or_else(|error| log::warn!("{error}."));
+    status::note_boot(&paths).or_warn();
     if let Some(drift) = drift(&paths) {
         log::warn!("This machine {drift}.");
     }
@@ -34,8 +34,7 @@ pub fn end_all(paths: &Paths) -> bool {
     all.extend(paths.with_journal());
     let mut is_sick = false;
     for paths in all {
-        if let Err(error) = end_trial(&paths) {
-            log::error!("{error}.");
+        if end_trial(&paths).or_error().is_none() {
             is_sick |= Status::read(&paths).runs.first().is_some_and(|run| run.reboot_needed);
         }
     }

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use crate::config::Instance;
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::git::{self, Repository};
 use crate::paths::Paths;
 use crate::run::notes::Proposal;
@@ -87,12 +87,8 @@ fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&P
 
 /// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.
 fn publish(repository: &Repository, proposal: &Proposal, paths: &Paths, instance: &Instance) {
-    if let Err(error) = git::drop_reference(instance, &paths.reference(), paths.name()) {
-        log::warn!("{error}.");
-    }
+    git::drop_reference(instance, &paths.reference(), paths.name()).or_warn();
     if instance.push {
-        if let Err(error) = repository.push(&proposal.commit, &paths.upstream(), paths.name()) {
-            log::warn!("{error}.");
-        }
+        repository.push(&proposal.commit, &paths.upstream(), paths.name()).or_warn();
     }
 }

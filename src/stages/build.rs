@@ -7,7 +7,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 
 use crate::config::{Build, Instance};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fault;
 use crate::fleet::host::release;
 use crate::fleet::hub::candidate;
@@ -53,10 +53,7 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         Ok(()) => {
             notes.built = true;
             if instance.publish.is_none() {
-                notes.changes = changes(&paths.candidate()).unwrap_or_else(|error| {
-                    log::warn!("{error}.");
-                    Vec::new()
-                });
+                notes.changes = changes(&paths.candidate()).or_warn().unwrap_or_default();
             }
             notes.write(paths)?;
             fault::point("build: noted");

@@ -11,19 +11,17 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::fault;
 use crate::fleet::host::outbox;
 use crate::nix::{self, integrity, profile};
 use crate::paths::Paths;
-use crate::run::asker;
 use crate::run::drift::drift;
 use crate::run::ended::Ended;
 use crate::run::journal::{Decision, Phase, Run};
 use crate::run::notes::{Notes, run_id};
-use crate::run::queue;
 use crate::run::status::Status;
-use crate::run::{Failure, Outcome, Stage, Trigger};
+use crate::run::{Failure, Outcome, Stage, Trigger, asker, queue};
 use crate::stages::branch::Fate;
 use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
@@ -50,9 +48,7 @@ pub fn conclude(paths: &Paths) -> Result<()> {
     // after the unit's stages, not at the beginning of the next run
     if !service_result().is_empty() && !paths.request().exists() {
         let was_stopped = service_result() == "signal" && exit_status() == "TERM";
-        if let Err(error) = service::sort_out_starts(paths.name(), !was_stopped) {
-            log::warn!("{error}.");
-        }
+        service::sort_out_starts(paths.name(), !was_stopped).or_warn();
     }
     ended
 }
@@ -112,10 +108,11 @@ pub fn conclude_all(config: &Config) -> Result<()> {
     while !orphans.is_empty() {
         let mut waiting = Vec::new();
         for paths in orphans {
-            match Run::load(&paths)? {
-                Some(run) if is_at_work(&paths, &run)? => waiting.push(paths),
+            if Run::load(&paths)?.map_or(Ok(false), |run| is_at_work(&paths, &run))? {
+                waiting.push(paths);
+            } else {
                 // it goes on where the instance is there again
-                _ => conclude_as(&paths, Some(Decision::StartOver)).unwrap_or_else(|error| log::warn!("{error}.")),
+                conclude_as(&paths, Some(Decision::StartOver)).or_warn();
             }
         }
         orphans = waiting;
@@ -149,9 +146,7 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
         _ => Ok(()),
     };
     // what is stuck, or on trial, may still be to go back to what is kept for that
-    if let Err(error) = kept.and_then(|()| if waits || paths.stuck().exists() { Ok(()) } else { nix::unroot(paths) }) {
-        log::warn!("{error}.");
-    }
+    kept.and_then(|()| if waits || paths.stuck().exists() { Ok(()) } else { nix::unroot(paths) }).or_warn();
     if result != Outcome::AwaitingBoot {
         run.end(paths)?;
     }
@@ -170,9 +165,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     }
     let is_later = run.boot != boot_id();
     if is_later && run.phase != Phase::AwaitingBoot {
-        if let Err(error) = integrity::mend(run.started) {
-            log::warn!("{error}.");
-        }
+        integrity::mend(run.started).or_warn();
     }
     let is_rollback = run.trigger == Trigger::Rollback;
     if is_rollback && run.decision == Some(Decision::StartOver) {
@@ -186,15 +179,12 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         }
     }
     if run.notes.is_none() && !is_rollback {
-        run.notes = Notes::read_of(paths, &run.id).unwrap_or_else(|error| {
-            log::warn!("{error}.");
-            None
-        });
+        run.notes = Notes::read_of(paths, &run.id).or_warn().flatten();
     }
     if run.phase == Phase::AwaitingBoot && !is_later {
         return Ok(Outcome::AwaitingBoot);
     }
-    if run.reboot_needed && is_later && trial::is_due(run)? {
+    if run.reboot_needed && is_later && trial::is_due(run) {
         Turn::retake(turn)?;
         run.failure = trial::judge(paths, run).err().map(|error| Failure::new(Stage::Boot, &error));
     }
@@ -239,11 +229,10 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         // what waits for a boot goes on to be kept
         let trial = if run.reboot_needed { None } else { Run::load_trial(paths)?.filter(|trial| trial.trigger != Trigger::Rollback) };
         // a ref that is left over is overwritten by the next run
-        if let Err(error) =
-            trial.map_or_else(|| settle::settle(paths, run, Fate::Drop), |mut trial| settle::settle(paths, &mut trial, Fate::Keep))
-        {
-            log::warn!("{error}.");
-        }
+        match trial {
+            Some(mut trial) => settle::settle(paths, &mut trial, Fate::Keep).or_warn(),
+            None => settle::settle(paths, run, Fate::Drop).or_warn(),
+        };
     }
     if result == Outcome::StartedOver {
         // or else this run has not come to its end: it is ended again

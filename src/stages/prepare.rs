@@ -15,15 +15,12 @@ use std::time::Duration;
 use ::nix::fcntl::FlockArg;
 
 use crate::config::Instance;
-use crate::error::{Context, Error, Result};
-use crate::fault;
-use crate::files;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::poll;
 use crate::fleet::hub::candidate;
 use crate::git::lockfile::{LockFile, Update};
 use crate::git::{self, Repository, own};
 use crate::names::{Branch, ObjectId};
-use crate::nix;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::Release;
@@ -32,7 +29,7 @@ use crate::run::hold::Hold;
 use crate::run::notes::{NEWS, Notes, Proposal};
 use crate::run::status::Status;
 use crate::system::{now, service};
-use crate::text;
+use crate::{fault, files, nix, text};
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -196,12 +193,12 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
     // what hosts can fetch is known when all of them have been looked at
     let unchanged = instance.publish.is_none() && is_deployed(paths, &commit, instance);
     let tree = repository.tree(&commit)?;
-    if commit != repository.head {
+    if commit == repository.head {
+        git::drop_reference(instance, &reference, paths.name()).or_warn();
+    } else {
         repository.check_forward(&commit, paths.name(), scratch)?;
         repository.rehearse_forward(&commit, scratch)?;
         repository.keep(&reference, &commit)?;
-    } else if let Err(error) = git::drop_reference(instance, &reference, paths.name()) {
-        log::warn!("{error}.");
     }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
     let last =

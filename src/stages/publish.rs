@@ -17,14 +17,7 @@ use crate::stages::{conclude, release, settle};
 
 /// Runs the stage, and the run to its end.
 pub fn publish(paths: &Paths, config: Option<&Config>) -> Result<()> {
-    let Some(mut run) = Run::load(paths)? else {
-        if Status::read(paths).running.is_none() {
-            // none has begun
-            return Ok(());
-        }
-        return Err(Error::new("Failed to publish: no run is under way"));
-    };
-    Status::announce(paths, &run, Stage::Publish)?;
+    let Some(mut run) = Status::enter(paths, Stage::Publish)? else { return Ok(()) };
     if run.failure.is_some() || run.decision.is_some() {
         // there is nothing to do any more
     } else if config.is_none() {
@@ -48,8 +41,7 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
     };
     // what is asked for during a hold is kept until that ends
     if Hold::read(paths).is_some() || !settle::settle(paths, run, Fate::Check)? {
-        run.decision = Some(Decision::StartOver);
-        return run.save(paths);
+        return run.decide(Decision::StartOver, paths);
     }
     release::start(paths, run)?;
     let published = Published::told(paths, &run.id)?;
@@ -63,8 +55,7 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
         return run.save(paths);
     }
     if is_head && !published.is_new() && run.left_out.is_none() {
-        run.decision = Some(Decision::Unchanged);
-        return run.save(paths);
+        return run.decide(Decision::Unchanged, paths);
     }
     run.enter(Phase::Persisted, paths)
 }

@@ -5,15 +5,14 @@ use std::path::Path;
 
 use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
-use crate::files;
 use crate::nix::profile::SYSTEM_PROFILE;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::hold::Hold;
 use crate::run::journal::Run;
 use crate::run::status::Status;
-use crate::system;
 use crate::system::boot_loader::BootLoader;
+use crate::{files, system};
 
 /// What this machine was rebooted for, a line each, the last one at the end.
 const REBOOTED: &str = "/var/lib/ekiben/rebooted";
@@ -142,8 +141,8 @@ fn by(kexec: bool, loader: Option<LoaderKind>, next: &Path) -> Result<()> {
 
 fn is_time(window: Option<&Window>) -> Result<bool> {
     let Some(window) = window else { return Ok(true) };
-    let now = Program::new("date").arg("+%H:%M").output(|| "tell the time".into(), None)?;
-    Ok(is_between(&window.lower, &window.upper, String::from_utf8_lossy(&now).trim()))
+    let now = Program::new("date").arg("+%H:%M").said(|| "tell the time".into())?;
+    Ok(is_between(&window.lower, &window.upper, now.trim()))
 }
 
 /// Whether it is that time of day; midnight may lie between the two.

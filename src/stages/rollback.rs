@@ -5,18 +5,15 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::fault;
 use crate::nix::{self, profile};
 use crate::paths::Paths;
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger};
-use crate::system::boot_id;
-use crate::system::boot_loader::BootLoader;
-use crate::system::health;
 use crate::system::units::{self, Worse};
-use crate::system::{self, Turn, service};
+use crate::system::{self, Turn, boot_id, health, service};
 
 /// Between two looks at the units.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -37,9 +34,7 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
     let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
     note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
-    if let Err(error) = run.enter(Phase::Returning, paths) {
-        log::error!("{error}.");
-    }
+    run.enter(Phase::Returning, paths).or_error();
     fault::point("back: begun");
     match put_back(paths, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
@@ -69,11 +64,9 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
 fn note_failed(run: &mut Run, before: &Before) {
     run.worse.extend(run.blamed.iter().cloned());
     let Some(candidate) = run.candidate.as_ref().filter(|_| run.phase != Phase::Returning && run.boot == boot_id()) else { return };
-    match before.units.worse_under(&before.system, candidate) {
-        // the others may wait for the rest of an activation
-        Ok(worse) => run.worse.extend(worse.into_iter().filter(|(_, state)| state == "failed").map(|(name, _)| name)),
-        Err(error) => log::warn!("{error}."),
-    }
+    let worse = before.units.worse_under(&before.system, candidate).or_warn().unwrap_or_default();
+    // the others may wait for the rest of an activation
+    run.worse.extend(worse.into_iter().filter(|(_, state)| state == "failed").map(|(name, _)| name));
 }
 
 /// Of units that are worse off with the old system, those that were with the candidate, too: that is not its doing.
@@ -100,7 +93,7 @@ fn excuse(run: &mut Run, same: &Worse) {
 /// worse off all the same. Does all that it can, also if a part of it fails; may be done again.
 pub fn put_back(paths: &Paths, run: &Run, before: &Before, touched_boot: bool) -> Result<Worse> {
     // what another hand has done in the meantime is to stay
-    let ours = |system: &Path| run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, system)) || before.system == system;
+    let ours = |system: &Path| run.is_candidate(system) || before.system == system;
     let boot = system::again(|| put_back_boot(run, before, touched_boot, ours));
     fault::point("back: profile restored");
     let current = system::current()?;
@@ -115,9 +108,7 @@ pub fn put_back(paths: &Paths, run: &Run, before: &Before, touched_boot: bool) -
 }
 
 fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path) -> bool) -> Result<()> {
-    if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
-        loader.forget()?;
-    }
+    run.booted_by().map_or(Ok(()), |loader| loader.forget())?;
     let now = profile::current_generation()?;
     let is_other = now != before.generation;
     if now.is_some_and(|now| ours(&now.system)) {
@@ -181,7 +172,7 @@ pub fn go_back_again(paths: &Paths) -> Result<bool> {
     let Some(before) = run.before.clone() else { return Ok(false) };
     let _turn = Turn::take()?;
     let current = system::current()?;
-    let is_by_hand = !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, &current)) && before.system != current;
+    let is_by_hand = !run.is_candidate(&current) && before.system != current;
     if !is_by_hand {
         if run.returns >= RETURNS {
             let system = before.system.display();

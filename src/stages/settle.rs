@@ -8,8 +8,7 @@ use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::journal::Run;
 use crate::stages::branch::{Fate, MOVED};
-use crate::system::boot_id;
-use crate::system::{self, Turn};
+use crate::system::{self, Turn, boot_id};
 
 /// How long the way from a commit to the branch, a push included, may take; tests wait for it.
 const SETTLE_LIMIT: Duration = Duration::from_secs(if cfg!(feature = "fault-points") { 20 } else { 600 });
@@ -42,10 +41,8 @@ pub fn accept(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<b
 pub fn check_is_in_place(run: &Run) -> Result<()> {
     let (next, current) = (profile::current_generation()?.map(|generation| generation.system), system::current()?);
     let has_booted = run.boot != boot_id();
-    let wrong = [
-        next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)),
-        Some(&current).filter(|current| !run.candidate.as_ref().is_some_and(|candidate| system::is_of(candidate, current))),
-    ];
+    let wrong =
+        [next.as_ref().filter(|next| run.candidate.as_ref() != Some(next)), Some(&current).filter(|current| !run.is_candidate(current))];
     let Some(other) = wrong.into_iter().flatten().next() else { return Ok(()) };
     let how = if has_booted && !run.reboot_needed { "booted" } else { "switched to" };
     Err(Error::new(format!("Failed to complete the switch: this machine has been {how} another system, {}", other.display())).transient())

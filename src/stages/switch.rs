@@ -11,10 +11,9 @@ use crate::run::Stage;
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::status::Status;
 use crate::stages::rollback;
-use crate::system;
-use crate::system::health;
 use crate::system::switched::Switched;
 use crate::system::units::{self, Restarts, Units};
+use crate::system::{self, health};
 
 /// Between two looks at the units of a system that is observed.
 const PAUSE: Duration = Duration::from_secs(1);

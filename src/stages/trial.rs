@@ -4,7 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fault;
 use crate::names::RunId;
 use crate::nix::{integrity, profile};
@@ -13,7 +13,6 @@ use crate::run::Stage;
 use crate::run::journal::{Phase, Run};
 use crate::run::status::Status;
 use crate::stages::switch;
-use crate::system::boot_loader::BootLoader;
 use crate::system::units::Restarts;
 use crate::system::{self, boot_id, health, service};
 
@@ -22,14 +21,9 @@ const PAUSE: Duration = Duration::from_secs(5);
 
 /// Whether a run of an earlier boot has come so far that its system is to be judged: it may have been cut off when
 /// what it waited for had come about.
-pub fn is_due(run: &Run) -> Result<bool> {
-    let has_booted =
-        || Ok(run.candidate.as_ref().is_some_and(|system| system::current().is_ok_and(|current| system::is_of(system, &current))));
-    match run.phase {
-        Phase::AwaitingBoot => Ok(true),
-        Phase::Persisting => has_booted(),
-        _ => Ok(false),
-    }
+pub fn is_due(run: &Run) -> bool {
+    let runs = || system::current().is_ok_and(|current| run.is_candidate(&current));
+    run.phase == Phase::AwaitingBoot || run.phase == Phase::Persisting && runs()
 }
 
 /// Has the system be what is booted from now on, if it has booted and stays well for a while.
@@ -39,7 +33,7 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     };
     // a report of its own, with what the journal has of this boot
     run.id = RunId::try_from(boot_id().replace('-', "")).context(|| "name the boot".into())?;
-    Status::announce(paths, run, Stage::Boot).unwrap_or_else(|error| log::warn!("{error}."));
+    Status::announce(paths, run, Stage::Boot).or_warn();
     fault::point("boot: begun");
     check_has_booted(run, &system)?;
     log::info!("{} has booted; observing it ...", system.display());
@@ -58,9 +52,7 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     check_has_booted(run, &system)?;
     fault::point("boot: well");
     system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
-    if let Some(loader) = BootLoader::of(run.boot_loader).filter(|_| run.boots_once) {
-        loader.forget()?;
-    }
+    run.booted_by().map_or(Ok(()), |loader| loader.forget())?;
     fault::point("boot: boot loader set");
     integrity::sync()?;
     run.enter(Phase::Persisted, paths)
@@ -72,7 +64,7 @@ fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
     let current = system::current()?;
     let Some(other) = [booted, current].into_iter().find(|other| !system::is_of(system, other)) else { return Ok(()) };
     // a boot past the boot loader, such as by kexec
-    let is_untried = run.boots_once && BootLoader::of(run.boot_loader).is_some_and(|loader| loader.is_armed());
+    let is_untried = run.booted_by().is_some_and(|loader| loader.is_armed());
     let why = if is_untried { ", and the boot loader has not tried to boot it" } else { "" };
     let error = Error::new(format!("Failed to boot {}: this machine runs {} instead{why}", system.display(), other.display()));
     // another hand has chosen something else

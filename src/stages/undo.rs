@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::nix::profile::Generation;
-use crate::nix::{self, profile};
+use crate::nix;
+use crate::nix::profile::{self, Generation};
 use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::status::Status;
@@ -22,8 +22,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
         if let Some(known) = status.undone.filter(|known| run.undoes.take_if(|undone| undone.commit == known.commit).is_some()) {
             // somebody else had asked for the same
             run.warnings.push(known.notice(name, now()));
-            run.decision = Some(Decision::Withheld);
-            return run.save(paths).map(|()| None);
+            return run.decide(Decision::Withheld, paths).map(|()| None);
         }
         Status::read(paths).last_deployment(name)?;
         return Err(fail(&format!("something else has been deployed since that was asked for; see ekiben status {name}")));
@@ -35,8 +34,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
             undone.summary = Some(proposal.summary.clone());
         }
         undone.release = trial.notes.and_then(|notes| notes.release);
-        run.decision = Some(Decision::Withdraw);
-        return run.save(paths).map(|()| None);
+        return run.decide(Decision::Withdraw, paths).map(|()| None);
     }
     let Some((deployed, before)) = status.deployed.and_then(|deployed| deployed.before.clone().map(|before| (deployed, before))) else {
         return Err(fail("what ran before its last deployment is not known"));

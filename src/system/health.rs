@@ -16,14 +16,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// The checks that pass now, tried once.
 pub fn passing(checks: &BTreeMap<String, HealthCheck>) -> Vec<String> {
-    let passes = |(name, check): (&String, &HealthCheck)| match attempt(name, check) {
-        Ok(()) => Some(name.clone()),
-        Err(error) => {
-            log::warn!("Ignoring health check {name}, which already fails before the switch: {error}.");
-            None
-        }
+    let passes = |(name, check): &(&String, &HealthCheck)| {
+        let why = attempt(name, check)
+            .inspect_err(|why| log::warn!("Ignoring health check {name}, which already fails before the switch: {why}."));
+        why.is_ok()
     };
-    checks.iter().filter_map(passes).collect()
+    checks.iter().filter(passes).map(|(name, _)| name.clone()).collect()
 }
 
 /// Fails if one of the checks that passed before does not pass any more, however often it is tried.

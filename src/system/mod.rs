@@ -18,7 +18,8 @@ use nix::fcntl::{Flock, FlockArg};
 use sd_notify::NotifyState;
 
 use crate::error::{Context, Error, Result};
-use crate::program::{Exited, Program};
+use crate::program::Program;
+use crate::program::exited::Exited;
 use crate::system::switched::WATCHED;
 
 /// What NixOS runs.
@@ -150,7 +151,7 @@ fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
 
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
-    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim_ascii() == b"stopping")
+    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim() == "stopping")
 }
 
 fn make_runtime_directory() -> io::Result<()> {
@@ -165,8 +166,8 @@ pub fn uuid() -> Result<String> {
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it
 /// executes itself anew. Moments are UTC's, also those that `--timestamp` is not about.
-pub fn systemctl(question: &[&str]) -> Result<Vec<u8>> {
-    again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").output(|| "ask systemd".into(), None)).map_err(Error::transient)
+pub fn systemctl(question: &[&str]) -> Result<String> {
+    again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").said(|| "ask systemd".into())).map_err(Error::transient)
 }
 
 /// Does something, and `late` whenever it has taken another moment.

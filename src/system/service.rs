@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::error::{Context, OrWarn, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::names::RunId;
 use crate::program::Program;
 use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, systemctl, unless_soon};
@@ -30,7 +30,7 @@ pub fn start(instance: &str) -> Result<()> {
 pub fn start_if_there(unit: &str, file: &str) {
     if has_unit(file) {
         let start = Program::as_root("systemctl").args(["restart", "--no-block", "--", unit]);
-        start.output(|| format!("start {unit}"), None).map_or_else(|error| log::warn!("{error}."), drop);
+        start.output(|| format!("start {unit}"), None).or_warn();
     }
 }
 
@@ -47,7 +47,6 @@ pub fn wait_for_jobs(limit: u64) -> Result<()> {
 /// Whether the instance's service is at work on this run.
 pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &unit(instance)])?;
-    let shown = String::from_utf8_lossy(&shown);
     let says = |line: &str| shown.lines().any(|other| other == line);
     Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
 }
@@ -97,7 +96,7 @@ pub fn start_as_due(instance: &str, how: &str) -> Result<()> {
 
 /// Whether the service has been started by [`start_as_due`], and not by somebody after that start was cancelled.
 pub fn is_due(instance: &str) -> bool {
-    let Ok(marked) = fs::read(due(instance)) else { return false };
+    let Ok(marked) = fs::read_to_string(due(instance)) else { return false };
     let is_due = job(&unit(instance)).is_ok_and(|job| job == marked);
     if !is_due {
         forget_due(instance);
@@ -120,7 +119,7 @@ fn due(instance: &str) -> PathBuf {
 }
 
 /// What tells the job that starts a unit from all others of this boot.
-fn job(unit: &str) -> Result<Vec<u8>> {
+fn job(unit: &str) -> Result<String> {
     systemctl(&["show", "--property=Job", "--value", "--", unit])
 }
 
@@ -142,7 +141,6 @@ struct Job {
 /// The jobs of these units, or all.
 fn jobs(units: &[&str]) -> Result<Vec<Job>> {
     let list = systemctl(&[&["list-jobs", "--no-legend", "--full", "--no-pager", "--"], units].concat())?;
-    let list = String::from_utf8_lossy(&list);
     let job = |line: &str| {
         let mut words = line.split_whitespace().map(String::from);
         Some(Job { id: words.next()?, unit: words.next()?, kind: words.next()?, state: words.next()? })
@@ -152,10 +150,7 @@ fn jobs(units: &[&str]) -> Result<Vec<Job>> {
 
 /// Whether a timer of a service, or of the look before it, has elapsed since that was started.
 fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
-    let ask = |what: &str, units: &[&str]| {
-        let question = [&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat();
-        systemctl(&question).map(|answer| String::from_utf8_lossy(&answer).into_owned())
-    };
+    let ask = |what: &str, units: &[&str]| systemctl(&[&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat());
     // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
     let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
     let triggers = ask("--property=TriggeredBy", &[service, look])?;
@@ -170,5 +165,7 @@ fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
 /// by one of its timer or path unit while a stop of it is under way. The service goes on without its jobs.
 pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T {
-    unless_soon(activate, || cancel_jobs(instance, |_| true).unwrap_or_else(|error| log::warn!("{error}.")))
+    unless_soon(activate, || {
+        cancel_jobs(instance, |_| true).or_warn();
+    })
 }

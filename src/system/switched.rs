@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::gather::gather;
 use crate::json;
-use crate::program::Exited;
+use crate::program::exited::Exited;
 
 /// What it says that its status does not: see [`SNIPPET`] and [`USER`].
 pub const WATCHED: &[&str] = &[SNIPPET, USER];

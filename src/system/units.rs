@@ -10,14 +10,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
-use crate::json;
 use crate::program::Program;
-use crate::system;
-use crate::system::now;
-use crate::text;
+use crate::system::{self, now};
+use crate::{config, json, text};
 
 /// Where a system has its units.
 const UNITS: &str = "etc/systemd/system";
@@ -86,7 +83,7 @@ impl Units {
     /// How they are now.
     pub fn now() -> Result<Self> {
         let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
-        let list: Vec<Listed> = json::parse(&list).context(|| "read the list of units".into())?;
+        let list: Vec<Listed> = json::parse(list.as_bytes()).context(|| "read the list of units".into())?;
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
         let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
         let mut units = Self::default();
@@ -120,7 +117,6 @@ impl Units {
             return Ok(worse);
         }
         let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
-        let shown = String::from_utf8_lossy(&shown);
         for (name, properties) in suspects.iter().zip(shown.split("\n\n")) {
             let unit = Properties::parse(properties);
             if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
@@ -169,8 +165,7 @@ impl Restarts {
         let ends = [ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}"));
         let ask = journalctl().args(["--output=json", "--output-fields=MESSAGE_ID", &since, "_PID=1", &format!("UNIT={name}")]).args(ends);
         let synced = journalctl().arg("--sync").output(|| "flush the journal".into(), None);
-        let said = synced.and_then(|_| ask.output(|| "read the journal".into(), None)).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
+        let said = synced.and_then(|_| ask.said(|| "read the journal".into())).unwrap_or_default();
         said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
     }
 }
@@ -189,7 +184,6 @@ struct Service {
 fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
     let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
     let shown = system::systemctl(&[&ask, names].concat())?;
-    let shown = String::from_utf8_lossy(&shown);
     let service = |text| {
         let unit = Properties::parse(text);
         let started = unit.of("ExecMainStartTimestamp").trim_start_matches('@').parse().unwrap_or(0);

@@ -23,7 +23,7 @@ use sd_notify::NotifyState;
 
 use self::gate::{Listener, Request};
 use crate::config::Webhook;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::paths::Paths;
 use crate::run::{client, queue};
 use crate::webhook::answer::Answer;
@@ -79,9 +79,7 @@ fn directory(variable: &str) -> Result<PathBuf> {
 }
 
 fn notify(states: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(states) {
-        log::warn!("Failed to notify systemd: {error}.");
-    }
+    sd_notify::notify(states).context(|| "notify systemd".into()).or_warn();
 }
 
 /// The one socket that systemd hands over.
@@ -132,8 +130,7 @@ fn answer(request: &Request, path: &str, tokens: &Tokens, last_number: &mut u64)
             Answer::new(202, format!("{{\"request\":{number}}}\n"))
         })
     };
-    answered.unwrap_or_else(|error| {
-        log::error!("{error}.");
+    answered.or_error().unwrap_or_else(|| {
         Answer::refusal(503, if request.method == "GET" { "the state could not be read" } else { "the request could not be written" })
     })
 }

@@ -28,7 +28,6 @@ use crate::gather::gather;
 use crate::git::Repository;
 use crate::git::lockfile::{LockFile, Update};
 use crate::names::{HostName, RunId};
-use crate::nix;
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
 use crate::run::notes::run_id;
@@ -55,19 +54,14 @@ pub fn updates(paths: &Paths, instance: &Instance, repository: &Repository, base
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut updates: BTreeMap<String, Update> = BTreeMap::new();
     for flake in fleet.flakes()? {
-        let path = flake.directory.join("flake.lock");
-        // a lock file that several share is a link
-        let path = path.canonicalize().unwrap_or(path);
+        let path = flake.lock_file();
         let old = path.exists().then(|| fs::read(&path)).transpose().context(|| format!("read {}", path.display()))?;
         let lock = LockFile::parse(old.as_deref())?;
         let asked: Vec<_> = inputs.iter().filter(|input| lock.resolve(input).is_ok()).cloned().collect();
         if asked.is_empty() && !inputs.is_empty() {
             continue;
         }
-        let new = fleet.with_unpacked(&flake, "update", |directory| {
-            let flake = format!("path:{}", directory.display());
-            nix::updated_lock_file(&cache, &flake, &lock.meant_by(&asked), &directory.with_extension("lock"), limit)
-        })?;
+        let new = fleet.updated(&flake, &cache, &lock.meant_by(&asked), limit)?;
         let below = || path.strip_prefix(&top).or_else(|_| path.strip_prefix(source(paths))).ok().and_then(Path::to_str);
         let path = below().ok_or("it is not in the repository").context(|| format!("update {}", path.display()))?.to_owned();
         updates.entry(path.clone()).or_insert(Update { path, old, new, asked });
@@ -169,12 +163,10 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
                 let is_held = manner.holds.of(Some(&made.name)).is_some();
                 let (wave, silent_after) = (made.wave, made.silent_after);
                 members.extend(member.map(|member| Member { wave, silent_after, ..member }));
-                let state = if is_held {
-                    HostStep::Held
-                } else if waits {
-                    HostStep::Waiting
-                } else {
-                    HostStep::Published
+                let state = match (is_held, waits) {
+                    (true, _) => HostStep::Held,
+                    (_, true) => HostStep::Waiting,
+                    _ => HostStep::Published,
                 };
                 Offered { release, new, error: None, state, wave: waits.then_some(wave + 1) }
             }

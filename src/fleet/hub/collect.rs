@@ -13,16 +13,17 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use ::nix::fcntl::FlockArg;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
-use crate::error::{Context, Error, OrWarn, Result};
-use crate::files;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, rollout, snapshot, standing};
 use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
 use crate::gather::{gather, sorted};
-use crate::json;
 use crate::names::{HostName, RunId};
+use crate::{files, json};
 
 /// How many reports of one host are kept, and how many bytes of logs.
 const KEPT: usize = 100;
@@ -98,26 +99,21 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
     let opened = hub.open_reports(host).context(doing)?;
     let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
     let now = SystemTime::now();
-    let mut found = Vec::new();
+    let (mut logs, mut others) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(&directory).context(doing)?.take(AT_ONCE) {
         let entry = entry.context(doing)?;
         let time = entry.metadata().and_then(|metadata| metadata.modified()).unwrap_or(now);
         // a log is nothing without its report
-        found.push((entry.path().extension().is_some_and(|end| end == "gz"), time, entry.file_name()));
+        let found = if entry.path().extension().is_some_and(|end| end == "gz") { &mut logs } else { &mut others };
+        found.push((time, entry.file_name()));
     }
-    let mut found = sorted(found);
-    let logs = found.iter().position(|(is_log, ..)| *is_log).unwrap_or(found.len());
-    let take_all = |found: Vec<(bool, SystemTime, OsString)>, index: &Received| -> Result<()> {
-        for (_, time, name) in found {
-            take_one(&received, host, &directory, &name, time, index)?;
-        }
-        Ok(())
+    let take_all = |found: Vec<(SystemTime, OsString)>, index: &Received| {
+        sorted(found).into_iter().try_for_each(|(time, name)| take_one(&received, host, &directory, &name, time, index))
     };
-    let found_logs = found.split_off(logs);
     let mut index = hub.index(host)?;
-    take_all(found, &index)?;
+    take_all(others, &index)?;
     let new = update(&received, &mut index)?;
-    take_all(found_logs, &index)?;
+    take_all(logs, &index)?;
     prune(&received, &index, 0)?;
     if new {
         files::write_json(&hub.index_file(host), &index, 0o644)?;
@@ -159,9 +155,8 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
         }
     }
     let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
-    if let Err(error) = removed.or_else(|error| if path.symlink_metadata().is_ok() { Err(error) } else { Ok(()) }) {
-        log::warn!("Failed to remove {name:?} of {host}: {error}.");
-    }
+    let removed = removed.or_else(|error| if path.symlink_metadata().is_ok() { Err(error) } else { Ok(()) });
+    removed.context(|| format!("remove {name:?} of {host}")).or_warn();
     Ok(())
 }
 
@@ -190,9 +185,11 @@ fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemT
         prune(received, index, bytes.len() as u64)?;
         Ok(bytes)
     } else if let Some(run) = report {
-        judge_report(&bytes, host, &run)
+        let is_right = |report: &Report| (report.format, &report.host, report.run.id.as_str()) == (FORMAT, host, &run);
+        judge(&bytes, is_right, &format!("a report of format {FORMAT} by {host} on {run}"))
     } else {
-        judge_heartbeat(&bytes, host)
+        let is_right = |heartbeat: &Heartbeat| (heartbeat.format, &heartbeat.host) == (FORMAT, host);
+        judge(&bytes, is_right, &format!("a heartbeat of format {FORMAT} by {host}"))
     };
     let contents = match judged {
         Ok(contents) => contents,
@@ -204,20 +201,12 @@ fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemT
     Ok(Taken::Yes)
 }
 
-fn judge_report(bytes: &[u8], host: &HostName, run: &RunId) -> Result<Vec<u8>, String> {
-    let report: Report = json::parse_foreign(bytes).map_err(|error| error.to_string())?;
-    if (report.format, &report.host, report.run.id.as_str()) != (FORMAT, host, run) {
-        return Err(format!("expected a report of format {FORMAT} by {host} on {run}"));
+fn judge<T: DeserializeOwned + Serialize>(bytes: &[u8], is_right: impl Fn(&T) -> bool, expected: &str) -> Result<Vec<u8>, String> {
+    let said: T = json::parse_foreign(bytes).map_err(|error| error.to_string())?;
+    if !is_right(&said) {
+        return Err(format!("expected {expected}"));
     }
-    serde_json::to_vec_pretty(&report).map_err(|error| error.to_string())
-}
-
-fn judge_heartbeat(bytes: &[u8], host: &HostName) -> Result<Vec<u8>, String> {
-    let heartbeat: Heartbeat = json::parse_foreign(bytes).map_err(|error| error.to_string())?;
-    if (heartbeat.format, &heartbeat.host) != (FORMAT, host) {
-        return Err(format!("expected a heartbeat of format {FORMAT} by {host}"));
-    }
-    serde_json::to_vec_pretty(&heartbeat).map_err(|error| error.to_string())
+    serde_json::to_vec_pretty(&said).map_err(|error| error.to_string())
 }
 
 /// Adds the reports that are new to the index. Returns whether there are any.
@@ -257,10 +246,7 @@ fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
 fn acknowledge(hub: &ServedDirectory, host: &HostName, index: &Received) -> Result<()> {
     let path = hub.acknowledged(host);
     let contents = serde_json::to_vec_pretty(index).context(|| format!("write {}", path.display()))?;
-    if index.reports.is_empty() || files::read_foreign(&path, SMALL).is_ok_and(|there| there == contents) {
-        return Ok(());
-    }
-    files::write(&path, &contents, 0o644).context(|| format!("write {}", path.display()))
+    if index.reports.is_empty() { Ok(()) } else { files::put(&path, &contents, 0o644) }
 }
 
 #[cfg(test)]

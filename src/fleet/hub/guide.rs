@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::error::{Context, Result};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
-use crate::names::host_name;
+use crate::names::HostName;
 use crate::program::Program;
 
 const README: &str = r#"# The fleet
@@ -58,7 +58,7 @@ pub fn init(directory: &Path) -> Result<String> {
 
 /// What to do on a new host, on the hub, which may be this machine, and in the repository, which is at `place`.
 pub fn bootstrap(settings: &Settings, hub: &ServedDirectory, place: Option<&Path>, host: &str) -> Result<String> {
-    host_name(host).context(|| "accept the host name".into())?;
+    let host = HostName::try_from(host).context(|| "accept the host name".into())?;
     let signer = settings.signing_key.as_ref().map(|private| {
         let public = format!("{}.pub", private.display());
         fs::read_to_string(&public).map_or(format!("... (the contents of {public})"), |text| bare(&text))
@@ -74,7 +74,7 @@ pub fn bootstrap(settings: &Settings, hub: &ServedDirectory, place: Option<&Path
     let key = key.unwrap_or_else(|| "ssh-ed25519 ... (the hub's /etc/ssh/ssh_host_ed25519_key.pub)".into());
     let port = if port == "22" { String::new() } else { format!("\n        port = {port};") };
     let is_plain = place
-        .map(|place| place.join("hosts").join(host))
+        .map(|place| place.join("hosts").join(&host))
         .is_some_and(|place| place.join("configuration.nix").exists() && !place.join("flake.nix").exists());
     let (import, update, by_hand) = if is_plain {
         let import = "configuration.nix imports:\n\n  imports = [ ./fleet.nix ];";
@@ -134,10 +134,8 @@ fn bare(key: &str) -> String {
 
 /// Address and port of a server, and its host key, as this user's own ssh knows them.
 fn known_server(server: &str) -> (String, String, Option<String>) {
-    let ask = |program: &str, arguments: &[&str]| {
-        let said = Program::new(program).args(arguments).output(|| format!("ask {program}"), None);
-        said.map(|said| String::from_utf8_lossy(&said).into_owned()).unwrap_or_default()
-    };
+    let ask =
+        |program: &str, arguments: &[&str]| Program::new(program).args(arguments).said(|| format!("ask {program}")).unwrap_or_default();
     let said = ask("ssh", &["-G", &server.replacen("sftp:", "ssh:", 1)]);
     let setting = |name: &str| said.lines().find_map(|line| Some(line.split_once(' ').filter(|(key, _)| *key == name)?.1.to_owned()));
     let (address, port) = (setting("hostname").unwrap_or_else(|| "...".into()), setting("port").unwrap_or_else(|| "22".into()));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::error::{OrWarn, Result};
+use crate::error::{OrLog, Result};
 use crate::fleet::Manifest;
 use crate::fleet::hub::host_state::{FAILING, Heard, HostState};
 use crate::fleet::hub::plan::{Member, Plan};

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, OrWarn, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::Signed;
 use crate::fleet::archive::pack::identity;

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::config::{Offer, Offers};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
 use crate::fleet::{KNOWN, REMOVED, SMALL, Served, sha256};
 use crate::names::{FilePath, HostName};
@@ -29,10 +29,7 @@ pub fn serve(hub: &Offers) -> Result<()> {
     let hosts = hub.directory.join("hosts");
     let mut failed = 0;
     let mut one = |host: &str, wanted: &BTreeMap<FilePath, Offer>| {
-        if let Err(error) = serve_host(&hosts, host, wanted) {
-            log::error!("{error}.");
-            failed += 1;
-        }
+        failed += usize::from(serve_host(&hosts, host, wanted).or_error().is_none());
     };
     for (host, wanted) in &hub.files {
         one(host, wanted);
@@ -45,7 +42,7 @@ pub fn serve(hub: &Offers) -> Result<()> {
         }
     }
     let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).context(|| format!("write {KNOWN}"))?;
-    put(&hosts.join(KNOWN), &known, 0o644)?;
+    files::put(&hosts.join(KNOWN), &known, 0o644)?;
     put_aside(&hosts, |host| hub.files.contains_key(host), now())?;
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
@@ -58,12 +55,12 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
         // what manages secrets makes links
         let contents = files::read_for_others(source, SMALL).context(doing)?;
         let sha256 = sha256::of(&contents)?;
-        put(&directory.join(&sha256), &contents, MODE)?;
+        files::put(&directory.join(&sha256), &contents, MODE)?;
         let (path, mode, owner, group) = (path.clone(), *mode, owner.clone(), group.clone());
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
     }
     let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
-    put(&directory.join(INDEX), &text, MODE)?;
+    files::put(&directory.join(INDEX), &text, MODE)?;
     for entry in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name != INDEX && index.iter().all(|served| *served.file != *name) {
@@ -95,15 +92,7 @@ fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Re
         removed.insert(host.to_string(), when);
     }
     let text = serde_json::to_vec(&removed).context(|| format!("write {REMOVED}"))?;
-    put(&hosts.join(REMOVED), &text, 0o644)
-}
-
-/// Writes a file, unless it is there as it should be.
-fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
-    if fs::read(path).is_ok_and(|there| there == contents) {
-        return Ok(());
-    }
-    files::write(path, contents, mode).context(|| format!("write {}", path.display()))
+    files::put(&hosts.join(REMOVED), &text, 0o644)
 }
 
 #[cfg(test)]

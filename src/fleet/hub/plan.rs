@@ -8,7 +8,7 @@ use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Wave;
-use crate::error::{Context, OrWarn, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};

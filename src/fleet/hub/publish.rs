@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, OrWarn, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::hub::history::{self, Noted};
 use crate::fleet::hub::memory::Memory;

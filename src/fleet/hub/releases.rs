@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::remote::{MEANWHILE, NEXT};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, Manifest, SMALL, Signed, sha256};
@@ -46,7 +46,7 @@ impl ServedDirectory {
 
     /// What was put there.
     pub fn staged(&self, host: &HostName, release: &Release) -> Option<(Manifest, Signed)> {
-        let text = files::read_foreign_if_there(&self.release(host).join(next(release)), SMALL).ok()??;
+        let text = files::if_there(files::read_foreign(&self.release(host).join(next(release)), SMALL)).ok()??;
         let (manifest, signed) = parse(&text, host).ok()?;
         manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
     }
@@ -63,11 +63,9 @@ impl ServedDirectory {
             return Ok(false);
         }
         let (place, path) = (self.release(host), self.release(host).join(MANIFEST));
-        match fs::rename(place.join(next(release)), &path) {
-            // whoever publishes from elsewhere removes it first
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-            other => other.and_then(|()| files::sync_parent(&path)).context(|| format!("publish {host}")).map(|()| true),
-        }
+        // whoever publishes from elsewhere removes it first
+        let renamed = files::if_there(fs::rename(place.join(next(release)), &path)).context(|| format!("publish {host}"))?;
+        renamed.map_or(Ok(false), |()| files::sync_parent(&path).map(|()| true)).context(|| format!("publish {host}"))
     }
 
     /// Has what was put there not follow; elsewhere the hub removes it.
@@ -91,7 +89,7 @@ impl ServedDirectory {
             let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
             if is_left && (!others || age.is_some_and(|age| age > ON_ITS_WAY)) {
                 // it is published all the same
-                files::remove(&entry.path()).unwrap_or_else(|error| log::warn!("Failed to remove {:?}: {error}.", entry.path()));
+                files::remove(&entry.path()).context(|| format!("remove {:?}", entry.path())).or_warn();
             }
         }
         Ok(())
@@ -101,7 +99,7 @@ impl ServedDirectory {
     pub fn manifest(&self, host: &HostName) -> Result<Option<Result<(Manifest, Signed), String>>> {
         let path = self.release(host).join(MANIFEST);
         let doing = || format!("read {}", path.display());
-        let parsed = match files::read_foreign_if_there(&path, SMALL) {
+        let parsed = match files::if_there(files::read_foreign(&path, SMALL)) {
             Err(error) if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::FileTooLarge) => Err(error.to_string()),
             other => match other.context(doing)? {
                 Some(text) => parse(&text, host),
@@ -118,14 +116,11 @@ impl ServedDirectory {
     /// When that was changed last; no publisher can choose that.
     pub fn changed(&self, host: &HostName) -> Result<Option<SystemTime>> {
         let path = self.release(host).join(MANIFEST);
-        match fs::symlink_metadata(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            other => {
-                let metadata = other.context(|| format!("read {}", path.display()))?;
-                let (seconds, rest) = (metadata.ctime().try_into().unwrap_or(0), metadata.ctime_nsec().try_into().unwrap_or(0));
-                Ok(Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, rest)))
-            }
-        }
+        let metadata = files::if_there(fs::symlink_metadata(&path)).context(|| format!("read {}", path.display()))?;
+        Ok(metadata.map(|metadata| {
+            let (seconds, rest) = (metadata.ctime().try_into().unwrap_or(0), metadata.ctime_nsec().try_into().unwrap_or(0));
+            SystemTime::UNIX_EPOCH + Duration::new(seconds, rest)
+        }))
     }
 
     /// What is published for a host, for who replaces it: nothing, if that is of no use.

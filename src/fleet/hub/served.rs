@@ -20,13 +20,12 @@ use ::nix::unistd::geteuid;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
-use crate::files;
 use crate::fleet::hub::host_state::Heard;
 use crate::fleet::hub::remote::{Elsewhere, SCHEME};
 use crate::fleet::{Heartbeat, KNOWN, LARGE, REMOVED, ROLLOUT, Received, SMALL};
 use crate::gather::sorted;
-use crate::json;
 use crate::names::HostName;
+use crate::{files, json};
 
 const RECEIVED: &str = "received.json";
 
@@ -171,7 +170,7 @@ impl ServedDirectory {
     pub fn heartbeat(&self, host: &HostName) -> Result<Option<Heard>> {
         let path = self.received(host).join("heartbeat.json");
         let doing = || format!("read {}", path.display());
-        let Some(text) = files::read_foreign_if_there(&path, SMALL).context(doing)? else { return Ok(None) };
+        let Some(text) = files::if_there(files::read_foreign(&path, SMALL)).context(doing)? else { return Ok(None) };
         let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).context(doing)?;
         let heartbeat: Heartbeat = json::parse_foreign(&text).context(doing)?;
         if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").context(doing) }
@@ -191,7 +190,7 @@ impl ServedDirectory {
     pub fn index(&self, host: &HostName) -> Result<Received> {
         let path = self.index_file(host);
         let doing = || format!("read {}", path.display());
-        let text = files::read_foreign_if_there(&path, SMALL).context(doing)?;
+        let text = files::if_there(files::read_foreign(&path, SMALL)).context(doing)?;
         Ok(text.map(|text| json::parse_foreign(&text)).transpose().context(doing)?.unwrap_or_default())
     }
 

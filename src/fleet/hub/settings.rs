@@ -12,11 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Wave;
 use crate::error::{Context, Result};
-use crate::files;
 use crate::fleet::SMALL;
 use crate::fleet::hub::served;
-use crate::json;
 use crate::names::HostName;
+use crate::{files, json};
 
 /// `fleet.json`.
 #[derive(Debug, Deserialize, Serialize)]

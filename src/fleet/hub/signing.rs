@@ -31,8 +31,7 @@ fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<b
     let (Some(key), Some(signature)) = (key, &signed.signature) else { return Ok(key.is_none() == signed.signature.is_none()) };
     let doing = || format!("read {}", key.display());
     // "256 SHA256:... comment (ED25519)"
-    let known = Program::new("ssh-keygen").args(["-l", "-f"]).arg(key).output(doing, None)?;
-    let known = String::from_utf8_lossy(&known);
+    let known = Program::new("ssh-keygen").args(["-l", "-f"]).arg(key).said(doing)?;
     let print = known.split(' ').nth(1).filter(|print| print.starts_with("SHA256:"));
     let print = print.ok_or("unexpected output of ssh-keygen").context(doing)?;
     fs::write(scratch, signature).context(|| format!("write {}", scratch.display()))?;

@@ -10,12 +10,11 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
-use crate::files;
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::{LARGE, Manifest, SMALL, Signed};
-use crate::json;
 use crate::names::HostName;
 use crate::system::seconds;
+use crate::{files, json};
 
 /// Where it is in the hub's directory: no host is called that.
 pub const FILE: &str = "received/all.json";

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::files;
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::plan::{Holds, Plan};
@@ -23,10 +23,8 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
     for host in hub.hosts()? {
         all.extend(look(hub, &host, rollout.as_ref(), &holds)?.map(|standing| (host, standing)));
     }
-    if files::read_json(&file).is_ok_and(|known| known.as_ref() == Some(&all)) {
-        return Ok(());
-    }
-    files::write_json(&file, &all, 0o644)
+    let text = serde_json::to_vec_pretty(&all).context(|| format!("write {}", file.display()))?;
+    files::put(&file, &text, 0o644)
 }
 
 fn look(hub: &ServedDirectory, host: &HostName, rollout: Option<&Rollout>, holds: &Holds) -> Result<Option<HostStanding>> {

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::error::{OrWarn, Result};
+use crate::error::{OrLog, Result};
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::numbers::DAY;
@@ -83,18 +83,10 @@ impl Row {
 fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool, (plan, holds): (Option<&Plan>, &Holds)) -> Row {
     // trouble with one host hides no other
     let mut trouble = Vec::new();
-    let published = match hub.manifest(host) {
-        Ok(found) => found.and_then(|found| found.map_err(|why| trouble.push(format!("Failed to read {why}"))).ok()),
-        Err(error) => {
-            trouble.push(error.to_string());
-            None
-        }
-    };
-    let published = published.map(|(manifest, _)| manifest);
-    let heard = hub.heartbeat(host).unwrap_or_else(|error| {
-        trouble.push(error.to_string());
-        None
-    });
+    let published = hub.manifest(host).map_err(|error| error.to_string());
+    let published = published.and_then(|found| found.transpose().map_err(|why| format!("Failed to read {why}")));
+    let published = published.map_err(|why| trouble.push(why)).ok().flatten().map(|(manifest, _)| manifest);
+    let heard = hub.heartbeat(host).map_err(|error| trouble.push(error.to_string())).ok().flatten();
     let heartbeat = heard.as_ref().map(|(heartbeat, _)| heartbeat);
     let listed = fleet.names.as_ref().is_none_or(|names| names.contains(host));
     let last = fleet.memory.last(host).filter(|last| u64::from(*last) <= now() + DAY);
@@ -119,10 +111,8 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool, (pla
         HostState::Unkeyed => trouble.push("add it to services.ekiben.hub.hosts, or remove it from the repository".into()),
         HostState::Unlisted => trouble.push("remove it from services.ekiben.hub.hosts, or add it to the repository".into()),
         HostState::Removed => {
-            let what = hub
-                .removed()
-                .get(host)
-                .map_or("remove its directory there".into(), |when| format!("what the hub has of it is removed on {}", moment(*when)));
+            let when = hub.removed().get(host).map(|when| format!("what the hub has of it is removed on {}", moment(*when)));
+            let what = when.unwrap_or_else(|| "remove its directory there".into());
             trouble.push(format!("it has no key on the hub, and is not in the repository: {what}"));
         }
         HostState::Stale => trouble.push("its release has expired: deploy, or renew; if that has been done, the hub withholds it".into()),

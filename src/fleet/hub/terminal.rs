@@ -9,8 +9,8 @@ use crate::fleet::hub::host_state::HostState;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::status::{Known, Shown, exit, gravest_first, rows, totals};
 use crate::system::now;
-use crate::text::span;
-use crate::{output, table, text};
+use crate::text::{self, span};
+use crate::{output, table};
 
 /// How many columns a table takes.
 const WIDTH: usize = 80;

@@ -2,21 +2,19 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::unistd::geteuid;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit};
 use crate::fleet::hub::jobs::parallel;
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::plan::{Member, Plan};
+use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, push};
-use crate::gather::sorted;
 use crate::names::HostName;
 use crate::nix::profile::set_profile;
 use crate::output::print;
@@ -37,27 +35,23 @@ impl Fleet<'_> {
         }
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
-        let built = OnceLock::new();
-        let well = self.each(&repository, &hosts, |host, say| {
+        let built = self.each(&repository, &hosts, |host, say| {
             say("evaluating");
             let system = repository.evaluate(host)?;
             if what != "dry-build" {
                 say("building");
                 repository.build(host, &system)?;
             }
-            let said = system.toplevel.to_string();
-            // of the only one, if it is to be activated
-            let _ = built.set(system.toplevel);
-            Ok(said)
+            Ok((system.toplevel.to_string(), system.toplevel))
         })?;
-        if let (true, true, Some(toplevel)) = (well, activates, built.get()) {
+        if let (true, [Ok(toplevel)]) = (activates, &built[..]) {
             if let Some(target) = target {
                 return push::push(toplevel.path(), what, target).map(|()| exit(found));
             }
             let _turn = system::Turn::take()?;
             return activate(toplevel.path(), what == "switch").map(|()| exit(found));
         }
-        Ok(exit(well && found))
+        Ok(exit(found && built.iter().all(Result::is_ok)))
     }
 
     pub(super) fn deploy(&self, wanted: &[&str]) -> Result<ExitCode> {
@@ -68,7 +62,6 @@ impl Fleet<'_> {
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let manner = self.manner(repository.commit())?;
         let waves = manner.waves.then(|| self.waves(&hosts, !found || !wanted.is_empty())).transpose()?;
-        let members = Mutex::new(vec![None; hosts.len()]);
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let json = self.arguments.has("--json");
@@ -82,24 +75,22 @@ impl Fleet<'_> {
         } else {
             print(&what)?;
         }
-        let results = Mutex::new(Vec::new());
-        let well = self.each(&repository, &hosts, |host, say| {
-            let released = publish::deploy(&self.hub, &repository, host, &manner, say);
+        let done = self.each(&repository, &hosts, |host, say| {
+            let mut placed = publish::deploy(&self.hub, &repository, host, &manner, say)?;
             let mut waits = None;
-            if let (Ok(Placed { member: Some(member), .. }), Some((_, places))) = (&released, &waves) {
+            if let (Some(member), Some((_, places))) = (&mut placed.member, &waves) {
                 let place = hosts.iter().position(|other| other.name == host.name).unwrap_or_default();
-                waits = Some(places[place]).filter(|_| member.is_new());
-                let silent_after = self.settings.silence(&host.name).as_secs();
-                let planned = Member { wave: places[place], silent_after, ..member.clone() };
-                members.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(planned);
+                (member.wave, member.silent_after) = (places[place], self.settings.silence(&host.name).as_secs());
+                waits = Some(member.wave).filter(|_| member.is_new());
             }
-            results.lock().unwrap_or_else(PoisonError::into_inner).push(result(&host.name, &released, waits.is_some()));
-            let said = released?.said;
-            Ok(waits.map_or(said.clone(), |wave| format!("{said}, for wave {}", wave + 1)))
+            let said = placed.said.clone();
+            Ok((waits.map_or(said.clone(), |wave| format!("{said}, for wave {}", wave + 1)), (placed, waits.is_some())))
         })?;
+        let well = found && done.iter().all(Result::is_ok);
+        let results: Vec<_> = hosts.iter().zip(&done).map(|(host, done)| result(&host.name, done)).collect();
         match waves {
             Some((waves, _)) => {
-                let members = members.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().flatten().collect();
+                let members = done.into_iter().flatten().filter_map(|(placed, _)| placed.member).collect();
                 rollout::propose(&self.hub, manner.plan.as_ref(), &manner.origin, waves, members)?;
                 if let Some(line) = Rollout::read(&self.hub)?.map(|rollout| rollout.line(&self.hub)).transpose()?.flatten() {
                     if json {
@@ -113,10 +104,9 @@ impl Fleet<'_> {
             None => {}
         }
         if json {
-            let results = sorted(results.into_inner().unwrap_or_else(PoisonError::into_inner));
             print(&format!("{{\n{}\n}}\n", results.join(",\n")))?;
         }
-        Ok(exit(well && found))
+        Ok(exit(well))
     }
 
     /// Renews what is published, whatever is in the repository.
@@ -126,12 +116,10 @@ impl Fleet<'_> {
         let repository = self.repository()?;
         let manner = self.manner(Provenance::default())?;
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
-        let done = parallel(&hosts, self.arguments.jobs()?, |host| match publish::renew(&self.hub, &repository, host, &manner) {
-            Ok(renewed) => print(&renewed.map_or(String::new(), |number| format!("{host}: release {number} published: renewed\n"))).is_ok(),
-            Err(error) => {
-                log::error!("{error}.");
-                false
-            }
+        let done = parallel(&hosts, self.arguments.jobs()?, |host| {
+            let renewed = publish::renew(&self.hub, &repository, host, &manner).or_error();
+            let said = |number| format!("{host}: release {number} published: renewed\n");
+            renewed.is_some_and(|renewed| print(&renewed.map_or(String::new(), said)).is_ok())
         });
         Ok(exit(done.into_iter().all(|well| well)))
     }
@@ -171,20 +159,16 @@ fn activate(system: &Path, to_last: bool) -> Result<()> {
 }
 
 /// What came of a host, as `--json` shows it.
-fn result(host: &HostName, released: &Result<Placed>, waits: bool) -> String {
+fn result(host: &HostName, released: &Result<(Placed, bool)>) -> String {
     let (state, rest) = match released {
-        Ok(placed) => {
+        Ok((placed, waits)) => {
             let release = placed.member.as_ref().map_or("null".into(), |member| member.release.sequence.to_string());
-            (
-                if waits {
-                    "waiting"
-                } else if placed.new {
-                    "published"
-                } else {
-                    "unchanged"
-                },
-                format!("\"release\": {release}"),
-            )
+            let state = match (waits, placed.new) {
+                (true, _) => "waiting",
+                (_, true) => "published",
+                _ => "unchanged",
+            };
+            (state, format!("\"release\": {release}"))
         }
         Err(error) => ("failed", format!("\"error\": {}", serde_json::to_string(&error.to_string()).unwrap_or_default())),
     };

@@ -11,14 +11,14 @@ use std::process::ExitCode;
 
 use ::nix::sys::stat::{Mode, umask};
 
-use crate::error::{Context, Error, OrWarn, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::{Settings, find};
-use crate::fleet::hub::status::Shown;
-use crate::fleet::hub::{collect, guide, metrics, page, status, terminal};
+use crate::fleet::hub::status::{self, Shown};
+use crate::fleet::hub::{collect, guide, metrics, page, terminal};
 use crate::system::now;
 use crate::{files, output};
 
@@ -192,7 +192,7 @@ impl Fleet<'_> {
     fn status(&self, wanted: &[&str]) -> Result<ExitCode> {
         // who only looks need not have a repository, nor one that can be read
         let names = self.place.as_ref().map(|_| self.repository().and_then(|repository| repository.names()));
-        let names = names.and_then(OrWarn::or_warn);
+        let names = names.and_then(OrLog::or_warn);
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
@@ -232,18 +232,18 @@ impl Fleet<'_> {
         Ok((select(hosts, |host| &host.name, wanted)?, failed.is_empty() || !wanted.is_empty()))
     }
 
-    /// Does `work` for hosts, several at once; says what came of each. Returns whether all went well.
-    fn each(
+    /// Does `work` for hosts, several at once, and says what came of each, as it returns it beside the rest.
+    fn each<T: Send>(
         &self,
         repository: &FleetRepository,
         hosts: &[Host],
-        work: impl Fn(&Host, &dyn Fn(&str)) -> Result<String> + Sync,
-    ) -> Result<bool> {
+        work: impl Fn(&Host, &dyn Fn(&str)) -> Result<(String, T)> + Sync,
+    ) -> Result<Vec<Result<T>>> {
         let board = Board::new(self.arguments.has("--json"));
-        let done = parallel(hosts, self.arguments.jobs()?, |host| {
+        Ok(parallel(hosts, self.arguments.jobs()?, |host| {
             let done = work(host, &|what| board.begin(&host.name, what));
             let said = match &done {
-                Ok(said) => said.clone(),
+                Ok((said, _)) => said.clone(),
                 Err(error) => {
                     let tail: String = error.end(LINES).iter().map(|line| "\n  | ".to_owned() + line).collect();
                     let log = if tail.is_empty() { String::new() } else { format!("\n  see {}", repository.log(&host.name).display()) };
@@ -251,9 +251,8 @@ impl Fleet<'_> {
                 }
             };
             board.end(&host.name, &said);
-            done.is_ok()
-        });
-        Ok(done.into_iter().all(|well| well))
+            done.map(|(_, rest)| rest)
+        }))
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode, Stdio};
 use crate::error::{Context, Result};
 use crate::fleet::LARGE;
 use crate::fleet::hub::command::{Fleet, exit};
-use crate::fleet::hub::repository::select;
+use crate::fleet::hub::repository::{Host, select};
 use crate::fleet::hub::{collect, history};
 use crate::names::RunId;
 use crate::nix::nix;
@@ -64,8 +64,7 @@ impl Fleet<'_> {
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));
-        let well = self.each(&repository, &hosts, |host, say| {
-            say("comparing");
+        let compare = |host: &Host| {
             let Some((heartbeat, _)) = self.hub.heartbeat(&host.name)? else { return Ok("no heartbeat has arrived".into()) };
             let Some(old) = heartbeat.system else { return Ok("its heartbeat names no system".into()) };
             let new = repository.evaluate(host)?.toplevel;
@@ -76,9 +75,13 @@ impl Fleet<'_> {
                 return Ok(format!("{missing} is not in the store of this machine"));
             }
             let program = if nvd { Program::new("nvd").arg("diff") } else { nix().args(["store", "diff-closures"]) };
-            let said = program.arg(old.path()).arg(new.path()).output(|| format!("compare {}", host.name), None)?;
-            Ok(format!("{old} -> {new}\n{}", String::from_utf8_lossy(&said).trim_end()))
+            let said = program.arg(old.path()).arg(new.path()).said(|| format!("compare {}", host.name))?;
+            Ok(format!("{old} -> {new}\n{}", said.trim_end()))
+        };
+        let done = self.each(&repository, &hosts, |host, say| {
+            say("comparing");
+            compare(host).map(|said| (said, ()))
         })?;
-        Ok(exit(well && found))
+        Ok(exit(found && done.iter().all(Result::is_ok)))
     }
 }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::config::Wave;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit, print};
 use crate::fleet::hub::plan::{self, Holds, OPEN, Plan};
@@ -13,9 +13,8 @@ use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, history};
 use crate::fleet::temporary::Temporary;
 use crate::names::{HostName, Sequence};
-use crate::run::asker;
 use crate::run::hold::Hold;
-use crate::run::holding;
+use crate::run::{asker, holding};
 use crate::system::now;
 
 impl Fleet<'_> {
@@ -129,13 +128,7 @@ impl Fleet<'_> {
             let from = if from.is_empty() { from } else { format!(", of {from}") };
             Ok(format!("release {new} published: {number} again{from}"))
         };
-        let done = manner.holds.said(host).map_or_else(publish, Ok);
-        match done {
-            Ok(said) => print(&format!("{host}: {said}\n")).map(|_| true),
-            Err(error) => {
-                log::error!("{error}.");
-                Ok(false)
-            }
-        }
+        let said = manner.holds.said(host).map_or_else(publish, Ok).or_error();
+        said.map_or(Ok(false), |said| print(&format!("{host}: {said}\n")).map(|_| true))
     }
 }

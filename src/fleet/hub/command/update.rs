@@ -8,7 +8,6 @@ use crate::fleet::hub::command::{Fleet, exit, print};
 use crate::fleet::hub::repository::Host;
 use crate::git::lockfile::LockFile;
 use crate::nix::cache::Cache;
-use crate::nix::updated_lock_file;
 use crate::{config, files};
 
 /// How long the update of one flake's inputs may take.
@@ -34,19 +33,14 @@ impl Fleet<'_> {
             if !named.is_empty() && !hosts.iter().any(meant) {
                 continue;
             }
-            let updated = repository.with_unpacked(&source, "update", |directory| {
-                let flake = format!("path:{}", directory.display());
-                updated_lock_file(&cache, &flake, &inputs, &directory.with_extension("lock"), UPDATE)
-            });
+            let updated = repository.updated(&source, &cache, &inputs, UPDATE);
             if let Ok(new) = &updated {
                 let lock = LockFile::parse(new.as_deref())?;
                 unknown.retain(|input| lock.resolve(input).is_err());
             } else {
                 unknown.clear();
             }
-            let path = source.directory.join("flake.lock");
-            // a lock file that several share is a link
-            let path = path.canonicalize().unwrap_or(path);
+            let path = source.lock_file();
             let replace = |new: &Vec<u8>| files::write(&path, new, 0o644).context(|| format!("write {}", path.display()));
             let done = match updated {
                 Ok(Some(new)) if std::fs::read(&path).ok().as_ref() != Some(&new) => replace(&new).map(|()| "updated"),

@@ -1,20 +1,21 @@
-//! What the configurations evaluate to, and building that.
+//! What the configurations evaluate to, building that, and updating their inputs.
 //!
 //! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Context, Result};
-use crate::files;
 use crate::fleet::hub::repository::{FleetRepository, Host, Packed, label};
-use crate::json;
 use crate::names::{HostName, StorePath};
-use crate::nix::nix;
+use crate::nix::cache::Cache;
+use crate::nix::{nix, updated_lock_file};
 use crate::program::Program;
+use crate::{files, json};
 
 /// What asks for the names of a flake's hosts, and for a system: its derivation and its path.
 const NAMES: &str = "builtins.attrNames";
@@ -71,6 +72,14 @@ impl FleetRepository {
         self.within(build.arg(format!("{}^out", system.derivation)))
             .logged(|| format!("build {}", host.name), &self.log(&host.name))
             .map(drop)
+    }
+
+    /// The lock file of a flake with these inputs updated, or all if none are named.
+    pub fn updated(&self, flake: &Packed, cache: &Cache, inputs: &[String], limit: Duration) -> Result<Option<Vec<u8>>> {
+        self.with_unpacked(flake, "update", |directory| {
+            let flake = format!("path:{}", directory.display());
+            updated_lock_file(cache, &flake, inputs, &directory.with_extension("lock"), limit)
+        })
     }
 
     fn within(&self, program: Program) -> Program {

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
-use crate::files;
 use crate::fleet::Provenance;
 use crate::fleet::archive::pack;
 use crate::fleet::archive::unpack::unpack;
@@ -17,9 +16,8 @@ use crate::fleet::hub::jobs;
 use crate::fleet::hub::settings::Settings;
 use crate::fleet::temporary::{Temporary, home};
 use crate::gather::sorted;
-use crate::git;
 use crate::names::{HostName, ObjectId, Sha256};
-use crate::text;
+use crate::{files, git, text};
 
 /// A directory with configurations, packed.
 pub struct Packed {
@@ -34,6 +32,14 @@ pub struct Packed {
     /// Its size in bytes.
     pub size: u64,
     is_flake: bool,
+}
+
+impl Packed {
+    /// The lock file of a flake: one that several share is a link.
+    pub fn lock_file(&self) -> PathBuf {
+        let path = self.directory.join("flake.lock");
+        path.canonicalize().unwrap_or(path)
+    }
 }
 
 /// A host.
@@ -219,7 +225,7 @@ impl FleetRepository {
     }
 
     /// Unpacks a source, as the host does, and calls `then` with where it is.
-    pub fn with_unpacked<T>(&self, source: &Packed, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    fn with_unpacked<T>(&self, source: &Packed, name: &str, then: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         let place = self.scratch.path().join(name);
         let directory = place.join("configuration");
         self.provide(source)?;
