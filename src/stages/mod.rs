@@ -18,6 +18,7 @@ pub mod release;
 pub mod rollback;
 pub mod settle;
 pub mod switch;
+pub mod wording;
 
 pub mod boot;
 pub mod reboot;
