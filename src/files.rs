@@ -71,6 +71,12 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if_there(fs::read(path)).context(doing)?.map(|text| json::parse(&text).context(doing)).transpose()
 }
 
+/// A value that somebody else wrote, as JSON of at most `limit` bytes.
+pub fn read_foreign_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
+    let doing = || format!("read {}", path.display());
+    json::parse(&read_foreign(path, limit).context(doing)?).context(doing)
+}
+
 /// Keeps room on the disk, to be given up for something small when the disk is full.
 pub fn reserve(path: &Path, size: u64) -> io::Result<()> {
     if path.try_exists()? {

@@ -32,7 +32,7 @@ use ::nix::sys::stat::{Mode, umask};
 
 use crate::config::{Config, Instance};
 use crate::error::{Context, Error, OrLog, Result};
-use crate::fleet::host::{poll, secrets, seen};
+use crate::fleet::host::{delivery, poll, secrets, seen};
 use crate::fleet::hub::{candidate, command, offer};
 use crate::names::RunId;
 use crate::output::print;
@@ -135,7 +135,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             return Ok(begun.map_or(begin::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
         ["look", name] => stage(file, name, prepare::look),
-        ["prepare", name] if running(name)?.is_none() => stage(file, name, poll::tell),
+        ["prepare", name] if running(name)?.is_none() => stage(file, name, delivery::tell),
         ["prepare" | "build", name] if matches!(running(name)?, None | Some(Trigger::Rollback)) => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),
@@ -151,7 +151,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["metrics", file] => metrics::write(&config()?, Path::new(file)),
         ["notify", name, run, on, command] => notify::notify(&paths(name)?, run, on, command),
         // after the switch, the configuration may know nothing of the instance any more
-        ["deliver", name] => stage(file, name, poll::deliver),
+        ["deliver", name] => stage(file, name, delivery::deliver),
         ["install", name] => stage(file, name, |paths, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(paths, hub))),
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),

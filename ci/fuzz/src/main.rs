@@ -1,4 +1,5 @@
-//! Throws random requests at the gate's parser, and random configurations at the configuration's.
+//! Throws random requests at the gate's parser, random configurations at the configuration's, and random answers of a
+//! hub at SFTP's.
 //!
 //! usage: cargo run --release --manifest-path ci/fuzz/Cargo.toml -- SECONDS
 //!
@@ -20,6 +21,8 @@ mod gate;
 mod json;
 #[path = "../../../src/names.rs"]
 mod names;
+#[path = "../../../src/fleet/sftp/packet.rs"]
+mod packet;
 #[cfg(test)]
 #[path = "../../../src/testing.rs"]
 mod testing;
@@ -45,13 +48,18 @@ fn main() {
     while Instant::now() < end {
         let heads = runner().run(&head(), |head| check_head(&head));
         let configurations = runner().run(&configuration(), |text| check_configuration(&text));
-        for result in [heads.map_err(|error| error.to_string()), configurations.map_err(|error| error.to_string())] {
+        let packets = runner().run(&packet(), |packet| check_packet(&packet));
+        for result in [
+            heads.map_err(|error| error.to_string()),
+            configurations.map_err(|error| error.to_string()),
+            packets.map_err(|error| error.to_string()),
+        ] {
             if let Err(error) = result {
                 eprintln!("fuzz: {error}");
                 std::process::exit(1);
             }
         }
-        cases += 2 * u64::from(CASES);
+        cases += 3 * u64::from(CASES);
     }
     println!("fuzz: {cases} cases, nothing found");
 }
@@ -59,6 +67,25 @@ fn main() {
 /// One that begins at random.
 fn runner() -> TestRunner {
     TestRunner::new(Config { cases: CASES, failure_persistence: None, ..Config::default() })
+}
+
+/// Something like what a hub answers.
+fn packet() -> impl Strategy<Value = Vec<u8>> {
+    let number = prop_oneof![0_u32..8, Just(u32::MAX), any::<u32>()].prop_map(|number| number.to_be_bytes().to_vec());
+    let text = vec(any::<u8>(), 0..8).prop_map(|text| [&(text.len() as u32).to_be_bytes()[..], &text].concat());
+    let pieces = vec(prop_oneof![number, text], 0..12).prop_map(|pieces| pieces.concat());
+    (prop_oneof![100_u8..106, any::<u8>()], pieces).prop_map(|(kind, pieces)| [&[kind][..], &pieces].concat())
+}
+
+/// Nothing is made of a packet that is not in it.
+fn check_packet(bytes: &[u8]) -> Result<(), TestCaseError> {
+    let size = match packet::Reply::parse(bytes) {
+        Some((_, packet::Reply::Handle(data) | packet::Reply::Data(data))) => data.len(),
+        Some((_, packet::Reply::Names(names))) => names.iter().map(String::len).sum(),
+        _ => 0,
+    };
+    prop_assert!(size <= bytes.len());
+    Ok(())
 }
 
 /// Something like the head of a request, and perhaps what follows.
@@ -131,8 +158,28 @@ const GOOD: &str = include_str!("../../rendered/webhook-trigger/server/etc/ekibe
 /// A configuration with something wrong in it, perhaps.
 fn configuration() -> impl Strategy<Value = String> {
     let value = prop::sample::select(vec![
-        "null", "true", "0", "-1", "1e999", "\"\"", "\"root\"", "\"../..\"", "\"/\"", "\"/a#b\"", "\"/a?dir=../..#b\"", "\"a/b\"", "[]", "[\"--help\"]",
-        "[\"a\", 1]", "{}", "{\"a\": {}}", "\"\\u0000\"", "\"switch\"", "\"a <b>\"", "\"\\ud800\"", "99999999999999999999",
+        "null",
+        "true",
+        "0",
+        "-1",
+        "1e999",
+        "\"\"",
+        "\"root\"",
+        "\"../..\"",
+        "\"/\"",
+        "\"/a#b\"",
+        "\"/a?dir=../..#b\"",
+        "\"a/b\"",
+        "[]",
+        "[\"--help\"]",
+        "[\"a\", 1]",
+        "{}",
+        "{\"a\": {}}",
+        "\"\\u0000\"",
+        "\"switch\"",
+        "\"a <b>\"",
+        "\"\\ud800\"",
+        "99999999999999999999",
     ]);
     let place = (any::<prop::sample::Index>(), value, any::<bool>()).prop_map(|(at, value, key)| {
         let places: Vec<usize> = GOOD.match_indices(if key { "\"" } else { ": " }).map(|(at, _)| at).collect();

@@ -1,5 +1,6 @@
 //! The host's side of a fleet: it fetches its release and its secrets, and reports.
 
+pub mod delivery;
 pub mod heartbeat;
 pub mod outbox;
 mod peers;

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::config::Hub;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::fleet::https::Store;
 use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
+use crate::fleet::temporary::Temporary;
 use crate::paths::Paths;
 
 /// Both of them, if there are both.
@@ -89,4 +91,13 @@ fn identity(paths: &Paths) -> Result<PathBuf> {
         ));
     }
     Ok(path)
+}
+
+/// A directory for files that nobody needs later; whatever is in its way is not.
+pub fn scratch(paths: &Paths) -> Result<Temporary> {
+    let place = paths.own("fetched");
+    Temporary::below(&place).or_else(|error| {
+        log::warn!("{error}; removing {}.", place.display());
+        files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))
+    })
 }

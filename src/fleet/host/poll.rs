@@ -10,17 +10,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::unistd::geteuid;
-use serde::de::DeserializeOwned;
 
 use crate::config::{Hub, Instance};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
+use crate::fleet::host::delivery::deliver_by;
 use crate::fleet::host::peers::{self, Peers};
-use crate::fleet::host::{heartbeat, outbox, release, secrets, seen};
+use crate::fleet::host::{heartbeat, release, secrets, seen};
 use crate::fleet::place::Place;
-use crate::fleet::temporary::Temporary;
-use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, Received, SMALL, Signed, sha256};
+use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, SMALL, Signed, sha256};
 use crate::git::signature::{SIGNER, allowed_signers};
 use crate::git::{Repository, own};
 use crate::json;
@@ -34,21 +33,17 @@ use crate::text::ago;
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);
-/// How long reports may take.
-const DELIVERY: Duration = Duration::from_secs(300);
 /// How long a look may.
 const LOOK: Duration = Duration::from_secs(120);
 /// What the hub's manifest was when it was accepted last, and for which settings.
 const ACCEPTED: &str = "accepted";
 /// Where the hub has it.
 const MANIFEST: &str = "release/manifest.json";
-/// The heartbeat that the hub has taken last.
-const TOLD: &str = "heartbeat.json";
 
 /// Asks the hub for its release, and tells it what became of that, with what it has not been told yet. Returns its
 /// manifest, and the commit to start from: HEAD, if the release is in it, or a new one on top.
 pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Repository) -> Result<(Manifest, String)> {
-    let scratch = scratch(paths)?;
+    let scratch = peers::scratch(paths)?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut peers = Peers::open(paths, hub, scratch.path(), limit, &fetched(hub))?;
     let files = fetch_files(&mut peers, paths, hub, scratch.path());
@@ -79,7 +74,7 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
 /// Fetches the hub's files, and tells it how the instance is; fails unless it still offers the release that was accepted and
 /// deployed last.
 pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
-    let scratch = scratch(paths)?;
+    let scratch = peers::scratch(paths)?;
     let mut peers = Peers::open(paths, hub, scratch.path(), LOOK, &fetched(hub))?;
     fetch_files(&mut peers, paths, hub, scratch.path())?;
     let file = scratch.path().join("manifest.json");
@@ -238,7 +233,7 @@ fn fetch_archive(place: &mut dyn Place, manifest: &Manifest, tarball: &Path) -> 
 /// Reads a manifest that somebody else wrote.
 fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
-    let signed: Signed = read_foreign(place)?;
+    let signed: Signed = files::read_foreign_json(place, SMALL)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.ok_or("not signed").context(doing)?;
         let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));
@@ -261,35 +256,6 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     Err(wrong).context(doing)
 }
 
-/// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
-pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
-    let Some(hub) = &instance.hub else { return Ok(()) };
-    let told = fs::read(paths.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub, false)).context(|| "write the heartbeat".into())?;
-    if outbox::waiting(paths)?.is_empty() && told == now {
-        return Ok(());
-    }
-    send(paths, hub)
-}
-
-/// Tells the hub how the instance is where a run fetches nothing since there is a hold: it is not silent.
-pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
-    let told = instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub));
-    // the next poll tells, and no run has failed
-    told.or_else(|error| {
-        log::warn!("{error}.");
-        Ok(())
-    })
-}
-
-/// Opens a session for a heartbeat and the reports that wait.
-fn send(paths: &Paths, hub: &Hub) -> Result<()> {
-    let scratch = scratch(paths)?;
-    let mut peers = Peers::open(paths, hub, scratch.path(), DELIVERY, &[])?;
-    deliver_by(&mut peers, paths, hub, scratch.path(), &heartbeat::now(paths, hub, false))?;
-    peers.close()
-}
-
 /// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
 /// is, asks as the instance's user.
 pub fn reach(name: &str, instance: &Instance) -> Result<()> {
@@ -299,58 +265,10 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
         return ourselves.output(|| "reach the hub".into(), None).map(drop);
     }
     let paths = Paths::new(name);
-    let scratch = scratch(&paths)?;
+    let scratch = peers::scratch(&paths)?;
     match peers::reach(&paths, hub, scratch.path(), REACH) {
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
         reached => reached,
     }
-}
-
-/// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
-/// rest waiting; what counts as told is what it has taken.
-fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
-    let Some(place) = peers.reports(hub) else { return Ok(()) };
-    let mut waiting = outbox::waiting(paths)?;
-    let (file, known, keeps) = (scratch.join("received.json"), paths.own("received.json"), place.keeps_reports());
-    // what the hub has, root removes with the next run
-    let mut received: Received = files::read_json(&known).ok().flatten().unwrap_or_default();
-    received.reports.retain(|run| waiting.contains(run));
-    waiting.retain(|run| !received.reports.contains(run));
-    // who has sent nothing need not ask what has arrived
-    if !keeps && !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
-        received = read_foreign(&file)?;
-        files::write_json(&known, &received, 0o644)?;
-        waiting.retain(|run| !received.reports.contains(run));
-    }
-    let mut send = |file: &Path| {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        place.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
-    };
-    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(paths, run).iter().try_for_each(|file| send(file))).collect();
-    if keeps && reports.iter().any(Result::is_ok) {
-        received.reports.extend(waiting.into_iter().zip(&reports).filter(|(_, sent)| sent.is_ok()).map(|(run, _)| run));
-        files::write_json(&known, &received, 0o644)?;
-    }
-    let beat = scratch.join(TOLD);
-    let text = serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())?;
-    fs::write(&beat, text).context(|| format!("write {}", beat.display()))?;
-    send(&beat)?;
-    fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
-    reports.into_iter().collect()
-}
-
-/// A directory for files that nobody needs later; whatever is in its way is not.
-fn scratch(paths: &Paths) -> Result<Temporary> {
-    let place = paths.own("fetched");
-    Temporary::below(&place).or_else(|error| {
-        log::warn!("{error}; removing {}.", place.display());
-        files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))
-    })
-}
-
-/// A value that somebody else wrote, as JSON.
-pub fn read_foreign<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let doing = || format!("read {}", path.display());
-    json::parse(&files::read_foreign(path, SMALL).context(doing)?).context(doing)
 }

@@ -1,0 +1,80 @@
+//! What a host tells its hub: a heartbeat each time, and the reports that wait.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::config::{Hub, Instance};
+use crate::error::{Context, Result};
+use crate::files;
+use crate::fleet::host::peers::{self, Peers};
+use crate::fleet::host::{heartbeat, outbox};
+use crate::fleet::{Heartbeat, Received, SMALL};
+use crate::paths::Paths;
+
+/// How long reports may take.
+const DELIVERY: Duration = Duration::from_secs(300);
+/// The heartbeat that the hub has taken last.
+const TOLD: &str = "heartbeat.json";
+
+/// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
+pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
+    let Some(hub) = &instance.hub else { return Ok(()) };
+    let told = fs::read(paths.own(TOLD)).unwrap_or_default();
+    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub, false)).context(|| "write the heartbeat".into())?;
+    if outbox::waiting(paths)?.is_empty() && told == now {
+        return Ok(());
+    }
+    send(paths, hub)
+}
+
+/// Tells the hub how the instance is where a run fetches nothing since there is a hold: it is not silent.
+pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
+    let told = instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub));
+    // the next poll tells, and no run has failed
+    told.or_else(|error| {
+        log::warn!("{error}.");
+        Ok(())
+    })
+}
+
+/// Opens a session for a heartbeat and the reports that wait.
+fn send(paths: &Paths, hub: &Hub) -> Result<()> {
+    let scratch = peers::scratch(paths)?;
+    let mut peers = Peers::open(paths, hub, scratch.path(), DELIVERY, &[])?;
+    deliver_by(&mut peers, paths, hub, scratch.path(), &heartbeat::now(paths, hub, false))?;
+    peers.close()
+}
+
+/// Sends a heartbeat and the reports that the hub does not say it has. What it refuses does not keep the
+/// rest waiting; what counts as told is what it has taken.
+pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
+    let Some(place) = peers.reports(hub) else { return Ok(()) };
+    let mut waiting = outbox::waiting(paths)?;
+    let (file, known, keeps) = (scratch.join("received.json"), paths.own("received.json"), place.keeps_reports());
+    // what the hub has, root removes with the next run
+    let mut received: Received = files::read_json(&known).ok().flatten().unwrap_or_default();
+    received.reports.retain(|run| waiting.contains(run));
+    waiting.retain(|run| !received.reports.contains(run));
+    // who has sent nothing need not ask what has arrived
+    if !keeps && !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
+        received = files::read_foreign_json(&file, SMALL)?;
+        files::write_json(&known, &received, 0o644)?;
+        waiting.retain(|run| !received.reports.contains(run));
+    }
+    let mut send = |file: &Path| {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        place.put(file, &format!("reports/{name}")).context(|| format!("send {name}"))
+    };
+    let reports: Vec<_> = waiting.iter().map(|run| outbox::files_of(paths, run).iter().try_for_each(|file| send(file))).collect();
+    if keeps && reports.iter().any(Result::is_ok) {
+        received.reports.extend(waiting.into_iter().zip(&reports).filter(|(_, sent)| sent.is_ok()).map(|(run, _)| run));
+        files::write_json(&known, &received, 0o644)?;
+    }
+    let beat = scratch.join(TOLD);
+    let text = serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())?;
+    fs::write(&beat, text).context(|| format!("write {}", beat.display()))?;
+    send(&beat)?;
+    fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
+    reports.into_iter().collect()
+}
