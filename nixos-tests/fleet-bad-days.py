@@ -324,6 +324,78 @@ with subtest("the hub's host key is another one: refused, said, nothing fetched,
     use_host_key(hub, "host-key")
     assert run(web, "fleet")["release"]["id"] == release
 
+# What answers in place of the hub's SFTP server, in a way that it never would.
+HOSTILE = r"""
+import sys
+
+def say(kind, *fields, number=None):
+    texts = [field if isinstance(field, bytes) else field.to_bytes(4, "big") for field in (number, *fields)]
+    packet = bytes([kind]) + b"".join(texts)
+    sys.stdout.buffer.write(len(packet).to_bytes(4, "big") + packet)
+    sys.stdout.buffer.flush()
+
+def text(size):
+    return size.to_bytes(4, "big") + bytes(size)
+
+way = sys.argv[1]
+while head := sys.stdin.buffer.read(4):
+    packet = sys.stdin.buffer.read(int.from_bytes(head, "big"))
+    kind, number = packet[0], int.from_bytes(packet[1:5], "big")
+    if kind == 1:
+        if way == "greets as a shell does":
+            print("Welcome!\n" * 9, flush=True)
+        say(2, number=4 if way == "speaks another version" else 3)
+    elif way == "says that it says more than anybody may":
+        sys.stdout.buffer.write(bytes([127, 255, 255, 255]))
+        sys.stdout.buffer.flush()
+    elif way == "answers another question":
+        say(102, text(4), number=number + 1)
+    elif way == "answers with something else":
+        say(99, text(4), number=number)
+    elif way == "answers with half of a name":
+        say(102, 1000, number=number)
+    elif kind == 3:
+        say(102, text(4), number=number)
+    elif kind == 5 and way == "has a file without an end":
+        say(103, text(32768), number=number)
+    elif kind == 5 and way == "has nothing in a file, and no end of it":
+        say(103, text(0), number=number)
+    elif kind == 5 and way == "sends more of a file than was asked for":
+        say(103, text(200000), number=number)
+    else:
+        say(101, 0, text(0), text(0), number=number)
+"""
+
+# on hosts alone
+with subtest("a hub that answers as no SFTP server would is refused, whatever it says"):
+    archive(next(COUNT))
+    offer()
+    hub.succeed(f"printf %s {shlex.quote(HOSTILE)} > /run/hostile.py; usermod --shell /bin/sh fleet-web")
+    odd = "the answer is not valid SFTP"
+    for way, words in (
+        ("greets as a shell does", odd),
+        ("speaks another version", odd),
+        ("says that it says more than anybody may", odd),
+        ("answers another question", odd),
+        ("answers with something else", odd),
+        ("answers with half of a name", odd),
+        ("has a file without an end", "it has more than"),
+        ("has nothing in a file, and no end of it", "EOF"),
+        ("sends more of a file than was asked for", "it has more than"),
+        ("says yes to everything", odd),
+    ):
+        lines = ("UsePAM yes", "HostKey /etc/ssh/ssh_host_ed25519_key", "AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u", f'Subsystem sftp /usr/bin/python3 /run/hostile.py "{way}"')
+        hub.succeed(
+            f"printf '%s\\n' {shlex.join(lines)} > /run/sshd_hostile; systemctl stop sshd",
+            "systemd-run --unit=hostile --property=RuntimeDirectory=sshd /usr/sbin/sshd -D -f /run/sshd_hostile",
+        )
+        hub.wait_for_open_port(22)
+        refuses(words)
+        assert web.succeed(f"ls {OWN}/fetched/fleet {OWN} | grep -c tar.gz || true").strip() == "1", way
+        hub.succeed("systemctl stop hostile")
+    hub.succeed("systemctl restart sshd")
+    assert run(web, "fleet")["result"] == "deployed", last_run(web, "fleet")
+
 # on hosts alone
 for what, how, words in (
     ("is not signed", {"key": None}, "not signed"),

@@ -47,7 +47,7 @@ impl Code {
     pub const FAILURE: Self = Self(4);
 
     /// What is said of anything else that may come instead of an answer.
-    pub const UNEXPECTED: &str = "unexpected answer";
+    pub const UNEXPECTED: &str = "the answer is not valid SFTP";
 
     /// What it says, in OpenSSH's words.
     pub fn text(self) -> &'static str {
