@@ -156,7 +156,9 @@ impl Repository {
             let skipped = hidden.iter().filter(|(tag, _)| tag[0].eq_ignore_ascii_case(&b's'));
             let skipped: Vec<_> = skipped.map(|(_, path)| OsStr::from_bytes(path)).collect();
             for arguments in [&["--no-skip-worktree", "--"][..], &["--really-refresh"], &["--skip-worktree", "--"]] {
-                let update = self.by(&savepoint.index()).args(["-c", "core.trustctime=true", "update-index", "-q"]).args(arguments);
+                let update =
+                    self.by(&savepoint.index()).args(["-c", "core.trustctime=true", "-c", "core.checkStat=default", "update-index", "-q"]);
+                let update = update.args(arguments);
                 let paths = if arguments.len() > 1 { &skipped[..] } else { &[] };
                 // its status says whether files were edited
                 let _ = update.args(paths).output(String::new, None);
