@@ -522,6 +522,7 @@ let
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
         "ekiben-boot.service"
+        "ekiben-due@.service"
         "ekiben-holds.path"
         "ekiben-holds.service"
         "ekiben-look@tgautobot.service"
