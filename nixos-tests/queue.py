@@ -228,8 +228,10 @@ with subtest("a run whose unit fails before it can begin has failed, and is trie
 with subtest("a run that has to be started over is, although the queue cannot be written at first"):
     publish(server, "app", "7")
     block()
+    follow(server, "app")
     post()
-    wait_for_stage("activate")
+    # until then, it looks at the branch
+    wait_until_said(server, "app", "Another run is switching this machine")
     deploy(server, "git commit --allow-empty -qm meanwhile")
     server.succeed(f"mount --bind -o ro {QUEUE} {QUEUE}")
     unblock()
