@@ -96,7 +96,11 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
     let _ = log.wait();
     output::print_for_now(None);
     match ended? {
-        Waited::Ended(run) if matches!(run.result, Outcome::Deployed | Outcome::Unchanged | Outcome::AwaitingBoot | Outcome::Restored) => {
+        Waited::Ended(run)
+            if matches!(run.result, Outcome::Deployed | Outcome::Unchanged | Outcome::AwaitingBoot | Outcome::Restored)
+                // somebody else has had it undone meanwhile
+                || (run.result, run.trigger) == (Outcome::Withheld, Trigger::Rollback) =>
+        {
             output::print(&format!("The run ended: {}.\n", run.result))?;
             Ok(if run.result == Outcome::AwaitingBoot { ExitCode::from(AWAITING_BOOT) } else { ExitCode::SUCCESS })
         }
