@@ -135,7 +135,10 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             return Ok(begun.map_or(begin::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
         ["look", name] => stage(file, name, prepare::look),
-        ["prepare", name] if running(name)?.is_none() => stage(file, name, delivery::tell),
+        ["prepare", name] if running(name)?.is_none() => stage(file, name, |paths, instance| {
+            delivery::tell(paths, instance);
+            Ok(())
+        }),
         ["prepare" | "build", name] if matches!(running(name)?, None | Some(Trigger::Rollback)) => Ok(()),
         ["prepare", name] => stage(file, name, prepare::prepare),
         ["build", name] => stage(file, name, build::build),

@@ -21,9 +21,12 @@ pub fn unit(instance: &str) -> String {
 
 /// Has the instance's service start, without waiting for it; for root only.
 pub fn start(instance: &str) -> Result<()> {
-    let service = unit(instance);
-    again(|| Program::as_root("systemctl").args(["start", "--no-block", "--", &service]).output(|| format!("start {service}"), None))
-        .map(drop)
+    enqueue("start", &unit(instance))
+}
+
+/// Asks systemd for a job, `how` systemctl calls that, without waiting for it.
+fn enqueue(how: &str, service: &str) -> Result<()> {
+    again(|| Program::as_root("systemctl").args([how, "--no-block", "--", service]).output(|| format!("{how} {service}"), None)).map(drop)
 }
 
 /// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
@@ -86,7 +89,7 @@ pub fn start_as_due(instance: &str, how: &str) -> Result<()> {
     }
     // a look that has failed has done its work
     systemctl(&["reset-failed", "--", &format!("ekiben-look@{instance}.service")]).or_warn();
-    again(|| Program::as_root("systemctl").args([how, "--no-block", "--", &service]).output(|| format!("{how} {service}"), None))?;
+    enqueue(how, &service)?;
     let mark = |job| {
         make_runtime_directory().and_then(|()| fs::write(due(instance), job)).context(|| format!("write {}", due(instance).display()))
     };

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::config::{Hub, Instance};
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::host::peers::{self, Peers};
 use crate::fleet::host::{heartbeat, outbox};
@@ -29,13 +29,9 @@ pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
 }
 
 /// Tells the hub how the instance is where a run fetches nothing since there is a hold: it is not silent.
-pub fn tell(paths: &Paths, instance: &Instance) -> Result<()> {
-    let told = instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub));
-    // the next poll tells, and no run has failed
-    told.or_else(|error| {
-        log::warn!("{error}.");
-        Ok(())
-    })
+pub fn tell(paths: &Paths, instance: &Instance) {
+    // where that fails, the next poll tells, and no run has failed
+    instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub)).or_warn();
 }
 
 /// Opens a session for a heartbeat and the reports that wait.

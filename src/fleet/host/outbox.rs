@@ -9,7 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use crate::config::Hub;
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::{FORMAT, Received, Report, SMALL};
 use crate::gather::{gather, sorted};
@@ -30,9 +30,7 @@ const LOG: &str = "4194304";
 /// Adds the report of the run that ended last, with what the journal has of it; not if that had nothing to do, could
 /// not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
 pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
-    if let Err(error) = tidy(paths) {
-        log::warn!("{error}.");
-    }
+    tidy(paths).or_warn();
     let status = Status::read(paths);
     let Some(run) = status.runs.first().filter(|run| run.release.is_some() && !run.is_idle()) else {
         return Ok(());

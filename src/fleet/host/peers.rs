@@ -21,8 +21,8 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Opens what there is, for so long; `directory` is for scratch files, `ahead` what will be fetched in a session. Where releases come from a store and no files
-    /// from the hub, the hub need not be there.
+    /// Opens what there is, for so long; `directory` is for scratch files, `ahead` what will be fetched in a session. Where
+    /// releases come from a store and no files from the hub, the hub need not be there.
     pub fn open(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
         let store = store(paths, hub, limit);
         if hub.servers.is_empty() {

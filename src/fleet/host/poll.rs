@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 
 use crate::config::{Hub, Instance};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
 use crate::fleet::archive::unpack::unpack;
 use crate::fleet::host::delivery::deliver_by;
@@ -67,7 +67,7 @@ pub fn fetch(paths: &Paths, instance: &Instance, hub: &Hub, repository: &Reposit
     }
     // what the hub does not want to be told now, the next poll tells
     let told = deliver_by(&mut peers, paths, hub, scratch.path(), &beat).and_then(|()| peers.close());
-    told.unwrap_or_else(|error| log::warn!("{error}."));
+    told.or_warn();
     taken
 }
 
@@ -165,7 +165,7 @@ fn take(
     };
     let accepted = accept();
     // whatever becomes of the note, the reason is what the run ends with
-    note_refusal(paths, accepted.as_ref().err()).unwrap_or_else(|error| log::warn!("{error}."));
+    note_refusal(paths, accepted.as_ref().err()).or_warn();
     let (manifest, source, known) = accepted?;
     if known {
         return Ok((manifest, repository.head.clone()));
@@ -173,7 +173,7 @@ fn take(
     let message = release::message(&manifest)?;
     let index = scratch.join("index");
     // releases that were never deployed would stay for ever
-    repository.prune().unwrap_or_else(|error| log::warn!("{error}."));
+    repository.prune().or_warn();
     // git knows no later times
     let published = manifest.published.min(u64::from(u32::MAX));
     let commit = repository.commit_directory(&repository.head, &source, &message, &instance.author, published, &index)?;

@@ -16,7 +16,7 @@ use nix::unistd::{Group, User};
 use serde_json::Value;
 
 use crate::config::Hub;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
 use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
@@ -108,21 +108,14 @@ fn read_index(contents: &[u8]) -> Result<(Vec<Served>, Vec<String>)> {
 /// Puts what was fetched in its places, and removes what the hub has no more. What is wrong with one
 /// file does not keep the others waiting; the hub is told of it with the next heartbeat.
 pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
-    let contents = match files::read_foreign_below(&paths.own(""), INDEX, SMALL) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        contents => contents.context(|| "read the index of the hub's files".into())?,
-    };
+    let contents = files::if_there(files::read_foreign_below(&paths.own(""), INDEX, SMALL));
+    let Some(contents) = contents.context(|| "read the index of the hub's files".into())? else { return Ok(()) };
     let (served, mut failed) = read_index(&contents)?;
     for why in &failed {
         log::error!("{why}.");
     }
-    let before: Vec<Served> = files::read_json(&paths.installed())
-        .unwrap_or_else(|error| {
-            // what is in its place as it should be counts as ours again
-            log::warn!("{error}.");
-            None
-        })
-        .unwrap_or_default();
+    // what is in its place as it should be counts as ours again
+    let before: Vec<Served> = files::read_json(&paths.installed()).or_warn().flatten().unwrap_or_default();
     // before anything is put anywhere, or a crash could leave files that are nobody's
     files::write_json(&paths.installed(), &[&before[..], &served].concat(), 0o600)?;
     let mut installed = Vec::new();

@@ -7,7 +7,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -269,10 +268,8 @@ impl Publication {
         for name in there.iter().filter(|name| (is_sent(name) || is_next(name)) && !name.starts_with(&id)) {
             self.clear(name)?;
         }
-        let fetched = match files::read_foreign(&self.local.join(MANIFEST), LARGE) {
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            other => Some(other.context(|| format!("read the manifest of {}", self.host))?),
-        };
+        let fetched = files::if_there(files::read_foreign(&self.local.join(MANIFEST), LARGE));
+        let fetched = fetched.context(|| format!("read the manifest of {}", self.host))?;
         if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
             return Err(self.meanwhile());
         }

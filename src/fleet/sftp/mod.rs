@@ -111,7 +111,8 @@ impl Session {
         Ok(true)
     }
 
-    /// Appends what a file has beyond the length of the local one, until that has `limit` bytes. Returns the open file there, if there is one.
+    /// Appends what a file has beyond the length of the local one, until that has `limit` bytes. Returns the open file
+    /// there, if there is one.
     fn receive(&mut self, remote: &str, local: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
         let doing = || format!("write {}", local.display());
         let handle = match self.transport.ask(Packet::open(&self.path(remote)))? {

@@ -252,9 +252,5 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
 /// A file that has its name again was restored before. One that never lost it is left unchanged:
 /// rename(2) does nothing between two names of the same file.
 fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
-    match fs::rename(from, to) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => files::sync_parent(to),
-    }
+    files::if_there(fs::rename(from, to))?.map_or(Ok(()), |()| files::sync_parent(to))
 }

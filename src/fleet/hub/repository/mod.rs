@@ -279,15 +279,7 @@ mod tests {
         let place = Directory::new();
         let script = "git init -q; echo 1 > file; git add .; git commit -qm 'grün'; git log -1 --format=%H";
         let commit = testing::git(place.path(), script);
-        let repository = FleetRepository {
-            directory: place.path().into(),
-            origin: pack::Origin::new(place.path(), None).unwrap(),
-            flags: Vec::new(),
-            limit: None,
-            state: PathBuf::new(),
-            scratch: Temporary::below(&place.path().join(".git/cache")).unwrap(),
-            turn: Mutex::default(),
-        };
+        let repository = of(place.path(), ".git/cache");
         let found = repository.commit();
         assert_eq!((&*found.commit.unwrap(), &*found.author.unwrap(), &*found.summary.unwrap()), (&*commit, "a <a>", "grün"));
         assert!(!found.dirty);
@@ -308,6 +300,18 @@ mod tests {
         Host { name: name.try_into().unwrap(), attr: attr.map(|attr| attr.try_into().unwrap()), source: Arc::new(source) }
     }
 
+    fn of(directory: &Path, cache: &str) -> FleetRepository {
+        FleetRepository {
+            directory: directory.into(),
+            origin: pack::Origin::new(directory, None).unwrap(),
+            flags: Vec::new(),
+            limit: None,
+            state: PathBuf::new(),
+            scratch: Temporary::below(&directory.join(cache)).unwrap(),
+            turn: Mutex::default(),
+        }
+    }
+
     fn names(hosts: &[Host]) -> Vec<&str> {
         hosts.iter().map(|host| &*host.name).collect()
     }
@@ -320,16 +324,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "").unwrap();
         }
-        let scratch = Temporary::below(&place.path().join("cache")).unwrap();
-        let repository = FleetRepository {
-            directory: place.path().into(),
-            origin: pack::Origin::new(place.path(), None).unwrap(),
-            flags: Vec::new(),
-            limit: None,
-            state: PathBuf::new(),
-            scratch,
-            turn: Mutex::default(),
-        };
+        let repository = of(place.path(), "cache");
         let of_hosts = [("hosts/flake".to_owned(), true), ("hosts/plain".into(), false)];
         assert_eq!(repository.places().unwrap(), of_hosts);
         fs::write(place.path().join("configuration.nix"), "").unwrap();
