@@ -109,6 +109,18 @@ in
         writableStore = true;
         # what was built is there after a boot
         writableStoreUseTmpfs = false;
+        # In containers nothing makes it so by itself: those of several tests would write into one store, and what one
+        # runs another removes, in whose database it is not.
+        fileSystems."/nix/store" = lib.mkIf config.boot.isContainer {
+          device = "overlay";
+          fsType = "overlay";
+          options = [
+            "lowerdir=/nix/.ro-store"
+            "upperdir=/nix/.rw-store/store"
+            "workdir=/nix/.rw-store/work"
+          ];
+          depends = [ "/nix/.ro-store" ];
+        };
       };
       # without a boot loader, it is always booted with what it was made with
       boot.postBootCommands = lib.mkAfter ''
