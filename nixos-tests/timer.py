@@ -153,7 +153,7 @@ if is_host(machine):
         slow = "/run/systemd/system/scenario-slow.service"
         machine.succeed(
             f"printf '[Service]\nType=oneshot\nExecStart=sleep infinity\n' > {slow}; mkdir -p $(dirname {service})",
-            f"printf '[Unit]\nAfter=scenario-slow.service\n[Service]\nExecStartPre=sh -c \"while test -e /run/wait; do sleep 0.1; done\"\n' > {service}",
+            f"printf '[Unit]\nAfter=scenario-slow.service\n[Service]\nExecStartPre=sh -c \"while test -e /var/wait; do sleep 0.1; done\"\n' > {service}",
             "printf '[Timer]\nOnActiveSec=1ms\nAccuracySec=1ms\nUnit=ekiben-seldom.service\n' > /run/systemd/system/scenario-once.timer; systemctl daemon-reload",
         )
         waits = "systemctl list-jobs | grep -E 'ekiben-seldom.service +(re)?start +waiting'"
@@ -163,13 +163,13 @@ if is_host(machine):
             machine.execute("systemctl start ekiben-look@seldom.service")
 
         def elapses():
-            machine.succeed("touch /run/wait; systemctl start --no-block ekiben-seldom")
+            machine.succeed("touch /var/wait; systemctl start --no-block ekiben-seldom")
             machine.wait_until_succeeds("systemctl show --property SubState --value ekiben-seldom.service | grep -x start-pre")
             # systemd tells by the second when a timer has elapsed
             machine.succeed("now=$(date +%s); while test $(date +%s) = $now; do sleep 0.1; done")
             machine.succeed("systemctl start --no-block scenario-slow; systemctl start scenario-once.timer")
             machine.wait_until_succeeds("systemctl show --property SubState --value scenario-once.timer | grep -xE 'running|elapsed'")
-            machine.succeed("rm /run/wait")
+            machine.succeed("rm /var/wait")
 
         for begin in (looks, elapses):
             for is_cancelled in (True, False):
