@@ -67,7 +67,30 @@ def follow_all():
     assert stands() == "", stands()
 
 
+def configure(machine, change, files="/etc/ekiben/config.json"):
+    """Changes configuration files as jq says."""
+    for file in machine.succeed(f"ls {files}").split():
+        machine.succeed(f"jq {shlex.quote(change)} {file} > /tmp/config.json; cp --remove-destination /tmp/config.json {file}")
+
+
+def have_canary(operation):
+    """Has the canary take this release, and those to come, by this operation."""
+    change = f'.instances.fleet.operation = "{operation}"'
+    configure(db, change)
+    configure(hub, change, "/srv/fleet/hosts/db/db/systems/default/etc/ekiben/config.json")
+
+
+def boots(machine, system=None):
+    """Has a host boot what its loader chooses, or this system."""
+    machine.shutdown()
+    machine.start(choose=system)
+    machine.succeed("systemctl is-system-running --wait || true")
+    wait_until_idle(machine, "deliver")
+
+
 with subtest("a fleet is set up"):
+    # the hosts have its files
+    configure(db, '.bootLoader = "grub"', "/etc/ekiben/config.json /etc/scenario/systems/*/etc/ekiben/config.json")
     settings = found_fleet(hub, {db: "db", plain: "plain", web: "web"}) | {"groups": {"canaries": ["db"]}}
     hub.succeed("install -m 600 /etc/scenario/signer /root/signer")
     hub.succeed(as_deploy("git config --global user.name Deploy; git config --global user.email deploy@localhost; git init -qb main /srv/fleet"))
@@ -153,6 +176,30 @@ with subtest("a canary that dies when it has deployed, or that runs something el
     db.succeed(f"nix-env --profile {PROFILE} --set {new}; {new}/bin/switch-to-configuration switch")
     poll(db)
     hub.succeed(fleet("resume"))
+    follow_all()
+
+with subtest("a canary that has to boot its release is healthy once it has; one that does not boot it, or not well, stops it"):
+    before = numbers()
+    have_canary("boot")
+    push("to be booted")
+    for _ in range(2):
+        assert poll(db)["result"] == "awaitingBoot", last_run(db, "fleet")
+        collect()
+        assert "0 of 1 healthy" in stands() and states(hub)["db"] == "awaiting boot", stands()
+    boots(db)
+    collect()
+    assert "1 of 1 healthy" in stands() and renewed(before) == {"db"}, stands()
+    follow_all()
+    for trouble, is_booted in (("unit", True), ("none", False)):
+        before, old = numbers(), running(db)
+        push("not well when it has booted, or not booted", trouble)
+        assert poll(db)["result"] == "awaitingBoot", last_run(db, "fleet")
+        boots(db, None if is_booted else old)
+        collect()
+        assert "stopped in wave 1: db is rolled back" in stands() and renewed(before) == {"db"}, stands()
+        boots(db)
+    have_canary("switch")
+    push("as before")
     follow_all()
 
 with subtest("a canary that does not build is no canary: the others wait until somebody says so"):
