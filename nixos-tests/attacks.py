@@ -84,7 +84,8 @@ async def half_close():
     writer.close()
 async def smuggling():
     second = HEAD + TOKEN + b"\r\n"
-    for first in (b"Content-Length: 0\r\nContent-Length: %d\r\n" % len(second), b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", b"Content-Length: 0\r\n"):
+    for first in (b"Content-Length: 0\r\nContent-Length: %d\r\n" % len(second),
+                  b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", b"Content-Length: 0\r\n"):
         await say(HEAD + first + b"\r\n" + second)
 async def garbage():
     for head in (b"\0" * 100, b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", b"POST /ekiben HTTP/1.1\nHost: x\n\n", HEAD + b"X: \xe4\r\n\r\n",

@@ -123,7 +123,7 @@ with subtest("a machine that runs something else than what was deployed: said by
     boot()
     old = before["generation"].split()[1]
     machine.succeed(f"{old}/bin/switch-to-configuration test")
-    assert f"switched to by hand" in machine.fail("ekiben status live")
+    assert "switched to by hand" in machine.fail("ekiben status live")
     assert run(machine, "live")["result"] == "drifted"
     boot()
     check_deployed(machine, "live")

@@ -341,7 +341,8 @@ def found_fleet(hub, directories):
             # it has none yet
             machine.succeed(f"mkdir -p /tmp/first/app; cd /etc/scenario; cp -r $({SYSTEM_FILES}) /tmp/first; "
                             "echo 0 > /tmp/first/app/content")
-            expression = f'(import /tmp/first/system.nix {{ name = "{name}"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }}).config.system.build.toplevel'
+            expression = (f'(import /tmp/first/system.nix {{ name = "{name}"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }})'
+                          ".config.system.build.toplevel")
             first = f"nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)}"
         machine.succeed(f"nix-env --profile {PROFILE} --set $({first})", f"{PROFILE}/bin/switch-to-configuration switch")
     return settings

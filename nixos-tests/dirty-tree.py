@@ -115,21 +115,31 @@ if is_host(machine):
         deploys("ls /tmp/elsewhere/file")
 
     for kind, set_up, undo in (
-        ("a lock file that git was told is never changed", "git update-index --assume-unchanged flake.lock", "git update-index --no-assume-unchanged flake.lock"),
+        ("a lock file that git was told is never changed", "git update-index --assume-unchanged flake.lock",
+         "git update-index --no-assume-unchanged flake.lock"),
         ("a lock file that git was told to skip", "git update-index --skip-worktree flake.lock", "git update-index --no-skip-worktree flake.lock"),
         ("a lock file with other line ends", "git config core.autocrlf true; sed -i 's/$/\\r/' flake.lock; "
-                                             "git -c core.autocrlf=false commit -qam crlf; touch flake.lock", "git config --unset core.autocrlf; git diff --quiet || git checkout -q ."),
-        ("a repository that a group shares", "git config core.sharedRepository group; find . -type d -exec chmod g+ws {} +", "git config --unset core.sharedRepository; test -z \"$(find .git/objects -type d ! -perm -2070)\""),
-        ("a repository that a group is to share from now on", "find . -type d -exec chmod g-s {} +; git config core.sharedRepository group", "git config --unset core.sharedRepository"),
-        ("a split index", "git config core.splitIndex true; git update-index --split-index", "git config --unset core.splitIndex; git update-index --no-split-index"),
+                                             "git -c core.autocrlf=false commit -qam crlf; touch flake.lock",
+                                             "git config --unset core.autocrlf; git diff --quiet || git checkout -q ."),
+        ("a repository that a group shares", "git config core.sharedRepository group; find . -type d -exec chmod g+ws {} +",
+         "git config --unset core.sharedRepository; test -z \"$(find .git/objects -type d ! -perm -2070)\""),
+        ("a repository that a group is to share from now on", "find . -type d -exec chmod g-s {} +; git config core.sharedRepository group",
+         "git config --unset core.sharedRepository"),
+        ("a split index", "git config core.splitIndex true; git update-index --split-index",
+         "git config --unset core.splitIndex; git update-index --no-split-index"),
         ("an untracked cache and a file system monitor",
             "git config core.untrackedCache true; git config core.fsmonitor /no/such/program; "
             "git update-index --untracked-cache 2> /dev/null", "git config --unset core.fsmonitor; git config --unset core.untrackedCache"),
         ("a sparse checkout", "git sparse-checkout set --no-cone '/*' '!/notes'", "git sparse-checkout disable"),
-        ("commits that have to be signed", "git config commit.gpgSign true; git config gpg.program false", "git config --unset commit.gpgSign; git config --unset gpg.program"),
-        ("hooks that refuse everything", "mkdir -p .git/refuse; printf '#!/bin/sh\\nexit 1\\n' | tee .git/refuse/pre-commit .git/refuse/reference-transaction .git/refuse/post-index-change > /dev/null; chmod +x .git/refuse/*; git config core.hooksPath .git/refuse", "git config --unset core.hooksPath; rm -r .git/refuse"),
+        ("commits that have to be signed", "git config commit.gpgSign true; git config gpg.program false",
+         "git config --unset commit.gpgSign; git config --unset gpg.program"),
+        ("hooks that refuse everything",
+         "mkdir -p .git/refuse; cd .git/refuse; printf '#!/bin/sh\\nexit 1\\n' | tee pre-commit reference-transaction post-index-change > /dev/null; cd ../..; "
+         "chmod +x .git/refuse/*; git config core.hooksPath .git/refuse",
+         "git config --unset core.hooksPath; rm -r .git/refuse"),
         ("packed refs and a branch with slashes", "git switch -qc feature/x/y; git pack-refs --all", "git switch -qC main; git branch -qD feature/x/y"),
-        ("a file mode that does not count", "git config core.fileMode false; chmod +x flake.lock notes", "git config core.fileMode true; chmod -x flake.lock notes"),
+        ("a file mode that does not count", "git config core.fileMode false; chmod +x flake.lock notes",
+         "git config core.fileMode true; chmod -x flake.lock notes"),
         ("settings of its own for a worktree", "git config extensions.worktreeConfig true", "git config --unset extensions.worktreeConfig"),
         ("no reflog", "git config core.logAllRefUpdates false; rm -r .git/logs", "git config --unset core.logAllRefUpdates; test ! -e .git/logs/HEAD"),
     ):
@@ -164,7 +174,8 @@ if is_host(machine):
             assert (ended["result"], ended["stage"]) == ("failed", "prepare"), (path, ended)
             place = f"{REPOSITORY}/{path}".rstrip("/")
             assert f"{place} belongs to root, not to deploy: run chown -R deploy: {REPOSITORY}" in ended["error"], ended
-            assert (machine.succeed(f"find {REPOSITORY} -type f ! -path '*/objects/*' | sort | xargs sha256sum"), running(machine), generation(machine)) == before
+            assert (machine.succeed(f"find {REPOSITORY} -type f ! -path '*/objects/*' | sort | xargs sha256sum"), running(machine),
+                    generation(machine)) == before
             machine.succeed(f"chown -R deploy: {REPOSITORY}")
         deploys("true")
 

@@ -86,7 +86,9 @@ def tells(state, words):
     assert state in said and words in said, said
 
 
-web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --no-link --print-out-paths path:/srv/release#nixosConfigurations.web.config.system.build.toplevel)", f"{PROFILE}/bin/switch-to-configuration switch")
+web.succeed(f"nix-env --profile {PROFILE} --set "
+            "$(nix build --no-link --print-out-paths path:/srv/release#nixosConfigurations.web.config.system.build.toplevel)",
+            f"{PROFILE}/bin/switch-to-configuration switch")
 
 with subtest("the hub has nothing yet: said, and tried again by the next poll"):
     refuses("the hub has none for web yet")
@@ -384,7 +386,8 @@ with subtest("a hub that answers as no SFTP server would is refused, whatever it
         ("sends more of a file than was asked for", "it has more than"),
         ("says yes to everything", odd),
     ):
-        lines = ("UsePAM yes", "HostKey /etc/ssh/ssh_host_ed25519_key", "AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u", f'Subsystem sftp /usr/bin/python3 /run/hostile.py "{way}"')
+        lines = ("UsePAM yes", "HostKey /etc/ssh/ssh_host_ed25519_key", "AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u",
+                 f'Subsystem sftp /usr/bin/python3 /run/hostile.py "{way}"')
         hub.succeed(
             f"printf '%s\\n' {shlex.join(lines)} > /run/sshd_hostile; systemctl stop sshd",
             "systemd-run --unit=hostile --property=RuntimeDirectory=sshd /usr/sbin/sshd -D -f /run/sshd_hostile",
@@ -414,7 +417,8 @@ for what, how, words in (
         refuses(words)
         assert words in heartbeat()["refused"], heartbeat()
         # what the hub itself cannot read it says, too
-        tells("unreadable" if what in ("is another host's", "is of another format", "names a way out") else "refusing", words if words in "not signed the archive does not match the manifest" else "")
+        tells("unreadable" if what in ("is another host's", "is of another format", "names a way out") else "refusing",
+              words if words in "not signed the archive does not match the manifest" else "")
 deploys(next(COUNT))
 assert heartbeat()["refused"] is None, heartbeat()
 

@@ -286,7 +286,8 @@ with subtest("a host is removed: said, and cleaned up after a while"):
 
 STATE = "/var/lib/ekiben"
 disks = {
-    "hub": (hub, f"tar -C {HUB} --exclude reports --warning=no-file-changed -cf DISK . || [ $? = 1 ]", f"find {HUB}/received {HUB}/hosts/*/release -mindepth 1 -delete; tar -C {HUB} -xf DISK"),
+    "hub": (hub, f"tar -C {HUB} --exclude reports --warning=no-file-changed -cf DISK . || [ $? = 1 ]",
+            f"find {HUB}/received {HUB}/hosts/*/release -mindepth 1 -delete; tar -C {HUB} -xf DISK"),
     "host": (web, f"cd {STATE}; tar -cf DISK . ; readlink -f {PROFILE} > DISK.system",
         f"systemctl stop ekiben-fleet.path ekiben-deliver.path; find {STATE} -mindepth 1 -delete; tar -C {STATE} -xf DISK; "
         f"nix-env --profile {PROFILE} --set $(cat DISK.system); {PROFILE}/bin/switch-to-configuration switch"),

@@ -136,9 +136,12 @@ hub.succeed("systemctl stop nix-daemon.socket nix-daemon.service; chmod 0 /usr/b
 web.succeed("install -m 600 /etc/scenario/identity /root/identity")
 pack = web.succeed("tar -C /etc/scenario -cz system.nix switch-to-configuration systems | base64 -w0").strip()
 # the first system by hand, as on a new machine
-web.succeed("mkdir -p /tmp/first/app; cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /tmp/first; echo 0 > /tmp/first/app/content")
+web.succeed("mkdir -p /tmp/first/app; "
+            "cp -r /etc/scenario/system.nix /etc/scenario/switch-to-configuration /etc/scenario/systems /tmp/first; "
+            "echo 0 > /tmp/first/app/content")
 expression = '(import /tmp/first/system.nix { name = "web"; app = /tmp/first/app; other = /tmp/first/app; revision = "first"; }).config.system.build.toplevel'
-web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)})", f"{PROFILE}/bin/switch-to-configuration switch")
+web.succeed(f"nix-env --profile {PROFILE} --set $(nix build --impure --no-link --print-out-paths --expr {shlex.quote(expression)})",
+            f"{PROFILE}/bin/switch-to-configuration switch")
 HOST_KEY = hub.succeed("ssh-keygen -y -f /etc/ssh/ssh_host_ed25519_key").strip()
 for user, place in (("deploy", "sftp://ekiben-publisher@hub:2222"), ("alice", "sftp://the-hub/")):
     desk.succeed(
@@ -215,10 +218,12 @@ with subtest("who publishes can do nothing else at the hub"):
     for command in (
         "ls hosts/web/files", "get hosts/web/files/index.json /tmp/index.json", "ls hosts/web/reports", "ls home", "put /tmp/x hosts/web/reports/x",
         "put /tmp/x hosts/web/files/x", "put /tmp/x hosts/web/x", "put /tmp/x hosts/x", "put /tmp/x x", "put /tmp/x received/x", "put /tmp/x received/web/x",
-        "put /tmp/x received/web/heartbeat.json", "put /tmp/x home/x", "rm received/web/heartbeat.json", "rename received/web/heartbeat.json hosts/web/release/h",
+        "put /tmp/x received/web/heartbeat.json", "put /tmp/x home/x", "rm received/web/heartbeat.json",
+        "rename received/web/heartbeat.json hosts/web/release/h",
         "rename hosts/web/release hosts/web/old", "rename hosts/web hosts/old", "mkdir hosts/db", "mkdir hosts/web/release/d", "rmdir hosts/web/release",
         "ln -s /etc hosts/web/release/l", "ln received/web/heartbeat.json hosts/web/release/l", "chmod 777 hosts/web/release/manifest.json",
-        "chown 0 hosts/web/release/manifest.json", "get /etc/passwd /tmp/p", "get ../../../etc/passwd /tmp/p", "get /etc/ssh/authorized_keys.d/ekiben-publisher /tmp/p",
+        "chown 0 hosts/web/release/manifest.json", "get /etc/passwd /tmp/p", "get ../../../etc/passwd /tmp/p",
+        "get /etc/ssh/authorized_keys.d/ekiben-publisher /tmp/p",
         "put /tmp/x /etc/ssh/authorized_keys.d/ekiben-publisher", "mkdir .ssh",
     ):
         said = desk.fail(sftp(command))
@@ -260,7 +265,8 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
     runs = ["x\n!touch /tmp/owned\n-lpwd", "../outside", "../../../received/outside", outside, newest]
     for index in (json.dumps({"reports": runs}), json.dumps({"reports": runs * 300}), "{"):
         desk.succeed(f"printf %s {shlex.quote(index)} > /tmp/received.json; chmod 644 /tmp/received.json")
-        desk.succeed(sftp("put /tmp/received.json hosts/web/release/evil", "rename hosts/web/release/evil hosts/web/release/received.json", "put /tmp/received.json hosts/web/release/received.json.new"))
+        desk.succeed(sftp("put /tmp/received.json hosts/web/release/evil", "rename hosts/web/release/evil hosts/web/release/received.json",
+                          "put /tmp/received.json hosts/web/release/received.json.new"))
         assert "activating the configuration" in desk.succeed(fleet("log web", "alice"))
         # the hub puts that right, and goes on
         hub.wait_until_succeeds(f"jq -e '.reports[-1] == \"{newest}\" and (.reports | length) < 10' {RELEASE}/received.json")
@@ -268,9 +274,11 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
     # names that are none, and one that many have waited for
     odd = ['x\\".sent', 'x\\".tar.gz', "*.sent", "a b.tar.gz", "-rf.tar.gz", f"{'0' * 64}.tar.gz", "0b6f5d0c-7b9a-4c8e-9a51-000000000000.manifest.json.sent"]
     desk.succeed(sftp(*(f'put /tmp/x "hosts/web/release/{name}"' for name in odd)))
-    hub.succeed(f"touch $'{RELEASE}/x\\n!touch owned\\n.sent' $'{RELEASE}/sftp> # x\\n.tar.gz'; chown ekiben-publisher {RELEASE}/*; touch -d '2 hours ago' {RELEASE}/{'0' * 64}.tar.gz")
+    hub.succeed(f"touch $'{RELEASE}/x\\n!touch owned\\n.sent' $'{RELEASE}/sftp> # x\\n.tar.gz'; chown ekiben-publisher {RELEASE}/*; "
+                f"touch -d '2 hours ago' {RELEASE}/{'0' * 64}.tar.gz")
     published_before = manifest()
-    for changes in ({"id": "../../../../received/outside"}, {"id": outside}, {"sequence": 2**64 - 1}, {"sequence": 2 * 10**12}, {"host": "db"}, {"sequence": 4 * 10**9}):
+    for changes in ({"id": "../../../../received/outside"}, {"id": outside}, {"sequence": 2**64 - 1}, {"sequence": 2 * 10**12},
+                    {"host": "db"}, {"sequence": 4 * 10**9}):
         forged = json.dumps({"manifest": json.dumps({**published_before, **changes}), "signature": None})
         desk.succeed(f"printf %s {shlex.quote(forged)} > /tmp/manifest.json; chmod 644 /tmp/manifest.json")
         desk.succeed(sftp("put /tmp/manifest.json hosts/web/release/evil", "rename hosts/web/release/evil hosts/web/release/manifest.json"))
@@ -396,7 +404,8 @@ with subtest("a hub that was restored, or built anew, is noticed, and goes on wi
 
 with subtest("a directory that is synced in any order: the host waits for what is missing"):
     # once from there, for what the numbers go on from
-    desk.succeed(by("deploy", "mkdir -p ~/served/hosts/web/reports"), sftp("lcd /home/deploy/served", "get -R received", "lcd hosts/web", "get -R hosts/web/release"))
+    desk.succeed(by("deploy", "mkdir -p ~/served/hosts/web/reports"),
+                 sftp("lcd /home/deploy/served", "get -R received", "lcd hosts/web", "get -R hosts/web/release"))
     number, content = manifest()["sequence"], change()
     newer = published(desk.succeed(fleet("--directory /home/deploy/served deploy")))
     assert newer > number
@@ -454,7 +463,9 @@ with subtest("the hub tells of all hosts at once: who looks asks for no single o
 with subtest("a job publishes by the script in the manual, and reads what came of each host"):
     with open("src/fleet/README.md") as manual:
         script = "#!/bin/sh\n# publish.sh" + manual.read().split("#!/bin/sh\n# publish.sh")[1].split("```")[0]
-    desk.succeed(by("deploy", f"printf %s {shlex.quote(script)} > ~/publish.sh; jq '.signingKey = \"~/.ssh/fleet-signer\"' fleet.json > new; mv new fleet.json"))
+    desk.succeed(by("deploy",
+                    f"printf %s {shlex.quote(script)} > ~/publish.sh; jq '.signingKey = \"~/.ssh/fleet-signer\"' fleet.json > new; "
+                    "mv new fleet.json"))
     line = shlex.quote(f"[hub]:2222 {HOST_KEY}")
     job = f"PUBLISHER_KEY=$(cat /etc/scenario/deploy) SIGNING_KEY=$(cat /etc/scenario/other) HUB_KEY={line} sh ~/publish.sh web 2> ~/said"
     content = change()

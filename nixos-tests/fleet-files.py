@@ -165,7 +165,8 @@ def offer(*changes):
 def picture():
     """All files that are there but for the good ones; a directory's size changes with what is in it."""
     places = f"/etc /root /home /run/systemd/system /run/fleet-secrets {SECRETS}/* /var/lib"
-    lines = web.succeed(f"find {places} -path /var/lib/ekiben -prune -o -path '*/journal' -prune -o -path {SECRETS} -o -printf '%p %m %u %g %s\\n'").splitlines()
+    lines = web.succeed(f"find {places} -path /var/lib/ekiben -prune -o -path '*/journal' -prune -o "
+                        f"-path {SECRETS} -o -printf '%p %m %u %g %s\\n'").splitlines()
     return {line for line in lines if f"{SECRETS}/good" not in line}
 
 
@@ -177,12 +178,14 @@ with subtest("a hub in wrong hands can put files where it may, and nowhere else"
     places = (
         "/etc/evil", "etc/evil", "/", "", f"{SECRETS}", f"{SECRETS}/", f"{SECRETS}/../evil", f"{SECRETS}/a/../../../../etc/evil", "/var/lib/secrets-evil/evil",
         f"{SECRETS}/theirs/evil", f"{SECRETS}/everybodys/evil", f"{SECRETS}/link/evil", f"{SECRETS}/link/shadow", f"{SECRETS}/directory", f"{SECRETS}/dangling",
-        f"{SECRETS}/fifo", f"{SECRETS}/fifo/evil", f"{SECRETS}/.ekiben", f"{SECRETS}/.ekiben.new", f"{SECRETS}/.ekiben/evil", f"{SECRETS}/{'x' * 300}", f"{SECRETS}/nul\0", "/proc/self/evil",
+        f"{SECRETS}/fifo", f"{SECRETS}/fifo/evil", f"{SECRETS}/.ekiben", f"{SECRETS}/.ekiben.new", f"{SECRETS}/.ekiben/evil",
+        f"{SECRETS}/{'x' * 300}", f"{SECRETS}/nul\0", "/proc/self/evil",
         f"{SECRETS}/{'d/' * 20}evil", f"{SECRETS}/new/{'x' * 256}", f"{SECRETS}/new/{'x' * 256}/evil", f"{SECRETS}/{'d/' * 500}evil",
         f"{KEPT}/evil", "/var/lib/ekiben/runs/fleet.json", "/run/systemd/system/evil.service", "/home/deploy/evil", "/root/.ssh/authorized_keys",
     )
     others = (
-        {"mode": "4755"}, {"mode": "02755"}, {"mode": "-1"}, {"mode": "rwx"}, {"mode": ""}, {"owner": "nobody else"}, {"owner": ""}, {"owner": "0"}, {"group": "none"},
+        {"mode": "4755"}, {"mode": "02755"}, {"mode": "-1"}, {"mode": "rwx"}, {"mode": ""}, {"owner": "nobody else"}, {"owner": ""},
+        {"owner": "0"}, {"group": "none"},
         {"sha256": "0" * 64},
     )
     # what it had before is gone
@@ -290,7 +293,8 @@ with subtest("the unit that does it can do what it is for, and nothing else"):
     # of its own, and gone with it
     scratch = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/dev")
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in scratch))} == {
-        *(f"write {place}" for place in (SECRETS, f"{SECRETS}/deep", f"{SECRETS}/deep/er", "/run/fleet-secrets", "/var/lib/ekiben/files", "/var/lib/ekiben/outbox/fleet")),
+        *(f"write {place}" for place in (SECRETS, f"{SECRETS}/deep", f"{SECRETS}/deep/er", "/run/fleet-secrets", "/var/lib/ekiben/files",
+                                         "/var/lib/ekiben/outbox/fleet")),
         *(f"read {path}" for path in ("/etc/shadow", "/root/secret", f"{KEPT}/index.json", "/var/lib/ekiben/files/fleet.json")),
         "chown",
     }, could

@@ -76,7 +76,8 @@ with subtest("a fleet with a web server is set up"):
     found_fleet(hub, {web: "web", db: "db"})
     for name in ("web", "db"):
         write(hub, f"/srv/fleet/hosts/{name}/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.{name} = {system(name)}; }}; }}")
-    hub.succeed("cd /etc/nginx; rm -f sites-enabled/*; for ca in ca other; do openssl req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=$ca -keyout $ca.key 2> /dev/null > $ca; done")
+    hub.succeed("cd /etc/nginx; rm -f sites-enabled/*; for ca in ca other; "
+                "do openssl req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=$ca -keyout $ca.key 2> /dev/null > $ca; done")
     certify("good", "hub")
     certify("stranger", "hub", ca="other")
     certify("elsewhere", "elsewhere")
@@ -114,7 +115,8 @@ with subtest("a host can do nothing there but what it may"):
     for expected, arguments in (
         ("200", "/web/release/manifest.json"), ("403", "/db/release/manifest.json"), ("403", f"/db/release/{archive}.tar.gz"),
         ("404", "/web/release/received.json"), ("404", "/web/files/index.json"), ("404", "/known.json"), ("403", "/web/reports/heartbeat.json"),
-        ("403", "/db/reports/heartbeat.json -T /etc/hostname"), ("404", "/web/release/x -T /etc/hostname"), ("405", "/web/release/manifest.json -T /etc/hostname"),
+        ("403", "/db/reports/heartbeat.json -T /etc/hostname"), ("404", "/web/release/x -T /etc/hostname"),
+        ("405", "/web/release/manifest.json -T /etc/hostname"),
         ("403", "/web/reports/heartbeat.json -X DELETE"), ("403", "/web/reports/../../db/reports/x -T /etc/hostname --path-as-is"),
     ):
         assert web.succeed(f"{curl}{arguments}").strip() == expected, arguments
@@ -181,7 +183,8 @@ with subtest("whatever a server answers: the host says why, stays as it is, and 
         # that is an answer
         assert web.execute("ekiben reach fleet")[0] == 0, odd
     for certificate, words in (
-        ("stranger", "unable to get local issuer certificate"), ("elsewhere", "no alternative certificate subject name matches"), ("expired", "certificate has expired"),
+        ("stranger", "unable to get local issuer certificate"), ("elsewhere", "no alternative certificate subject name matches"),
+        ("expired", "certificate has expired"),
     ):
         serve(certificate=certificate)
         fails(words)
@@ -199,7 +202,8 @@ with subtest("who has the server can make no release"):
     hub.succeed(fleet("deploy web"))
     hub.succeed(f"cp -a {RELEASE} /srv/release", f"sed -i 's/web/bew/' {RELEASE}/manifest.json")
     fails("signed by none of `signers`")
-    hub.succeed(f"cp -a /srv/release/manifest.json {RELEASE}; for file in {RELEASE}/*.tar.gz; do printf x | dd of=$file conv=notrunc bs=1 seek=99 2> /dev/null; done")
+    hub.succeed(f"cp -a /srv/release/manifest.json {RELEASE}; for file in {RELEASE}/*.tar.gz; "
+                "do printf x | dd of=$file conv=notrunc bs=1 seek=99 2> /dev/null; done")
     fails("the archive does not match the manifest")
     hub.succeed(f"rm {RELEASE}/*.tar.gz")
     fails("the hub does not have its archive")

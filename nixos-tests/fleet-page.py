@@ -10,7 +10,8 @@ EVIL = "</p><script>document.title='evil'</script><img src=x onerror=\"document.
 def release(host, number, expires):
     """Has the hub offer a release to a host."""
     manifest = {
-        "format": 1, "host": host, "id": f"{number:064x}", "sequence": number, "sha256": "0" * 64, "size": 0, "attr": None, "toplevel": None, "published": NOW - 4000, "expires": expires, "commit": None, "author": EVIL, "summary": EVIL,
+        "format": 1, "host": host, "id": f"{number:064x}", "sequence": number, "sha256": "0" * 64, "size": 0, "attr": None,
+        "toplevel": None, "published": NOW - 4000, "expires": expires, "commit": None, "author": EVIL, "summary": EVIL,
         "dirty": False,
     }
     write(hub, f"{SERVED}/hosts/{host}/release/manifest.json", json.dumps({"manifest": json.dumps(manifest), "signature": None}))
@@ -66,7 +67,9 @@ with subtest("a publisher has the same page by a command, whose exit status is t
 
 with subtest("a browser shows it, on a desk and on a phone, dark and light"):
     browser = "env HOME=/tmp chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars"
-    for name, options in (("desk", "--window-size=1200,800"), ("dark", "--window-size=1200,800 --force-dark-mode --blink-settings=preferredColorScheme=0"), ("phone", "--window-size=500,900")):
+    for name, options in (("desk", "--window-size=1200,800"),
+                          ("dark", "--window-size=1200,800 --force-dark-mode --blink-settings=preferredColorScheme=0"),
+                          ("phone", "--window-size=500,900")):
         hub.succeed(f"timeout 120 {browser} {options} --screenshot=/tmp/fleet-page-{name}.png file://{PAGE} 2>&1")
         hub.copy_from_vm(f"/tmp/fleet-page-{name}.png")
     # it has run nothing
@@ -99,7 +102,9 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
                 "interval": "1m",
                 "input_series": [{"series": f'ekiben_{series.replace("@", labels)}', "values": values} for series, values in given.items()],
                 "alert_rule_test": [
-                    {"eval_time": at, "alertname": f"EkibenHost{alert}", "exp_alerts": [{"exp_labels": {"instance": "hub:9100", "host": "web", **more}, "exp_annotations": {"summary": summary(alert)}}] if fires else []}
+                    {"eval_time": at, "alertname": f"EkibenHost{alert}",
+                     "exp_alerts": [{"exp_labels": {"instance": "hub:9100", "host": "web", **more},
+                                     "exp_annotations": {"summary": summary(alert)}}] if fires else []}
                     for at, alert, fires, more in expected
                 ],
             }

@@ -175,7 +175,8 @@ attempt("limits", lambda: s.extended("limits@openssh.com"))
     }, could
     # and with OpenSSH's client
     a.succeed(
-        "cd /tmp; echo report > report.json; printf '%s\\n' 'get release/manifest.json' 'put report.json reports/r.json.new' 'rename reports/r.json.new reports/r.json' 'ls -l reports' > batch",
+        "cd /tmp; echo report > report.json; printf '%s\\n' "
+        "'get release/manifest.json' 'put report.json reports/r.json.new' 'rename reports/r.json.new reports/r.json' 'ls -l reports' > batch",
         "cd /tmp; sftp -b batch fleet-a@hub; grep -x 'manifest of a' manifest.json",
         "cd /tmp; scp fleet-a@hub:release/1.tar.gz .; scp report.json fleet-a@hub:reports/s.json; grep -x 'archive of a' 1.tar.gz",
     )
@@ -261,7 +262,8 @@ attempt("users-groups-by-id", lambda: s.extended("users-groups-by-id@openssh.com
 ''')
     tried += denied({name: result for name, result in could.items()}, "Permission denied")
     # OpenSSH's client, too
-    for command in ("rm reports/r.json", "mkdir reports/d", "ln -s /etc reports/l", "ln reports/r.json reports/l", "chmod 777 reports/r.json", "chown 0 reports/r.json", "rm release/manifest.json"):
+    for command in ("rm reports/r.json", "mkdir reports/d", "ln -s /etc reports/l", "ln reports/r.json reports/l",
+                    "chmod 777 reports/r.json", "chown 0 reports/r.json", "rm release/manifest.json"):
         a.fail(f"cd /tmp; echo {shlex.quote(command)} | sftp -b - fleet-a@hub")
         tried += 1
 
@@ -299,7 +301,8 @@ with subtest("no way through the hub: ports, sockets, agent, X11, tunnel"):
         ("-L /tmp/local.sock:/run/dbus/system_bus_socket", a, f"python3 -c {shlex.quote(talk.replace('PATH', repr('/tmp/local.sock')))}", "open failed"),
         ("-R 9003:127.0.0.1:8001", hub, f"{fetch}:9003/", "remote port forwarding failed"),
         ("-R 9004", hub, f"{fetch}:8001/ --socks5-hostname 127.0.0.1:9004", "remote port forwarding failed"),
-        ("-R /tmp/remote.sock:/run/dbus/system_bus_socket", hub, f"python3 -c {shlex.quote(talk.replace('PATH', repr('/tmp/remote.sock')))}", "remote port forwarding failed"),
+        ("-R /tmp/remote.sock:/run/dbus/system_bus_socket", hub,
+         f"python3 -c {shlex.quote(talk.replace('PATH', repr('/tmp/remote.sock')))}", "remote port forwarding failed"),
     ):
         # what the administrator's users may do shows that the attempt is a real one
         for login in (f"{ALICE} alice@hub", "fleet-a@hub"):
@@ -427,7 +430,8 @@ for path in ("hosts/a/files/index.json", "hosts/a/reports/heartbeat.json", "/etc
     attempt(f"read {path}", lambda: s.read(path))
 for path in ("hosts/a/files", "hosts/a/reports", "home", "/etc"):
     attempt(f"list {path}", lambda: s.list(path))
-for path in ("x", "hosts/x", "hosts/a/x", "hosts/a/files/x", "hosts/a/reports/x", "received/x", "home/x", "home/.ssh/authorized_keys", "/etc/ssh/authorized_keys.d/fleet-a"):
+for path in ("x", "hosts/x", "hosts/a/x", "hosts/a/files/x", "hosts/a/reports/x", "received/x",
+             "home/x", "home/.ssh/authorized_keys", "/etc/ssh/authorized_keys.d/fleet-a"):
     attempt(f"write {path}", lambda: s.write(path, b"x"))
 target = "hosts/a/release/manifest.json"
 attempt("chmod", lambda: s.request(9, text(target), MODE(0o6777)))
@@ -487,7 +491,9 @@ with subtest("without its file system a host can leave nothing"):
 with subtest("a file that changes is served anew, one that is gone stays, neither is ever in sight of others"):
     hub.succeed("umask 077; echo new secret of a > /root/secrets/a.new; mv /root/secrets/a.new /root/secrets/a", "systemctl start ekiben-hub-files.service")
     index = json.loads(sftp(a, 'attempt("index", lambda: s.read("files/index.json"))')["index"])
-    could = sftp(a, f'attempt("file", lambda: s.read("files/{index[0]["file"]}"))\nattempt("list", lambda: s.list("files"))\nattempt("old", lambda: s.read("files/{file}"))')
+    could = sftp(a,
+                 f'attempt("file", lambda: s.read("files/{index[0]["file"]}"))\nattempt("list", lambda: s.list("files"))\n'
+                 f'attempt("old", lambda: s.read("files/{file}"))')
     assert could == {"file": "new secret of a\n", "list": sorted([index[0]["file"], "index.json"]), "old": "refused: No such file"}, could
     hub.succeed("rm /root/secrets/b")
     hub.fail("systemctl start ekiben-hub-files.service")
@@ -512,7 +518,8 @@ with subtest("the units of the hub can do what they are for, and nothing else"):
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in scratch))} == {
         # root's own directories there, and every source
         *(f"write {HUB}/hosts{place}" for place in ("", "/.removed", "/a", "/a/files", "/b", "/b/files")),
-        *(f"read {path}" for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json", f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret")),
+        *(f"read {path}" for path in ("/etc/shadow", "/root/secrets/a", f"{HUB}/hosts/a/files/index.json",
+                                      f"{HUB}/hosts/a/reports/heartbeat.json", "/home/alice/secret")),
     }, could
     could = take_over(hub, "ekiben-hub-collect", READS, MORE)
     assert {what for what in could if not what.startswith(tuple(f"write {place}" for place in (*scratch, "/run/lock")))} == {

@@ -8,7 +8,8 @@ def push(message, signed=True):
     """Commits what is in the developer's clone, and pushes it; returns the commit."""
     sign = "-c gpg.format=ssh -c user.signingkey=/home/deploy/committer" if signed else ""
     option = "-S" if signed else "--no-gpg-sign"
-    return hub.succeed(as_deploy(f"cd /srv/work; git add --all; git {sign} commit -q {option} -m {shlex.quote(message)}; git push -q; git rev-parse HEAD")).strip()
+    return hub.succeed(as_deploy(f"cd /srv/work; git add --all; git {sign} commit -q {option} -m {shlex.quote(message)}; git push -q; "
+                                 "git rev-parse HEAD")).strip()
 
 
 def change(directory, trouble="none"):
@@ -53,7 +54,8 @@ def check_shown(content):
 
 with subtest("a fleet is set up, with an upstream"):
     settings = found_fleet(hub, {db: "db", plain: "plain", web: "web"})
-    hub.succeed("install -m 600 /etc/scenario/signer /root/signer; rm /home/deploy/signer; install -m 600 -o deploy /etc/scenario/committer /home/deploy/committer")
+    hub.succeed("install -m 600 /etc/scenario/signer /root/signer; rm /home/deploy/signer; "
+                "install -m 600 -o deploy /etc/scenario/committer /home/deploy/committer")
     del settings["signingKey"]
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"groups": {"flakes": ["db", "web"]}}))
     hub.succeed("mkdir -p /srv/upstream.git /srv/work; chown deploy: /srv/upstream.git /srv/work")
@@ -62,11 +64,15 @@ with subtest("a fleet is set up, with an upstream"):
         hub.succeed(as_deploy(f"git init -qb main /srv/{name}"))
         publish(hub, name, "1")
     write(hub, "/srv/fleet/hosts/db/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.db = {system('db')}; }}; }}")
-    write(hub, "/srv/fleet/hosts/web/flake.nix", """{ inputs.elsewhere = { url = "git+file:///srv/app"; flake = false; }; inputs.other = { url = "git+file:///srv/other"; flake = false; };
-        outputs = { self, elsewhere, other }: { nixosConfigurations.web = import ./web/system.nix { name = "web"; app = ./app; inherit other; revision = "none"; }; }; }""")
+    write(hub, "/srv/fleet/hosts/web/flake.nix", """{ inputs.elsewhere = { url = "git+file:///srv/app"; flake = false; };
+        inputs.other = { url = "git+file:///srv/other"; flake = false; };
+        outputs = { self, elsewhere, other }: {
+            nixosConfigurations.web = import ./web/system.nix { name = "web"; app = ./app; inherit other; revision = "none"; };
+        }; }""")
     write(hub, "/srv/fleet/hosts/plain/configuration.nix", f"({system('plain')}).module")
     hub.succeed(as_deploy("cd /srv/fleet/hosts/web; nix flake lock path:."))
-    hub.succeed(as_deploy("""git init -q --bare --initial-branch=main /srv/upstream.git; cd /srv/fleet; git init -qb main; git add --all; git commit -qm initial;
+    hub.succeed(as_deploy("""git init -q --bare --initial-branch=main /srv/upstream.git;
+        cd /srv/fleet; git init -qb main; git add --all; git commit -qm initial;
         git remote add origin /srv/upstream.git; git push -qu origin main; git clone -q /srv/upstream.git /srv/work"""))
     content = {name: change(name) for name in HOSTS}
 
@@ -139,7 +145,8 @@ with subtest("inputs are updated in one commit, those alone that may be, in whic
     web.succeed(f"base64 -d <<< {pack} | tar -C /srv -xz; chown -R ekiben-fleet /srv/app /srv/other")
     ended = post()
     assert (ended["result"], ended["base"]) == ("deployed", base), ended
-    changed = hub.succeed(as_deploy("cd /srv/fleet; git diff --stat=200 HEAD~ HEAD; git log -1 --format=%s%n%P; git diff HEAD~ HEAD | grep '^[+-] .*rev\"'")).strip()
+    changed = hub.succeed(as_deploy("cd /srv/fleet; git diff --stat=200 HEAD~ HEAD; git log -1 --format=%s%n%P; "
+                                    "git diff HEAD~ HEAD | grep '^[+-] .*rev\"'")).strip()
     assert "hosts/web/flake.lock" in changed and "1 file changed" in changed and f"update other\n{base}" in changed, changed
     assert changed.count('"rev"') == 2, changed
     check_shown(content)
@@ -270,7 +277,8 @@ with subtest("your edits stay yours, and are not published"):
 
 with subtest("the key is there for the unit that publishes, and for nothing that evaluates or builds"):
     # what is evaluated tells what it sees of the machine
-    write(hub, "/srv/work/hosts/plain/configuration.nix", f"builtins.trace \"seen: ${{toString (builtins.attrNames (builtins.readDir /run))}}\" ({system('plain')}).module")
+    write(hub, "/srv/work/hosts/plain/configuration.nix",
+          f"builtins.trace \"seen: ${{toString (builtins.attrNames (builtins.readDir /run))}}\" ({system('plain')}).module")
     content = {name: change(name) for name in HOSTS}
     push("a spy")
     hub.succeed(f"flock {DIRECTORY}/received/plain sleep 1000 > /dev/null 2>&1 & echo $! > /tmp/holder")
@@ -279,8 +287,11 @@ with subtest("the key is there for the unit that publishes, and for nothing that
     hub.wait_until_succeeds(f"cat {key} | cmp - /root/signer")
     # a program of the repository's, in the place of those that evaluate and build, while the key is there
     hub.succeed(
-        "sed '/^ExecStart=/d; /^ExecStopPost=/d; /^StateDirectory=/d; /^CacheDirectory=/d' /etc/systemd/system/ekiben-publish.service > /run/systemd/system/ekiben-spy.service",
-        f"mkdir /run/systemd/system/ekiben-spy.service.d; echo \"[Service]\nExecStart=/bin/sh -c 'cat /run/credentials/*/*; cat /root/signer; cat /proc/*/root/run/credentials/*/*; ls -d /run/*; id -un; true'\" > /run/systemd/system/ekiben-spy.service.d/spy.conf",
+        "sed '/^ExecStart=/d; /^ExecStopPost=/d; /^StateDirectory=/d; "
+        "/^CacheDirectory=/d' /etc/systemd/system/ekiben-publish.service > /run/systemd/system/ekiben-spy.service",
+        "mkdir /run/systemd/system/ekiben-spy.service.d; "
+        "echo \"[Service]\nExecStart=/bin/sh -c 'cat /run/credentials/*/*; cat /root/signer; "
+        "cat /proc/*/root/run/credentials/*/*; ls -d /run/*; id -un; true'\" > /run/systemd/system/ekiben-spy.service.d/spy.conf",
         "systemctl daemon-reload; systemctl start ekiben-spy.service; journalctl --sync",
     )
     said = hub.succeed("journalctl -q -u ekiben-spy -o cat")

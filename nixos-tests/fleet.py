@@ -63,14 +63,19 @@ with subtest("a timer that finds nothing new leaves a heartbeat, and no run begi
     state, manifest = "/var/lib/ekiben/instances/fleet", "/var/lib/ekiben-hub/hosts/web/release/manifest.json"
     of_hub = f"cp -p {manifest} /root/manifest", f"cp -p /root/manifest {manifest}"
     cases = {
-        "the hub has another key": (hub, "cp /etc/ssh/ssh_host_ed25519_key /root/key; ssh-keygen -qt ed25519 -N '' -f /root/other; install -m 600 /root/other /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd", "install -m 600 /root/key /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd", "failed"),
+        "the hub has another key": (hub,
+                                    "cp /etc/ssh/ssh_host_ed25519_key /root/key; ssh-keygen -qt ed25519 -N '' -f /root/other; "
+                                    "install -m 600 /root/other /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd",
+                                    "install -m 600 /root/key /etc/ssh/ssh_host_ed25519_key; systemctl restart sshd", "failed"),
         "the hub has nothing": (hub, f"{of_hub[0]}; rm {manifest}", of_hub[1], "failed"),
         "the hub has something else": (hub, f"{of_hub[0]}; sed -i 's/published/Published/' {manifest}", of_hub[1], "failed"),
         "other settings": (web, f"echo >> {state}/accepted", "true", "unchanged"),
         "nothing is known of it": (web, f"rm {state}/accepted", "true", "unchanged"),
         "what was seen was forgotten": (web, "ekiben forget-releases fleet", "true", "unchanged"),
         "no key": (web, "mv /root/identity /root/away", "mv /root/away /root/identity", "failed"),
-        "the repository is elsewhere": (web, f"runuser -u ekiben-fleet -- git -C {state}/repository -c user.name=a -c user.email=a commit -q --allow-empty -m odd", f"runuser -u ekiben-fleet -- git -C {state}/repository reset -q --hard HEAD^", "deployed"),
+        "the repository is elsewhere": (web,
+                                        f"runuser -u ekiben-fleet -- git -C {state}/repository -c user.name=a -c user.email=a commit -q --allow-empty -m odd",
+                                        f"runuser -u ekiben-fleet -- git -C {state}/repository reset -q --hard HEAD^", "deployed"),
     }
     for case, (machine, make, unmake, result) in cases.items() if is_host(web) else ():
         machine.succeed(make)
@@ -196,7 +201,8 @@ with subtest("a host fails for a reason of its own, and needs another run"):
 with subtest("a host that is held is not silent: its hub is told until when, by whom and what for"):
     # root speaks for who has used sudo
     db.succeed("SUDO_USER=alice ekiben hold fleet 2h --reason 'the annual audit'")
-    hub.succeed("systemctl start ekiben-hub-collect.service", f"find /var/lib/ekiben-hub -path '*/db/*' -name heartbeat.json -exec touch -d '2 hours ago' {{}} +")
+    hub.succeed("systemctl start ekiben-hub-collect.service",
+                "find /var/lib/ekiben-hub -path '*/db/*' -name heartbeat.json -exec touch -d '2 hours ago' {} +")
     assert states(hub)["db"] == "silent"
     before = runs(db, "fleet")
     db.succeed("systemctl start ekiben-fleet.service")

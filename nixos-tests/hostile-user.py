@@ -67,9 +67,12 @@ CANDIDATES = (
     ("a store path that is no system", f"ln -sfn {NOT_A_SYSTEM} candidate", "not a directory"),
     ("a store path that is a link out of the store", store_path("ln -s /tmp/evil $made"), "not a directory"),
     ("a store path that is a link to a system", store_path("ln -s $(readlink /run/current-system) $made"), "not a directory"),
-    ("a system whose program is outside", store_path("cp -r /tmp/evil $made; ln -sf /tmp/evil/bin/switch-to-configuration $made/bin/"), "leads out of the store"),
+    ("a system whose program is outside", store_path("cp -r /tmp/evil $made; ln -sf /tmp/evil/bin/switch-to-configuration $made/bin/"),
+     "leads out of the store"),
     ("a system whose programs are outside", store_path("cp -r /tmp/evil $made; rm -r $made/bin; ln -s /tmp/evil/bin $made/bin"), "leads out of the store"),
-    ("a system by way of a link outside", store_path("cp -r /tmp/evil $made; ln -sfn $(readlink /run/current-system) /tmp/way; ln -sf /tmp/way/init $made/init"), "leads out of the store"),
+    ("a system by way of a link outside",
+     store_path("cp -r /tmp/evil $made; ln -sfn $(readlink /run/current-system) /tmp/way; ln -sf /tmp/way/init $made/init"),
+     "leads out of the store"),
     ("a link to a link", "ln -sfn $(readlink candidate) /tmp/link; ln -sfn /tmp/link candidate", "not a store path"),
     ("an argument", "ln -sfn -- --delete candidate", "not a store path"),
     ("a file", "rm candidate; echo /run/current-system > candidate", "Failed to read the candidate"),
@@ -99,9 +102,11 @@ for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES
 # on hosts alone
 with subtest("what the notes say does not forge the journal, or steer a terminal"):
     forged = r"a\\nekiben: forged line\\u001b[2J"
-    command = f"cd {OWN}; sed -i 's/\"failure\":null/\"failure\":{{\"stage\":\"build\",\"message\":\"{forged}\",\"tail\":[\"{forged}\"],\"transient\":false}}/; s/\"proposal\":{{/\"proposal\":null,\"was\":{{/' notes.json"
+    command = (f"cd {OWN}; sed -i 's/\"failure\":null/\"failure\":{{\"stage\":\"build\",\"message\":\"{forged}\","
+               f"\"tail\":[\"{forged}\"],\"transient\":false}}/; s/\"proposal\":{{/\"proposal\":null,\"was\":{{/' notes.json")
     attempt("activate: begun", command, "")
-    machine.fail("journalctl -u ekiben-app -o cat | grep '^ekiben: forged'", "(ekiben status app || true) | grep -P '\\x1b'", "(ekiben status app || true) | grep '^ekiben: forged'")
+    machine.fail("journalctl -u ekiben-app -o cat | grep '^ekiben: forged'", "(ekiben status app || true) | grep -P '\\x1b'",
+                 "(ekiben status app || true) | grep '^ekiben: forged'")
 
 for place in ("flake.lock", "index", "notes.json", "candidate"):
     with subtest(f"{place} in the state directory is a link to root's file"):

@@ -87,7 +87,8 @@ BROKEN = {
     "git://forge/app?ref=main": [GIT, RENAMED, move("app"), NO_NAME],
     "git://forge/app": [GIT, NO_NAME],
     "git://forge/app?ref=main&shallow=1": [GIT],
-    "git+ssh://deploy@forge/srv/app?ref=main": [SSHD, hide("known_hosts", "Host key verification failed"), OTHER_KEY, hide("authorized_keys", "Permission denied")],
+    "git+ssh://deploy@forge/srv/app?ref=main": [SSHD, hide("known_hosts", "Host key verification failed"), OTHER_KEY,
+                                                hide("authorized_keys", "Permission denied")],
     "git+http://forge:8000/git/app?ref=main": [HTTP, answers(401), answers(404), answers(500), RENAMED],
     "git+file:///srv/app": [move("app")],
     "git+file:///srv/bare?ref=main": [move("bare")],
@@ -183,7 +184,8 @@ with subtest("a git that is killed while it fetches"):
     server.succeed("mkdir -p /run/systemd/system/ekiben-app.service.d /opt/bin",
         "printf '#!/bin/sh\\ncase \"$*\" in *\" fetch \"*) : > refs/heads/main.lock; kill -9 $$ ;; "
         "esac\\nexec /usr/bin/git \"$@\"\\n' > /opt/bin/git; chmod +x /opt/bin/git",
-                   "printf '[Service]\\nEnvironment=PATH=/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\\n' > /run/systemd/system/ekiben-app.service.d/git.conf; systemctl daemon-reload")
+                   "printf '[Service]\\nEnvironment=PATH=/opt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\\n' "
+                    "> /run/systemd/system/ekiben-app.service.d/git.conf; systemctl daemon-reload")
     renew()
     fails("Failed to update app")
     server.succeed("rm -r /run/systemd/system/ekiben-app.service.d; systemctl daemon-reload")

@@ -20,7 +20,8 @@ if wanted is None:
     with subtest("a git that is killed has not said no"):
         path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
         drop_in = "/run/systemd/system/ekiben-app.service.d"
-        machine.succeed(f"mkdir -p /opt/killed {drop_in}; printf '[Service]\\nEnvironment=PATH=/opt/killed:{path}\\n' > {drop_in}/test.conf; systemctl daemon-reload")
+        machine.succeed(f"mkdir -p /opt/killed {drop_in}; "
+                        f"printf '[Service]\\nEnvironment=PATH=/opt/killed:{path}\\n' > {drop_in}/test.conf; systemctl daemon-reload")
         for question in ("symbolic-ref HEAD", "--verify --quiet HEAD:", "config --get branch.main.merge", "merge-base --is-ancestor"):
             before = prepare_trial(str(next(COUNT)))
             script = f"#!/bin/sh\ncase \"$*\" in *'{question}'*) kill -KILL $$;; esac\nexec {machine.succeed('command -v git').strip()} \"$@\"\n"

@@ -214,7 +214,8 @@ if STAND_IN:
         for steps, results in (
             (elapse, ["unchanged", "deployed"]),
             (elapses("ekiben-look@app"), ["unchanged", "deployed"]),
-            ((kill, "until systemctl show --property SubState --value ekiben-app.service | grep -x stop-post; do sleep 0.1; done", *elapse), ["deployed", "rolledBack"]),
+            ((kill, "until systemctl show --property SubState --value ekiben-app.service | grep -x stop-post; do sleep 0.1; done", *elapse),
+             ["deployed", "rolledBack"]),
             ((*elapse, "systemctl stop --no-block ekiben-app.service"), ["rolledBack"]),
         ):
             begin("activate: switched", "back: begun")

@@ -327,7 +327,8 @@ with subtest("a unit is just being started again when the old system comes back"
     )
     # nervous for a while as soon as it goes back
     follow(server, "app")
-    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -o cat --after-cursor=$(cat /tmp/ekiben-app) | grep \"Rolling back to\"; do sleep 0.2; done; "
+    server.succeed("systemd-run --setenv=PATH=$PATH --unit=calm-down sh -c 'until journalctl -u ekiben-app -o cat "
+                   "--after-cursor=$(cat /tmp/ekiben-app) | grep \"Rolling back to\"; do sleep 0.2; done; "
                    "touch /run/scenario-nervous; systemctl kill scenario-daemon; sleep 3; rm /run/scenario-nervous'")
     publish(server, "app", "sick")
     ended = run(server, "app")
@@ -433,7 +434,8 @@ with subtest("what goes back is killed"):
     program = running(server) + "/bin/switch-to-configuration"
     server.succeed(
         # the first two times
-        f"cp --dereference {program} /tmp/really; printf '%s\n' '#!/bin/sh' 'echo >> /tmp/times' '[ $(wc -l < /tmp/times) -gt 2 ] || kill -KILL $$' > /tmp/killed",
+        f"cp --dereference {program} /tmp/really; "
+        "printf '%s\n' '#!/bin/sh' 'echo >> /tmp/times' '[ $(wc -l < /tmp/times) -gt 2 ] || kill -KILL $$' > /tmp/killed",
         f"echo 'exec -a {program} /tmp/really \"$@\"' >> /tmp/killed; sed -i 1s/sh/bash/ /tmp/killed; chmod +x /tmp/killed; "
         "rm -f /tmp/times",
     )

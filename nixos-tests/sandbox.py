@@ -16,7 +16,8 @@ machine.succeed(
 UID = machine.succeed("id -u deploy").strip()
 PYTHON = machine.succeed("readlink -f $(command -v python3)").strip()
 SOCKETS = [
-    *(f"/run/user/{UID}/{name}" for name in ("docker.sock", "emacs/server", "gnupg/S.gpg-agent", "podman/podman.sock", "sway-ipc.sock", "tmux/default", "wayland-0")),
+    *(f"/run/user/{UID}/{name}" for name in ("docker.sock", "emacs/server", "gnupg/S.gpg-agent", "podman/podman.sock", "sway-ipc.sock",
+                                             "tmux/default", "wayland-0")),
     *("/run/docker.sock", "/run/libvirt/libvirt-sock", "/run/podman/podman.sock", "/run/screens/S-deploy/1.main", "/run/some-service.sock"),
     *("/tmp/tmux-1000/default", "/tmp/.X11-unix/X0", "/var/tmp/some.sock", "/dev/shm/some.sock"),
 ]
@@ -121,7 +122,8 @@ attempt("trace process 1", syscall(101, 16, 1, 0, 0))
 attempt("become root", lambda: os.setuid(0))
 attempt("change groups", lambda: os.setgroups([0]))
 attempt("become root by a setuid program", lambda: 1 / 0 if subprocess.run(["/opt/become", "--reuid=0", "id"], capture_output=True).returncode else None)
-for name, flag in (("mount", 0x20000), ("user", 0x10000000), ("pid", 0x20000000), ("net", 0x40000000), ("uts", 0x4000000), ("ipc", 0x8000000), ("cgroup", 0x2000000)):
+for name, flag in (("mount", 0x20000), ("user", 0x10000000), ("pid", 0x20000000),
+                   ("net", 0x40000000), ("uts", 0x4000000), ("ipc", 0x8000000), ("cgroup", 0x2000000)):
     attempt(f"make a {name} namespace", lambda: (pid := os.fork()) == 0 and os._exit(0 if libc.unshare(flag) == 0 else 1) or os.waitpid(pid, 0)[1] and 1 / 0)
 attempt("mount", call("mount", b"none", b"/tmp", b"tmpfs", 0, None))
 attempt("change root", lambda: os.chroot("/"))
@@ -144,7 +146,8 @@ def buffer(address):
     return (ctypes.c_ulong * 2)(address, 9)
 def memory_of_another(number):
     own = ctypes.create_string_buffer(b"untouched")
-    return call("syscall", ctypes.c_long(number), ctypes.c_long(pid), buffer(ctypes.addressof(own)), ctypes.c_long(1), buffer(CANARY["address"]), ctypes.c_long(1), ctypes.c_long(0))
+    return call("syscall", ctypes.c_long(number), ctypes.c_long(pid), buffer(ctypes.addressof(own)), ctypes.c_long(1),
+                buffer(CANARY["address"]), ctypes.c_long(1), ctypes.c_long(0))
 def of_pidfd():
     fd = libc.syscall(ctypes.c_long(434), ctypes.c_long(pid), ctypes.c_long(0))
     syscall(438, fd, 1, 0)()

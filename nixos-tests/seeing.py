@@ -248,7 +248,8 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
 
     def metric(name, labels=""):
         """A value of the file, or none."""
-        return machine.execute(f"grep -F {shlex.quote('ekiben_' + name + '{name=' + chr(34) + 'app' + chr(34) + labels + '}')} {METRICS}")[1].rpartition(" ")[2].strip()
+        series = f'ekiben_{name}{{name="app"{labels}}}'
+        return machine.execute(f"grep -F {shlex.quote(series)} {METRICS}")[1].rpartition(" ")[2].strip()
 
     assert (metric("last_run_success"), metric("last_run_result", ',result="rolled back"')) == ("0", "1")
     assert metric("last_run_timestamp_seconds") == str(last_run(machine, "app")["finished"])
@@ -278,17 +279,20 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
                 "interval": "1m",
                 "input_series": [{"series": f'ekiben_{series}{{instance="web:9100", name="app"}}', "values": values} for series, values in given.items()],
                 "alert_rule_test": [
-                    {"eval_time": at, "alertname": f"Ekiben{alert}", "exp_alerts": [{"exp_labels": {"instance": "web:9100", "name": "app"}, "exp_annotations": {"summary": summary(alert)}}] if fires else []}
+                    {"eval_time": at, "alertname": f"Ekiben{alert}",
+                     "exp_alerts": [{"exp_labels": {"instance": "web:9100", "name": "app"}, "exp_annotations": {"summary": summary(alert)}}] if fires else []}
                     for at, alert, fires in expected
                 ],
             }
             for given, expected in (
                 ({"last_run_success": "1+0x40 0+0x11000"}, (("30m", "Failing", False), ("2h", "Failing", True))),
                 ({"last_success_timestamp_seconds": "0+0x11000"}, (("71h", "Stale", False), ("74h", "Stale", True))),
-                ({"last_success_timestamp_seconds": "0+0x11000", "hold_end_timestamp_seconds": "540000+0x11000"}, (("74h", "Stale", False), ("151h", "Stale", True))),
+                ({"last_success_timestamp_seconds": "0+0x11000", "hold_end_timestamp_seconds": "540000+0x11000"},
+                 (("74h", "Stale", False), ("151h", "Stale", True))),
                 ({"request_waiting": "1+0x11000"}, (("5h", "Waiting", False), ("7h", "Waiting", True))),
                 ({"request_waiting": "1+0x11000", "hold_end_timestamp_seconds": "540000+0x11000"}, (("7h", "Waiting", False),)),
-                ({"reboot_awaited": "1+0x11000", "drifted": "1+0x11000"}, (("1h", "RebootAwaited", False), ("170h", "RebootAwaited", True), ("2h", "Drifted", True))),
+                ({"reboot_awaited": "1+0x11000", "drifted": "1+0x11000"},
+                 (("1h", "RebootAwaited", False), ("170h", "RebootAwaited", True), ("2h", "Drifted", True))),
             )
         ],
     }
@@ -438,7 +442,7 @@ with subtest("somebody at this machine has it back, though not at once; the hand
     assert shows(machine, "app") == "20"
     undone = status(machine, "app")["undone"]
     # as if a minute had passed
-    machine.succeed(f"cd /var/lib/ekiben/status; jq '.undone.since -= 61' app.json > x; mv x app.json")
+    machine.succeed("cd /var/lib/ekiben/status; jq '.undone.since -= 61' app.json > x; mv x app.json")
     assert run(machine, "app")["result"] == "withheld"
     machine.succeed("ekiben trigger --wait app")
     assert shows(machine, "app") == "22" and undone["commit"] == head(machine)

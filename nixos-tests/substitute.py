@@ -93,7 +93,8 @@ server.succeed(
     "echo extra-substituters = http://ci:8001 >> /etc/nix/nix.conf; "
     f"echo 'extra-trusted-public-keys = {ci.succeed('cat /srv/key.pub').strip()}' >> /etc/nix/nix.conf",
     # as the module has it
-    "printf '%s\n' 'narinfo-cache-negative-ttl = 0' 'always-allow-substitutes = true' 'download-attempts = 1' >> /etc/nix/nix.conf; systemctl restart nix-daemon",
+    "printf '%s\n' 'narinfo-cache-negative-ttl = 0' 'always-allow-substitutes = true' 'download-attempts = 1' >> /etc/nix/nix.conf; "
+    "systemctl restart nix-daemon",
     as_deploy(f"git clone -q http://ci:8000/config.git {REPOSITORY}"),
 )
 rebuild(server)
@@ -121,7 +122,8 @@ with subtest("what is in no cache for long has failed, is not known to be bad, a
     for _ in range(2):
         ended = run(server, "hasty")
         assert (ended["result"], ended["stage"], ended["refused"]) == ("failed", "build", False), ended
-        assert "Failed to fetch server: 2 paths are in no cache yet: part, nixos-system-server-stand-in; waited for 4 s, and nothing is built here" == ended["error"], ended
+        assert ended["error"] == ("Failed to fetch server: 2 paths are in no cache yet: part, nixos-system-server-stand-in; "
+                                  "waited for 4 s, and nothing is built here"), ended
         assert status(server, "hasty")["bad"] is None and differences(before, what_stays(server)) == []
     fill(build())
     ended = run(server, "hasty")
@@ -169,5 +171,6 @@ with subtest("what cannot be evaluated has failed at once"):
     on_ci("sed -i 's/trouble in evaluation/& of nix.settings.max-jobs/' system.nix")
     commit("7", trouble="evaluation")
     ended = run(server, "hasty")
-    assert ended["result"] == "failed" and "trouble in evaluation of nix.settings.max-jobs" in ended["error"] and status(server, "hasty")["bad"] is not None, ended
+    assert ended["result"] == "failed" and "trouble in evaluation of nix.settings.max-jobs" in ended["error"], ended
+    assert status(server, "hasty")["bad"] is not None
     assert builds() == BUILDS

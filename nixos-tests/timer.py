@@ -111,7 +111,8 @@ if is_host(machine):
             "a merge under way": (*by_user("git rev-parse HEAD > .git/MERGE_HEAD", "rm .git/MERGE_HEAD"), ["failed"], ["unchanged"]),
             "an input that is not there": ("mv /srv/other /srv/away", "mv /srv/away /srv/other", ["failed"], ["unchanged"]),
             "no repository": (f"mv {REPOSITORY} /var/away", f"mv /var/away {REPOSITORY}", ["failed"], ["unchanged"]),
-            "the machine runs another system": (f"ln -sfn $(readlink -f {other}) /run/current-system", f"{PROFILE}/bin/switch-to-configuration switch", ["drifted"], ["unchanged"]),
+            "the machine runs another system": (f"ln -sfn $(readlink -f {other}) /run/current-system",
+                                                f"{PROFILE}/bin/switch-to-configuration switch", ["drifted"], ["unchanged"]),
             "no time of a look": (f"mv {LOOKED} /root/looks", f"rmdir {LOOKED} || rm -r {LOOKED}; mv /root/looks {LOOKED}", ["unchanged"], []),
             "a look that is killed": (*with_("ExecStart=", "ExecStart=/bin/sh -c \"kill -9 \\$\\$\""), ["unchanged"], []),
             "a look that takes too long": (*with_("ExecStart=", "ExecStart=sleep infinity", "TimeoutStartSec=1"), ["unchanged"], []),
@@ -125,7 +126,9 @@ if is_host(machine):
             # whether the other instance has deployed the same
             "a status that says nothing": ("echo > /var/lib/ekiben/status/seldom.json", "true", None, []),
         }
-        machine.succeed("mkdir -p /run/systemd/system/ekiben-look@seldom.service.d; printf '[Service]\\nLogLevelMax=debug\\n' > /run/systemd/system/ekiben-look@seldom.service.d/log.conf; systemctl daemon-reload")
+        machine.succeed("mkdir -p /run/systemd/system/ekiben-look@seldom.service.d; "
+                        "printf '[Service]\\nLogLevelMax=debug\\n' > /run/systemd/system/ekiben-look@seldom.service.d/log.conf; "
+                        "systemctl daemon-reload")
         look()
         for case, (make, unmake, results, then) in cases.items():
             assert look() == [], case
@@ -154,7 +157,8 @@ if is_host(machine):
         machine.succeed(
             f"printf '[Service]\nType=oneshot\nExecStart=sleep infinity\n' > {slow}; mkdir -p $(dirname {service})",
             f"printf '[Unit]\nAfter=scenario-slow.service\n[Service]\nExecStartPre=sh -c \"while test -e /var/wait; do sleep 0.1; done\"\n' > {service}",
-            "printf '[Timer]\nOnActiveSec=1ms\nAccuracySec=1ms\nUnit=ekiben-seldom.service\n' > /run/systemd/system/scenario-once.timer; systemctl daemon-reload",
+            "printf '[Timer]\nOnActiveSec=1ms\nAccuracySec=1ms\nUnit=ekiben-seldom.service\n' > /run/systemd/system/scenario-once.timer; "
+            "systemctl daemon-reload",
         )
         waits = "systemctl list-jobs | grep -E 'ekiben-seldom.service +(re)?start +waiting'"
 

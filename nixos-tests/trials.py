@@ -96,7 +96,8 @@ def judge(kind, content, before, asked):
     # after a boot the run is concluded, and another one looks what is new
     told = next(run for run in known["runs"] if run["result"] != "unchanged")
     assert told["result"] == "deployed" and told["commit"] == head(machine), f"misreported: {told}"
-    changed = [line for line in differences(before, after) if re.search(r"(lock|ekiben)", line) and line.startswith("repository: +") and "flake.lock" not in line]
+    changed = [line for line in differences(before, after)
+               if re.search(r"(lock|ekiben)", line) and line.startswith("repository: +") and "flake.lock" not in line]
     assert not changed, f"left behind: {changed}"
     pushed = machine.succeed(as_deploy("git -C /srv/upstream.git rev-parse main")).strip() == head(machine)
     assert pushed or told["warnings"], "misreported: not pushed, and not said"
@@ -115,7 +116,8 @@ def succeed_after(why):
 def repair():
     """What an administrator would do, so that the next trial has a chance."""
     deploy(machine, "find .git -name '*.lock' -delete; rm -rf .git/ekiben-*; git reset -q --hard; git clean -fdqx")
-    machine.succeed("find /var/lib/ekiben/instances /var/cache/ekiben -name '*.lock' ! -name flake.lock -delete", "rm -f /var/lib/ekiben/runs/*; systemctl reset-failed; systemctl restart ekiben-app.path")
+    machine.succeed("find /var/lib/ekiben/instances /var/cache/ekiben -name '*.lock' ! -name flake.lock -delete",
+                    "rm -f /var/lib/ekiben/runs/*; systemctl reset-failed; systemctl restart ekiben-app.path")
     prepare_trial(str(next(COUNT)))
     if run_asked()["result"] != "deployed":
         # from what there is now

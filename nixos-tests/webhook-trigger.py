@@ -113,7 +113,8 @@ with subtest("the state is that of the token's instance, and tells how it is, no
     assert post("-X GET") == post("-X GET -H 'Authorization: Bearer token-app-0123456780'") == "401"
 
 with subtest("a token is changed without losing a request"):
-    client.succeed(f"for i in $(seq 200); do curl -s -o /dev/null -w '%{{http_code}} %{{exitcode}}\n' -X POST {token('next')} {URL}; done > /tmp/codes & echo $! > /tmp/stream")
+    client.succeed(f"for i in $(seq 200); do curl -s -o /dev/null -w '%{{http_code}} %{{exitcode}}\n' -X POST {token('next')} {URL}; "
+                   "done > /tmp/codes & echo $! > /tmp/stream")
     server.succeed("echo token-new-0123456789 > /tmp/new; mount --bind /tmp/new $(readlink -f /etc/scenario/token-app)")
     assert post(token("app")) == post(token("next")) == "202"
     server.succeed("systemctl restart ekiben-webhook.service")
@@ -239,7 +240,8 @@ if is_host(server):
                 assert said == "true" if name == "a job that waits" else json.loads(said)["request"] > 0, (name, secret_ends, said)
 
     with subtest("a job of CI that waits for the outcome fails if the deployment did"):
-        for content, trouble, ends in (("by CI", "none", client.succeed), ("by CI", "none", client.succeed), ("not built", "build", client.fail), ("mended", "none", client.succeed)):
+        for content, trouble, ends in (("by CI", "none", client.succeed), ("by CI", "none", client.succeed),
+                                       ("not built", "build", client.fail), ("mended", "none", client.succeed)):
             if shows(server, "app") != content:
                 publish(server, "app", shlex.quote(content), trouble=trouble)
             ends(ci("a job that waits", "\\n"))
