@@ -243,7 +243,7 @@ for way, (point, content) in itertools.product(("kill", "crash"), [(point, "") f
         machine.crash()
         machine.start(wait=False)
         held(point, "ekiben-boot")
-        assert head(machine) == before["head"] or point in ("accept: branch moved", "conclude: accepted", "conclude: reported"), head(machine)
+        assert (seen := head(machine)) == before["head"] or point in ("accept: branch moved", "conclude: accepted", "conclude: reported"), seen
         if way == "kill":
             machine.succeed("systemctl kill --kill-whom=main --signal=KILL ekiben-boot.service")
             machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.trial", timeout=60)
@@ -256,7 +256,7 @@ for way, (point, content) in itertools.product(("kill", "crash"), [(point, "") f
             boot()
             assert state() == before
         else:
-            assert last_run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+            assert (seen := last_run(machine, "app"))["result"] == "deployed", seen
             check_deployed(machine, "app")
             assert running(machine) == system and machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
             assert run(machine, "app")["result"] == "unchanged"
@@ -307,7 +307,7 @@ with subtest("what a boot has brought, a boot takes away by a rollback, if the o
     assert machine.execute("ekiben rollback app")[0] == 75
     # another one is chosen
     boot(after["running"])
-    assert last_run(machine, "app")["result"] == "rolledBack" and state() == after, last_run(machine, "app")
+    assert (seen := last_run(machine, "app"))["result"] == "rolledBack" and state() == after, seen
     assert status(machine, "app")["undone"] is None
     assert run(machine, "app")["result"] == "unchanged"
     # it is had back before the boot
@@ -387,7 +387,7 @@ def booted():
 with subtest("what waits is booted once: until it is well, what was before is booted by default"):
     for crash in (True, False):
         old, system = running(machine), awaits()
-        assert not last_run(machine, "app")["warnings"], last_run(machine, "app")
+        assert not (seen := last_run(machine, "app"))["warnings"], seen
         boot(crash=crash)
         check_deployed(machine, "app")
         assert running(machine) == system
@@ -475,5 +475,5 @@ for way, point in itertools.product(("kill", "crash"), [point for point in POINT
             assert run(machine, "app")["result"] == "awaitingBoot"
         if last_run(machine, "app")["result"] == "awaitingBoot":
             boot()
-        assert last_run(machine, "app")["result"] in ("deployed", "unchanged"), last_run(machine, "app")
+        assert (seen := last_run(machine, "app"))["result"] in ("deployed", "unchanged"), seen
         check_deployed(machine, "app")

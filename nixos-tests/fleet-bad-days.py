@@ -415,12 +415,12 @@ for what, how, words in (
         archive(next(COUNT))
         offer(**how)
         refuses(words)
-        assert words in heartbeat()["refused"], heartbeat()
+        assert words in (seen := heartbeat())["refused"], seen
         # what the hub itself cannot read it says, too
         tells("unreadable" if what in ("is another host's", "is of another format", "names a way out") else "refusing",
               words if words in "not signed the archive does not match the manifest" else "")
 deploys(next(COUNT))
-assert heartbeat()["refused"] is None, heartbeat()
+assert (seen := heartbeat())["refused"] is None, seen
 
 with subtest("a manifest that was changed after it was signed is refused"):
     archive(next(COUNT))
@@ -654,7 +654,7 @@ if is_host(web):
         for restore in ("cp -a /root/old/fleet/. .; cp -a /root/old/fleet.json ../../status", "true"):
             web.succeed(f"cd {OWN}; find . -mindepth 1 -delete; rm {STATUS}; {restore}")
             assert run(web, "fleet")["release"]["id"] == release, last_run(web, "fleet")
-            assert last_run(web, "fleet")["result"] in ("deployed", "unchanged"), last_run(web, "fleet")
+            assert (seen := last_run(web, "fleet"))["result"] in ("deployed", "unchanged"), seen
             wait_until_idle(web, "deliver")
             hub.succeed("systemctl start ekiben-hub-collect.service")
             hub.succeed(f"ekiben fleet --directory {HOST.removesuffix('/hosts/web')} status --once web")

@@ -269,7 +269,7 @@ with subtest("A hub that was restored or rebuilt is noticed, and goes on by itse
         assert "published" in hub.succeed(fleet("deploy web"))
         assert manifest("web")["sequence"] > last and manifest("web")["toplevel"]
         last = manifest("web")["sequence"]
-        assert states(hub)["web"] == "new machine", states(hub)
+        assert (got := states(hub))["web"] == "new machine", got
     # the same contents, by a higher number
     hub.succeed(f"cp -a {release}/manifest.json /tmp/kept", fleet("deploy"), f"sed -i 's/{last}/{last - 5}/' {release}/manifest.json")
     assert states(hub)["web"] == "hub went back"
@@ -377,20 +377,20 @@ with subtest("A number is higher than any that the host has seen, and never jump
 
 with subtest("status shows the state of the hosts"):
     released = {key: manifest("web")[key] for key in ("id", "sequence")}
-    assert set(states(hub).values()) == {"new machine", "rebuild pending"}, states(hub)
+    assert set((got := states(hub)).values()) == {"new machine", "rebuild pending"}, got
     for host in HOSTS:
         beat(host)
     beat("web", last={"release": released, "result": "failed", "stage": "build", "error": "no\\u001b[31m luck", "finished": 0})
     beat("db", deployed=None)
     beat("web2", deployed=None, system=f"/nix/store/{'x' * 32}-x")
-    assert states(hub) == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, states(hub)
+    assert (got := states(hub)) == {"db": "sync pending", "hub": "up to date", "plain": "up to date", "web": "failing", "web2": "rebuild pending"}, got
     said = hub.fail(fleet("status"))
     assert re.search("^web +.*failing", said, re.M) and "luck" in said and "\x1b" not in said, said
     hub.succeed(fleet("status web2"))
     # trouble with one host hides no other
     for name in ("hosts/db/release/manifest.json", "received/db/heartbeat.json"):
         hub.succeed(as_deploy(f"cp -p {SERVED}/{name} /tmp/kept; echo junk > {SERVED}/{name}"))
-        assert states(hub)["db"] == "unreadable" and states(hub)["plain"] == "up to date", states(hub)
+        assert (got := states(hub))["db"] == "unreadable" and got["plain"] == "up to date", got
         said = hub.fail(fleet("status db"))
         assert f"Failed to read {SERVED}/{name}: " in said, said
         hub.succeed(as_deploy(f"cp -p /tmp/kept {SERVED}/{name}"))

@@ -211,7 +211,7 @@ with subtest("what is cut off has published hosts wholly or not at all, and is c
         assert after["web"] == before["web"] and after["db"] > before["db"], after
         ended = post()
         assert ended["result"] == "deployed" and fleet_head() == commit, ended
-        assert numbers() | {"web": 0} == after | {"web": 0} and numbers()["web"] > before["web"], numbers()
+        assert (found := numbers()) | {"web": 0} == after | {"web": 0} and found["web"] > before["web"], found
     check_shown(content)
 
 with subtest("what nobody has signed who may, changes nothing"):
@@ -298,7 +298,7 @@ with subtest("the key is there for the unit that publishes, and for nothing that
     assert "/run/systemd" in said and "deploy" in said and "PRIVATE KEY" not in said and "\n/run/credentials\n" not in said, said
     hub.succeed("pkill -P $(cat /tmp/holder); kill $(cat /tmp/holder) || true")
     wait_until_at_rest(hub, "publish")
-    assert last_run(hub, "publish")["result"] == "deployed", last_run(hub, "publish")
+    assert (found := last_run(hub, "publish"))["result"] == "deployed", found
     seen = hub.succeed("cat /var/lib/ekiben/instances/publish/ekiben/logs/plain.log")
     assert "seen: " in seen and "credentials" not in seen, seen
     # nor does the unit that has it run anything of the repository's, or reach anybody

@@ -64,7 +64,7 @@ def follow_all():
     for machine in (web, plain):
         poll(machine)
         collect()
-    assert stands() == "", stands()
+    assert (seen := stands()) == "", seen
 
 
 def configure(machine, change, files="/etc/ekiben/config.json"):
@@ -101,28 +101,28 @@ with subtest("a fleet is set up"):
 with subtest("all is signed at once, and offered wave by wave, when the hosts before have been healthy for long enough"):
     content = push("first")
     commit = hub.succeed(as_deploy("git -C /srv/fleet rev-parse HEAD")).strip()
-    assert states(hub) == {"db": "new machine", "web": "waiting for wave 2", "plain": "waiting for wave 3"}, states(hub)
-    assert told() == {"db": "published", "web": "waiting", "plain": "waiting"}, told()
+    assert (seen := states(hub)) == {"db": "new machine", "web": "waiting for wave 2", "plain": "waiting for wave 3"}, seen
+    assert (seen := told()) == {"db": "published", "web": "waiting", "plain": "waiting"}, seen
     assert json.loads(hub.succeed(ASK))["hosts"]["plain"]["wave"] == 3
     shown = json.loads(hub.succeed(f"cat {DIRECTORY}/rollout/plan.json"))
     signed = {host["host"]: host["release"]["sequence"] for host in shown["hosts"]}
-    assert stands() == f"roll-out of {commit[:12]}: wave 1 of 3: 0 of 1 healthy, 1 silent or held", stands()
+    assert (seen := stands()) == f"roll-out of {commit[:12]}: wave 1 of 3: 0 of 1 healthy, 1 silent or held", seen
     assert poll(db)["result"] == "deployed"
     collect()
-    assert "wave 1 of 3: 1 of 1 healthy" in stands() and "soaks until" in stands(), stands()
+    assert "wave 1 of 3: 1 of 1 healthy" in (seen := stands()) and "soaks until" in seen, seen
     assert json.loads(hub.execute(fleet("status --json"))[1])["web"]["wave"] == 2
     # what has been heard once is no proof
     hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since']['db'] + 3}")
     collect()
-    assert told() == {"db": "deployed", "web": "waiting", "plain": "waiting"}, told()
+    assert (seen := told()) == {"db": "deployed", "web": "waiting", "plain": "waiting"}, seen
     poll(db)
     collect()
-    assert states(hub) == {"db": "up to date", "web": "new machine", "plain": "waiting for wave 3"}, states(hub)
+    assert (seen := states(hub)) == {"db": "up to date", "web": "new machine", "plain": "waiting for wave 3"}, seen
     assert poll(web)["result"] == "deployed"
     collect()
     assert "3 of 3" in stands() and poll(plain)["result"] == "deployed"
     collect()
-    assert stands() == "" and set(told().values()) == {"deployed"}, stands()
+    assert (seen := stands()) == "" and set(told().values()) == {"deployed"}, seen
     assert numbers() == signed and {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
     assert hub.succeed(f"ls {DIRECTORY}/hosts/*/release | grep next || true") == ""
     # nothing new: nothing begins anew
@@ -162,17 +162,17 @@ with subtest("a canary that dies when it has deployed, or that runs something el
     collect()
     hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
     collect()
-    assert "stopped in wave 1: db has been silent since it has got the release" in stands() and renewed(before) == {"db"}, stands()
+    assert "stopped in wave 1: db has been silent since it has got the release" in (seen := stands()) and renewed(before) == {"db"}, seen
     old = running(db)
     push("the canary boots something else")
     assert poll(db)["result"] == "deployed"
     collect()
-    assert "1 of 1 healthy" in stands(), stands()
+    assert "1 of 1 healthy" in (seen := stands()), seen
     new = running(db)
     db.succeed(f"nix-env --profile {PROFILE} --set {old}; {old}/bin/switch-to-configuration switch")
     assert poll(db)["result"] == "drifted"
     collect()
-    assert "stopped in wave 1: db is drifted" in stands() and renewed(before) == {"db"}, stands()
+    assert "stopped in wave 1: db is drifted" in (seen := stands()) and renewed(before) == {"db"}, seen
     db.succeed(f"nix-env --profile {PROFILE} --set {new}; {new}/bin/switch-to-configuration switch")
     poll(db)
     hub.succeed(fleet("resume"))
@@ -209,7 +209,7 @@ with subtest("a canary that does not build is no canary: the others wait until s
     hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm broken"))
     assert run(hub, "publish")["result"] == "partly"
     collect()
-    assert "none of its hosts could be published" in stands() and renewed(before) == set(), stands()
+    assert "none of its hosts could be published" in (seen := stands()) and renewed(before) == set(), seen
     content = push("mended again")
     follow_all()
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
@@ -218,14 +218,14 @@ with subtest("hosts can be held, and the roll-out itself"):
     before = numbers()
     assert "held by deploy: audit" in hub.succeed(fleet("hold --reason audit web"))
     content = push("held")
-    assert states(hub)["web"] == "waiting for wave 2, held" and told()["web"] == "held", states(hub)
+    assert (seen := states(hub))["web"] == "waiting for wave 2, held" and told()["web"] == "held", seen
     poll(db)
     soak(db)
     # its wave waits for none
-    assert "wave 2" in stands() and renewed(before) == {"db"}, stands()
+    assert "wave 2" in (seen := stands()) and renewed(before) == {"db"}, seen
     hub.succeed(fleet("hold --for 2h @canaries"), fleet("resume @canaries"), fleet("hold"), fleet("resume web"))
     collect()
-    assert "held by deploy; ekiben fleet resume" in stands() and renewed(before) == {"db"}, stands()
+    assert "held by deploy; ekiben fleet resume" in (seen := stands()) and renewed(before) == {"db"}, seen
     hub.succeed(fleet("resume"))
     collect()
     assert renewed(before) == {"db", "web"}
@@ -326,7 +326,7 @@ with subtest("cut off at any moment, each host has one release or the other, and
     hub.succeed("systemctl kill --kill-whom main --signal KILL 'ekiben-release-publish@*.service'")
     wait_until_idle(hub, "publish")
     hub.succeed("pkill -P $(cat /tmp/holder); kill $(cat /tmp/holder) || true")
-    assert last_run(hub, "publish")["result"] == "failed" and renewed(before) == {"db"}, last_run(hub, "publish")
+    assert (seen := last_run(hub, "publish"))["result"] == "failed" and renewed(before) == {"db"}, seen
     after = numbers()
     ended = run(hub, "publish")
     assert ended["result"] == "unchanged" and numbers() == after, ended

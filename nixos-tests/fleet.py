@@ -6,14 +6,14 @@ with subtest("a fleet is set up"):
     write(hub, "/srv/fleet/hosts/web/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations.web = {system('web')}; }}; }}")
     write(hub, "/srv/fleet/hosts/pair/flake.nix", f"{{ outputs = {{ self }}: {{ nixosConfigurations = {{ db = {system('db')}; db2 = {system('db')}; }}; }}; }}")
     write(hub, "/srv/fleet/hosts/plain/configuration.nix", f"({system('plain')}).module")
-    assert states(hub) == {"db": "not deployed", "db2": "no key on the hub", "plain": "not deployed", "web": "not deployed"}, states(hub)
+    assert (seen := states(hub)) == {"db": "not deployed", "db2": "no key on the hub", "plain": "not deployed", "web": "not deployed"}, seen
     code, said = hub.execute(fleet("status --once"))
     assert code == 4 and said.startswith("4 hosts: 1 no key on the hub; 3 not deployed\n"), said
 
 with subtest("what is published for nobody is said, the others are published"):
     said = hub.fail(fleet("deploy"))
     assert "services.ekiben.hub.hosts" in said, said
-    assert states(hub) == {"db": "new machine", "db2": "no key on the hub", "plain": "new machine", "web": "new machine"}, states(hub)
+    assert (seen := states(hub)) == {"db": "new machine", "db2": "no key on the hub", "plain": "new machine", "web": "new machine"}, seen
 
 with subtest("a new host fetches what the hub has built"):
     # what a git that was killed in a first poll may leave
@@ -99,7 +99,7 @@ with subtest("one host of three is changed: it alone has something to do"):
     web.succeed(f"cd {own}; rm -rf fetched; mkdir -p fetched/index.lock; cd repository/.git; "
                 "touch index.lock config.lock HEAD.lock packed-refs.lock refs/heads/main.lock; "
                 f"chown -R --reference={own} {own}/fetched {own}/repository")
-    assert states(hub) == {"db": "up to date", "db2": "no key on the hub", "plain": "up to date", "web": "rebuild pending"}, states(hub)
+    assert (seen := states(hub)) == {"db": "up to date", "db2": "no key on the hub", "plain": "up to date", "web": "rebuild pending"}, seen
     said = hub.succeed(fleet("diff"))
     assert "db: up to date" in said and "plain: up to date" in said and f"web: {running(web)} -> /nix/store/" in said, said
     assert [poll(machine)["result"] for machine in HOSTS.values()] == ["unchanged", "unchanged", "deployed"]
@@ -109,7 +109,7 @@ with subtest("one host of three is changed: it alone has something to do"):
 with subtest("what is published makes no other system: that is said"):
     write(hub, "/srv/fleet/hosts/web/note", "a note")
     hub.succeed(fleet("deploy web"))
-    assert states(hub)["web"] == "sync pending", states(hub)
+    assert (seen := states(hub))["web"] == "sync pending", seen
     before = running(web)
     poll(web)
     becomes(hub, "web", "up to date")
@@ -195,7 +195,7 @@ with subtest("a host fails for a reason of its own, and needs another run"):
     db.succeed("systemctl start nix-daemon.socket")
     db.succeed("ekiben trigger fleet")
     wait_until_at_rest(db, "fleet")
-    assert last_run(db, "fleet")["result"] == "deployed", last_run(db, "fleet")
+    assert (seen := last_run(db, "fleet"))["result"] == "deployed", seen
     hub.wait_until_succeeds(fleet("status --json db | jq -e '.db.state == \"extra runs\"'"))
 
 with subtest("a host that is held is not silent: its hub is told until when, by whom and what for"):

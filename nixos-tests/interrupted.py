@@ -74,7 +74,7 @@ for way, point in PLACES:
         took_down = STAND_IN and way == "crash" and point in ("activate: switching", "activate: switched", "activate: healthy")
         expected = "old" if goes_back or took_down else "new" if decided or way == "crash" else "old"
         if took_down:
-            assert "known to be bad" in last_run(machine, "app")["error"], last_run(machine, "app")
+            assert "known to be bad" in (seen := last_run(machine, "app"))["error"], seen
         assert end == expected or way == "kill-all" and not goes_back, (end, expected)
         if end == "old":
             publish(machine, "app", str(next(COUNT)))

@@ -70,7 +70,7 @@ with subtest("a system that dies on its feet is put back, whatever it dies of an
     assert 24 < end(again, "deployed") < 40
     for machine in (early, late, restarted, sick):
         assert (running(machine), generation(machine)) == before[machine]
-        assert status(machine, "app")["bad"], status(machine, "app")
+        assert (seen := status(machine, "app"))["bad"], seen
     check_deployed(again, "app")
     assert again.fail("ekiben status app").count("ekiben-webhook-tokens.service has failed") == 1
     again.succeed("mv /etc/scenario/token-away /etc/scenario/token-app; systemctl restart ekiben-webhook-tokens.service")

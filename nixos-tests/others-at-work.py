@@ -54,7 +54,7 @@ with subtest("two repositories on one machine at once"):
     machine.succeed("ekiben trigger app; ekiben trigger second")
     settle()
     for instance in ("app", "second"):
-        assert last_run(machine, instance)["result"] == "deployed", last_run(machine, instance)
+        assert (seen := last_run(machine, instance))["result"] == "deployed", seen
     heads = {head(machine), machine.succeed(as_deploy("git -C ~/second rev-parse HEAD")).strip()}
     assert heads == {status(machine, instance)["deployed"]["commit"] for instance in ("app", "second")}
     assert shows(machine, "app") == content and shows(machine, "revision") in heads
@@ -146,7 +146,7 @@ if is_host(machine):
         machine.succeed("systemctl start --no-block ekiben-app.service")
         machine.wait_until_succeeds(is_idle("stopper").replace("ekiben-", ""))
         machine.succeed("timeout 120 systemctl start ekiben-other.service")
-        assert last_run(machine, "other")["result"] == "deployed", last_run(machine, "other")
+        assert (seen := last_run(machine, "other"))["result"] == "deployed", seen
         machine.succeed("pkill -CONT -f '[c]andidate check app'")
         settle()
         assert results("app", since) == ["startedOver", "deployed"], status(machine, "app")
@@ -159,7 +159,7 @@ if is_host(machine):
         machine.succeed("pkill -STOP -f '[c]andidate accept app'")
         go_on(machine, "accept: saved")
         machine.succeed("timeout 120 systemctl start ekiben-other.service")
-        assert last_run(machine, "other")["result"] == "deployed", last_run(machine, "other")
+        assert (seen := last_run(machine, "other"))["result"] == "deployed", seen
         machine.succeed("pkill -CONT -f '[c]andidate accept app'")
         settle()
         assert results("app", since) == ["startedOver", "deployed"], status(machine, "app")

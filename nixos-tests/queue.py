@@ -31,7 +31,7 @@ with subtest("300 requests, most of them during a run: all accepted, few runs, o
     first = post()
     server.wait_until_succeeds(knows("app", ".running != null"))
     client.succeed(f"seq 300 | xargs -P 20 -I@ sh -c {shlex.quote(POST)} > /tmp/answers")
-    assert client.succeed("sort /tmp/answers | uniq -c").split() == ["300", "202", "0"], client.succeed("sort /tmp/answers | uniq -c")
+    assert (seen := client.succeed("sort /tmp/answers | uniq -c")).split() == ["300", "202", "0"], seen
     publish(server, "app", "2")
     last = post()
     assert last > first

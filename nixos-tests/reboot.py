@@ -33,7 +33,7 @@ with subtest("nothing waits: the machine is not rebooted"):
     awaits("app")
     machine.crash()
     machine.start()
-    assert last_run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    assert (seen := last_run(machine, "app"))["result"] == "deployed", seen
     check_stays()
 
 with subtest("what waits for a boot is rebooted into, once, in its window, if its own instance may"):
@@ -45,7 +45,7 @@ with subtest("what waits for a boot is rebooted into, once, in its window, if it
     machine.succeed(f"jq {shlex.quote(window)} /etc/ekiben/config.json > /root/config.json")
     check_stays("ekiben --config /root/config.json reboot")
     reboots(system)
-    assert last_run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    assert (seen := last_run(machine, "app"))["result"] == "deployed", seen
     check_stays()
 
 with subtest("another hand boots an older system, again and again: that is never fought"):
@@ -92,7 +92,7 @@ with subtest("kexec: where it does not work, the machine is rebooted all the sam
     machine.succeed("mkdir -p /var/log/journal; journalctl --flush")
     reboots(system)
     assert "falling back to a full reboot" in machine.succeed("journalctl -o cat -u ekiben-reboot")
-    assert last_run(machine, "quick")["result"] == "deployed", last_run(machine, "quick")
+    assert (seen := last_run(machine, "quick"))["result"] == "deployed", seen
     # as with a kernel that is loaded, and then hangs
     before, system = system, awaits("quick")
     machine.succeed(

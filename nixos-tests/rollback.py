@@ -224,7 +224,7 @@ with subtest("somebody else is switching: waited for"):
     server.wait_until_succeeds("journalctl -u ekiben-app -o cat -n 3 | grep -e 'waiting ...' -e 'test ...'")
     server.succeed("systemctl stop holder")
     wait_until_idle(server, "app")
-    assert last_run(server, "app")["result"] == "deployed", last_run(server, "app")
+    assert (seen := last_run(server, "app"))["result"] == "deployed", seen
     check_deployed(server, "app")
 
 with subtest("the boot loader cannot be installed"):
@@ -524,7 +524,7 @@ if is_host(server):
         assert running(server) == old and status(server, "app")["awaiting"]["system"] == generation(server).split()[1]
         server.shutdown()
         server.start()
-        assert last_run(server, "app")["result"] == "deployed", last_run(server, "app")
+        assert (seen := last_run(server, "app"))["result"] == "deployed", seen
         check_deployed(server, "app")
         # and back again
         server.succeed("touch /run/scenario-calm; systemctl reset-failed")

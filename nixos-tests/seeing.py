@@ -396,7 +396,7 @@ with subtest("the last deployment is undone, as somebody has asked; it is not de
         before, last = state(), status(machine, "app")["deployed"]
         ended = run(machine, "app")
         assert ended["result"] == "deployed", ended
-    assert last_run(machine, "app")["by"] == ["systemctl"], last_run(machine, "app")
+    assert (seen := last_run(machine, "app"))["by"] == ["systemctl"], seen
     after = state()
     machine.succeed("ekiben hold app --reason 'it is the night'", f"{WEBHOOK} -X POST")
     machine.wait_until_succeeds(knows("app", ".held != null"))
@@ -551,7 +551,7 @@ with subtest("who waits sees how far the run is, what it waits for, and may stop
     publish(machine, "app", "42", trouble="build-hangs")
     machine.succeed("systemd-run --unit=waiter script --quiet --flush --command 'ekiben trigger --wait app' /run/terminal")
     machine.wait_until_succeeds("grep -aF 'app: build: building 1 of 1 (' /run/terminal", timeout=60)
-    assert status(machine, "app")["progress"] == "building 1 of 1", status(machine, "app")
+    assert (seen := status(machine, "app"))["progress"] == "building 1 of 1", seen
     assert "  progress  building 1 of 1" in machine.execute("ekiben status app")[1]
     machine.succeed("systemctl stop ekiben-app.service")
     machine.wait_until_succeeds("grep -aF 'The run ended: failed' /run/terminal")

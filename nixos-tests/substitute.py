@@ -67,7 +67,7 @@ def ends(content):
     """Waits until the instance has deployed something, which was not built here."""
     server.wait_until_succeeds(f"grep -x {content} /etc/app")
     wait_until_at_rest(server, "app")
-    assert last_run(server, "app")["result"] == "deployed" and builds() == BUILDS, last_run(server, "app")
+    assert (seen := last_run(server, "app"))["result"] == "deployed" and builds() == BUILDS, seen
     check_deployed(server, "app")
 
 

@@ -188,7 +188,7 @@ if is_host(server):
         wait_until_said(server, "follower", "trying again in 4 s")
         forge.succeed("systemctl stop caller")
         wait_until_idle(server, "follower")
-        assert last_run(server, "follower")["result"] == "deployed", last_run(server, "follower")
+        assert (seen := last_run(server, "follower"))["result"] == "deployed", seen
         assert deploy(server, "cat patience") == "patience"
         forge.succeed(f"rm /etc/ssh/sshd_config.d/scenario.conf; {ssh}")
 
@@ -217,7 +217,7 @@ with subtest("what is to be signed is deployed only if one of the signers has si
         before = what_stays(server)
         ended = run(server, "signed")
         assert (ended["result"], ended["stage"]) == ("failed", "prepare") and what in ended["error"], ended
-        assert not differences(before, what_stays(server)), differences(before, what_stays(server))
+        assert not (seen := differences(before, what_stays(server))), seen
 
     # whatever the user's own settings say
     deploy(server, "git config gpg.ssh.allowedSignersFile ~/anybody; echo '*' $(ssh-keygen -y -f ~/other) > ~/anybody")
