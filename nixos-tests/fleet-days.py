@@ -327,7 +327,7 @@ with subtest("old disks of hub, host and publisher, in all combinations: the nex
         follows(content, "shop", "alice")
 
 with subtest("a hub that is frozen is noticed on both sides, by its publisher at once, by its host by the date"):
-    desk.succeed(by("alice", "jq '.expiresAfter = 12' fleet.json > new; mv new fleet.json"))
+    desk.succeed(by("alice", "jq '.expiresAfter = 45' fleet.json > new; mv new fleet.json"))
     content = change("shop", "alice")
     deploys(user="alice")
     follows(content, "shop", "alice")
