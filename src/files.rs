@@ -121,7 +121,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
 
 /// Removes whatever is at `path`, if something is; rm knows its way out of any depth.
 pub fn clear(path: &Path) -> io::Result<()> {
-    if path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+    if if_there(fs::remove_file(path)).is_ok() {
         return Ok(());
     }
     let remove = Program::new("rm").args(["--recursive", "--force", "--"]).arg(path);
