@@ -123,7 +123,8 @@ fn due(instance: &str) -> PathBuf {
 
 /// What tells the job that starts a unit from all others of this boot.
 fn job(unit: &str) -> Result<String> {
-    systemctl(&["show", "--property=Job", "--value", "--", unit])
+    // far less work for systemd than to show the unit
+    Ok(jobs(&[unit])?.into_iter().next().map(|job| job.id).unwrap_or_default())
 }
 
 fn cancel_jobs(instance: &str, which: impl Fn(&Job) -> bool) -> Result<()> {
@@ -153,16 +154,18 @@ fn jobs(units: &[&str]) -> Result<Vec<Job>> {
 
 /// Whether a timer of a service, or of the look before it, has elapsed since that was started.
 fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
-    let ask = |what: &str, units: &[&str]| systemctl(&[&["show", "--timestamp=us+utc", "--value", what, "--"], units].concat());
+    let ask = |what: &str, units: &str| systemctl(&["show", "--timestamp=us+utc", what, "--", units]);
     // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
     let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
-    let triggers = ask("--property=TriggeredBy", &[service, look])?;
-    let timers: Vec<_> = triggers.split_whitespace().filter(|unit| unit.strip_suffix(".timer").is_some()).collect();
-    if timers.is_empty() {
+    // of a timer, there is little for systemd to show
+    let timers = ask("--property=Unit,LastTriggerUSec", "*.timer")?;
+    let is_ours = |line: &str| line.strip_prefix("Unit=").is_some_and(|unit| unit == service || unit == look);
+    let ours: Vec<_> = timers.split("\n\n").filter(|timer| timer.lines().any(is_ours)).collect();
+    if ours.is_empty() {
         return Ok(false);
     }
-    let started = moment(&ask("--property=InactiveExitTimestamp", &[service])?);
-    Ok(ask("--property=LastTriggerUSec", &timers)?.lines().any(|line| moment(line) > started))
+    let started = moment(&ask("--property=InactiveExitTimestamp", service)?);
+    Ok(ours.into_iter().flat_map(str::lines).any(|line| moment(line) > started))
 }
 
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
