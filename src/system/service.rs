@@ -154,18 +154,41 @@ fn jobs(units: &[&str]) -> Result<Vec<Job>> {
 
 /// Whether a timer of a service, or of the look before it, has elapsed since that was started.
 fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
-    let ask = |what: &str, units: &str| systemctl(&["show", "--timestamp=us+utc", what, "--", units]);
-    // such as `Fri 2026-11-27 09:10:44.671635 UTC`; without the weekday, a later one is the greater one
-    let moment = |text: &str| text.trim().split_once(' ').map(|(_, moment)| moment.to_owned());
+    // since the machine booted: no clock is set in between, and systemctl shows all of it
+    let ask = |what: &str, units: &str| systemctl(&["show", what, "--", units]);
     // of a timer, there is little for systemd to show
-    let timers = ask("--property=Unit,LastTriggerUSec", "*.timer")?;
+    let timers = ask("--property=Unit,LastTriggerUSecMonotonic", "*.timer")?;
     let is_ours = |line: &str| line.strip_prefix("Unit=").is_some_and(|unit| unit == service || unit == look);
     let ours: Vec<_> = timers.split("\n\n").filter(|timer| timer.lines().any(is_ours)).collect();
     if ours.is_empty() {
         return Ok(false);
     }
-    let started = moment(&ask("--property=InactiveExitTimestamp", service)?);
-    Ok(ours.into_iter().flat_map(str::lines).any(|line| moment(line) > started))
+    let started = ask("--property=InactiveExitTimestampMonotonic", service)?;
+    let (_, started) = started.trim().split_once('=').unwrap_or_default();
+    let started: f64 = started.parse().context(|| format!("find out when {service} was started"))?;
+    let elapsed = |line: &str| line.strip_prefix("LastTriggerUSecMonotonic=").map(microseconds);
+    Ok(ours.into_iter().flat_map(str::lines).filter_map(elapsed).any(|elapsed| elapsed > started))
+}
+
+/// How long a span is that systemctl shows, such as `3h 39min 14.002271s`; 0 if it is none.
+fn microseconds(span: &str) -> f64 {
+    let part = |word: &str| {
+        let (number, unit) = word.split_at(word.find(char::is_alphabetic)?);
+        let factor = match unit {
+            "us" => 1.0,
+            "ms" => 1e3,
+            "s" => 1e6,
+            "min" => 60e6,
+            "h" => 3_600e6,
+            "d" => 86_400e6,
+            "w" => 604_800e6,
+            "month" => 2_629_800e6,
+            "y" => 31_557_600e6,
+            _ => return None,
+        };
+        Some(number.parse::<f64>().ok()? * factor)
+    };
+    span.split_whitespace().filter_map(part).fold(0.0, |sum, part: f64| sum + part).round()
 }
 
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
@@ -174,4 +197,24 @@ pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T 
     unless_soon(activate, || {
         cancel_jobs(instance, |_| true).or_warn();
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_span_of_systemctl_is_understood_to_the_microsecond() {
+        for (span, expected) in [
+            ("3h 39min 14.002271s", "13154002271"),
+            ("1y 1month 1w 1d 1us", "34878600000001"),
+            ("25.001ms", "25001"),
+            ("59.999999s", "59999999"),
+            ("0", "0"),
+            ("", "0"),
+            ("infinity", "0"),
+        ] {
+            assert_eq!(format!("{}", microseconds(span)), expected, "{span}");
+        }
+    }
 }
