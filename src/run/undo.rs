@@ -62,7 +62,8 @@ impl Undone {
         let (what, go_on) = if self.release.is_some() { ("the hub", "publish") } else { ("the branch", "commit") };
         let (commit, when) = (short(&self.commit), ago(self.since, now));
         format!(
-            "{what} is ahead on purpose: {} had {commit} undone {when}; {go_on} something else to go on, \
+            "{what} is ahead on purpose: {} had {commit} undone {when}; whatever is new next is made on top of it, unless you run \
+             ekiben hold {instance}; {go_on} something else to go on, \
              or run ekiben trigger {instance} to deploy {commit} again",
             self.by
         )
@@ -127,7 +128,10 @@ mod tests {
         }
         let why = withheld("user bob", 1010).unwrap();
         assert!(
-            why.starts_with("the branch is ahead on purpose: alice had cccccccc undone 10 s ago; commit something else to go on"),
+            why.starts_with(
+                "the branch is ahead on purpose: alice had cccccccc undone 10 s ago; whatever is new next is made on top of it, \
+                 unless you run ekiben hold app; commit something else to go on"
+            ),
             "{why}"
         );
         assert!(why.ends_with("again, not before 50 s from now"), "{why}");
