@@ -107,7 +107,7 @@ with subtest("a branch that has gone another way than its upstream is left to it
     deploy(server, "git commit -q --allow-empty -m mine")
     before = digest(server)
     ended = run(server, "follower")
-    assert ended["result"] == "failed" and "and its upstream have diverged; merge or rebase them" in ended["error"], ended
+    assert ended["result"] == "failed" and f"and its upstream have diverged; merge or rebase them, as by git -C {REPOSITORY} pull --rebase" in ended["error"], ended
     assert digest(server) == before
     deploy(server, "git reset -q --keep HEAD^")
 

@@ -67,7 +67,9 @@ impl Repository {
         } else if self.contains(&self.head, &theirs)? {
             self.head.clone()
         } else {
-            return Err(format!("{} and its upstream have diverged; merge or rebase them", self.branch)).context(doing);
+            let top = self.top.display();
+            return Err(format!("{} and its upstream have diverged; merge or rebase them, as by git -C {top} pull --rebase", self.branch))
+                .context(doing);
         };
         upstream.remember(memory, &theirs)?;
         Ok(base)
