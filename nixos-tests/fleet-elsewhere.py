@@ -356,6 +356,24 @@ with subtest("of two who publish at once, one does, and the other is told"):
     assert published(desk.succeed(fleet("deploy"))) > number
     follows(other)
 
+with subtest("of two who hold at once, nobody's hold is lost; one who was killed keeps nobody from it"):
+    hub.succeed(f"install -d {HUB}/hosts/other")
+    begin("alice", "hold web", "rename *holds.json")
+    begin("deploy", "hold other", "")
+    desk.wait_until_succeeds("grep 'holds.json is being published by alice at desk' /tmp/deploy.said")
+    go_on_as("alice")
+    assert ended("alice")[0] and ended("deploy")[0]
+    held = {host for host, _ in json.loads(hub.succeed(f"cat {HUB}/rollout/holds.json"))["held"]}
+    assert held == {"web", "other"}, held
+    begin("alice", "resume web", "rename *holds.json")
+    desk.succeed("pkill -KILL -u alice -x ekiben")
+    said = desk.succeed(fleet("resume web other"))
+    assert "has not responded for 30 s" in said and "web: goes on" in said, said
+    assert hub.succeed(f"ls {HUB}/rollout").split() == ["holds.json"]
+    assert all(hold["until"] == 0 for _, hold in json.loads(hub.succeed(f"cat {HUB}/rollout/holds.json"))["held"])
+    hub.succeed(f"rmdir {HUB}/hosts/other")
+    desk.succeed(by("alice", "echo > ~/gate/at"))
+
 with subtest("who has been silent for too long publishes nothing any more"):
     number = manifest()["sequence"]
     content, other = change("deploy"), change("alice")

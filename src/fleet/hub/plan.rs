@@ -108,15 +108,19 @@ impl Plan {
         Self::read_from(&Self::holds_file(hub))
     }
 
-    /// Changes what is held: of several who do so at once, nobody's change is lost on a hub that is here.
+    /// Changes what is held: of several who do so at once, nobody's change is lost.
     pub fn change_holds(hub: &ServedDirectory, change: impl FnOnce(&mut Holds)) -> Result<()> {
-        let path = Self::holds_file(hub);
-        hub.take_in_file(&path)?;
+        let here = || {
+            let mut holds = Self::holds(hub)?;
+            change(&mut holds);
+            files::write_json(&Self::holds_file(hub), &holds, 0o644)
+        };
+        if let Some(elsewhere) = hub.elsewhere() {
+            return elsewhere.change_holds(here);
+        }
         // not the turn of who publishes: that may take as long as a build
-        let _lock = (!hub.is_elsewhere()).then(|| files::lock(&hub.rollout(), FlockArg::LockExclusive)).transpose()?;
-        let mut holds = Self::holds(hub)?;
-        change(&mut holds);
-        hub.write(&path, &holds)
+        let _lock = files::lock(&hub.rollout(), FlockArg::LockExclusive)?;
+        here()
     }
 
     /// The hold of a host that is in force; or of the roll-out.

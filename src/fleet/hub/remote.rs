@@ -34,6 +34,7 @@ const SEND: Duration = Duration::from_secs(3600);
 /// The file that exists while somebody publishes, and says who.
 const CLAIM: &str = "publishing";
 const MANIFEST: &str = "manifest.json";
+const HOLDS: &str = "holds.json";
 /// The end of the name of what is being sent.
 const SENT: &str = ".sent";
 /// For how long somebody who publishes has to be silent before somebody else does; what the former sent
@@ -85,7 +86,7 @@ impl Elsewhere {
         for file in [KNOWN, REMOVED] {
             session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
         }
-        for (directory, file) in [(ROLLOUT, "plan.json"), (ROLLOUT, "holds.json"), ("received", "rollout.json")] {
+        for (directory, file) in [(ROLLOUT, "plan.json"), (ROLLOUT, HOLDS), ("received", "rollout.json")] {
             let local = self.place().join(directory);
             fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
             session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
@@ -142,9 +143,22 @@ impl Elsewhere {
     }
 
     fn publication(&self, host: &HostName) -> Result<Publication> {
-        let path = format!("hosts/{host}/release");
+        self.publication_of(host, format!("hosts/{host}/release"), MEANWHILE)
+    }
+
+    fn publication_of(&self, what: &str, path: String, meanwhile: &'static str) -> Result<Publication> {
         let (id, local) = (system::uuid()?, self.place().join(&path));
-        Ok(Publication { session: self.open(SEND)?, host: host.clone(), local, path, id })
+        Ok(Publication { session: self.open(SEND)?, what: what.into(), local, path, id, meanwhile })
+    }
+
+    /// Has `change` read and write what is held in the directory [`Self::place`]; of several who do so at once, one at a time.
+    pub fn change_holds(&self, change: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut holds = self.publication_of(HOLDS, ROLLOUT.into(), "somebody else has changed it in the meantime; try again")?;
+        holds.claim()?;
+        let (local, remote) = (holds.local.join(HOLDS), holds.remote(HOLDS));
+        let fetched = holds.clear_others().and_then(|_| holds.session.fetch(&remote, &local));
+        let done = fetched.and_then(|_| change()).and_then(|()| holds.send(HOLDS, &local)).and_then(|()| holds.rename_sent(HOLDS));
+        holds.end(done)
     }
 
     /// Sends a host's archive, and then the file `new` as its manifest. Fails, and changes nothing, if somebody else has
@@ -161,21 +175,20 @@ impl Elsewhere {
         release.send(MANIFEST, new)?;
         release.claim()?;
         let done = release.replace(archive);
-        // nobody need wait for this process any more
-        let ours = release.is_claimed();
-        let gone = ours.and_then(|ours| if ours { release.clear(CLAIM) } else { Ok(()) });
-        done?;
-        gone.and_then(|()| release.session.close())
+        release.end(done)
     }
 }
 
-/// A host's release about to be replaced.
+/// Something about to be replaced, such as a host's release.
 struct Publication {
     session: Session,
-    host: HostName,
+    /// Its name, such as the host's.
+    what: String,
     /// Its directory here, and there.
     local: PathBuf,
     path: String,
+    /// Why it is not replaced where somebody else has done so.
+    meanwhile: &'static str,
     /// What tells this process from all others who publish.
     id: String,
 }
@@ -218,18 +231,19 @@ impl Publication {
     }
 
     fn meanwhile(&self) -> Error {
-        Error::new(format!("Failed to publish {}: {MEANWHILE}", self.host))
+        Error::new(format!("Failed to publish {}: {}", self.what, self.meanwhile))
     }
 
-    /// Waits until nobody else publishes for the host, and keeps others waiting.
+    /// Waits until nobody else publishes there, and keeps others waiting.
     fn claim(&mut self) -> Result<()> {
         let user = std::env::var("USER").unwrap_or_default();
         let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
+        fs::create_dir_all(&self.local).context(|| format!("create {}", self.local.display()))?;
         fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).context(|| format!("write {}", local.display()))?;
         self.send(CLAIM, &local)?;
         let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
-        let host = self.host.clone();
+        let what = self.what.clone();
         loop {
             match self.session.link(&sent, &claim) {
                 Ok(false) => {}
@@ -238,15 +252,15 @@ impl Publication {
             }
             match self.read(CLAIM)? {
                 None if tries >= TRIES => {
-                    return Err(Error::new(format!("Failed to publish {host}: the hub cannot create the link {claim}")));
+                    return Err(Error::new(format!("Failed to publish {what}: the hub cannot create the link {claim}")));
                 }
                 None => tries += 1,
                 Some(found) if found != other => {
-                    log::info!("{host} is being published by {}; waiting ...", String::from_utf8_lossy(&found));
+                    log::info!("{what} is being published by {}; waiting ...", String::from_utf8_lossy(&found));
                     (other, since) = (found, Instant::now());
                 }
                 Some(_) if since.elapsed() > STALE => {
-                    log::warn!("The other publisher of {host} has not responded for {} s; continuing.", STALE.as_secs());
+                    log::warn!("The other publisher of {what} has not responded for {} s; continuing.", STALE.as_secs());
                     self.clear(CLAIM)?;
                 }
                 Some(_) => {}
@@ -255,21 +269,31 @@ impl Publication {
         }
     }
 
-    fn is_claimed(&mut self) -> Result<bool> {
-        let found = self.read(CLAIM)?;
-        Ok(found.is_some_and(|found| String::from_utf8_lossy(&found).ends_with(&self.id)))
+    /// Lets others have their turn, and closes the session; `done` tells what has come of the one of this process.
+    fn end(mut self, done: Result<()>) -> Result<()> {
+        let gone = match self.read(CLAIM) {
+            Ok(Some(found)) if String::from_utf8_lossy(&found).ends_with(&self.id) => self.clear(CLAIM),
+            other => other.map(drop),
+        };
+        done?;
+        gone.and_then(|()| self.session.close())
+    }
+
+    /// Has a publisher that comes later, however late, find nothing to put into place; nor does the hub, which may be about to
+    /// begin a wave. Returns what was there.
+    fn clear_others(&mut self) -> Result<Vec<String>> {
+        let (there, id) = (self.session.list(&self.path)?, self.id.clone());
+        for name in there.iter().filter(|name| (is_sent(name) || is_next(name)) && !name.starts_with(&id)) {
+            self.clear(name)?;
+        }
+        Ok(there)
     }
 
     /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
     fn replace(&mut self, archive: &str) -> Result<()> {
-        let (there, id) = (self.session.list(&self.path)?, self.id.clone());
-        // a publisher that comes later, however late, finds nothing to put into place
-        // nor does the hub, which may be about to begin a wave
-        for name in there.iter().filter(|name| (is_sent(name) || is_next(name)) && !name.starts_with(&id)) {
-            self.clear(name)?;
-        }
+        let there = self.clear_others()?;
         let fetched = files::if_there(files::read_foreign(&self.local.join(MANIFEST), LARGE));
-        let fetched = fetched.context(|| format!("read the manifest of {}", self.host))?;
+        let fetched = fetched.context(|| format!("read the manifest of {}", self.what))?;
         if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
             return Err(self.meanwhile());
         }
@@ -290,7 +314,7 @@ impl Publication {
 fn is_sent(name: &str) -> bool {
     let name = name.strip_suffix(SENT).and_then(|name| name.split_once('.'));
     let is_id = |id: &str| id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST].contains(&name) || is_archive(name) || is_next(name)))
+    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST, HOLDS].contains(&name) || is_archive(name) || is_next(name)))
 }
 
 /// Whether it is that of a manifest that is to follow.
