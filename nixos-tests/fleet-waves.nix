@@ -28,7 +28,7 @@ in
           waves = [
             {
               hosts = [ "@canaries" ];
-              soak = "3s";
+              soak = "10s";
             }
             { hosts = [ "web" ]; }
           ];

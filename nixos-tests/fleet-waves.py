@@ -48,11 +48,15 @@ def noted():
     return json.loads(hub.succeed(f"cat {NOTED}"))
 
 
+def wait_until_soaked(machine):
+    """Waits until a host that is still healthy has been so for as long as it has to."""
+    hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since'][machine.name] + 10}")
+
+
 def soak(machine):
     """Has a host be healthy for as long as it has to."""
     collect()
-    since = noted()["since"][machine.name]
-    hub.wait_until_succeeds(f"test $(date +%s) -gt {since + 3}")
+    wait_until_soaked(machine)
     poll(machine)
     collect()
 
@@ -112,7 +116,7 @@ with subtest("all is signed at once, and offered wave by wave, when the hosts be
     assert "wave 1 of 3: 1 of 1 healthy" in (seen := stands()) and "soaks until" in seen, seen
     assert json.loads(hub.execute(fleet("status --json"))[1])["web"]["wave"] == 2
     # what has been heard once is no proof
-    hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since']['db'] + 3}")
+    wait_until_soaked(db)
     collect()
     assert (seen := told()) == {"db": "deployed", "web": "waiting", "plain": "waiting"}, seen
     poll(db)
