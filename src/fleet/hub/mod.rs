@@ -15,6 +15,7 @@ mod metrics;
 mod numbers;
 mod page;
 mod plan;
+mod publication;
 mod publish;
 mod push;
 mod releases;

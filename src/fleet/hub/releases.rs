@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime};
 use serde::Deserialize;
 
 use crate::error::{Context, OrLog, Result};
-use crate::fleet::hub::remote::{MEANWHILE, NEXT};
+use crate::fleet::hub::publication::NEXT;
+use crate::fleet::hub::remote::MEANWHILE;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, Manifest, SMALL, Signed, sha256};
 use crate::names::{HostName, Sha256};
