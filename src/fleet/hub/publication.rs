@@ -118,10 +118,21 @@ impl Publication {
         }
     }
 
+    /// Whether it is this process's turn still, and nobody has gone on without it.
+    fn is_ours(&mut self) -> Result<bool> {
+        let found = self.read(CLAIM)?;
+        Ok(found.is_some_and(|found| String::from_utf8_lossy(&found).ends_with(&self.id)))
+    }
+
+    /// Puts what was sent into its place, unless somebody has gone on without this process.
+    pub fn rename_in_turn(&mut self, name: &str) -> Result<()> {
+        if self.is_ours()? { self.rename_sent(name) } else { Err(self.meanwhile()) }
+    }
+
     /// Lets others have their turn, and closes the session; `done` tells what has come of the one of this process.
     pub fn end(mut self, done: Result<()>) -> Result<()> {
-        let gone = match self.read(CLAIM) {
-            Ok(Some(found)) if String::from_utf8_lossy(&found).ends_with(&self.id) => self.clear(CLAIM),
+        let gone = match self.is_ours() {
+            Ok(true) => self.clear(CLAIM),
             other => other.map(drop),
         };
         done?;

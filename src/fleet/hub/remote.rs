@@ -144,7 +144,7 @@ impl Elsewhere {
         holds.claim()?;
         let (local, remote) = (holds.local.join(HOLDS), holds.remote(HOLDS));
         let fetched = holds.clear_others().and_then(|_| holds.session.fetch(&remote, &local));
-        let done = fetched.and_then(|_| change()).and_then(|()| holds.send(HOLDS, &local)).and_then(|()| holds.rename_sent(HOLDS));
+        let done = fetched.and_then(|_| change()).and_then(|()| holds.send(HOLDS, &local)).and_then(|()| holds.rename_in_turn(HOLDS));
         holds.end(done)
     }
 
