@@ -84,6 +84,13 @@ def have_canary(operation):
     configure(hub, change, "/srv/fleet/hosts/db/db/systems/default/etc/ekiben/config.json")
 
 
+def look(machine):
+    """Has a host's timer look, and what follows."""
+    machine.execute("systemctl start ekiben-look@fleet.service")
+    wait_until_idle(machine, "fleet")
+    wait_until_idle(machine, "deliver")
+
+
 def boots(machine, system=None):
     """Has a host boot what its loader chooses, or this system."""
     machine.shutdown()
@@ -203,6 +210,33 @@ with subtest("a canary that has to boot its release is healthy once it has; one 
         assert "stopped in wave 1: db is rolled back" in stands() and renewed(before) == {"db"}, stands()
         boots(db)
     have_canary("switch")
+    push("as before")
+    follow_all()
+
+with subtest("a canary that has been healthy stops it when a unit fails later, or after a reboot, and says which"):
+    dropin = "/etc/systemd/system/scenario-trouble.service.d"
+    dies = "systemctl kill --signal KILL scenario-trouble; until systemctl is-failed scenario-trouble; do sleep 0.1; done"
+    is_broken = f"mkdir -p {dropin}; printf '[Service]\\nExecStartPre=false\\n' > {dropin}/broken.conf"
+    for what, reboots, ask in ((dies, False, look), (is_broken, True, poll)):
+        before = numbers()
+        push("well at first", "mortal 100000 1 no")
+        assert poll(db)["result"] == "deployed"
+        collect()
+        assert "1 of 1 healthy" in stands(), stands()
+        db.succeed(what)
+        if reboots:
+            boots(db)
+        hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since']['db'] + 3}")
+        ask(db)
+        collect()
+        assert "stopped in wave 1: db is not well any more" in stands() and renewed(before) == {"db"}, stands()
+        code, said = hub.execute(fleet("status --once db"))
+        assert code == 2 and "Failed to keep up scenario-trouble.service" in said and told()["db"] == "failing", said
+        # it may well be mended
+        db.succeed(f"rm -rf {dropin}; systemctl daemon-reload; systemctl restart scenario-trouble")
+        look(db)
+        collect()
+        assert states(hub)["db"] == "up to date", states(hub)
     push("as before")
     follow_all()
 

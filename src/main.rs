@@ -41,7 +41,7 @@ use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch::{self, Fate};
-use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot};
+use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 use crate::system::service;
@@ -73,6 +73,7 @@ What the units run:
   metrics FILE                 write the state for Prometheus
   notify INSTANCE RUN failure | change | always COMMAND
                                tell a command how a run has ended
+  watch INSTANCE               note whether a fleet's host is still well
   look INSTANCE                fail unless a run would find nothing to do
   due INSTANCE                 have a run begin that is a timer's
   begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
@@ -134,6 +135,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             let begun = stage(file, name, begin::begin).or_error();
             return Ok(begun.map_or(begin::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
+        ["watch", name] => stage(file, name, watch::watch),
         ["look", name] => stage(file, name, prepare::look),
         ["prepare", name] if running(name)?.is_none() => stage(file, name, |paths, instance| {
             delivery::tell(paths, instance);

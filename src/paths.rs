@@ -12,6 +12,7 @@
 //! status/<instance>.json        what everybody may know
 //! status/<instance>.output      what the failing program said; root only
 //! status/<instance>.hosts       which hosts the last run has published
+//! status/<instance>.unwell      what is not well any more of what was deployed last, for its hub
 //! status/<instance>.forgotten   which of its hub's releases an administrator has had it forget
 //! heard/hosts.json              how the hosts stand, where this is a hub that publishes by itself; seen by the webhook
 //! status/<instance>.reserve     room for the status on a full disk
@@ -172,6 +173,11 @@ impl Paths {
     /// How the hosts of a fleet stand: what the hub has, as the webhook's unit sees it.
     pub fn heard(&self) -> PathBuf {
         self.root.join("heard/hosts.json")
+    }
+
+    /// What is not well any more of what was deployed last.
+    pub fn unwell(&self) -> PathBuf {
+        self.file("status", "unwell")
     }
 
     /// The releases of a fleet's hub that do not count any more.

@@ -174,6 +174,9 @@ pub struct Heartbeat {
     /// Why it does not accept what the hub offers, if it does not.
     #[serde(default)]
     pub refused: Option<String>,
+    /// What is not well any more of the release it deployed last.
+    #[serde(default)]
+    pub unwell: Option<String>,
     /// Why nothing is deployed there now, if somebody has asked for that.
     #[serde(default)]
     pub held: Option<Hold>,

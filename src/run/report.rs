@@ -40,7 +40,10 @@ impl Status {
             (Outcome::Deployed, Some(Proposal { commit, base, tree, .. })) => {
                 let Instance { flake_ref, flags, .. } = options;
                 let earlier = status.deployed.take().map(|deployed| Deployed { before: None, ..deployed });
-                let before = run.before.clone().map(|Before { system, generation, .. }| Earlier { system, generation, deployed: earlier });
+                let before = run.before.clone().map(|Before { system, generation, units, .. }| {
+                    let (unwell, passed) = (Some(&units.failed | &units.restless), run.passed.clone());
+                    Earlier { system, generation, deployed: earlier, unwell, passed }
+                });
                 let (base, tree, before) = (base.to_string(), tree.to_string(), before.map(Box::new));
                 let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
                 let (release, summary) = (ended.release.clone(), ended.summary.clone());

@@ -4,7 +4,7 @@
 //! What a failing program said may hold what is not for everybody; it is in a file of its own
 //! that only root can read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
@@ -129,6 +129,11 @@ pub struct Earlier {
     pub generation: Option<Generation>,
     /// What the instance had deployed last then.
     pub deployed: Option<Deployed>,
+    /// Which units were not well, if that is known, and which health checks passed.
+    #[serde(default)]
+    pub unwell: Option<BTreeSet<String>>,
+    #[serde(default)]
+    pub passed: Vec<String>,
 }
 
 /// A commit that the next boot of this machine brings.

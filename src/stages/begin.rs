@@ -12,6 +12,7 @@ use crate::run::journal::{Decision, Run};
 use crate::run::notes::run_id;
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger, asker, holding, queue, undo};
+use crate::stages::watch::watch;
 use crate::stages::{boot, conclude, cut_off, rollback};
 use crate::system::{boot_id, has_unit, now, service};
 
@@ -36,6 +37,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     }
     // that run has been reported; this one is another
     concluded.or_warn();
+    watch(paths, instance).or_warn();
     // a hold is about deployments
     let undoes = undo::waiting(paths)?;
     match if undoes.is_some() { Ok(false) } else { holding::keep(paths) } {

@@ -24,3 +24,4 @@ pub mod boot;
 pub mod reboot;
 pub mod trial;
 pub mod undo;
+pub mod watch;

@@ -151,7 +151,24 @@ fn mounted(mounts: &str, place: &str) -> Option<PathBuf> {
 
 /// Whether this machine is on its way down.
 pub fn is_stopping() -> Result<bool> {
-    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim() == "stopping")
+    Ok(state()? == "stopping")
+}
+
+/// Whether it has come up since it was booted; systemd is asked until it has.
+pub fn has_come_up() -> Result<bool> {
+    let known = Path::new(RUNTIME).join("up");
+    if known.exists() {
+        return Ok(true);
+    }
+    let is_up = ["running", "degraded"].contains(&&*state()?);
+    if is_up {
+        make_runtime_directory().and_then(|()| fs::write(&known, "")).context(|| format!("write {}", known.display()))?;
+    }
+    Ok(is_up)
+}
+
+fn state() -> Result<String> {
+    Ok(systemctl(&["show", "--property=SystemState", "--value"])?.trim().to_owned())
 }
 
 fn make_runtime_directory() -> io::Result<()> {

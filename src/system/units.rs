@@ -46,7 +46,7 @@ pub struct Units {
     pub failed: BTreeSet<String>,
     /// Those that had ended lately, and that systemd has started again.
     #[serde(default)]
-    restless: BTreeSet<String>,
+    pub restless: BTreeSet<String>,
     /// Those that were active.
     #[serde(default, rename = "active_units")]
     active: BTreeSet<String>,
@@ -82,7 +82,16 @@ impl Units {
 
     /// How they are now.
     pub fn now() -> Result<Self> {
-        let list = system::systemctl(&["list-units", "--all", "--full", "--no-pager", "--output=json"])?;
+        Self::listed("--all")
+    }
+
+    /// Of these, those that have failed now, or are started again and again; which is soon asked.
+    pub fn failed_now() -> Result<BTreeSet<String>> {
+        Ok(Self::listed("--state=failed,auto-restart,auto-restart-queued")?.failed)
+    }
+
+    fn listed(which: &str) -> Result<Self> {
+        let list = system::systemctl(&["list-units", which, "--full", "--no-pager", "--output=json"])?;
         let list: Vec<Listed> = json::parse(list.as_bytes()).context(|| "read the list of units".into())?;
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
         let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
@@ -107,10 +116,7 @@ impl Units {
     /// failed; or were active and should be, and are not; or make no sense any more.
     pub fn worse_under(&self, old: &Path, new: &Path) -> Result<Worse> {
         let now = Self::now()?;
-        let mut worse = BTreeMap::new();
-        for name in now.failed.difference(&self.failed).filter(|name| !is_report(name) && (brings(old, name) || brings(new, name))) {
-            worse.insert(name.clone(), "failed".to_owned());
-        }
+        let mut worse = newly_failed(&now.failed, &self.failed, &[old, new]);
         let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
         let suspects: Vec<&str> = down.map(String::as_str).filter(|name| !worse.contains_key(*name) && brings(new, name)).collect();
         if suspects.is_empty() {
@@ -126,6 +132,12 @@ impl Units {
         }
         Ok(worse)
     }
+}
+
+/// Those of systems that have failed, and were well before.
+pub fn newly_failed(failed: &BTreeSet<String>, before: &BTreeSet<String>, systems: &[&Path]) -> Worse {
+    let is_theirs = |name: &&String| !is_report(name) && systems.iter().any(|system| brings(system, name));
+    gather(failed.difference(before).filter(is_theirs).map(|name| (name.clone(), "failed".to_owned())))
 }
 
 /// How often systemd has started services again, because they had ended.

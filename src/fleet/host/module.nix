@@ -25,6 +25,7 @@ let
     rebootAliases
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
+    asRoot
     networkSandbox
     offlineSandbox
     programs
@@ -371,6 +372,8 @@ in
           };
           serviceConfig = credentials;
         };
+        # what the hub is told of
+        "ekiben-look@fleet" = mkIf cfg.enable { serviceConfig.ExecStartPre = "-${asRoot} watch fleet"; };
         # its health check asks the hub
         ekiben-boot = mkIf cfg.enable {
           serviceConfig = credentials // {

@@ -31,6 +31,8 @@ pub enum HostState {
     Refusing,
     /// It runs something else than what it deployed: by another hand.
     Drifted,
+    /// It runs the published release, and is not well any more.
+    Unwell,
     /// It has not been heard of for long.
     Silent,
     /// Its release has expired.
@@ -93,6 +95,7 @@ impl HostState {
             Some(Outcome::Stuck) => Self::RollbackFailed,
             Some(Outcome::AwaitingBoot) => Self::AwaitingBoot,
             Some(Outcome::Drifted) => Self::Drifted,
+            _ if deployed && heartbeat.unwell.is_some() => Self::Unwell,
             // a host that is held has not asked
             _ if published.has_expired(now) || heartbeat.held.is_none() && heartbeat.expires.is_some_and(|expires| expires < now) => {
                 Self::Stale
@@ -113,7 +116,9 @@ impl HostState {
     /// Which kind of trouble this is, as an exit status; 0 if it is none.
     pub fn trouble(self) -> u8 {
         match self {
-            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Undone | Self::Refusing | Self::Drifted => FAILING,
+            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Undone | Self::Refusing | Self::Drifted | Self::Unwell => {
+                FAILING
+            }
             Self::Silent | Self::Stale => 3,
             Self::WentBack | Self::Unreadable | Self::Unkeyed | Self::Unlisted => 4,
             _ => 0,
@@ -130,6 +135,7 @@ impl fmt::Display for HostState {
             Self::Undone => "undone by hand",
             Self::Refusing => "refusing",
             Self::Drifted => "drifted",
+            Self::Unwell => "not well any more",
             Self::Silent => "silent",
             Self::Stale => "stale",
             Self::WentBack => "hub went back",
@@ -192,6 +198,7 @@ pub mod tests {
             reboot_needed: false,
             files: None,
             refused: None,
+            unwell: None,
             held: None,
             expires: None,
             kernel: Some("6.12".into()),
@@ -208,7 +215,7 @@ pub mod tests {
     fn a_state_follows_from_releases() {
         use HostState::{
             AutoUpdated, AwaitingBoot, Building, Drifted, ExtraRuns, Failing, NewMachine, NotDeployed, RebuildPending, Refusing,
-            RollbackFailed, RolledBack, Silent, Stale, SyncPending, Undone, UpToDate,
+            RollbackFailed, RolledBack, Silent, Stale, SyncPending, Undone, Unwell, UpToDate,
         };
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let state = |heartbeat: &Heartbeat, age: u64| {
@@ -236,6 +243,8 @@ pub mod tests {
             (RebuildPending, old()),
             (SyncPending, Heartbeat { system: same(), ..old() }),
             (UpToDate, new()),
+            (Unwell, Heartbeat { unwell: Some("Failed to keep up x".into()), ..new() }),
+            (RebuildPending, Heartbeat { unwell: Some("Failed to keep up x".into()), ..old() }),
             // another release with the same contents
             (RebuildPending, Heartbeat { deployed: Some(Release { sequence: 1.try_into().unwrap(), ..release(2) }), ..old() }),
             (

@@ -1,0 +1,56 @@
+//! Whether what a fleet's host has deployed still is well: before each poll root looks, and the hub is told.
+
+use std::fs;
+
+use crate::config::{Instance, OnUnitFailure};
+use crate::error::{Context, Error, Result};
+use crate::files;
+use crate::paths::Paths;
+use crate::run::status::{Deployed, Status};
+use crate::system::units::{Units, failed_to_keep_up, newly_failed};
+use crate::system::{self, health};
+
+/// Notes what is not well any more of what was deployed last, in the terms of that run.
+pub fn watch(paths: &Paths, instance: &Instance) -> Result<()> {
+    // what a switch is about is judged by its own run
+    if instance.hub.is_none() || !paths.with_journal().is_empty() {
+        return Ok(());
+    }
+    let path = paths.unwell();
+    let has_come_up = system::has_come_up()?;
+    let trouble = match Status::read(paths).deployed {
+        Some(deployed) => trouble(instance, &deployed, has_come_up)?.map(|why| format!("{} {why}", deployed.number)),
+        None => None,
+    };
+    match trouble {
+        Some(known) if fs::read_to_string(&path).is_ok_and(|noted| noted == known) => Ok(()),
+        Some(trouble) => files::write(&path, trouble.as_bytes(), 0o644).context(|| format!("write {}", path.display())),
+        None if has_come_up => files::remove(&path).context(|| format!("remove {}", path.display())),
+        None => Ok(()),
+    }
+}
+
+/// What is not well any more of what was deployed, if it still runs; health checks are for a machine that has come up.
+fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Result<Option<Error>> {
+    let current = system::current()?;
+    let before = deployed.before.as_ref().filter(|_| system::is_of(&deployed.system, &current));
+    let Some((before, unwell)) = before.and_then(|before| Some((before, before.unwell.as_ref()?))) else { return Ok(None) };
+    if instance.on_unit_failure == OnUnitFailure::Rollback {
+        let failed = newly_failed(&Units::failed_now()?, unwell, &[&current]);
+        if !failed.is_empty() {
+            return Ok(Some(failed_to_keep_up(&failed)));
+        }
+    }
+    if !has_come_up {
+        return Ok(None);
+    }
+    let is_local = |name: &&String| !instance.health_checks.get(*name).is_some_and(|check| check.remote);
+    let local: Vec<_> = before.passed.iter().filter(is_local).cloned().collect();
+    Ok(health::verify(&instance.health_checks, &local).err())
+}
+
+/// What was noted of what was deployed last.
+pub fn noted(paths: &Paths, status: &Status) -> Option<String> {
+    let number = status.deployed.as_ref()?.number.to_string();
+    Some(fs::read_to_string(paths.unwell()).ok()?.strip_prefix(&number)?.strip_prefix(' ')?.to_owned())
+}
