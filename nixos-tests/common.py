@@ -141,6 +141,16 @@ def wait_until_at_rest(machine, instance, timeout=900):
     machine.wait_until_succeeds(at_rest(instance), timeout=timeout)
 
 
+def look(machine, instance="fleet"):
+    """Has a timer's look begin, and what comes of it end; returns the runs that began, the last one first."""
+    known = {run["id"] for run in status(machine, instance)["runs"]}
+    machine.execute(f"systemctl start ekiben-look@{instance}.service")
+    wait_until_at_rest(machine, instance)
+    wait_until_idle(machine, "deliver")
+    machine.require_unit_state(f"ekiben-look@{instance}.service", "inactive")
+    return [run for run in status(machine, instance)["runs"] if run["id"] not in known]
+
+
 def use_host_key(machine, file):
     """Has a machine's sshd use the private key /etc/scenario/`file`."""
     machine.succeed(f"install -m 600 /etc/scenario/{file} /etc/ssh/ssh_host_ed25519_key", "systemctl restart sshd")

@@ -109,6 +109,14 @@ with subtest("nothing new: one request without contents, and a heartbeat; a repo
     web.succeed(f"rm {OWN}/manifest.json")
     assert poll(web)["result"] == "unchanged"
 
+with subtest("a timer finds out by one request that nothing is new, and has a run begin if something is"):
+    serve()
+    assert look(web) == [] and asked("GET") == 1 and asked("PUT /hosts/web/reports/heartbeat.json") == 1
+    content = change_hosts(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    assert [run["result"] for run in look(web)] == ["deployed"] and shows(web, "app") == content
+    becomes(hub, "web", "up to date")
+
 with subtest("a host can do nothing there but what it may"):
     curl = "curl -s -o /tmp/answer -w '%{http_code}' --netrc-file /root/netrc https://hub/hosts"
     archive = json.loads(json.loads(hub.succeed(f"cat {HUB}/hosts/db/release/manifest.json"))["manifest"])["id"]

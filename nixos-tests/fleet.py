@@ -42,20 +42,15 @@ with subtest("nothing new: nothing is published, nothing is done"):
 with subtest("a timer that finds nothing new leaves a heartbeat, and no run begins; one that cannot tell has a run say why"):
     beat = "/var/lib/ekiben-hub/hosts/web/reports/heartbeat.json"
 
-    def look():
-        """Has the timer's look begin, and what comes of it end; returns the runs, the last one first."""
-        known = {run["id"] for run in status(web, "fleet")["runs"]}
-        web.execute("systemctl start ekiben-look@fleet.service")
-        wait_until_at_rest(web, "fleet")
-        wait_until_idle(web, "deliver")
-        web.require_unit_state("ekiben-look@fleet.service", "inactive")
-        return [(run["result"], run["by"]) for run in status(web, "fleet")["runs"] if run["id"] not in known]
+    def looks():
+        """What came of the runs that a timer's look had begin, and who asked for them."""
+        return [(run["result"], run["by"]) for run in look(web)]
 
     hub.succeed("systemctl start ekiben-hub-collect.service")
     invocation = web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service")
     for _ in range(2):
         hub.succeed(f"rm -f {beat}")
-        assert look() == [] and status(web, "fleet")["looked"]
+        assert looks() == [] and status(web, "fleet")["looked"]
         hub.succeed(f"test -s {beat}; systemctl start ekiben-hub-collect.service")
     assert web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service") == invocation
     becomes(hub, "web", "up to date")
@@ -79,10 +74,10 @@ with subtest("a timer that finds nothing new leaves a heartbeat, and no run begi
     }
     for case, (machine, make, unmake, result) in cases.items() if is_host(web) else ():
         machine.succeed(make)
-        assert look() == [(result, ["timer"])], (case, last_run(web, "fleet"))
+        assert looks() == [(result, ["timer"])], (case, last_run(web, "fleet"))
         machine.succeed(unmake)
-        look()
-        assert look() == [], (case, last_run(web, "fleet"))
+        look(web)
+        assert looks() == [], (case, last_run(web, "fleet"))
     if is_host(web):
         # the run is what tries that again
         hub.succeed("systemctl stop sshd")
@@ -90,7 +85,7 @@ with subtest("a timer that finds nothing new leaves a heartbeat, and no run begi
         web.wait_until_succeeds(knows("fleet", ".running.by == [\"timer\"]"))
         web.succeed("systemctl stop ekiben-fleet.service")
         hub.succeed("systemctl start sshd")
-        assert look() == [("unchanged", ["timer"])] and look() == []
+        assert looks() == [("unchanged", ["timer"])] and looks() == []
 
 with subtest("one host of three is changed: it alone has something to do"):
     content = change_hosts(hub, "web")

@@ -28,15 +28,6 @@ with subtest("what is new is deployed without being asked for"):
 LOOKED = "/var/lib/ekiben/looks"
 
 
-def look(instance="seldom"):
-    """Has a timer's look begin, and whatever comes of it end; returns the runs that began, the last one first."""
-    known = {run["id"] for run in status(machine, instance)["runs"]}
-    machine.execute(f"systemctl start ekiben-look@{instance}.service")
-    wait_until_at_rest(machine, instance)
-    machine.require_unit_state(f"ekiben-look@{instance}.service", "inactive")
-    return [run for run in status(machine, instance)["runs"] if run["id"] not in known]
-
-
 with subtest("when nothing is new, one process of the user's finds that out, and nothing is done"):
     before = (digest(machine), generation(machine), machine.succeed("ls /nix/var/nix/profiles"))
     # a process of root's, or a run, would make another one
@@ -129,25 +120,25 @@ if is_host(machine):
         machine.succeed("mkdir -p /run/systemd/system/ekiben-look@seldom.service.d; "
                         "printf '[Service]\\nLogLevelMax=debug\\n' > /run/systemd/system/ekiben-look@seldom.service.d/log.conf; "
                         "systemctl daemon-reload")
-        look()
+        look(machine, "seldom")
         for case, (make, unmake, results, then) in cases.items():
-            assert look() == [], case
+            assert look(machine, "seldom") == [], case
             machine.succeed(make)
-            began = look()
+            began = look(machine, "seldom")
             machine.succeed(unmake)
             assert len(began) == 1 and began[0]["by"] == ["timer"] and results in (None, [began[0]["result"]]), (case, began)
-            began = look()
+            began = look(machine, "seldom")
             assert [run["result"] for run in began] == then, (case, machine.succeed("journalctl --sync; journalctl -q -u ekiben-look@seldom -o cat -n 20"))
         # and why that began
         run(machine, "seldom")
         said = machine.succeed("ekiben log seldom")
         assert "The timer's look found" not in said, said
         machine.succeed(as_deploy(f"cd {REPOSITORY}; git commit -q --allow-empty -m another"))
-        assert look()[0]["result"] == "deployed" and "The timer's look found: there is another commit." in machine.succeed("ekiben log seldom")
+        assert look(machine, "seldom")[0]["result"] == "deployed" and "The timer's look found: there is another commit." in machine.succeed("ekiben log seldom")
 
         machine.succeed("ekiben hold seldom")
         follow(machine, "seldom")
-        assert look() == []
+        assert look(machine, "seldom") == []
         wait_until_said(machine, "seldom", "Held until")
         machine.succeed("ekiben resume seldom")
 

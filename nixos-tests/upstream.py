@@ -69,29 +69,26 @@ with subtest("an upstream that is ahead is followed, and gets the lock commit"):
 
 # on hosts alone
 with subtest("a timer sees what is new upstream and in what inputs lead to, and writes nothing to the repository"):
-    def look():
-        """Has a timer's look begin, and what comes of it end; returns the runs, the last one first."""
-        known = {run["id"] for run in status(server, "follower")["runs"]}
-        server.execute("systemctl start ekiben-look@follower.service")
-        wait_until_at_rest(server, "follower")
-        return [run["result"] for run in status(server, "follower")["runs"] if run["id"] not in known]
+    def looks():
+        """What came of the runs that a timer's look had begin."""
+        return [run["result"] for run in look(server, "follower")]
 
-    look()
+    looks()
     before = digest(server)
-    assert look() == [] and look() == [] and digest(server) == before
+    assert looks() == [] and looks() == [] and digest(server) == before
     forge.succeed(as_deploy(f"{clone}; git commit -q --allow-empty -m empty; git push -q"))
-    assert look() == ["deployed"] and look() == []
+    assert looks() == ["deployed"] and looks() == []
     publish(forge, "app", "7")
     forge.succeed(pack)
-    assert look() == ["deployed"] and look() == []
+    assert looks() == ["deployed"] and looks() == []
     forge.succeed(as_deploy("git -C /srv/other/config.git update-ref refs/heads/main main^"))
-    assert look() == ["failed"] and "no longer has" in last_run(server, "follower")["error"], last_run(server, "follower")
+    assert looks() == ["failed"] and "no longer has" in last_run(server, "follower")["error"], last_run(server, "follower")
     deploy(server, "git push -q origin HEAD:main")
-    assert look() == ["unchanged"] and look() == []
+    assert looks() == ["unchanged"] and looks() == []
     deploy(server, "git branch -q --unset-upstream")
-    assert look() == ["failed"] and look() == ["failed"]
+    assert looks() == ["failed"] and looks() == ["failed"]
     deploy(server, "git branch -q -u origin/main")
-    assert look() == ["unchanged"] and look() == []
+    assert looks() == ["unchanged"] and looks() == []
 
 # everywhere
 with subtest("an edit that a pulled commit would overwrite stops the run"):
