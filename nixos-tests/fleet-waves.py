@@ -84,13 +84,6 @@ def have_canary(operation):
     configure(hub, change, "/srv/fleet/hosts/db/db/systems/default/etc/ekiben/config.json")
 
 
-def look(machine):
-    """Has a host's timer look, and what follows."""
-    machine.execute("systemctl start ekiben-look@fleet.service")
-    wait_until_idle(machine, "fleet")
-    wait_until_idle(machine, "deliver")
-
-
 def boots(machine, system=None):
     """Has a host boot what its loader chooses, or this system."""
     machine.shutdown()
@@ -232,11 +225,13 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
         assert "stopped in wave 1: db is not well any more" in stands() and renewed(before) == {"db"}, stands()
         code, said = hub.execute(fleet("status --once db"))
         assert code == 2 and "Failed to keep up scenario-trouble.service" in said and told()["db"] == "failing", said
+        assert "not well any more: Failed to keep up scenario-trouble.service; see to that" in db.fail("ekiben status fleet")
         # it may well be mended
         db.succeed(f"rm -rf {dropin}; systemctl daemon-reload; systemctl restart scenario-trouble")
         look(db)
         collect()
         assert states(hub)["db"] == "up to date", states(hub)
+        db.succeed("ekiben status fleet")
     push("as before")
     follow_all()
 

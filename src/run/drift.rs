@@ -1,11 +1,12 @@
-//! What this machine runs, beside what was deployed.
+//! What this machine runs, beside what was deployed, and what is not well any more of that.
 
+use std::fs;
 use std::path::Path;
 
 use crate::config::Instance;
 use crate::nix::profile;
 use crate::paths::Paths;
-use crate::run::status::{Deployed, all_deployed};
+use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
 
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
@@ -23,6 +24,12 @@ pub fn drift(paths: &Paths) -> Option<String> {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+}
+
+/// What root has found not to be well any more of what was deployed last, on a host of a fleet.
+pub fn unwell(paths: &Paths, status: &Status) -> Option<String> {
+    let number = status.deployed.as_ref()?.number.to_string();
+    Some(fs::read_to_string(paths.unwell()).ok()?.strip_prefix(&number)?.strip_prefix(' ')?.to_owned())
 }
 
 /// What this machine deployed last for itself, and not for a fleet.

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::gather::gather;
 use crate::nix::progress;
 use crate::paths::Paths;
-use crate::run::drift::drift;
+use crate::run::drift::{drift, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
@@ -214,6 +214,7 @@ impl Details {
         let service = units.get(&service::unit(name));
         let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
         let mut problems = problems(name, units, &status, since, now());
+        problems.extend(unwell(&paths, &status).map(|why| format!("not well any more: {why}; see to that, or run ekiben rollback {name}")));
         problems.extend(drift(&paths));
         problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
         Self {

@@ -48,9 +48,3 @@ fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Resul
     let local: Vec<_> = before.passed.iter().filter(is_local).cloned().collect();
     Ok(health::verify(&instance.health_checks, &local).err())
 }
-
-/// What was noted of what was deployed last.
-pub fn noted(paths: &Paths, status: &Status) -> Option<String> {
-    let number = status.deployed.as_ref()?.number.to_string();
-    Some(fs::read_to_string(paths.unwell()).ok()?.strip_prefix(&number)?.strip_prefix(' ')?.to_owned())
-}

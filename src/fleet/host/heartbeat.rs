@@ -6,10 +6,11 @@ use crate::config::Hub;
 use crate::fleet::host::seen;
 use crate::fleet::{FORMAT, Heartbeat, LastRun};
 use crate::paths::Paths;
+use crate::run::drift::unwell;
 use crate::run::hold::Hold;
 use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
-use crate::stages::{reboot, watch};
+use crate::stages::reboot;
 use crate::text;
 
 /// Why what the hub offers was refused, if it was.
@@ -51,7 +52,7 @@ pub fn now(paths: &Paths, hub: &Hub, is_fetched: bool) -> Heartbeat {
         reboot_needed: reboot::is_needed(),
         files: fs::read_to_string(paths.trouble_with_files()).ok(),
         refused: fs::read_to_string(paths.own(REFUSED)).ok(),
-        unwell: watch::noted(paths, &status),
+        unwell: unwell(paths, &status),
         held: Hold::read(paths),
         expires: status.expires,
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|version| version.trim_end().to_owned()),
