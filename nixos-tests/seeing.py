@@ -367,11 +367,15 @@ with subtest("the log of a run is one command away"):
 with subtest("a run says who has asked for it, all of them; nobody can pretend to be another"):
     def asked(*commands, by):
         """Has a run follow several requests, or what looks like one; checks who has asked for it."""
+        def at_once(verb):
+            # who joins in just when a run takes a request is not named
+            machine.succeed("systemctl stop ekiben-app.path", f"ekiben {verb} app", *commands, "systemctl start ekiben-app.path")
+
         before = runs(machine, "app")
-        machine.succeed("ekiben hold app", *commands)
+        at_once("hold")
         machine.wait_until_succeeds(knows("app", ".held != null"))
         wait_until_at_rest(machine, "app")
-        machine.succeed("systemctl stop ekiben-app.path", "ekiben resume app", *commands, "systemctl start ekiben-app.path")
+        at_once("resume")
         ended = wait_for_run(machine, "app", before)
         assert (ended["trigger"], ended["by"]) == ("request", by), ended
 
