@@ -369,7 +369,8 @@ with subtest("a run says who has asked for it, all of them; nobody can pretend t
         """Has a run follow several requests, or what looks like one; checks who has asked for it."""
         def at_once(verb):
             # who joins in just when a run takes a request is not named
-            machine.succeed("systemctl stop ekiben-app.path", f"ekiben {verb} app", *commands, "systemctl start ekiben-app.path")
+            machine.succeed("systemctl stop ekiben-app.path", f"ekiben {verb} app", *commands)
+            machine.succeed("systemctl reset-failed ekiben-app.path", "systemctl start ekiben-app.path")
 
         before = runs(machine, "app")
         at_once("hold")
