@@ -14,11 +14,15 @@ use crate::json;
 use crate::program::exited::Exited;
 
 /// What it says that its status does not: see [`SNIPPET`] and [`USER`].
-pub const WATCHED: &[&str] = &[SNIPPET, USER];
+pub const WATCHED: &[&str] = &[SNIPPET, USER, UNITS];
 /// An activation script has failed. That leads to status 2, but not if a unit fails, too.
 const SNIPPET: &str = "Activation script snippet '";
 /// Units of a user have failed. That leads to status 4, as those of the system do.
 const USER: &str = "warning: user activation for ";
+/// Units of the system have failed, and which.
+const UNITS: &str = "warning: the following units failed: ";
+/// How a unit is called that has failed if a timer has found something to do: another instance's may, at any moment.
+const LOOK: &str = "ekiben-look@";
 /// A check that is made before anything is changed has failed, and which.
 const CHECK: &str = "Pre-switch check '";
 /// The last line where one has.
@@ -57,7 +61,10 @@ impl Switched {
             }
             let users =
                 ended.seen.iter().filter_map(|line| line.split_once(USER)?.1.split_once(" failed")).map(|(user, _)| user.to_owned());
-            return Ok(Self::Runs { units_failed: code == Some(4), users: gather(users), tail: ended.tail });
+            let mut named =
+                ended.seen.iter().filter_map(|line| Some(line.split_once(UNITS)?.1)).flat_map(|units| units.split(", ")).peekable();
+            let only_looks = named.peek().is_some() && named.all(|unit| unit.starts_with(LOOK));
+            return Ok(Self::Runs { units_failed: code == Some(4) && !only_looks, users: gather(users), tail: ended.tail });
         }
         if code == Some(100) {
             return Ok(Self::AtBoot("its init is incompatible with the running one".into()));
@@ -136,6 +143,9 @@ mod tests {
         for (status, said, meaning) in [
             (0, "finished\n", "runs false {}"),
             (4, "warning: the following units failed: a.service\n", "runs true {}"),
+            (4, "warning: the following units failed: ekiben-look@a.service, ekiben-look@b.service\n", "runs false {}"),
+            (4, "warning: the following units failed: a.service, ekiben-look@a.service\n", "runs true {}"),
+            (4, "warning: the following units failed: ekiben-look@a.service, b.service\n", "runs true {}"),
             (4, "warning: user activation for alice failed\nwarning: user activation for bob failed\n", "runs true {\"alice\", \"bob\"}"),
             (2, "Activation script snippet 'x' failed (1)\n", "failed: Failed to activate it: exited with 2"),
             (4, "Activation script snippet 'x' failed (1)\n", "failed: Failed to activate it: an activation script failed"),
