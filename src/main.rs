@@ -114,7 +114,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["rollback", name] => return trigger::roll_back(&config()?, name),
         ["hold", name, words @ ..] => holding::hold(&config()?, name, words),
         ["resume", name] => holding::resume(&config()?, name),
-        ["holds"] => holding::watch(),
+        ["holds"] => holding::end_in_time(),
         ["status", "--json"] => return show::show(&config()?, None, true),
         ["status", "--json", name] | ["status", name, "--json"] => return show::show(&config()?, Some(name), true),
         ["status"] => return show::show(&config()?, None, false),

@@ -68,7 +68,7 @@ pub fn keep(paths: &Paths) -> Result<bool> {
 }
 
 /// Ends holds when they are over, until there are none.
-pub fn watch() -> Result<()> {
+pub fn end_in_time() -> Result<()> {
     let place = Paths::new("x").hold();
     let place = place.parent().unwrap_or(&place);
     loop {

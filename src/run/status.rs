@@ -129,9 +129,10 @@ pub struct Earlier {
     pub generation: Option<Generation>,
     /// What the instance had deployed last then.
     pub deployed: Option<Deployed>,
-    /// Which units were not well, if that is known, and which health checks passed.
+    /// Which units were not well, if that is known.
     #[serde(default)]
     pub unwell: Option<BTreeSet<String>>,
+    /// Which health checks passed.
     #[serde(default)]
     pub passed: Vec<String>,
 }

@@ -11,7 +11,7 @@ use crate::run::Stage;
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::status::Status;
 use crate::stages::rollback;
-use crate::system::switched::Switched;
+use crate::system::switched::{LOOK, Switched};
 use crate::system::units::{self, Restarts, Units};
 use crate::system::{self, health};
 
@@ -57,9 +57,9 @@ pub fn leave(paths: &Paths, run: &mut Run) -> Result<()> {
 
 /// What to say where units have failed, but not by the switch.
 fn failed_again(before: &Before) -> Result<String> {
-    let now = Units::now()?;
-    let again: Vec<_> = now.failed.intersection(&before.units.failed).cloned().collect();
-    if let Some(unit) = now.failed.difference(&before.units.failed).find(|unit| units::is_report(unit)) {
+    let failed = Units::failed_now()?;
+    let again: Vec<_> = failed.intersection(&before.units.failed).cloned().collect();
+    if let Some(unit) = failed.difference(&before.units.failed).find(|unit| units::is_report(unit) && !unit.starts_with(LOOK)) {
         return Ok(format!("{unit} has failed, not by the switch; see systemctl status {unit}"));
     }
     Ok(if again.is_empty() {
@@ -124,7 +124,7 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
 /// Whether it has been switched to anew for that.
 pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
     let checks = run.instance.health_checks.clone();
-    let (remote, local): (Vec<_>, Vec<_>) = run.passed.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote));
+    let (remote, local) = health::by_place(&checks, &run.passed);
     health::verify(&checks, &local)?;
     let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
     if !run.instance.rollback {

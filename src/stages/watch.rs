@@ -44,7 +44,6 @@ fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Resul
     if !has_come_up {
         return Ok(None);
     }
-    let is_local = |name: &&String| !instance.health_checks.get(*name).is_some_and(|check| check.remote);
-    let local: Vec<_> = before.passed.iter().filter(is_local).cloned().collect();
+    let (_, local) = health::by_place(&instance.health_checks, &before.passed);
     Ok(health::verify(&instance.health_checks, &local).err())
 }

@@ -24,6 +24,11 @@ pub fn passing(checks: &BTreeMap<String, HealthCheck>) -> Vec<String> {
     checks.iter().filter(passes).map(|(name, _)| name.clone()).collect()
 }
 
+/// Of these checks, those that ask other machines, and those that do not.
+pub fn by_place(checks: &BTreeMap<String, HealthCheck>, names: &[String]) -> (Vec<String>, Vec<String>) {
+    names.iter().cloned().partition(|name| checks.get(name).is_some_and(|check| check.remote))
+}
+
 /// Fails if one of the checks that passed before does not pass any more, however often it is tried.
 pub fn verify(checks: &BTreeMap<String, HealthCheck>, passed_before: &[String]) -> Result<()> {
     for (name, check) in checks.iter().filter(|(name, _)| passed_before.contains(name)) {

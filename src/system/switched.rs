@@ -22,7 +22,7 @@ const USER: &str = "warning: user activation for ";
 /// Units of the system have failed, and which.
 const UNITS: &str = "warning: the following units failed: ";
 /// How a unit is called that has failed if a timer has found something to do: another instance's may, at any moment.
-const LOOK: &str = "ekiben-look@";
+pub const LOOK: &str = "ekiben-look@";
 /// A check that is made before anything is changed has failed, and which.
 const CHECK: &str = "Pre-switch check '";
 /// The last line where one has.

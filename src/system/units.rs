@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
 use crate::program::Program;
+use crate::system::switched::LOOK;
 use crate::system::{self, now};
 use crate::{config, json, text};
 
@@ -303,9 +304,8 @@ fn is_up(active: &str) -> bool {
 /// switch's doing.
 pub fn is_report(name: &str) -> bool {
     let ours = name.strip_prefix("ekiben-").and_then(|name| name.strip_suffix(".service"));
-    ours.is_some_and(|name| {
-        name.starts_with("look@") || name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok()
-    })
+    name.starts_with(LOOK)
+        || ours.is_some_and(|name| name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok())
 }
 
 /// Whether a unit is one of a system's own.
