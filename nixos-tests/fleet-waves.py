@@ -77,9 +77,9 @@ def configure(machine, change, files="/etc/ekiben/config.json"):
         machine.succeed(f"jq {shlex.quote(change)} {file} > /tmp/config.json; cp --remove-destination /tmp/config.json {file}")
 
 
-def have_canary(operation):
-    """Has the canary take this release, and those to come, by this operation."""
-    change = f'.instances.fleet.operation = "{operation}"'
+def have_canary(change):
+    """Has the canary take this release, and those to come, by other options, as jq says."""
+    change = f".instances.fleet{change}"
     configure(db, change)
     configure(hub, change, "/srv/fleet/hosts/db/db/systems/default/etc/ekiben/config.json")
 
@@ -184,7 +184,7 @@ with subtest("a canary that dies when it has deployed, or that runs something el
 
 with subtest("a canary that has to boot its release is healthy once it has; one that does not boot it, or not well, stops it"):
     before = numbers()
-    have_canary("boot")
+    have_canary('.operation = "boot"')
     push("to be booted")
     for _ in range(2):
         assert poll(db)["result"] == "awaitingBoot", last_run(db, "fleet")
@@ -202,15 +202,19 @@ with subtest("a canary that has to boot its release is healthy once it has; one 
         collect()
         assert "stopped in wave 1: db is rolled back" in stands() and renewed(before) == {"db"}, stands()
         boots(db)
-    have_canary("switch")
+    have_canary('.operation = "switch"')
     push("as before")
     follow_all()
 
-with subtest("a canary that has been healthy stops it when a unit fails later, or after a reboot, and says which"):
+with subtest("a canary that has been healthy stops it when a unit fails later, or after a reboot, or a health check, and says which"):
     dropin = "/etc/systemd/system/scenario-trouble.service.d"
     dies = "systemctl kill --signal KILL scenario-trouble; until systemctl is-failed scenario-trouble; do sleep 0.1; done"
     is_broken = f"mkdir -p {dropin}; printf '[Service]\\nExecStartPre=false\\n' > {dropin}/broken.conf"
-    for what, reboots, ask in ((dies, False, look), (is_broken, True, poll)):
+    is_mended = f"rm -rf {dropin}; systemctl daemon-reload; systemctl restart scenario-trouble; touch /var/well"
+    unit, check = "Failed to keep up scenario-trouble.service", "Failed to pass health check well: exited with 1"
+    have_canary('.healthChecks.well = {command: "test -e /var/well", units: [], timeout: 5, retries: 0}')
+    db.succeed("touch /var/well")
+    for what, why, reboots, ask in ((dies, unit, False, look), (is_broken, unit, True, poll), ("rm /var/well", check, False, look)):
         before = numbers()
         push("well at first", "mortal 100000 1 no")
         assert poll(db)["result"] == "deployed"
@@ -219,19 +223,20 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
         db.succeed(what)
         if reboots:
             boots(db)
-        hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since']['db'] + 3}")
+        wait_until_soaked(db)
         ask(db)
         collect()
         assert "stopped in wave 1: db is not well any more" in stands() and renewed(before) == {"db"}, stands()
         code, said = hub.execute(fleet("status --once db"))
-        assert code == 2 and "Failed to keep up scenario-trouble.service" in said and told()["db"] == "failing", said
-        assert "not well any more: Failed to keep up scenario-trouble.service; see to that" in db.fail("ekiben status fleet")
+        assert code == 2 and why in said and told()["db"] == "failing", said
+        assert f"not well any more: {why}; see to that" in db.fail("ekiben status fleet")
         # it may well be mended
-        db.succeed(f"rm -rf {dropin}; systemctl daemon-reload; systemctl restart scenario-trouble")
+        db.succeed(is_mended)
         look(db)
         collect()
         assert states(hub)["db"] == "up to date", states(hub)
         db.succeed("ekiben status fleet")
+    have_canary(" |= del(.healthChecks.well)")
     push("as before")
     follow_all()
 
