@@ -304,8 +304,8 @@ fn is_up(active: &str) -> bool {
 /// switch's doing.
 pub fn is_report(name: &str) -> bool {
     let ours = name.strip_prefix("ekiben-").and_then(|name| name.strip_suffix(".service"));
-    name.starts_with(LOOK)
-        || ours.is_some_and(|name| name.starts_with("retry@") || REPORTS.contains(&name) || config::instance_name(name).is_ok())
+    let ours = ours.map(|name| name.trim_start_matches("retry@").trim_start_matches("watch@"));
+    name.starts_with(LOOK) || ours.is_some_and(|name| REPORTS.contains(&name) || config::instance_name(name).is_ok())
 }
 
 /// Whether a unit is one of a system's own.
@@ -390,6 +390,7 @@ mod tests {
             ("ekiben-web.service", true),
             ("ekiben-look@web.service", true),
             ("ekiben-retry@web.service", true),
+            ("ekiben-watch@fleet.service", true),
             ("ekiben-webhook-tokens.service", true),
             ("ekiben-webhook.service", false),
             ("ekiben-web.path", false),

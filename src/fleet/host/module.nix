@@ -25,7 +25,6 @@ let
     rebootAliases
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
-    asRoot
     networkSandbox
     offlineSandbox
     programs
@@ -213,6 +212,23 @@ let
         StateDirectoryMode = "0700";
       };
   };
+
+  # before each look: whether what was deployed still is well. Root's, as what a run does after the switch, with which it
+  # shares the health checks. A unit of its own is half the price of a process of a unit with a sandbox.
+  watch = {
+    description = "Look whether what Ekiben's instance fleet has deployed is well";
+    restartIfChanged = false;
+    startLimitIntervalSec = 0;
+    inherit (config.systemd.services.ekiben-fleet) path;
+    environment = removeAttrs config.systemd.services.ekiben-fleet.environment [ "PATH" ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "-${ekiben} watch fleet";
+      SyslogIdentifier = "ekiben";
+      TimeoutStartSec = "5min";
+      LogLevelMax = "warning";
+    };
+  };
 in
 {
   imports = rebootAliases [
@@ -373,7 +389,11 @@ in
           serviceConfig = credentials;
         };
         # what the hub is told of
-        "ekiben-look@fleet" = mkIf cfg.enable { serviceConfig.ExecStartPre = "-${asRoot} watch fleet"; };
+        "ekiben-look@fleet" = mkIf cfg.enable {
+          wants = [ "ekiben-watch@fleet.service" ];
+          after = [ "ekiben-watch@fleet.service" ];
+        };
+        "ekiben-watch@fleet" = mkIf cfg.enable watch;
         # its health check asks the hub
         ekiben-boot = mkIf cfg.enable {
           serviceConfig = credentials // {
