@@ -43,7 +43,12 @@ pub fn mend(since: u64) -> Result<()> {
     let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
     // what is not valid is recreated when it is needed
     let invalid = ask(&["--check-validity", "--print-invalid"], &new)?;
-    let damaged: BTreeSet<_> = gather(new.difference(&invalid).filter(|path| !is_intact(path)).cloned());
+    let valid: BTreeSet<PathBuf> = gather(new.difference(&invalid).cloned());
+    // all at once, as it mostly is
+    if valid.is_empty() || are_intact(&valid) {
+        return Ok(());
+    }
+    let damaged: BTreeSet<_> = gather(valid.into_iter().filter(|path| !are_intact([path])));
     if damaged.is_empty() {
         return Ok(());
     }
@@ -68,8 +73,8 @@ fn ask(question: &[&str], paths: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>
     Ok(gather(said.lines().map(PathBuf::from)))
 }
 
-fn is_intact(path: &Path) -> bool {
-    nix_store().arg("--verify-path").arg(path).output(|| format!("verify {}", path.display()), None).is_ok()
+fn are_intact<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> bool {
+    nix_store().arg("--verify-path").args(paths).output(|| "verify the store".into(), None).is_ok()
 }
 
 fn nix_store() -> Program {
