@@ -521,6 +521,7 @@ let
     ))
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
+        "ekiben-asked@.service"
         "ekiben-boot.service"
         "ekiben-due@.service"
         "ekiben-holds.path"

@@ -50,6 +50,14 @@ with subtest("when nothing is new, one process of the user's finds that out, and
     assert run(machine, "often")["result"] == "unchanged"
     assert "Nothing is new" in machine.succeed("journalctl -u ekiben-often -o cat")
 
+with subtest("what waits since its path unit is dead is served after a look that finds nothing new"):
+    before = runs(machine, "often")
+    machine.succeed("systemctl stop ekiben-often.path; ekiben trigger often; systemctl start ekiben-look@often.service")
+    wait_for_run(machine, "often", before)
+    assert (last_run(machine, "often")["by"], last_run(machine, "often")["result"]) == (["user root"], "unchanged")
+    wait_until_at_rest(machine, "often")
+    machine.succeed("systemctl start ekiben-often.path")
+
 with subtest("a run that was due while the machine was off is made up for"):
     assert runs(machine, "seldom") == 0
     machine.succeed("touch -d '2 years ago' /var/lib/systemd/timers/stamp-ekiben-seldom.timer; sync")

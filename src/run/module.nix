@@ -496,6 +496,22 @@ let
   };
   duesOf = name: lib.optional (isName name) "ekiben-due@${name}.service";
 
+  # nothing new is no reason not to serve what waits, and the path unit may be dead: the look itself may not see the queue
+  asked = {
+    description = "A run of Ekiben's instance %i that is asked for";
+    restartIfChanged = false;
+    startLimitIntervalSec = 0;
+    unitConfig.ConditionPathExists = [
+      "|/var/lib/ekiben/queue/%i"
+      "|/var/lib/ekiben/rollbacks/%i"
+    ];
+    serviceConfig = {
+      Type = "oneshot";
+      ExecStart = "-${lib.getExe' config.systemd.package "systemctl"} start --no-block ekiben-%i.service";
+      LogLevelMax = "warning";
+    };
+  };
+
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -559,6 +575,7 @@ let
       "ekiben-boot.service"
     ];
     onFailure = duesOf name;
+    onSuccess = lib.optional (isName name) "ekiben-asked@${name}.service";
     restartIfChanged = false;
     startLimitIntervalSec = 0;
     inherit (config.systemd.services."ekiben-${name}") path;
@@ -827,6 +844,7 @@ in
           ekiben-holds = holds;
           ekiben-metrics = mkIf (cfg.metrics != null) metrics;
           ekiben-reboot = mkIf mayReboot rebootService;
+          "ekiben-asked@" = asked;
           "ekiben-restart@" = restart;
           "ekiben-due@" = due;
           "ekiben-retry@" = retry;
