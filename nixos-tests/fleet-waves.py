@@ -202,6 +202,16 @@ with subtest("a canary that has to boot its release is healthy once it has; one 
         collect()
         assert "stopped in wave 1: db is rolled back" in stands() and renewed(before) == {"db"}, stands()
         boots(db)
+    # a hub that is down meanwhile, or boots as well, proves nothing against a release
+    have_canary(".healthChecks.hub |= (.timeout = 3 | .retries = 0)")
+    push("not to be blamed")
+    assert poll(db)["result"] == "awaitingBoot", last_run(db, "fleet")
+    hub.succeed("ip link set eth1 down")
+    boots(db)
+    assert (seen := last_run(db, "fleet"))["result"] == "rolledBack" and "health check hub" in seen["error"], seen
+    hub.succeed("ip link set eth1 up")
+    assert poll(db)["result"] == "deployed", last_run(db, "fleet")
+    have_canary(".healthChecks.hub |= (.timeout = 40 | .retries = 2)")
     have_canary('.operation = "switch"')
     push("as before")
     follow_all()
@@ -240,14 +250,19 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
     push("as before")
     follow_all()
 
-with subtest("a canary that does not build is no canary: the others wait until somebody says so"):
-    before = numbers()
-    for name in HOSTS:
-        change_hosts(hub, name, "build" if name == "db" else "none")
-    hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm broken"))
-    assert run(hub, "publish")["result"] == "partly"
-    collect()
-    assert "none of its hosts could be published" in (seen := stands()) and renewed(before) == set(), seen
+with subtest("a canary that does not build, or of which nothing is known, is no canary: the others wait until somebody says so"):
+    flake = "/srv/fleet/hosts/db/flake.nix"
+    good = hub.succeed(f"cat {flake}")
+    for trouble, broken in (("build", good), ("none", "{ outputs = { self }: throw 0; }")):
+        before = numbers()
+        for name in HOSTS:
+            change_hosts(hub, name, trouble if name == "db" else "none")
+        write(hub, flake, broken)
+        hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm broken"))
+        assert run(hub, "publish")["result"] == "partly"
+        collect()
+        assert noted()["stopped"] == "wave 1: none of its hosts could be published" and renewed(before) == set(), noted()
+        write(hub, flake, good)
     content = push("mended again")
     follow_all()
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content

@@ -168,6 +168,11 @@ with subtest("a release that somebody at the host has undone is not deployed aga
     assert poll(plain)["result"] == "withheld", last_run(plain, "fleet")
     assert states(hub)["plain"] == "undone by hand" and shows(plain, "app") == before
     assert "the hub is ahead on purpose" in plain.succeed("ekiben status fleet")
+    # nor by another number
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"expiresAfter": 90 * 86400}))
+    assert "plain: release" in hub.succeed(fleet("renew plain")) and poll(plain)["result"] == "withheld", last_run(plain, "fleet")
+    assert states(hub)["plain"] == "undone by hand" and hub.execute(fleet("status plain"))[0] == 2
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
     content = change_hosts(hub, "plain")
     hub.succeed(fleet("deploy plain"))
     assert poll(plain)["result"] == "deployed" and shows(plain, "app") == content

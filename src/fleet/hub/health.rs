@@ -56,8 +56,11 @@ pub fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> 
         let host = &member.host;
         let manifest = hub.manifest(host)?.and_then(Result::ok).map(|(manifest, _)| manifest);
         let heard = hub.heartbeat(host)?;
-        let offered = manifest.as_ref().zip(hub.changed(host)?);
-        let health = health(member, offered, heard.as_ref(), SystemTime::now());
+        let (changed, now) = (hub.changed(host)?, SystemTime::now());
+        // by a clock that was ahead: nobody knows when
+        let changed = changed.map(|changed| if changed > now { SystemTime::UNIX_EPOCH } else { changed });
+        let offered = manifest.as_ref().zip(changed);
+        let health = health(member, offered, heard.as_ref(), now);
         Ok((member, health, heard.map_or(0, |(_, arrived)| seconds(arrived)), offered.map_or(0, |(_, changed)| seconds(changed))))
     };
     let mut all = Vec::new();

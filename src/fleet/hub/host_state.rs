@@ -72,7 +72,8 @@ pub enum HostState {
 impl HostState {
     /// Decides by what is published, and by what was heard of the host last.
     pub fn of(published: Option<&Manifest>, heard: Option<&Heard>, silent_after: Duration, now: SystemTime) -> Self {
-        let is_silent = |arrived: &SystemTime| now.duration_since(*arrived).is_ok_and(|age| age > silent_after);
+        // what is yet to arrive has arrived, by a clock that was ahead
+        let is_silent = |arrived: &SystemTime| now.duration_since(*arrived).unwrap_or_else(|error| error.duration()) > silent_after;
         if heard.is_some_and(|(heartbeat, arrived)| heartbeat.refused.is_some() && !is_silent(arrived)) {
             return Self::Refusing;
         }
@@ -277,5 +278,7 @@ pub mod tests {
             assert_eq!(state(&heartbeat, 10), expected, "{heartbeat:?}");
             assert_eq!(state(&heartbeat, 11), Silent);
         }
+        let heard = |arrived| HostState::of(Some(&manifest()), Some(&(new(), at(arrived))), Duration::from_secs(10), at(4900));
+        assert_eq!((heard(4910), heard(4911)), (UpToDate, Silent));
     }
 }

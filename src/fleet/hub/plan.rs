@@ -182,14 +182,15 @@ pub fn assign(
         for word in &wave.hosts {
             let group = word.strip_prefix('@').and_then(|name| groups.iter().find(|(group, _)| ***group == *name));
             let is_meant = |host: &HostName| word == "*" || **host == **word || group.is_some_and(|(_, hosts)| hosts.contains(host));
-            let mut is_known = word == "*" || group.is_some();
-            for (host, place) in known.iter().zip(&mut places).filter(|(host, _)| is_meant(host)) {
-                is_known |= ***host == **word;
+            let mut is_known = word == "*" || group.is_some_and(|(_, hosts)| hosts.is_empty());
+            for (_, place) in known.iter().zip(&mut places).filter(|(host, _)| is_meant(host)) {
+                is_known = true;
                 is_one |= *place == usize::MAX;
                 *place = number.min(*place);
             }
             if !is_known && !some {
-                return Err(format!("there is no host or group {word:?}")).context(|| "understand the waves".into());
+                let what = if group.is_some() { "host of group" } else { "host or group" };
+                return Err(format!("there is no {what} {word:?}")).context(|| "understand the waves".into());
             }
             is_one |= !is_known;
         }
@@ -228,7 +229,8 @@ mod tests {
     #[test]
     fn hosts_are_in_the_first_wave_that_names_them() {
         let known = ["a", "b", "c", "d"].map(name);
-        let groups = [(name("laptops"), vec![name("b"), name("a")]), (name("none"), vec![])].into_iter().collect();
+        let groups = [("laptops", &["b", "x", "a"][..]), ("none", &[]), ("gone", &["x", "y"])];
+        let groups = groups.map(|(group, hosts)| (name(group), hosts.iter().map(|host| name(host)).collect())).into();
         let places = |waves: &[&[&str]], some| {
             let waves: Vec<_> =
                 waves.iter().map(|hosts| Wave { hosts: hosts.iter().map(ToString::to_string).collect(), ..Wave::default() }).collect();
@@ -246,7 +248,10 @@ mod tests {
         // what is misspelt, or removed, must not have all the others get it at once
         assert!(places(&[&["canary"], &["*"]], false).unwrap_err().contains("no host or group \"canary\""));
         assert!(places(&[&["@canaries"], &["*"]], false).is_err());
+        assert!(places(&[&["@gone"], &["*"]], false).unwrap_err().contains("no host of group \"@gone\""));
         // nor must what could not be looked at
-        assert_eq!(places(&[&["canary"], &["*"]], true), of(2, "a1 b1 c1 d1"));
+        for word in ["canary", "@gone"] {
+            assert_eq!(places(&[&[word], &["*"]], true), of(2, "a1 b1 c1 d1"), "{word}");
+        }
     }
 }

@@ -102,8 +102,8 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
             if wave > current || holds.of(Some(host)).is_some() {
                 continue;
             }
-            // of what it is offered now
-            let since = progress.since.get(host).copied().filter(|since| *since >= offered);
+            // of what it is offered now; a clock that was ahead has noted what is yet to come
+            let since = progress.since.get(host).copied().filter(|since| (offered..=arrived.max(offered)).contains(since));
             let since = since.or_else(|| (*health == Health::Well).then_some(arrived.max(offered)));
             progress.since.extend(since.map(|since| (host.clone(), since)));
             let has_soaked = since.is_some_and(|since| arrived >= since.saturating_add(plan.waves[wave].soak));
@@ -388,6 +388,11 @@ mod tests {
         assert_eq!(story.step(&[("a", Well, 20), ("c", Waits, 5)]), "");
         story.plan.id = "z".into();
         assert_eq!(story.step(&[("a", Well, 30), ("c", Waits, 5)]), "c");
+        // by a clock that was ahead
+        story.progress.since.insert(name("a"), 1000);
+        story.plan.id = "after that".into();
+        assert_eq!(story.step(&[("a", Well, 31), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 41), ("c", Waits, 5)]), "c");
         story.plan.id = "another release".into();
         story.offered = 45;
         assert_eq!(story.step(&[("a", Well, 50), ("c", Waits, 5)]), "");
