@@ -83,6 +83,14 @@ for what, more, words in (
         assert "needed to run the old system" in said, said
         # nobody tries it again unasked
         assert "known to be bad" in run(machine, "app")["error"], last_run(machine, "app")
+        # nor is it the measure for what follows: the same is no better than before
+        deploy(machine, "git commit -q --allow-empty -m 'the same'")
+        before["head"] = head(machine)
+        assert (again := run(machine, "live"))["result"] == "rolledBack" and words.split()[-1] in again["error"], again
+        assert "known to be bad" in run(machine, "live")["error"], last_run(machine, "live")
+        assert running(machine) == system and run(machine, "app")["result"] == "awaitingBoot", last_run(machine, "app")
+        boot()
+        check_rolled_back(before, words)
         boot()
         assert state() == before
         machine.require_unit_state("ekiben-boot.service", "active")

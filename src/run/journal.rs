@@ -20,11 +20,13 @@ use crate::run::undo::Undone;
 use crate::run::{Failure, Outcome, Trigger};
 use crate::system::boot_loader::BootLoader;
 use crate::system::units::Units;
-use crate::system::{boot_id, is_of, now};
+use crate::system::{RUNTIME, boot_id, is_of, now};
 use crate::{files, json};
 
 /// The format of journal and status; a file with another number is set aside.
 pub const FORMAT: u32 = 1;
+/// A journal of this boot only.
+const UNFIT: &str = "unfit.json";
 
 /// How far root's part of a run has come. What an interruption leads to depends on it alone.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
@@ -199,6 +201,16 @@ impl Run {
     /// Reads the journal of the run that has ended until the next boot, if there is one.
     pub fn load_trial(paths: &Paths) -> Result<Option<Self>> {
         Ok(Self::load_from(&paths.trial())?.map(|run| Self { is_trial: true, ..run }))
+    }
+
+    /// Reads the journal of the run whose system has booted, was not well, and runs on until the next boot, if it does.
+    pub fn load_unfit(running: &Path) -> Result<Option<Self>> {
+        Ok(Self::load_from(&Path::new(RUNTIME).join(UNFIT))?.filter(|run| run.is_candidate(running)))
+    }
+
+    /// Keeps the journal as that of such a run: what follows is to be as well as what was before that.
+    pub fn keep_unfit(&self) -> Result<()> {
+        files::write_json(&Path::new(RUNTIME).join(UNFIT), self, 0o600)
     }
 
     fn load_from(path: &Path) -> Result<Option<Self>> {

@@ -135,6 +135,11 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
+    if before.system == target && Run::load_unfit(&target)?.is_some() {
+        // it has booted, and was not well: is it now?
+        switch::check_units(run, &target, &before, None)?;
+        health::verify(&run.instance.health_checks, &run.passed).map_err(Error::transient)?;
+    }
     run.reboot_needed |= run.instance.operation == Operation::Boot && !system::is_of(&system, &before.system);
     if !is_booted {
         run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
@@ -221,7 +226,16 @@ fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Resul
         if run.candidate.as_ref() != Some(&system) {
             run.passed = health::passing(&run.instance.health_checks);
         }
-        Before { system, generation, last_generation: profile::last_generation()?, units: Units::before()? }
+        let mut units = Units::before()?;
+        if let Some((good, unfit)) = Run::load_unfit(&system)?.and_then(|mut unfit| Some((unfit.before.take()?, unfit))) {
+            // what has booted and is not well is no measure
+            let checks = &run.instance.health_checks;
+            let is_same = |name: &String| checks.get(name) == unfit.instance.health_checks.get(name);
+            run.passed.extend(unfit.passed.into_iter().filter(is_same));
+            units = good.units;
+            run.worse = units.worse_under(&good.system, &system)?.into_keys().collect();
+        }
+        Before { system, generation, last_generation: profile::last_generation()?, units }
     };
     nix::keep(&before.system, &nix::before_root(paths, "system"))?;
     if let Some(generation) = &before.generation {

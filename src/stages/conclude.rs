@@ -143,6 +143,7 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     let kept = match result {
         Outcome::Deployed | Outcome::Restored => Run::forget_stuck(paths),
         Outcome::Stuck => run.keep_stuck(paths),
+        Outcome::RolledBack if run.reboot_needed => run.keep_unfit(),
         _ => Ok(()),
     };
     // what is stuck, or on trial, may still be to go back to what is kept for that

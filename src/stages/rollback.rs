@@ -45,7 +45,10 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
                 return result;
             }
             if !run.reboot_needed {
-                excuse(run, &same);
+                // what was not well before proves nothing
+                if !matches!(Run::load_unfit(&before.system), Ok(Some(_))) {
+                    excuse(run, &same);
+                }
             } else if let Some(current) = system::current().ok().filter(|current| *current != before.system) {
                 run.warnings.push(format!("this machine runs {} until it is rebooted", current.display()));
             }

@@ -31,7 +31,7 @@ const PERSISTENCE: Duration = Duration::from_secs(20);
 /// How long others wait for what a user may hold up.
 const MOMENT: Duration = Duration::from_secs(10);
 /// What is of this boot only.
-const RUNTIME: &str = "/run/ekiben";
+pub const RUNTIME: &str = "/run/ekiben";
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 

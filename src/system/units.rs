@@ -311,7 +311,7 @@ pub fn is_report(name: &str) -> bool {
 /// Whether a unit is one of a system's own.
 fn brings(system: &Path, name: &str) -> bool {
     // what tells of runs may fail for reasons of its own, too
-    if name.starts_with("ekiben-notify-") && name.contains('@') {
+    if name == "ekiben-boot.service" || name.starts_with("ekiben-notify-") && name.contains('@') {
         return false;
     }
     if FLEETING.iter().any(|kind| name.ends_with(kind)) || OF_USERS.iter().any(|prefix| name.starts_with(prefix)) {
