@@ -121,8 +121,9 @@ def go_on(machine, point):
 def is_idle(instance):
     """The command that succeeds if the instance's service, or another of ours by that name, does not run, nor is about to."""
     # a run that could not begin is tried again
-    units = f"ekiben-due@{instance} ekiben-retry@{instance} ekiben-{instance} ekiben-retry@{instance}"
-    return f"said=$(systemctl show --property ActiveState,Job {units}) && ! grep -qvE '^(ActiveState=(inactive|failed)|Job=0?|)$' <<< \"$said\""
+    units = " ".join(f"{unit}.service" for unit in (f"ekiben-due@{instance}", f"ekiben-retry@{instance}", f"ekiben-{instance}"))
+    # what systemd says of all of them in one moment: which are neither inactive nor failed, or have a job
+    return f"said=$(systemctl list-units --output=json {units}) && ! grep -qE '\"active\":\"[^if]|\"job\":\"[^\"]' <<< \"$said\""
 
 
 def wait_until_idle(machine, instance):
