@@ -299,6 +299,14 @@ with subtest("abort has all who got the new release go back to what they ran bef
     assert renewed(before) == {"db", "web"} and poll(web)["result"] == "deployed"
     collect()
     new = numbers()
+    # who cannot sign changes nothing: neither is the roll-out ended, nor held
+    stood, known = stands(), hub.succeed(f"cat {DIRECTORY}/rollout/*.json")
+    hub.succeed("chmod 0 /home/deploy/signer")
+    for command in ("abort", f"deploy --again {before['web']} web", "deploy", "deploy --waves", "renew"):
+        said = hub.fail(fleet(command) + " 2>&1")
+        assert "Failed to sign with /home/deploy/signer" in said, said
+    hub.succeed("chmod 600 /home/deploy/signer")
+    assert (numbers(), stands(), hub.succeed(f"cat {DIRECTORY}/rollout/*.json")) == (new, stood, known)
     said = hub.succeed(fleet("abort"))
     assert f"{before['web']} again" in said and "plain" not in said.replace("plain: release", ""), said
     after = numbers()

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use nix::unistd::{AccessFlags, access};
+
 use crate::error::{Context, Error, Result};
 use crate::fleet::{Manifest, NAMESPACE, Signed, sha256};
 use crate::names::{HostName, Sha256, StorePath};
@@ -38,6 +40,12 @@ fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<b
     let check = Program::new("ssh-keygen").args(["-Y", "check-novalidate", "-n", NAMESPACE, "-s"]).arg(scratch);
     let said = check.output(|| "check a signature".into(), Some(signed.manifest.as_bytes()));
     Ok(said.is_ok_and(|said| String::from_utf8_lossy(&said).trim_end().ends_with(&format!(" {print}"))))
+}
+
+/// Fails if nothing can be signed with a key, before anything is changed for what has to be signed; an agent may have one that
+/// cannot be read.
+pub fn check(key: &Path) -> Result<()> {
+    if access(key, AccessFlags::R_OK).is_ok() { Ok(()) } else { sign("", key).map(drop) }
 }
 
 fn sign(text: &str, key: &Path) -> Result<String> {

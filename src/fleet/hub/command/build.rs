@@ -14,7 +14,7 @@ use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::{self, Rollout};
-use crate::fleet::hub::{collect, push};
+use crate::fleet::hub::{collect, push, signing};
 use crate::names::HostName;
 use crate::nix::profile::set_profile;
 use crate::output::print;
@@ -127,6 +127,7 @@ impl Fleet<'_> {
     pub(super) fn manner(&self, origin: Provenance) -> Result<Manner<'_>> {
         let has = |option| self.arguments.has(option);
         let (key, lasting) = (self.settings.signing_key.as_deref(), self.settings.expires_after);
+        key.map_or(Ok(()), signing::check)?;
         let (build, unsigned, memory) = (!has("--no-build"), has("--unsigned"), Memory::new(&self.directory));
         let no_key = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
         let (holds, plan, waves) = (Plan::holds(&self.hub)?, Plan::read(&self.hub), has("--waves"));
