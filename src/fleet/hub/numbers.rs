@@ -37,7 +37,11 @@ impl Numbers {
         let highest = Sequence::try_from(self.now + DAY)?;
         let before = before.iter().chain(&self.known).max().map(|last| last.next()).transpose()?;
         let next = before.max(Some(self.now.try_into()?)).filter(|next| *next <= highest);
-        next.ok_or_else(|| "the number of the last release is more than a day ahead of this machine's clock; set the clock".into())
+        next.ok_or_else(|| {
+            "the number of the last release is more than a day ahead of this machine's clock; set that, or, if it is right, remove the \
+             host's `release/manifest.json` from the hub"
+                .into()
+        })
     }
 }
 
