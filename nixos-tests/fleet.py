@@ -46,12 +46,14 @@ with subtest("a timer that finds nothing new leaves a heartbeat, and no run begi
         """What came of the runs that a timer's look had begin, and who asked for them."""
         return [(run["result"], run["by"]) for run in look(web)]
 
-    hub.succeed("systemctl start ekiben-hub-collect.service")
+    # what is taken by the hub is not there any more
+    hub.succeed("systemctl stop ekiben-hub-collect.timer; systemctl start ekiben-hub-collect.service")
     invocation = web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service")
     for _ in range(2):
         hub.succeed(f"rm -f {beat}")
         assert looks() == [] and status(web, "fleet")["looked"]
         hub.succeed(f"test -s {beat}; systemctl start ekiben-hub-collect.service")
+    hub.succeed("systemctl start ekiben-hub-collect.timer")
     assert web.succeed("systemctl show --property InvocationID --value ekiben-fleet.service") == invocation
     becomes(hub, "web", "up to date")
 
