@@ -201,6 +201,15 @@ with subtest("a canary that has to boot its release is healthy once it has; one 
         boots(db, None if is_booted else old)
         collect()
         assert "stopped in wave 1: db is rolled back" in stands() and renewed(before) == {"db"}, stands()
+        if is_booted:
+            # nor is what runs there until then any better as another release
+            sick = running(db)
+            write(hub, "/srv/fleet/hosts/db/note", "nothing of the system's")
+            hub.succeed(as_deploy("cd /srv/fleet; git add --all; git commit -qm 'the same again'"))
+            assert run(hub, "publish")["result"] == "deployed"
+            assert (seen := poll(db))["result"] == "failed" and "scenario-trouble" in seen["error"] and running(db) == sick, seen
+            collect()
+            assert "stopped in wave 1: db is failing" in stands() and renewed(before) == {"db"}, stands()
         boots(db)
     # a hub that is down meanwhile, or boots as well, proves nothing against a release
     have_canary(".healthChecks.hub |= (.timeout = 3 | .retries = 0)")
