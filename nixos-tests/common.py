@@ -121,7 +121,7 @@ def go_on(machine, point):
 def is_idle(instance):
     """The command that succeeds if the instance's service, or another of ours by that name, does not run, nor is about to."""
     # a run that could not begin is tried again
-    units = " ".join(f"{unit}.service" for unit in (f"ekiben-due@{instance}", f"ekiben-retry@{instance}", f"ekiben-{instance}"))
+    units = " ".join(f"{unit}.service" for unit in (f"ekiben-{name}{instance}" for name in ("due@", "found@", "retry@", "")))
     # what systemd says of all of them in one moment: which are neither inactive nor failed, or have a job
     return f"said=$(systemctl list-units --output=json {units}) && ! grep -qE '\"active\":\"[^if]|\"job\":\"[^\"]' <<< \"$said\""
 

@@ -521,9 +521,9 @@ let
     ))
     (expect "the published example makes these units" (
       builtins.attrNames (ours predecessor.systemd.units) == [
-        "ekiben-asked@.service"
         "ekiben-boot.service"
         "ekiben-due@.service"
+        "ekiben-found@.service"
         "ekiben-holds.path"
         "ekiben-holds.service"
         "ekiben-look@tgautobot.service"

@@ -74,7 +74,7 @@ What the units run:
   notify INSTANCE RUN failure | change | always COMMAND
                                tell a command how a run has ended
   watch INSTANCE               note whether a fleet's host is still well
-  look INSTANCE                fail unless a run would find nothing to do
+  look INSTANCE                find out for a timer whether a run has anything to do
   due INSTANCE                 have a run begin that is a timer's
   begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
   release INSTANCE RUN         publish what the run has built

@@ -487,6 +487,8 @@ let
     path = [ config.systemd.package ];
     serviceConfig = {
       Type = "oneshot";
+      # a look that has failed has done its work
+      ExecStartPre = "-${lib.getExe' config.systemd.package "systemctl"} reset-failed ekiben-look@%i.service";
       ExecStart = "${ekiben} due %i";
       Restart = "on-failure";
       # what the run says is enough, if there is one
@@ -496,21 +498,19 @@ let
   };
   duesOf = name: lib.optional (isName name) "ekiben-due@${name}.service";
 
-  # nothing new is no reason not to serve what waits, and the path unit may be dead: the look itself may not see the queue
-  asked = {
-    description = "A run of Ekiben's instance %i that is asked for";
-    restartIfChanged = false;
-    startLimitIntervalSec = 0;
-    unitConfig.ConditionPathExists = [
-      "|/var/lib/ekiben/queue/%i"
-      "|/var/lib/ekiben/rollbacks/%i"
-    ];
-    serviceConfig = {
-      Type = "oneshot";
-      ExecStart = "-${lib.getExe' config.systemd.package "systemctl"} start --no-block ekiben-%i.service";
-      LogLevelMax = "warning";
+  # a look has found something; or a request waits, which the look may not see, and whose path unit may be dead
+  found = due // {
+    description = "A run of Ekiben's instance %i that has something to do";
+    unitConfig = {
+      ConditionFileNotEmpty = "|/var/lib/ekiben/instances/%i/found";
+      ConditionPathExists = [
+        "|/var/lib/ekiben/queue/%i"
+        "|/var/lib/ekiben/rollbacks/%i"
+      ];
     };
+    serviceConfig = removeAttrs due.serviceConfig [ "ExecStartPre" ];
   };
+  foundsOf = name: lib.optional (isName name) "ekiben-found@${name}.service";
 
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
@@ -521,7 +521,8 @@ let
       "ekiben-boot.service"
     ]
     ++ retriesOf name
-    ++ duesOf name;
+    ++ duesOf name
+    ++ foundsOf name;
     onFailure = retriesOf name;
     # it survives the switch that it makes
     restartIfChanged = false;
@@ -566,7 +567,7 @@ let
   };
 
   # What a timer starts: one process of the user's, in the run's own sandbox, which finds out whether a run would have
-  # anything to do. It may not write to the repository. However else it ends, there is a run.
+  # anything to do. It may not write to the repository. Unless it is sure that there is nothing, there is a run.
   look = name: _: {
     description = "Look whether Ekiben's instance ${name} has anything to do";
     wants = [ "network-online.target" ];
@@ -575,7 +576,7 @@ let
       "ekiben-boot.service"
     ];
     onFailure = duesOf name;
-    onSuccess = lib.optional (isName name) "ekiben-asked@${name}.service";
+    onSuccess = foundsOf name;
     restartIfChanged = false;
     startLimitIntervalSec = 0;
     inherit (config.systemd.services."ekiben-${name}") path;
@@ -844,9 +845,9 @@ in
           ekiben-holds = holds;
           ekiben-metrics = mkIf (cfg.metrics != null) metrics;
           ekiben-reboot = mkIf mayReboot rebootService;
-          "ekiben-asked@" = asked;
           "ekiben-restart@" = restart;
           "ekiben-due@" = due;
+          "ekiben-found@" = found;
           "ekiben-retry@" = retry;
         };
     };

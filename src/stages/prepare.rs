@@ -66,12 +66,12 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
     }
 }
 
-/// Looks for a timer: fails, with the reason, unless a run would surely find all as the last one has left it. Whatever
-/// goes wrong is a run's to report; that has the reason in its log.
+/// Looks for a timer: leaves in a file why a run is to begin, unless that would surely find all as the last one has left
+/// it. Whatever goes wrong is a run's to report; that has the reason in its log. Fails if nothing can be left.
 pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
-    look_around(paths, instance).inspect_err(|error| {
-        let _ = fs::write(paths.found(), error.to_string().trim_start_matches(NEEDED));
-    })
+    let found = paths.found();
+    look_around(paths, instance)
+        .or_else(|error| fs::write(&found, error.to_string().trim_start_matches(NEEDED)).context(|| format!("write {}", found.display())))
 }
 
 fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
@@ -96,6 +96,7 @@ fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
     if instance.hub.as_ref().is_none_or(|hub| hub.self_update) {
         look_at_repository(paths, instance)?;
     }
+    files::clear(&paths.found()).context(|| format!("remove {}", paths.found().display()))?;
     let looked = paths.looked();
     // root has made it; it is its time that counts
     let written = File::options().write(true).open(&looked).and_then(|mut file| file.write_all(b"\n"));

@@ -87,8 +87,6 @@ pub fn start_as_due(instance: &str, how: &str) -> Result<()> {
         // a switch has taken the instance away
         return Ok(());
     }
-    // a look that has failed has done its work
-    systemctl(&["reset-failed", "--", &format!("ekiben-look@{instance}.service")]).or_warn();
     enqueue(how, &service)?;
     let mark = |job| {
         make_runtime_directory().and_then(|()| fs::write(due(instance), job)).context(|| format!("write {}", due(instance).display()))

@@ -21,7 +21,7 @@ const SNIPPET: &str = "Activation script snippet '";
 const USER: &str = "warning: user activation for ";
 /// Units of the system have failed, and which.
 const UNITS: &str = "warning: the following units failed: ";
-/// How a unit is called that has failed if a timer has found something to do: another instance's may, at any moment.
+/// How a unit is called that has failed if a timer could not look: another instance's may, at any moment.
 pub const LOOK: &str = "ekiben-look@";
 /// A check that is made before anything is changed has failed, and which.
 const CHECK: &str = "Pre-switch check '";
