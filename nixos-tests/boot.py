@@ -392,6 +392,19 @@ def booted():
     return machine.boots[-1]
 
 
+with subtest("what has come into the profile, but not into the boot loader, is deployed when it is what is booted"):
+    for instance in ("live", "app"):
+        publish(machine, "app", str(next(COUNT)))
+        deploy(machine, "nix flake update app; git commit -qam 'by hand'")
+        target = f"{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel"
+        system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
+        # as nixos-rebuild does it, which was interrupted then
+        machine.succeed(f"nix-env --profile {PROFILE} --set {system}")
+        assert run(machine, instance)["result"] == ("deployed" if instance == "live" else "awaitingBoot"), last_run(machine, instance)
+        boot()
+        assert booted() == running(machine) == system
+        check_deployed(machine, instance)
+
 with subtest("what waits is booted once: until it is well, what was before is booted by default"):
     for crash in (True, False):
         old, system = running(machine), awaits()

@@ -141,15 +141,16 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
         health::verify(&run.instance.health_checks, &run.passed).map_err(Error::transient)?;
     }
     run.reboot_needed |= run.instance.operation == Operation::Boot && !system::is_of(&system, &before.system);
+    // also where the profile has it already: whoever put it there may not have come as far as the boot loader
+    run.boots_once = run.reboot_needed && !is_booted && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
+    run.enter(Phase::Persisting, paths)?;
+    fault::point("activate: persisting");
     if !is_booted {
-        run.boots_once = run.reboot_needed && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
-        run.enter(Phase::Persisting, paths)?;
-        fault::point("activate: persisting");
         undo::set_profile(&system, run.generation.as_ref())?;
-        fault::point("activate: profile set");
-        install(run, &system, generation)?;
-        fault::point("activate: boot loader set");
     }
+    fault::point("activate: profile set");
+    install(run, &system, generation)?;
+    fault::point("activate: boot loader set");
     run.warnings.extend(missing_from(&system, paths.name()));
     integrity::sync()?;
     run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted }, paths)?;
