@@ -339,6 +339,22 @@ if STAND_IN:
         check_deployed(machine, "app")
         machine.succeed("nix-store --verify --check-contents 2>&1 | tee /dev/stderr | { ! grep modified; }")
 
+with subtest("what a newer version has begun, and written down, is ended by this one"):
+    before, earlier = what_stays(machine), status(machine, "app")
+    publish(machine, "app", str(next(COUNT)))
+    hold(machine, "activate: healthy")
+    until_said("Held at activate: healthy.")
+    machine.succeed(
+        "cd /var/lib/ekiben; jq '.newer = [1] | .instance.newer = {} | .before.newer = 1' runs/app.json > x; mv x runs/app.json",
+        "cd /var/lib/ekiben; jq '.newer = [1] | .deployed.newer = {} | .runs[].newer = 1' status/app.json > x; mv x status/app.json",
+        "systemctl kill --kill-whom=main --signal=KILL ekiben-app.service; rm /run/ekiben-fault",
+    )
+    wait_until_at_rest(machine, "app")
+    assert what_stays(machine) == before and machine.succeed("ls -A /var/lib/ekiben/runs") == "", "\n".join(differences(before, what_stays(machine)))
+    ended = last_run(machine, "app")
+    assert ended["result"] == "rolledBack" and status(machine, "app")["deployed"] == earlier["deployed"], ended
+    machine.succeed("systemctl reset-failed ekiben-app.service")
+
 with subtest("a journal or status that makes no sense is set aside"):
     for text in ("", "{", '{"format": 99}', '{"format": 1, "id": 5}', "\\0\\0\\0"):
         machine.succeed(

@@ -36,6 +36,27 @@ pub fn parse_foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
     from_value(&value)
 }
 
+/// Parses what Ekiben itself has written, perhaps a newer version: keys that are unknown are ignored.
+pub fn parse_own<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
+    let mut value = value(text)?;
+    loop {
+        match from_value(&value) {
+            Err(error) if error.0.what.starts_with("unknown field ") && remove(&mut value, &error.0.path).is_some() => {}
+            other => return other,
+        }
+    }
+}
+
+/// Removes a key, by those that lead to it.
+fn remove(value: &mut Value, path: &[String]) -> Option<Value> {
+    let (key, above) = path.split_first()?;
+    let place = above.iter().rev().try_fold(value, |value, key| match value {
+        Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
+        other => other.get_mut(key),
+    });
+    place?.as_object_mut()?.remove(key)
+}
+
 /// Takes a value for one of this type.
 pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, Invalid> {
     T::deserialize(Node(value))
@@ -253,14 +274,12 @@ mod tests {
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Sample {
-        #[allow(dead_code)]
         map: BTreeMap<String, Entry>,
     }
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Entry {
-        #[allow(dead_code)]
         list: Vec<u32>,
         #[allow(dead_code)]
         name: String,
@@ -284,6 +303,15 @@ mod tests {
         ] {
             assert!(error(text).starts_with(path), "{text}: {}", error(text));
         }
+    }
+
+    #[test]
+    fn what_a_newer_version_has_written_is_ignored() {
+        let text = r#"{"new": [], "map": {"a": {"list": [1], "new": {"x": 1}, "name": "", "newer": 2}}}"#;
+        assert_eq!(parse_own::<Sample>(text.as_bytes()).unwrap().map["a"].list, [1]);
+        let wrong = parse_own::<Sample>(br#"{"new": 1, "map": {"a": {"list": ["x"], "name": ""}}}"#).unwrap_err();
+        assert!(wrong.to_string().starts_with("map.a.list.0: invalid type"), "{wrong}");
+        assert!(parse_own::<Vec<Entry>>(br#"[{"list": [], "name": "", "new": 1}]"#).is_ok());
     }
 
     #[test]

@@ -216,7 +216,7 @@ impl Run {
     fn load_from(path: &Path) -> Result<Option<Self>> {
         let bytes = files::if_there(fs::read(path)).context(|| format!("read {}", path.display()))?;
         let Some(bytes) = bytes else { return Ok(None) };
-        match json::parse::<Self>(&bytes) {
+        match json::parse_own::<Self>(&bytes) {
             Ok(run) if run.format == FORMAT => Ok(Some(run)),
             other => {
                 let why = other.err().map_or("unsupported format".into(), |error| error.to_string());

@@ -168,7 +168,7 @@ impl Status {
         let path = paths.status();
         let Some(text) = files::if_there(fs::read(&path)).transpose() else { return Self::default() };
         let text = text.map_err(|error| error.to_string());
-        let status = text.and_then(|text| json::parse::<Self>(&text).map_err(|error| error.to_string()));
+        let status = text.and_then(|text| json::parse_own::<Self>(&text).map_err(|error| error.to_string()));
         match status {
             Ok(status) if status.format == FORMAT => status,
             other => {
