@@ -271,6 +271,17 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
         # the hub puts that right, and goes on
         hub.wait_until_succeeds(f"jq -e '.reports[-1] == \"{newest}\" and (.reports | length) < 10' {RELEASE}/received.json")
     assert hub.succeed(f"ls {HUB}/received/web") == reports
+    # a plan without waves, and one of fewer waves than have been
+    wave = {"hosts": ["*"], "soak": 0, "mayFail": 0, "waitForSilent": False}
+    for waves in ([], [wave]):
+        plan = json.dumps({"format": 1, "id": "evil", "waves": waves, "hosts": []})
+        desk.succeed(f"printf %s {shlex.quote(plan)} > /tmp/plan.json; chmod 644 /tmp/plan.json")
+        desk.succeed(sftp("put /tmp/plan.json rollout/evil", "rename rollout/evil rollout/plan.json"))
+        hub.succeed("printf '{\"id\": \"evil\", \"wave\": 9}' > /tmp/rollout.json", f"install -o ekiben-hub -m 644 /tmp/rollout.json {HUB}/received/rollout.json")
+        assert "panicked" not in desk.execute(fleet("status --once", "alice"))[1]
+        hub.succeed("systemctl start ekiben-hub-collect")
+    desk.succeed(sftp("rm rollout/plan.json"))
+    hub.succeed(f"rm {HUB}/received/rollout.json")
     # names that are none, and one that many have waited for
     odd = ['x\\".sent', 'x\\".tar.gz', "*.sent", "a b.tar.gz", "-rf.tar.gz", f"{'0' * 64}.tar.gz", "0b6f5d0c-7b9a-4c8e-9a51-000000000000.manifest.json.sent"]
     desk.succeed(sftp(*(f'put /tmp/x "hosts/web/release/{name}"' for name in odd)))

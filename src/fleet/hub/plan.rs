@@ -147,7 +147,9 @@ impl Plan {
     /// The one that there is; what is no plan is none.
     pub fn read(hub: &ServedDirectory) -> Option<Self> {
         let found = Self::read_from(&Self::file(hub)).or_warn();
-        found.filter(|plan| plan.format == FORMAT && plan.hosts.iter().all(|member| member.wave < plan.waves.len()))
+        found.filter(|plan| {
+            plan.format == FORMAT && !plan.waves.is_empty() && plan.hosts.iter().all(|member| member.wave < plan.waves.len())
+        })
     }
 
     /// What a host is to get.

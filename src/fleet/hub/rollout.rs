@@ -189,7 +189,11 @@ impl Rollout {
     /// The one that has been begun last, if nothing has been published since for all hosts at once.
     pub fn read(hub: &ServedDirectory) -> Result<Option<Self>> {
         let Some(plan) = Plan::read(hub) else { return Ok(None) };
-        let progress = Headway::read_from(&Self::file(hub))?;
+        let mut progress = Headway::read_from(&Self::file(hub))?;
+        if progress.id == plan.id && progress.wave >= plan.waves.len() {
+            // whoever wrote the plan has put another one in its place by the same name
+            progress = Headway::default();
+        }
         Ok(Some(Self { plan, holds: Plan::holds(hub)?, progress }))
     }
 
