@@ -52,11 +52,12 @@ pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
         hosts.iter().filter_map(|host| collect_host(hub, host, plan.as_ref()).err().filter(|_| is_served(host))).collect();
     failed.extend(clean_up(hub, &hosts).err());
     failed.extend(goes_on.then(|| rollout::advance(hub)).and_then(Result::err));
+    failed.extend(standing::keep(hub).err());
+    let all = hosts.into_iter().map(|host| (host.clone(), hub.release(&host), hub.received(&host)));
+    failed.extend(snapshot::keep(&hub.collected(), all).err());
     for error in &failed {
         log::error!("{error}.");
     }
-    standing::keep(hub)?;
-    snapshot::keep(&hub.collected(), hosts.into_iter().map(|host| (host.clone(), hub.release(&host), hub.received(&host))))?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to collect from {} hosts", failed.len()))) }
 }
 
@@ -320,6 +321,28 @@ mod tests {
             "format": 1, "host": host, "version": "\u{7}", "seen": null, "deployed": null, "system": "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-x", "running": null,
             "last": null, "runs": 0, "selfUpdated": false, "rebootNeeded": false, "unheardOf": true,
         })
+    }
+
+    #[test]
+    fn what_one_publisher_leaves_hides_no_other_host() {
+        let fixture = Fixture::new();
+        for directory in ["heard", "rollout"] {
+            fs::create_dir(fixture.place.path().join(directory)).unwrap();
+        }
+        let signed = json!({ "manifest": r#"{"format": 99}"#, "signature": null });
+        fs::write(fixture.hub.release(&fixture.host).join("manifest.json"), signed.to_string()).unwrap();
+        let wave = json!({ "hosts": ["*"], "soak": 0, "mayFail": 0, "waitForSilent": false });
+        for waves in [json!([]), json!([wave])] {
+            let plan = json!({ "format": 1, "id": "x", "waves": waves, "hosts": [] });
+            fs::write(Plan::file(&fixture.hub), plan.to_string()).unwrap();
+            fs::write(fixture.place.path().join("received/rollout.json"), r#"{"id": "x", "wave": 9}"#).unwrap();
+            fixture.collect();
+            fs::remove_file(fixture.place.path().join(snapshot::FILE)).unwrap();
+            fs::remove_file(fixture.hub.heard()).unwrap();
+        }
+        fs::write(Plan::holds_file(&fixture.hub), "{").unwrap();
+        collect(&fixture.hub, true).unwrap_err();
+        assert!(fixture.place.path().join(snapshot::FILE).exists());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::plan::{Holds, Plan};
@@ -21,7 +21,8 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
     }
     let (mut all, rollout, holds) = (BTreeMap::new(), Rollout::read(hub)?, Plan::holds(hub)?);
     for host in hub.hosts()? {
-        all.extend(look(hub, &host, rollout.as_ref(), &holds)?.map(|standing| (host, standing)));
+        // what cannot be read hides no other host
+        all.extend(look(hub, &host, rollout.as_ref(), &holds).or_warn().flatten().map(|standing| (host, standing)));
     }
     let text = serde_json::to_vec_pretty(&all).context(|| format!("write {}", file.display()))?;
     files::put(&file, &text, 0o644)
