@@ -192,6 +192,32 @@ with subtest("a host's key is rotated, without a gap"):
     follows(content)
     web.succeed("rm /root/ekiben-identity")
 
+with subtest("a release whose key, name or signers would cut the host off from the hub is not kept, and the next one comes"):
+    web.succeed('ssh-keygen -q -t ed25519 -N "" -f /root/ekiben-identity-unknown')
+    good = desk.succeed(by("deploy", "cp -a hosts/web/systems/default/etc /tmp/good; cat hosts/web/systems/default/etc/ekiben/config.json"))
+    there = json.loads(good)["instances"]["fleet"]["hub"]["servers"][0]
+    for options, words in (
+        ({"identityFile": "/root/ekiben-identity-unknown"}, "Permission denied"),
+        ({"identityFile": "/root/nowhere"}, "`services.ekiben.fleet.identityFile` is missing or empty"),
+        ({"name": "other", "hub": there}, 'it is for host "web", this is other'),
+        ({"signers": [new]}, "signed by none of `signers`"),
+    ):
+        before = running(web)
+        configure("web", **options)
+        change()
+        deploys()
+        result = poll()
+        assert result["result"] == "rolledBack" and "health check hub" in result["error"], (options, result)
+        desk.wait_until_succeeds(fleet_of(f"log web {result['id']} | grep -F {shlex.quote(words)}"))
+        assert running(web) == before, options
+        desk.succeed(by("deploy", "rm -r hosts/web/systems/default/etc; cp -a /tmp/good hosts/web/systems/default/etc"))
+    # an older Ekiben has no unit for that
+    for change_of_units in ("rm {}/ekiben-reach@.service", "cp -a /tmp/good/systemd/system/ekiben-reach@.service {}"):
+        desk.succeed(by("deploy", change_of_units.format("hosts/web/systems/default/etc/systemd/system")))
+        content = change()
+        deploys()
+        follows(content)
+
 with subtest("a host is installed again, with a new key"):
     web.succeed("rm -r /var/lib/ekiben/* /root/ekiben-identity-2; systemd-tmpfiles --create; systemctl restart ekiben-fleet.path")
     result = poll()

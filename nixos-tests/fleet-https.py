@@ -34,6 +34,7 @@ server {
 }
 """
 OF_MANIFEST = "location = /hosts/web/release/manifest.json"
+REACH = "systemctl start ekiben-reach@scenario"
 
 
 def serve(odd="", certificate="good"):
@@ -188,21 +189,32 @@ with subtest("whatever a server answers: the host says why, stays as it is, and 
         serve(f"{OF_MANIFEST} {{ {odd} }}")
         said = fails(*words)
         assert (other_side in said) == (other_side in words), said
-        # that is an answer
-        assert web.execute("ekiben reach fleet")[0] == 0, odd
+        # only that is nobody's release, and no doing of this host's
+        assert (web.execute(REACH)[0] == 0) == (odd == "return 500;"), odd
     for certificate, words in (
         ("stranger", "unable to get local issuer certificate"), ("elsewhere", "no alternative certificate subject name matches"),
         ("expired", "certificate has expired"),
     ):
         serve(certificate=certificate)
         fails(words)
-        web.fail("ekiben reach fleet")
+        web.fail(REACH)
     hub.succeed("systemctl stop nginx")
     fails(other_side)
-    web.fail("ekiben reach fleet")
+    web.fail(REACH)
     serve()
     assert poll(web)["result"] == "unchanged"
     becomes(hub, "web", "up to date")
+
+with subtest("a release by which the host would ask for another host's ones is not kept"):
+    config, before = "/srv/fleet/hosts/web/web/systems/default/etc/ekiben/config.json", running(web)
+    hub.succeed(as_deploy(f"cp {config} /tmp/kept; jq '.instances.fleet.hub.name = \"other\"' /tmp/kept > {config}"), fleet("deploy web"))
+    ended = poll(web)
+    assert ended["result"] == "rolledBack" and "health check hub" in ended["error"] and running(web) == before, ended
+    assert "returned error: 403" in web.succeed("ekiben log fleet")
+    hub.succeed(as_deploy(f"cp /tmp/kept {config}"))
+    content = change_hosts(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    follows(web, content)
 
 with subtest("who has the server can make no release"):
     old = hub.succeed(f"cat {RELEASE}/manifest.json")

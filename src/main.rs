@@ -79,7 +79,7 @@ What the units run:
   begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
   release INSTANCE RUN         publish what the run has built
   install INSTANCE             install the hub's files for this machine
-  reach INSTANCE               fail if the instance's hub cannot be reached
+  reach INSTANCE               fail if the instance's hub has no release for it
   reboot                       reboot if the deployed system needs it, and its instance permits it
   boot                         judge what has waited for this boot
   conclude                     end the runs of instances that are gone

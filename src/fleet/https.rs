@@ -45,12 +45,6 @@ impl Store {
         Some(Self { releases, reports, netrc, kept, until: Instant::now() + limit })
     }
 
-    /// Fails unless the server answers, whatever that is.
-    pub fn reach(&self) -> Result<()> {
-        let url = format!("{}release/{MANIFEST}", self.releases);
-        self.ask(&["--head".into(), "--output".into(), "/dev/null".into()], &url, &|| format!("reach {url}")).map(drop)
-    }
-
     /// Has curl ask for something; returns the status of the answer, which is no error's but 404 and 416.
     fn ask(&self, options: &[OsString], url: &str, doing: &dyn Fn() -> String) -> Result<u16> {
         let left = self.until.saturating_duration_since(Instant::now());

@@ -102,7 +102,15 @@ let
     inherit (fleet.selfUpdate) inputs;
     healthChecks = fleet.healthChecks // {
       hub = {
-        command = "${ekiben} reach fleet";
+        # as the system does that runs by then, with its key; the other way for one that has no such unit
+        command = ''
+          unit=ekiben-reach@$$.service
+          systemctl start --quiet "$unit" && exit
+          test $? != 5 || exec ${ekiben} reach fleet
+          journalctl --sync
+          journalctl --quiet --output=cat --identifier=ekiben --identifier="(ekiben)" --unit="$unit" >&2
+          exit 1
+        '';
         timeout = 40;
         retries = 2;
         remote = true;
@@ -211,6 +219,18 @@ let
         StateDirectory = "ekiben/instances/fleet";
         StateDirectoryMode = "0700";
       };
+  };
+
+  # the hub's health check: one for each time, which leaves no unit behind
+  reach = deliver // {
+    description = "Look whether the fleet's hub has a release for this host";
+    restartIfChanged = false;
+    unitConfig.CollectMode = "inactive-or-failed";
+    serviceConfig = deliver.serviceConfig // {
+      ExecStart = "${ekiben} reach fleet";
+      SyslogIdentifier = "ekiben";
+      TimeoutStartSec = "40s";
+    };
   };
 
   # before each look: whether what was deployed still is well. Root's, as what a run does after the switch, with which it
@@ -329,7 +349,7 @@ in
       default = { };
       description = ''
         As {option}`services.ekiben.instances.<name>.healthChecks`. There is always one more: whether the
-        hub can be reached.
+        new system still gets its releases from the hub.
       '';
     };
     inherit
@@ -393,6 +413,7 @@ in
           wants = [ "ekiben-watch@fleet.service" ];
           after = [ "ekiben-watch@fleet.service" ];
         };
+        "ekiben-reach@" = mkIf cfg.enable reach;
         "ekiben-watch@fleet" = mkIf cfg.enable watch;
         # its health check asks the hub
         ekiben-boot = mkIf cfg.enable {

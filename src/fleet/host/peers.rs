@@ -24,7 +24,7 @@ impl Peers {
     /// Opens what there is, for so long; `directory` is for scratch files, `ahead` what will be fetched in a session. Where
     /// releases come from a store and no files from the hub, the hub need not be there.
     pub fn open(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
-        let store = store(paths, hub, limit);
+        let store = store(paths, hub, paths.own(""), limit);
         if hub.servers.is_empty() {
             return Ok(Self { session: None, store });
         }
@@ -35,6 +35,14 @@ impl Peers {
             }
             session => Ok(Self { session: Some(session?), store }),
         }
+    }
+
+    /// What releases come from alone, of which nothing is kept.
+    pub fn of_releases(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
+        let store = store(paths, hub, directory.to_owned(), limit);
+        let open = || Session::open(hub, &identity(paths)?, directory, limit, ahead);
+        let session = if store.is_none() { Some(open()?) } else { None };
+        Ok(Self { session, store })
     }
 
     /// Where releases come from.
@@ -61,17 +69,9 @@ impl Peers {
     }
 }
 
-/// Fails unless releases could be asked for now, as far as the network decides that.
-pub fn reach(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration) -> Result<()> {
-    match store(paths, hub, limit) {
-        Some(store) => store.reach(),
-        None => Session::open(hub, &identity(paths)?, directory, limit, &[])?.close(),
-    }
-}
-
-fn store(paths: &Paths, hub: &Hub, limit: Duration) -> Option<Store> {
+fn store(paths: &Paths, hub: &Hub, kept: PathBuf, limit: Duration) -> Option<Store> {
     let netrc = Some(credential(paths, "netrc")).filter(|file| file.exists());
-    Store::of(hub, netrc, paths.own(""), limit)
+    Store::of(hub, netrc, kept, limit)
 }
 
 /// systemd's copy of a secret of this host's, which only the instance's user can read.

@@ -28,11 +28,15 @@ use crate::program::Program;
 use crate::run::drift::is_deployed;
 use crate::run::status::Status;
 use crate::run::{Outcome, Stage};
+use crate::system::health::FINAL;
 use crate::system::now;
 use crate::text::ago;
 
 /// How long one try of `ekiben reach` may take.
 const REACH: Duration = Duration::from_secs(30);
+/// What is said where the hub is there, and what serves is not. Not who closes or resets a connection: sshd may do that to
+/// an address from which others have failed to log in.
+const SERVES_NOBODY: [&str; 2] = ["Connection refused", "returned error: 5"];
 /// How long a look may.
 const LOOK: Duration = Duration::from_secs(120);
 /// What the hub's manifest was when it was accepted last, and for which settings.
@@ -134,9 +138,7 @@ fn take(
     let file = scratch.join("manifest.json");
     let current = release::of(repository, &repository.head)?;
     let committed = current.as_ref().map(|manifest| manifest.release.clone());
-    if !place.get(MANIFEST, &file, SMALL)? {
-        return Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)));
-    }
+    fetch_manifest(place, hub, &file)?;
     let accept = || {
         let manifest = read_manifest(&file, hub, scratch)?;
         let release = &manifest.release;
@@ -256,8 +258,8 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     Err(wrong).context(doing)
 }
 
-/// Fails unless the hub can be reached now, whether it serves or not. Root, whose health check this
-/// is, asks as the instance's user.
+/// Fails unless the hub offers a release now that is this host's, or the hub serves nobody. Root, whose health check this
+/// is where a system has no unit for it, asks as the instance's user.
 pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     let hub = instance.hub.as_ref().ok_or_else(|| Error::new(format!("Failed to reach the hub of {name}: the instance has no hub")))?;
     if geteuid().is_root() {
@@ -266,9 +268,24 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
     let paths = Paths::new(name);
     let scratch = peers::scratch(&paths)?;
-    match peers::reach(&paths, hub, scratch.path(), REACH) {
+    let offered = || {
+        let mut peers = Peers::of_releases(&paths, hub, scratch.path(), REACH, &[MANIFEST])?;
+        let file = scratch.path().join("manifest.json");
+        fetch_manifest(peers.releases()?, hub, &file)?;
+        read_manifest(&file, hub, scratch.path())?;
+        peers.close()
+    };
+    match offered() {
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
-        Err(error) if ["refused", "closed", "reset"].iter().any(|word| error.to_string().contains(&format!("Connection {word}"))) => Ok(()),
+        Err(error) if SERVES_NOBODY.iter().any(|words| error.to_string().contains(words)) => Ok(()),
+        Err(error) if !error.is_transient() => Err(Error::new(format!("{error}; {FINAL}"))),
         reached => reached,
     }
+}
+
+fn fetch_manifest(place: &mut dyn Place, hub: &Hub, file: &Path) -> Result<()> {
+    if place.get(MANIFEST, file, SMALL)? {
+        return Ok(());
+    }
+    Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)))
 }
