@@ -377,7 +377,7 @@ fn a_commit_says_what_it_said_and_goes_where_it_shall() {
     let public = fs::read_to_string(key.with_extension("pub")).unwrap().trim().to_owned();
     repository.check_signed(&repository.head, &[public], scratch.path()).unwrap();
     assert!(repository.check_signed(&repository.head, &[], scratch.path()).unwrap_err().to_string().contains("`signers`"));
-    let upstream = scratch.path().join("upstream.git");
+    let upstream = scratch.path().join("up=stream.git");
     let remote =
         format!("git init -q --bare {0}; git remote add origin {0}; git config branch.feature/main.remote origin", upstream.display());
     shell(place.path(), &format!("{remote}; git config branch.feature/main.merge refs/heads/main"));
@@ -387,7 +387,14 @@ fn a_commit_says_what_it_said_and_goes_where_it_shall() {
     // another ref that ends in the same
     shell(&upstream, "git update-ref refs/a/refs/heads/main main");
     assert!(repository.knows_upstream(&scratch.path().join("memory")).unwrap());
+    shell(&upstream, "git symbolic-ref HEAD refs/heads/main");
     assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
+    assert_eq!(shell(place.path(), "git for-each-ref --format='%(refname)' refs/remotes"), "refs/remotes/origin/main");
+    // a remote may be a path or an address, too
+    for remote in [upstream.display().to_string(), format!("file://{}", upstream.display())] {
+        shell(place.path(), &format!("git config branch.feature/main.remote '{remote}'"));
+        assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
+    }
 }
 
 /// What people like of git, and what would have it print, write or send something else.

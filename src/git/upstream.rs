@@ -51,10 +51,11 @@ impl Repository {
         let upstream = self.upstream(memory)?;
         let Upstream { remote, branch, .. } = &upstream;
         unlock(&self.git_directory, reference);
-        let fetch =
-            self.git().args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet", "--no-tags", "--no-prune", "--no-prune-tags"]);
-        let fetch =
-            fetch.args(["--recurse-submodules=no", "--no-write-fetch-head", "--refmap=", remote, &format!("+{branch}:{reference}")]);
+        // git 2.48 and 2.49 would make refs/remotes/<remote>/HEAD; a path has no settings
+        let no_head = Some(format!("--config-env=remote.{remote}.followRemoteHEAD=NEVER")).filter(|_| !remote.starts_with('/'));
+        let fetch = self.git().env("NEVER", "never").args(no_head).args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet"]);
+        let fetch = fetch.args(["--no-tags", "--no-prune", "--no-prune-tags", "--recurse-submodules=no", "--no-write-fetch-head"]);
+        let fetch = fetch.args(["--refmap=", remote, &format!("+{branch}:{reference}")]);
         self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
