@@ -100,6 +100,11 @@ def deploys(set_up, undo="true"):
 
 COUNT = itertools.count(10)
 OWN = "/var/lib/ekiben/instances/app"
+# chattr +i with 16, chattr -i with 0
+FLAGS = "python3 -c " + shlex.quote("""import fcntl, os, struct, sys
+place = os.open(sys.argv[2], os.O_RDONLY)
+was, = struct.unpack("l", fcntl.ioctl(place, 0x80086601, bytes(8)))
+fcntl.ioctl(place, 0x40086602, struct.pack("l", was & ~16 | int(sys.argv[1])))""")
 if is_host(machine):
     with subtest("whatever a killed git has left in Ekiben's own directories is removed"):
         deploys("true")
@@ -154,6 +159,20 @@ if is_host(machine):
         deploy(machine, "git update-index --assume-unchanged flake.lock; echo >> flake.lock")
         refused("flake.lock: it has uncommitted changes; commit or restore it")
         deploy(machine, "git update-index --no-assume-unchanged flake.lock; git checkout -q flake.lock")
+
+    with subtest("what could not be put back is found before anything is built for it; other files are no obstacle"):
+        publish(machine, "app", str(next(COUNT)))
+        for path, make, undo, message in (
+            *((path, f"{FLAGS} 16", f"{FLAGS} 0", "it is immutable; remove that by chattr -i") for path in ("flake.lock", ".", ".git/logs/HEAD")),
+            ("flake.lock", "mount --bind flake.lock", "umount", f"it is on another file system or mount than {REPOSITORY}/.git; have both on one"),
+            ("flake.lock", "mount --bind --options ro flake.lock", "umount", "it is on another file system or mount than"),
+        ):
+            machine.succeed(f"cd {REPOSITORY}; {make} {path}")
+            refused(f"{REPOSITORY}/{path}".removesuffix("/.") + f": {message}")
+            machine.succeed(f"cd /; {undo} {REPOSITORY}/{path}")
+        machine.succeed(f"cd {REPOSITORY}; {FLAGS} 16 list; mount --bind notes notes")
+        deploys("true")
+        machine.succeed(f"cd {REPOSITORY}; {FLAGS} 0 list; umount notes")
 
     with subtest("root's git status does not matter, and root's files are named with what mends it"):
         machine.succeed(f"git -c safe.directory='*' -C {REPOSITORY} update-index --force-write-index; "

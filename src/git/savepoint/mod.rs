@@ -10,6 +10,7 @@
 pub mod cut_off;
 pub mod index;
 
+mod check;
 mod locks;
 mod restore;
 
@@ -19,8 +20,6 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
-
-use nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Result};
 use crate::files;
@@ -48,35 +47,6 @@ impl Savepoint {
     /// The path of a private index.
     pub fn index(&self) -> PathBuf {
         self.directory.join("index")
-    }
-
-    /// Fails if this user may not move the branch, or if there would be no way back.
-    pub fn check(&self, branch: &str, files: &[Changed]) -> Result<()> {
-        let doing = || format!("save files to {}", self.directory.display());
-        let me = geteuid();
-        let reflog = Path::new("logs").join(branch);
-        for path in ["HEAD".as_ref(), branch.as_ref(), "logs/HEAD".as_ref(), reflog.as_path()].map(|path| self.git_directory.join(path)) {
-            let place = path.ancestors().skip(1).find(|place| place.is_dir()).unwrap_or(&self.git_directory);
-            let is_log = path.ends_with("logs/HEAD") || path.ends_with(&reflog);
-            let log = Some((path.as_path(), AccessFlags::W_OK)).filter(|_| is_log && path.exists());
-            for (path, needed) in [(place, AccessFlags::W_OK | AccessFlags::X_OK)].into_iter().chain(log) {
-                access(path, needed).map_err(|error| format!("{}: {}", path.display(), error.desc())).context(doing)?;
-            }
-        }
-        for file in files {
-            let path = self.top.join(&file.path);
-            let place = path.ancestors().skip(1).find(|place| place.is_dir()).unwrap_or(&self.top);
-            let file = fs::symlink_metadata(&path).ok().filter(|_| file.before);
-            // those that the kernel lets us make links of
-            let is_ours = |file: &Metadata| {
-                file.uid() == me.as_raw() || file.is_file() && access(&path, AccessFlags::R_OK | AccessFlags::W_OK).is_ok()
-            };
-            let foreign = if file.as_ref().is_none_or(is_ours) { place } else { &path };
-            if foreign == path || access(place, AccessFlags::W_OK | AccessFlags::X_OK).is_err() {
-                return Err(format!("{}: Permission denied", foreign.display())).context(doing);
-            }
-        }
-        Ok(())
     }
 
     /// Saves these files, and what there is to know for going back. Changes nothing that git knows of.
