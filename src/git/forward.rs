@@ -11,7 +11,6 @@ use crate::gather::gather;
 use crate::git::savepoint::Savepoint;
 use crate::git::savepoint::cut_off::Changed;
 use crate::git::{Repository, reason};
-use crate::program::exited::KILLED;
 use crate::{fault, files};
 
 impl Repository {
@@ -204,7 +203,7 @@ impl Repository {
             Err(error) => (Ok(()), Err(error)),
         };
         let ended = git.end();
-        savepoint.remove_locks_after(ended.as_ref().is_err_and(|error| error.to_string().starts_with(KILLED)))?;
+        savepoint.remove_locks()?;
         done?;
         let explain = |error: std::io::Error| {
             let said = fs::read_to_string(&errors).unwrap_or_default();

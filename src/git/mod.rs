@@ -30,7 +30,6 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::gather::sorted;
 use crate::program::Program;
-use crate::program::exited::KILLED;
 
 /// How long the other side of a fetch or push may take.
 const NETWORK_LIMIT: Duration = Duration::from_secs(300);
@@ -203,7 +202,7 @@ impl Repository {
         let savepoint = self.savepoint(instance);
         savepoint.note_locks(reference)?;
         let done = work();
-        savepoint.remove_locks_after(done.as_ref().is_err_and(was_killed))?;
+        savepoint.remove_locks()?;
         savepoint.discard().and(done)
     }
 
@@ -266,7 +265,7 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     }
     savepoint.note_locks(reference)?;
     let dropped = drop_it();
-    savepoint.remove_locks_after(dropped.as_ref().is_err_and(was_killed))?;
+    savepoint.remove_locks()?;
     savepoint.discard().and(dropped)
 }
 
@@ -308,11 +307,6 @@ fn reason(tail: &[String]) -> Option<String> {
     let said = tail[..=end].iter().map(|line| line.trim()).filter(|line| !line.is_empty() && !line.starts_with("hint: "));
     let said: Vec<_> = said.map(|line| line.trim_end_matches(['.', '\r'])).collect();
     Some(said[said.len().saturating_sub(3)..].join("; "))
-}
-
-/// Whether git has had no chance to remove its locks.
-fn was_killed(error: &Error) -> bool {
-    error.to_string().contains(KILLED)
 }
 
 /// git in a directory, with settings of ours.

@@ -152,7 +152,7 @@ fn a_fast_forward_that_is_cut_off_leaves_nothing() {
                 fs::write(half, "").unwrap();
             }
             if cut >= 4 {
-                shell(directory.path(), "mkdir -p .git/refs/heads/feature; touch .git/HEAD.lock .git/refs/heads/feature/main.lock");
+                shell(directory.path(), "mkdir -p .git/refs/heads/feature; touch -d @1 .git/HEAD.lock .git/refs/heads/feature/main.lock");
             }
             if cut >= 5 {
                 let entry = format!("{} {to} a <a> 1 +0000\tekiben: fast-forward", repository.head);
@@ -200,11 +200,28 @@ fn locks_of_others_stay() {
     shell(directory.path(), "touch .git/packed-refs.lock");
     begin(&repository, &to);
     // by hand, and then the user's git takes it
-    shell(directory.path(), "rm .git/index.lock; touch .git/index.lock .git/HEAD.lock");
+    shell(directory.path(), "rm .git/index.lock; touch .git/index.lock; touch -d @1 .git/HEAD.lock");
     repository.recover("app").unwrap();
     assert_eq!(shell(directory.path(), "ls .git/*.lock"), ".git/index.lock\n.git/packed-refs.lock");
     let refused = repository.check_forward(&to, "app", directory.path()).unwrap_err();
     assert!(refused.to_string().contains("index.lock exists"));
+}
+
+#[test]
+fn a_git_that_is_alive_keeps_its_locks() {
+    let directory = Directory::new();
+    let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+    repository.savepoint("app").note_locks(&repository.branch).unwrap();
+    // ours has been killed; the user's takes its time
+    let update = format!("{{ printf 'start\\nupdate HEAD {to}\\nprepare\\n'; sleep 3; echo commit; }} | git update-ref --stdin");
+    let top = repository.top.clone();
+    let user = std::thread::spawn(move || shell(&top, &update));
+    while !directory.path().join(".git/HEAD.lock").exists() && !user.is_finished() {
+        std::thread::yield_now();
+    }
+    repository.recover("app").unwrap();
+    user.join().unwrap();
+    assert_eq!(shell(directory.path(), "git rev-parse HEAD; ls -d .git/*.lock .git/ekiben* || true"), to);
 }
 
 #[test]

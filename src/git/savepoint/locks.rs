@@ -4,15 +4,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::cut_off::{join, split};
 use crate::git::savepoint::{Savepoint, index};
 
-/// How often a lock that should have gone is looked at, and the time between two looks.
-const LOOKS: u32 = 10;
+/// How old a lock is that no git which is alive holds; and the time between two looks at a younger one.
+const OLD: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 
 impl Savepoint {
@@ -39,38 +39,27 @@ impl Savepoint {
         noted.context(|| format!("write to {}", self.directory.display()))
     }
 
-    /// Removes what [`Self::note_locks`] noted and is there now; only for when git is dead.
+    /// Removes what [`Self::note_locks`] noted and is there now, once a git of ours has ended. Another git that is alive may
+    /// have made it since: what is young must stay as it is until it is old.
     pub fn remove_locks(&self) -> Result<()> {
-        for path in self.noted() {
-            match path.symlink_metadata() {
-                // one that is in use is not empty
-                Ok(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
-                Ok(_) => files::remove(&path).context(|| format!("remove {}", path.display()))?,
-                Err(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// The same once a git of ours has ended. One that was not killed has left none, unless the disk failed: those that
-    /// stay as they are must be such, for those of another git are soon gone.
-    pub fn remove_locks_after(&self, was_killed: bool) -> Result<()> {
-        if was_killed {
-            return self.remove_locks();
-        }
-        let files = self.noted().into_iter().filter(|path| path.is_file());
-        let mut left: Vec<_> = files.map(|path| (index::identity(&path), path)).collect();
-        for _ in 0..LOOKS {
-            if left.is_empty() {
-                return Ok(());
-            }
+        let (directories, files): (Vec<_>, Vec<_>) = self.noted().into_iter().partition(|path| path.is_dir());
+        let mut left: Vec<_> = files.into_iter().filter(|path| path.is_file()).map(|path| (index::identity(&path), path)).collect();
+        let is_young =
+            |path: &Path| !path.metadata().and_then(|file| file.modified()).is_ok_and(|made| made.elapsed().is_ok_and(|age| age > OLD));
+        let until = Instant::now() + OLD;
+        while left.iter().any(|(_, path)| is_young(path)) && Instant::now() < until {
             thread::sleep(PAUSE);
             left.retain(|(identity, path)| index::identity(path) == *identity);
         }
-        left.iter().try_for_each(|(_, path)| {
-            log::warn!("Removing {}, which git could not.", path.display());
-            files::insist(|| files::remove(path)).context(|| format!("remove {}", path.display()))
-        })
+        for (_, path) in left {
+            log::warn!("Removing {}, which an earlier git has left.", path.display());
+            files::insist(|| files::remove(&path)).context(|| format!("remove {}", path.display()))?;
+        }
+        // one that is in use is not empty
+        for path in directories {
+            let _ = fs::remove_dir(path);
+        }
+        Ok(())
     }
 
     /// What [`Self::note_locks`] noted, if it did.
