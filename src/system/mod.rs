@@ -8,6 +8,7 @@ pub mod units;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -157,12 +158,15 @@ pub fn is_stopping() -> Result<bool> {
 /// Whether it has come up since it was booted; systemd is asked until it has.
 pub fn has_come_up() -> Result<bool> {
     let known = Path::new(RUNTIME).join("up");
-    if known.exists() {
+    // a soft-reboot leaves what is in /run, but starts this unit anew
+    let boot = fs::read_link("/run/systemd/units/invocation:ekiben-boot.service").unwrap_or_default();
+    let boot = boot.as_os_str().as_bytes();
+    if fs::read(&known).is_ok_and(|known| known == boot) {
         return Ok(true);
     }
     let is_up = ["running", "degraded"].contains(&&*state()?);
     if is_up {
-        make_runtime_directory().and_then(|()| fs::write(&known, "")).context(|| format!("write {}", known.display()))?;
+        make_runtime_directory().and_then(|()| fs::write(&known, boot)).context(|| format!("write {}", known.display()))?;
     }
     Ok(is_up)
 }
