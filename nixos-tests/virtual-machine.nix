@@ -90,6 +90,7 @@ in
           ))
           (lib.mkIf config.services.ekiben.fleet.enable {
             ekiben-deliver.serviceConfig.PrivateUsers = lib.mkForce false;
+            "ekiben-reach@".serviceConfig.PrivateUsers = lib.mkForce false;
           })
           (lib.mkIf config.services.ekiben.webhook.enable {
             ekiben-webhook.serviceConfig = {
