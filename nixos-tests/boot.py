@@ -405,6 +405,24 @@ with subtest("what has come into the profile, but not into the boot loader, is d
         assert booted() == running(machine) == system
         check_deployed(machine, instance)
 
+with subtest("what somebody switches to, or sets for the next boot, by hand is booted, and not what has waited"):
+    for action, crash in (("switch", True), ("boot", False)):
+        waits = awaits()
+        deploy(machine, f"echo {action} > by-hand; git add .; git commit -qm 'by hand'")
+        target = f"{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel"
+        system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
+        machine.succeed(f"nix-env --profile {PROFILE} --set {system}; {system}/bin/switch-to-configuration {action}")
+        if crash:
+            machine.wait_until_succeeds("! grep next_entry=N /boot/grub/grubenv")
+        boot(crash=crash)
+        assert booted() == running(machine) == system != waits
+        known = status(machine, "app")
+        assert known["runs"][0]["result"] == "rolledBack" and not known["bad"] and not known["awaiting"], known
+        waits = awaits()
+        boot()
+        assert booted() == waits
+        check_deployed(machine, "app")
+
 with subtest("what waits is booted once: until it is well, what was before is booted by default"):
     for crash in (True, False):
         old, system = running(machine), awaits()

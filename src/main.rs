@@ -161,7 +161,12 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
-        ["conclude"] => config().and_then(|config| conclude::conclude_all(&config)),
+        ["give-way"] => boot::give_way(),
+        ["conclude"] => {
+            // a switch by hand starts this, too
+            boot::give_way().or_warn();
+            config().and_then(|config| conclude::conclude_all(&config))
+        }
         ["due", name] => paths(name).and_then(|paths| service::start_as_due(paths.name(), "start")),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
         ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),

@@ -387,6 +387,8 @@ let
       Type = "oneshot";
       RemainAfterExit = true;
       ExecStart = "+${ekiben} boot";
+      # what is to be booted once is not, if somebody has switched by hand since
+      ExecStop = "+${ekiben} give-way";
       Restart = "on-abnormal";
       SyslogIdentifier = "ekiben";
     };
@@ -454,6 +456,7 @@ let
     unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
     restartIfChanged = false;
     path = programs;
+    environment = bootEnvironment;
     serviceConfig = {
       # a switch that starts this must not wait for it: this waits for the switch
       Type = "exec";
