@@ -41,20 +41,21 @@ pub fn parse_own<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
     let mut value = value(text)?;
     loop {
         match from_value(&value) {
-            Err(error) if error.0.what.starts_with("unknown field ") && remove(&mut value, &error.0.path).is_some() => {}
+            Err(error) if has_removed(&mut value, &error) => {}
             other => return other,
         }
     }
 }
 
-/// Removes a key, by those that lead to it.
-fn remove(value: &mut Value, path: &[String]) -> Option<Value> {
-    let (key, above) = path.split_first()?;
+/// Removes the key that an error is about, if that is an unknown one.
+#[inline(never)]
+fn has_removed(value: &mut Value, error: &Invalid) -> bool {
+    let Some((key, above)) = error.0.path.split_first().filter(|_| error.0.what.starts_with("unknown field ")) else { return false };
     let place = above.iter().rev().try_fold(value, |value, key| match value {
         Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
         other => other.get_mut(key),
     });
-    place?.as_object_mut()?.remove(key)
+    place.and_then(Value::as_object_mut).is_some_and(|object| object.remove(key).is_some())
 }
 
 /// Takes a value for one of this type.
