@@ -255,7 +255,8 @@ def ekiben_poll(result=None):
     def check():
         last = last_run(db, "fleet")
         assert status(db, "fleet")["looked"] if result is None else last != known and last["result"] == result, last
-    return measure_poll(db, "{ systemctl start ekiben-look@fleet.service || systemctl start ekiben-fleet.service; }", check)
+    found = "test ! -s /var/lib/ekiben/instances/fleet/found"
+    return measure_poll(db, f"{{ systemctl start ekiben-look@fleet.service; {found} || systemctl start ekiben-fleet.service; }}", check)
 
 
 def bento_poll(words):
