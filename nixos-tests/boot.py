@@ -396,10 +396,8 @@ with subtest("what has come into the profile, but not into the boot loader, is d
     for instance in ("live", "app"):
         publish(machine, "app", str(next(COUNT)))
         deploy(machine, "nix flake update app; git commit -qam 'by hand'")
-        target = f"{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel"
-        system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
-        # as nixos-rebuild does it, which was interrupted then
-        machine.succeed(f"nix-env --profile {PROFILE} --set {system}")
+        # by nixos-rebuild, which was interrupted then
+        system = build_into_profile(machine)
         assert run(machine, instance)["result"] == ("deployed" if instance == "live" else "awaitingBoot"), last_run(machine, instance)
         boot()
         assert booted() == running(machine) == system
@@ -409,9 +407,8 @@ with subtest("what somebody switches to, or sets for the next boot, by hand is b
     for action, crash in (("switch", True), ("boot", False)):
         waits = awaits()
         deploy(machine, f"echo {action} > by-hand; git add .; git commit -qm 'by hand'")
-        target = f"{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel"
-        system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
-        machine.succeed(f"nix-env --profile {PROFILE} --set {system}; {system}/bin/switch-to-configuration {action}")
+        system = build_into_profile(machine)
+        machine.succeed(f"{system}/bin/switch-to-configuration {action}")
         if crash:
             machine.wait_until_succeeds("! grep next_entry=N /boot/grub/grubenv")
         boot(crash=crash)

@@ -53,10 +53,16 @@ def install(machine):
 
 def rebuild(machine):
     """What an administrator does by hand, as `nixos-rebuild switch` would."""
+    # 4: some unit failed, as one may in a test
+    machine.succeed(f"{build_into_profile(machine)}/bin/switch-to-configuration switch || [ $? = 4 ]")
+
+
+def build_into_profile(machine):
+    """The first part of that; returns the system, which does not run yet."""
     target = f'{REPOSITORY}#nixosConfigurations.{machine.name}.config.system.build.toplevel'
     system = deploy(machine, f"nix build --no-link --print-out-paths {target}")
-    # 4: some unit failed, as one may in a test
-    machine.succeed(f"nix-env --profile {PROFILE} --set {system}", f"{system}/bin/switch-to-configuration switch || [ $? = 4 ]")
+    machine.succeed(f"nix-env --profile {PROFILE} --set {system}")
+    return system
 
 
 def status(machine, instance):
@@ -121,7 +127,7 @@ def go_on(machine, point):
 def is_idle(instance):
     """The command that succeeds if the instance's service, or another of ours by that name, does not run, nor is about to."""
     # a run that could not begin is tried again
-    units = " ".join(f"{unit}.service" for unit in (f"ekiben-{name}{instance}" for name in ("due@", "found@", "retry@", "")))
+    units = " ".join(f"ekiben-{kind}{instance}.service" for kind in ("due@", "found@", "retry@", ""))
     # what systemd says of all of them in one moment: which are neither inactive nor failed, or have a job
     return f"said=$(systemctl list-units --output=json {units}) && ! grep -qE '\"active\":\"[^if]|\"job\":\"[^\"]' <<< \"$said\""
 

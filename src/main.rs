@@ -82,6 +82,7 @@ What the units run:
   reach INSTANCE               fail if the instance's hub has no release for it
   reboot                       reboot if the deployed system needs it, and its instance permits it
   boot                         judge what has waited for this boot
+  give-way                     boot what was switched to by hand instead of what waits
   conclude                     end the runs of instances that are gone
 
 Options:

@@ -415,7 +415,7 @@ in
         };
         "ekiben-reach@" = mkIf cfg.enable reach;
         "ekiben-watch@fleet" = mkIf cfg.enable watch;
-        # its health check asks the hub
+        # its health check asks the hub, where the system that waits for it has no unit for that
         ekiben-boot = mkIf cfg.enable {
           serviceConfig = credentials // {
             User = fleet.user;
