@@ -332,9 +332,8 @@ pub enum LoaderKind {
 impl Config {
     /// Reads and checks the file; an error names it, and the key that is wrong.
     pub fn read(path: &Path) -> Result<Self> {
-        let doing = || format!("read {}", path.display());
-        let text = fs::read_to_string(path).context(doing)?;
-        Self::parse(&text).context(doing)
+        let text = fs::read_to_string(path).doing("read", path)?;
+        Self::parse(&text).doing("read", path)
     }
 
     /// Checks the file's text; an error names the key that is wrong.

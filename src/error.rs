@@ -2,6 +2,7 @@
 //! and the last lines of what a failing program said.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::text;
 
@@ -174,11 +175,18 @@ impl fmt::Display for Error {
 pub trait Context<T> {
     /// `doing` completes "Failed to …", as in "read /etc/ekiben/config.json".
     fn context(self, doing: impl FnOnce() -> String) -> Result<T>;
+
+    /// The same where that was one thing to one file.
+    fn doing(self, verb: &str, path: &Path) -> Result<T>;
 }
 
 impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     fn context(self, doing: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|cause| failed(&doing(), &cause))
+    }
+
+    fn doing(self, verb: &str, path: &Path) -> Result<T> {
+        self.map_err(|cause| failed_to(verb, path, &cause))
     }
 }
 
@@ -203,6 +211,11 @@ impl<T> OrLog<T> for Result<T> {
 #[inline(never)]
 fn told(level: log::Level, error: &Error) {
     log::log!(level, "{error}.");
+}
+
+#[inline(never)]
+fn failed_to(verb: &str, path: &Path, cause: &dyn fmt::Display) -> Error {
+    failed(&format!("{verb} {}", path.display()), cause)
 }
 
 /// Compiled once, not for each type of cause.

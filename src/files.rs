@@ -48,13 +48,12 @@ pub fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
 /// The same, unless it is there with these contents. The error says which file.
 pub fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     let is_there = read_foreign(path, contents.len() as u64).is_ok_and(|there| there == contents);
-    if is_there { Ok(()) } else { write(path, contents, mode).context(|| format!("write {}", path.display())) }
+    if is_there { Ok(()) } else { write(path, contents, mode).doing("write", path) }
 }
 
 /// The same for a value, as JSON. The error says which file.
 pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> {
-    let doing = || format!("write {}", path.display());
-    write(path, &serde_json::to_vec_pretty(value).context(doing)?, mode).context(doing)
+    write(path, &serde_json::to_vec_pretty(value).doing("write", path)?, mode).doing("write", path)
 }
 
 /// What was found of a file; `None` if that is not there.
@@ -67,14 +66,12 @@ pub fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
 
 /// Reads a JSON file that nobody else can have written; `None` if it is not there.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let doing = || format!("read {}", path.display());
-    if_there(fs::read(path)).context(doing)?.map(|text| json::parse(&text).context(doing)).transpose()
+    if_there(fs::read(path)).doing("read", path)?.map(|text| json::parse(&text).doing("read", path)).transpose()
 }
 
 /// A value that somebody else wrote, as JSON of at most `limit` bytes.
 pub fn read_foreign_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
-    let doing = || format!("read {}", path.display());
-    json::parse(&read_foreign(path, limit).context(doing)?).context(doing)
+    json::parse(&read_foreign(path, limit).doing("read", path)?).doing("read", path)
 }
 
 /// Keeps room on the disk, to be given up for something small when the disk is full.
@@ -250,10 +247,9 @@ fn read_regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
 
 /// Locks a directory, which needs no right to write there; `None` if another has it.
 pub fn lock(directory: &Path, how: FlockArg) -> Result<Option<Flock<File>>> {
-    let doing = || format!("lock {}", directory.display());
-    match Flock::lock(File::open(directory).context(doing)?, how) {
+    match Flock::lock(File::open(directory).doing("lock", directory)?, how) {
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-        other => other.map(Some).map_err(|(_, error)| error).context(doing),
+        other => other.map(Some).map_err(|(_, error)| error).doing("lock", directory),
     }
 }
 

@@ -212,7 +212,7 @@ impl Paths {
     /// A directory for what nobody needs later, empty: whatever has been left in its place is removed.
     pub fn scratch(&self) -> Result<PathBuf> {
         let path = self.own("scratch");
-        files::make_directory(&path).context(|| format!("create {}", path.display()))?;
+        files::make_directory(&path).doing("create", &path)?;
         Ok(path)
     }
 

@@ -25,10 +25,10 @@ impl Temporary {
     /// The same among what is in `directory`.
     pub fn below(directory: &Path) -> Result<Self> {
         let all = directory.join("fleet");
-        fs::create_dir_all(&all).context(|| format!("create {}", all.display()))?;
+        fs::create_dir_all(&all).doing("create", &all)?;
         // one at a time: a directory that another has just made is not locked yet
         let _turn = lock(&all, FlockArg::LockExclusive)?;
-        for left in fs::read_dir(&all).context(|| format!("read {}", all.display()))?.flatten() {
+        for left in fs::read_dir(&all).doing("read", &all)?.flatten() {
             if lock(&left.path(), FlockArg::LockExclusiveNonblock).is_ok_and(|lock| lock.is_some()) {
                 let _ = fs::remove_dir_all(left.path());
             }

@@ -65,7 +65,7 @@ impl Repository {
     pub fn open(instance: &Instance) -> Result<Self> {
         let directory = &instance.flake_ref.directory;
         let place = instance.flake_path.display();
-        fs::read_dir(directory).context(|| format!("open {}", directory.display()))?;
+        fs::read_dir(directory).doing("open", directory)?;
         let doing = || format!("open the repository {place}");
         let formats = [("--show-object-format", "sha1", "objects"), ("--show-ref-format", "files", "refs")];
         let questions = ["rev-parse", "--show-toplevel", "--absolute-git-dir", formats[0].0, formats[1].0, "--show-prefix"];

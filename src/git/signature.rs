@@ -40,6 +40,6 @@ impl Repository {
 pub fn allowed_signers(keys: &[String], scratch: &Path) -> Result<PathBuf> {
     let file = scratch.join("signers");
     let lines: Vec<_> = keys.iter().map(|key| format!("{SIGNER} {key}\n")).collect();
-    fs::write(&file, lines.concat()).context(|| format!("write {}", file.display()))?;
+    fs::write(&file, lines.concat()).doing("write", &file)?;
     Ok(file)
 }

@@ -21,7 +21,7 @@ impl Upstream {
         if fs::read_to_string(memory).is_ok_and(|known| known == text) {
             return Ok(());
         }
-        files::write(memory, text.as_bytes(), 0o600).context(|| format!("write {}", memory.display()))
+        files::write(memory, text.as_bytes(), 0o600).doing("write", memory)
     }
 
     fn text(&self, commit: &str) -> String {

@@ -71,7 +71,7 @@ impl Cache {
                     // half made, or damaged
                     Err(error) => {
                         log::warn!("{error}; it is fetched anew.");
-                        fs::remove_dir_all(&repository).context(|| format!("remove {}", repository.display()))?;
+                        fs::remove_dir_all(&repository).doing("remove", &repository)?;
                     }
                     Ok(()) => {}
                 }
@@ -95,7 +95,7 @@ impl Cache {
         let damaged = !error.is_transient() && said.into_iter().any(|line| DAMAGED.iter().any(|words| line.contains(words)));
         if damaged {
             log::warn!("{error}; trying again without {}.", self.directory.display());
-            fs::remove_dir_all(&self.directory).context(|| format!("remove {}", self.directory.display()))?;
+            fs::remove_dir_all(&self.directory).doing("remove", &self.directory)?;
         }
         Ok(damaged)
     }
@@ -120,7 +120,7 @@ fn unlock(repository: &Path) -> Result<()> {
             } else if path.extension().is_some_and(|extension| extension == "lock")
                 || directory.ends_with("pack") && ["tmp_", ".tmp-"].iter().any(|begin| name.starts_with(begin))
             {
-                crate::files::remove(&path).context(|| format!("remove {}", path.display()))?;
+                crate::files::remove(&path).doing("remove", &path)?;
             }
         }
     }
@@ -138,7 +138,7 @@ fn set_refs_aside(repository: &Path) -> Result<()> {
     git().args(["update-ref", "--stdin"]).output(doing, Some(changes.concat().as_bytes()))?;
     // broken ones are not listed, but there
     for left in directories(&repository.join("refs")).filter(|left| !left.ends_with("ekiben-aside")) {
-        fs::remove_dir_all(&left).context(|| format!("remove {}", left.display()))?;
+        fs::remove_dir_all(&left).doing("remove", &left)?;
     }
     Ok(())
 }

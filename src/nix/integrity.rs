@@ -38,7 +38,7 @@ pub fn sync() -> Result<()> {
 /// if a system in use needs it, what is damaged.
 pub fn mend(since: u64) -> Result<()> {
     let since = i64::try_from(since.saturating_sub(WRITTEN)).unwrap_or(i64::MAX);
-    let entries = fs::read_dir(STORE).context(|| format!("list {STORE}"))?.flatten();
+    let entries = fs::read_dir(STORE).doing("list", Path::new(STORE))?.flatten();
     let new = entries.filter(|entry| entry.metadata().is_ok_and(|metadata| metadata.ctime() >= since)).map(|entry| entry.path());
     let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
     // what is not valid is recreated when it is needed

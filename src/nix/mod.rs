@@ -37,10 +37,10 @@ const STALE: &[&str] = &[
 /// one of the inputs was not really asked of its source.
 pub fn updated_lock_file(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
     let doing = || format!("read {}", scratch.display());
-    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
+    crate::files::clear(scratch).doing("remove", scratch)?;
     cache.used(|| update(cache, flake, inputs, scratch, limit))?;
     let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
-    crate::files::clear(scratch).context(|| format!("remove {}", scratch.display()))?;
+    crate::files::clear(scratch).doing("remove", scratch)?;
     Ok(lock)
 }
 
@@ -278,7 +278,7 @@ fn is_within(store: &Path, path: &Path) -> bool {
 pub fn unroot(paths: &Paths) -> Result<()> {
     for root in [paths.name().to_owned(), before_root(paths, "system"), before_root(paths, "generation")] {
         let root = Path::new(GC_ROOTS).join(root);
-        crate::files::remove(&root).context(|| format!("remove {}", root.display()))?;
+        crate::files::remove(&root).doing("remove", &root)?;
     }
     Ok(())
 }

@@ -102,7 +102,7 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
     for (number, link) in generations()? {
         let is_later = last.is_none_or(|last| number > last) && current != Some(number);
         if is_later && fs::read_link(&link).is_ok_and(|target| target == system) {
-            files::remove(&link).context(|| format!("remove {}", link.display()))?;
+            files::remove(&link).doing("remove", &link)?;
         }
     }
     // links that a nix-env which failed, or was killed, has not brought to their places
@@ -111,7 +111,7 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
         let is_half_made = name.starts_with("system") && name.contains(".tmp-") || name.starts_with('.') && name.contains("_system");
         let is_ours = |target: PathBuf| target == system || target.file_name().and_then(number_of) > last;
         if is_half_made && fs::read_link(entry.path()).is_ok_and(is_ours) {
-            files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+            files::remove(&entry.path()).doing("remove", &entry.path())?;
         }
     }
     Ok(())

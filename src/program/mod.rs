@@ -204,14 +204,14 @@ impl Program {
     }
 
     fn logged_to(mut self, doing: &dyn Fn() -> String, log: &Path) -> Result<Vec<u8>> {
-        let file = File::options().append(true).create(true).open(log).context(|| format!("write {}", log.display()))?;
+        let file = File::options().append(true).create(true).open(log).doing("write", log)?;
         let before = file.metadata().map_or(0, |metadata| metadata.len());
         let child = self.command.stdout(Stdio::piped()).stderr(file).spawn();
         let output = child.and_then(collect).context(|| format!("run {}", self.name))?;
         let mut said = Vec::new();
         if !output.status.success() {
-            let mut file = File::open(log).context(|| format!("read {}", log.display()))?;
-            file.seek(SeekFrom::Start(before)).context(|| format!("read {}", log.display()))?;
+            let mut file = File::open(log).doing("read", log)?;
+            file.seek(SeekFrom::Start(before)).doing("read", log)?;
             said = end_of(file);
         }
         self.succeeded(doing, output.status, output.stdout, &said)

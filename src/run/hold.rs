@@ -51,7 +51,7 @@ impl Hold {
     /// Ends it, whatever lies in its place.
     pub fn remove(paths: &Paths) -> Result<()> {
         let path = paths.hold();
-        files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
+        files::clear(&path).and_then(|()| files::sync_parent(&path)).doing("remove", &path)
     }
 
     /// Who holds what for, behind "held ".

@@ -72,7 +72,7 @@ pub fn end_in_time() -> Result<()> {
     let place = Paths::new("x").hold();
     let place = place.parent().unwrap_or(&place);
     loop {
-        let names = fs::read_dir(place).context(|| format!("read {}", place.display()))?.flatten();
+        let names = fs::read_dir(place).doing("read", place)?.flatten();
         let names: Vec<_> = names.filter_map(|file| file.file_name().into_string().ok()).filter(|name| !name.starts_with('.')).collect();
         let mut next = None;
         for name in names {

@@ -214,7 +214,7 @@ impl Run {
     }
 
     fn load_from(path: &Path) -> Result<Option<Self>> {
-        let bytes = files::if_there(fs::read(path)).context(|| format!("read {}", path.display()))?;
+        let bytes = files::if_there(fs::read(path)).doing("read", path)?;
         let Some(bytes) = bytes else { return Ok(None) };
         match json::parse_own::<Self>(&bytes) {
             Ok(run) if run.format == FORMAT => Ok(Some(run)),
@@ -259,7 +259,7 @@ impl Run {
     pub fn end(&self, paths: &Paths) -> Result<()> {
         let files = [(paths.trial(), self.reboot_needed), (paths.journal(), !self.is_trial)];
         for (path, _) in files.iter().filter(|(_, is_over)| *is_over) {
-            files::remove(path).context(|| format!("remove {}", path.display()))?;
+            files::remove(path).doing("remove", path)?;
         }
         Ok(())
     }
@@ -267,7 +267,7 @@ impl Run {
     /// Keeps the journal until the next boot: the run has ended until then.
     pub fn await_boot(paths: &Paths) -> Result<()> {
         let (journal, trial) = (paths.journal(), paths.trial());
-        fs::rename(&journal, &trial).and_then(|()| files::sync_parent(&trial)).context(|| format!("rename {}", journal.display()))
+        fs::rename(&journal, &trial).and_then(|()| files::sync_parent(&trial)).doing("rename", &journal)
     }
 
     /// Keeps the journal as that of a run that could not be put back: the next one tries again.
@@ -278,7 +278,7 @@ impl Run {
     /// What could not be put back has been, or something else has taken its place.
     pub fn forget_stuck(paths: &Paths) -> Result<()> {
         let path = paths.stuck();
-        files::remove(&path).context(|| format!("remove {}", path.display()))
+        files::remove(&path).doing("remove", &path)
     }
 
     /// What the run proposes, by the user's notes.

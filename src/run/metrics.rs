@@ -54,7 +54,7 @@ const FAMILIES: [Family; 13] = [
 pub fn write(config: &Config, file: &Path) -> Result<()> {
     let instances: Vec<_> = config.instances.keys().map(|name| Paths::new(name)).collect();
     let instances: Vec<_> = instances.iter().map(|paths| (paths, Status::read(paths))).collect();
-    files::write(file, text(&instances).as_bytes(), 0o644).context(|| format!("write {}", file.display()))
+    files::write(file, text(&instances).as_bytes(), 0o644).doing("write", file)
 }
 
 fn text(instances: &[(&Paths, Status)]) -> String {

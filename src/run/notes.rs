@@ -80,7 +80,7 @@ impl Notes {
     /// link to an earlier candidate.
     pub fn begin(paths: &Paths) -> Result<Self> {
         let candidate = paths.candidate();
-        files::clear(&candidate).context(|| format!("remove {}", candidate.display()))?;
+        files::clear(&candidate).doing("remove", &candidate)?;
         let notes = Self {
             run: run_id()?,
             release: None,
@@ -99,22 +99,21 @@ impl Notes {
     /// Reads the notes of this run.
     pub fn read(paths: &Paths) -> Result<Self> {
         let notes = Self::read_of(paths, &run_id()?)?;
-        notes.ok_or("they belong to another run").context(|| format!("read {}", paths.notes().display()))
+        notes.ok_or("they belong to another run").doing("read", &paths.notes())
     }
 
     /// Reads the notes of a run as a stranger's; `None` if there are none of that run.
     pub fn read_of(paths: &Paths, run: &RunId) -> Result<Option<Self>> {
         let path = paths.notes();
-        let doing = || format!("read {}", path.display());
-        let Some(bytes) = files::if_there(files::read_foreign(&path, LIMIT)).context(doing)? else { return Ok(None) };
-        let notes: Self = json::parse_foreign(&bytes).context(doing)?;
+        let Some(bytes) = files::if_there(files::read_foreign(&path, LIMIT)).doing("read", &path)? else { return Ok(None) };
+        let notes: Self = json::parse_foreign(&bytes).doing("read", &path)?;
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if notes.proposal.as_ref().is_some_and(|proposal| proposal.news.len() > NEWS)
             || notes.changes.len() > NEWS + 1
             || !of_user(notes.stage)
             || notes.failure.as_ref().is_some_and(|failure| !of_user(failure.stage) || failure.tail.len() > TAIL_LINES)
         {
-            return Err(Error::new("their contents are not valid for this stage")).context(doing);
+            return Err(Error::new("their contents are not valid for this stage")).doing("read", &path);
         }
         Ok((notes.run == *run).then_some(notes))
     }
@@ -129,10 +128,9 @@ impl Notes {
     /// Writes the notes.
     pub fn write(&self, paths: &Paths) -> Result<()> {
         let path = paths.notes();
-        let doing = || format!("write {}", path.display());
-        let text = serde_json::to_vec(self).context(doing)?;
+        let text = serde_json::to_vec(self).doing("write", &path)?;
         // a directory of the user's own making in its place is the user's to remove
-        fs::metadata(path.parent().unwrap_or(&path)).context(doing)?;
-        files::write(&path, &text, 0o600).context(doing)
+        fs::metadata(path.parent().unwrap_or(&path)).doing("write", &path)?;
+        files::write(&path, &text, 0o600).doing("write", &path)
     }
 }

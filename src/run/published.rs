@@ -94,9 +94,8 @@ impl Published {
     /// Reads what the instance's user has told of a run, as a stranger's.
     pub fn told(paths: &Paths, run: &RunId) -> Result<Self> {
         let path = paths.own("published.json");
-        let doing = || format!("read {}", path.display());
-        let told: Self = json::parse_foreign(&files::read_foreign(&path, LIMIT).context(doing)?).context(doing)?;
-        if told.run == *run { Ok(told) } else { Err("it belongs to another run").context(doing) }
+        let told: Self = json::parse_foreign(&files::read_foreign(&path, LIMIT).doing("read", &path)?).doing("read", &path)?;
+        if told.run == *run { Ok(told) } else { Err("it belongs to another run").doing("read", &path) }
     }
 
     /// Keeps it for all.

@@ -46,7 +46,6 @@ enum Found {
 /// `after` is the highest number known to be taken: the clock may have been set back. `by` is for [`asker::of_file`].
 pub fn request(paths: &Paths, after: u64, by: &str) -> Result<u64> {
     let path = paths.request();
-    let doing = || format!("write {}", path.display());
     let served = Status::read(paths).served;
     let text = |number| format!("{number} {} {by}", paths.name());
     for _ in 0..TRIES {
@@ -55,22 +54,22 @@ pub fn request(paths: &Paths, after: u64, by: &str) -> Result<u64> {
                 // its creator may not have synced it yet
                 match files::sync(&path) {
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                    synced => synced.and_then(|()| files::sync_parent(&path)).context(doing)?,
+                    synced => synced.and_then(|()| files::sync_parent(&path)).doing("write", &path)?,
                 }
                 join(paths, &text(number)).unwrap_or_else(|error| log::warn!("Failed to say who asks for {}: {error}.", paths.name()));
                 return Ok(number);
             }
             // a link that leads nowhere, for one, no run would ever see; a directory one will clear away
-            Found::Odd => files::remove(&path).context(doing)?,
+            Found::Odd => files::remove(&path).doing("write", &path)?,
             Found::Nothing => {}
         }
         let number = now().max(after.max(served).saturating_add(1));
         match create(&path, &text(number)) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            created => return created.map(|()| number).context(doing),
+            created => return created.map(|()| number).doing("write", &path),
         }
     }
-    Err(io::Error::from(ErrorKind::ResourceBusy)).context(doing)
+    Err(io::Error::from(ErrorKind::ResourceBusy)).doing("write", &path)
 }
 
 /// Says who joins in a request, once, if there is room for that.
@@ -156,7 +155,7 @@ pub fn remove(paths: &Paths, number: Option<u64>) -> Result<()> {
 
 fn clear(paths: &Paths) -> Result<()> {
     for path in with_joined(paths).filter(|path| path.symlink_metadata().is_ok()) {
-        files::clear(&path).context(|| format!("remove {}", path.display()))?;
+        files::clear(&path).doing("remove", &path)?;
     }
     let path = paths.request();
     // it has been taken, and must not be lost; one that a crash brings back leads to one run more

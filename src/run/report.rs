@@ -107,6 +107,6 @@ impl Status {
 /// Keeps the end of a failing program's output for root; removes an earlier one's if there is none.
 fn keep_output(paths: &Paths, tail: &[String]) -> Result<()> {
     let path = paths.output();
-    let doing = || format!("write {}", path.display());
-    if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }.context(doing)
+    if tail.is_empty() { files::remove(&path) } else { files::write(&path, (tail.join("\n") + "\n").as_bytes(), 0o600) }
+        .doing("write", &path)
 }

@@ -295,7 +295,7 @@ impl Status {
     /// Keeps room for a report on a disk that is full then.
     pub fn reserve(paths: &Paths) {
         let path = paths.reserve();
-        files::reserve(&path, RESERVE).context(|| format!("write {}", path.display())).or_warn();
+        files::reserve(&path, RESERVE).doing("write", &path).or_warn();
     }
 
     /// Puts an ended run before the others.

@@ -73,7 +73,7 @@ impl Undone {
 /// Asks for that.
 pub fn ask(paths: &Paths, commit: &str) -> Result<()> {
     let path = paths.rollback();
-    files::write(&path, format!("{commit} {}", asker::this_user()).as_bytes(), 0o644).context(|| format!("write {}", path.display()))
+    files::write(&path, format!("{commit} {}", asker::this_user()).as_bytes(), 0o644).doing("write", &path)
 }
 
 /// Who has asked for that, by whose file it is. What lies in its place and is no such thing is removed.
@@ -100,7 +100,7 @@ pub fn waiting(paths: &Paths) -> Result<Option<Undone>> {
 /// Removes it, once the run's journal has it.
 pub fn remove(paths: &Paths) -> Result<()> {
     let path = paths.rollback();
-    files::clear(&path).and_then(|()| files::sync_parent(&path)).context(|| format!("remove {}", path.display()))
+    files::clear(&path).and_then(|()| files::sync_parent(&path)).doing("remove", &path)
 }
 
 #[cfg(test)]

@@ -66,6 +66,6 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
 
 /// How the system that was built differs from what runs; it may be missing from a report.
 fn changes(candidate: &Path) -> Result<Vec<String>> {
-    let candidate = fs::read_link(candidate).context(|| format!("read {}", candidate.display()))?;
+    let candidate = fs::read_link(candidate).doing("read", candidate)?;
     nix::differences(&system::current()?, &candidate, NEWS)
 }

@@ -70,8 +70,7 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
 /// it. Whatever goes wrong is a run's to report; that has the reason in its log. Fails if nothing can be left.
 pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
     let found = paths.found();
-    look_around(paths, instance)
-        .or_else(|error| fs::write(&found, error.to_string().trim_start_matches(NEEDED)).context(|| format!("write {}", found.display())))
+    look_around(paths, instance).or_else(|error| fs::write(&found, error.to_string().trim_start_matches(NEEDED)).doing("write", &found))
 }
 
 fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
@@ -96,11 +95,11 @@ fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
     if instance.hub.as_ref().is_none_or(|hub| hub.self_update) {
         look_at_repository(paths, instance)?;
     }
-    files::clear(&paths.found()).context(|| format!("remove {}", paths.found().display()))?;
+    files::clear(&paths.found()).doing("remove", &paths.found())?;
     let looked = paths.looked();
     // root has made it; it is its time that counts
     let written = File::options().write(true).open(&looked).and_then(|mut file| file.write_all(b"\n"));
-    written.context(|| format!("write {}", looked.display()))
+    written.doing("write", &looked)
 }
 
 /// The part of a look that is about the repository and the inputs: neither is written to.

@@ -57,7 +57,7 @@ enum Way {
 /// Reboots, if something waits for that, no run is under way and nothing held, and whoever has deployed it may have it now. Does so once for
 /// a system, and once back from one. What another hand has booted or switched to stays.
 pub fn reboot(config: &Config) -> Result<()> {
-    let next = fs::canonicalize(SYSTEM_PROFILE).context(|| format!("read {SYSTEM_PROFILE}"))?;
+    let next = fs::canonicalize(SYSTEM_PROFILE).doing("read", Path::new(SYSTEM_PROFILE))?;
     let running = system::current()?;
     let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
     let Some((way, policy)) = decide(&parts, system::is_of(&next, &running), boots_another(&next)) else { return Ok(()) };
@@ -79,7 +79,7 @@ pub fn reboot(config: &Config) -> Result<()> {
     let mut lines: Vec<_> = rebooted.lines().rev().take(REMEMBERED - 1).collect();
     lines.reverse();
     lines.push(&mark);
-    let remember = |lines: &str| files::write(Path::new(REBOOTED), lines.as_bytes(), 0o644).context(|| format!("write {REBOOTED}"));
+    let remember = |lines: &str| files::write(Path::new(REBOOTED), lines.as_bytes(), 0o644).doing("write", Path::new(REBOOTED));
     remember(&lines.join("\n"))?;
     match way {
         Way::Forward => log::warn!("Rebooting into the deployed system."),

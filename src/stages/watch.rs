@@ -24,8 +24,8 @@ pub fn watch(paths: &Paths, instance: &Instance) -> Result<()> {
     };
     match trouble {
         Some(known) if fs::read_to_string(&path).is_ok_and(|noted| noted == known) => Ok(()),
-        Some(trouble) => files::write(&path, trouble.as_bytes(), 0o644).context(|| format!("write {}", path.display())),
-        None if has_come_up => files::remove(&path).context(|| format!("remove {}", path.display())),
+        Some(trouble) => files::write(&path, trouble.as_bytes(), 0o644).doing("write", &path),
+        None if has_come_up => files::remove(&path).doing("remove", &path),
         None => Ok(()),
     }
 }

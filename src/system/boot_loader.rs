@@ -58,7 +58,7 @@ impl BootLoader {
                 set_one_shot(&entry_of_systemd(&list, system).context(doing)?)
             }
             LoaderKind::Grub => {
-                let config = fs::read_to_string(CONFIG).context(|| format!("read {CONFIG}"))?;
+                let config = fs::read_to_string(CONFIG).doing("read", Path::new(CONFIG))?;
                 let entry = entry_of_grub(&config, system).context(doing)?;
                 grub_editenv(&["set", &format!("next_entry={entry}")])
             }

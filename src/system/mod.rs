@@ -166,7 +166,7 @@ pub fn has_come_up() -> Result<bool> {
     }
     let is_up = ["running", "degraded"].contains(&&*state()?);
     if is_up {
-        make_runtime_directory().and_then(|()| fs::write(&known, boot)).context(|| format!("write {}", known.display()))?;
+        make_runtime_directory().and_then(|()| fs::write(&known, boot)).doing("write", &known)?;
     }
     Ok(is_up)
 }
@@ -182,7 +182,7 @@ fn make_runtime_directory() -> io::Result<()> {
 /// A name that nobody else can know, nor has.
 pub fn uuid() -> Result<String> {
     const PATH: &str = "/proc/sys/kernel/random/uuid";
-    fs::read_to_string(PATH).context(|| format!("read {PATH}")).map(|uuid| uuid.trim_end().to_owned())
+    fs::read_to_string(PATH).doing("read", Path::new(PATH)).map(|uuid| uuid.trim_end().to_owned())
 }
 
 /// What systemctl answers to a question; asked again for a while, since systemd does not answer while it

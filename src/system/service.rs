@@ -88,9 +88,7 @@ pub fn start_as_due(instance: &str, how: &str) -> Result<()> {
         return Ok(());
     }
     enqueue(how, &service)?;
-    let mark = |job| {
-        make_runtime_directory().and_then(|()| fs::write(due(instance), job)).context(|| format!("write {}", due(instance).display()))
-    };
+    let mark = |job| make_runtime_directory().and_then(|()| fs::write(due(instance), job)).doing("write", &due(instance));
     job(&service).and_then(mark).or_warn();
     Ok(())
 }

@@ -110,14 +110,14 @@ fn walk(top: &Path, below: &Path, origin: &Origin, above: &mut Vec<(u64, u64)>, 
             continue;
         }
         origin.check_inside(&path)?;
-        let metadata = fs::metadata(&path).context(|| format!("read {}", path.display()))?;
+        let metadata = fs::metadata(&path).doing("read", &path)?;
         let name = below.join(file_name);
         if metadata.is_dir() {
             walk(top, &name, origin, above, files)?;
         } else if metadata.is_file() {
             files.push(name);
         } else {
-            return Err("it is neither a file nor a directory").context(|| format!("read {}", path.display()));
+            return Err("it is neither a file nor a directory").doing("read", &path);
         }
     }
     above.pop();

@@ -57,7 +57,7 @@ pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
 
 /// Makes an empty directory, in the place of what is there.
 pub fn make_anew(directory: &Path) -> Result<()> {
-    files::clear(directory).and_then(|()| fs::create_dir_all(directory)).context(|| format!("create {}", directory.display()))
+    files::clear(directory).and_then(|()| fs::create_dir_all(directory)).doing("create", directory)
 }
 
 fn doing(archive: &Path) -> String {

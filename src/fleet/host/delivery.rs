@@ -69,8 +69,8 @@ pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, h
     }
     let beat = scratch.join(TOLD);
     let text = serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())?;
-    fs::write(&beat, text).context(|| format!("write {}", beat.display()))?;
+    fs::write(&beat, text).doing("write", &beat)?;
     send(&beat)?;
-    fs::rename(&beat, paths.own(TOLD)).context(|| format!("write {}", paths.own(TOLD).display()))?;
+    fs::rename(&beat, paths.own(TOLD)).doing("write", &paths.own(TOLD))?;
     reports.into_iter().collect()
 }

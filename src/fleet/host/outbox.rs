@@ -57,7 +57,7 @@ pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
     }
     let [log_file, report_file] = files_of(paths, &id);
     // the log first: what there is a report of is complete
-    files::write(&log_file, &log, 0o640).context(|| format!("write {}", log_file.display()))?;
+    files::write(&log_file, &log, 0o640).doing("write", &log_file)?;
     files::write_json(&report_file, &report, 0o640)
 }
 

@@ -98,6 +98,6 @@ pub fn scratch(paths: &Paths) -> Result<Temporary> {
     let place = paths.own("fetched");
     Temporary::below(&place).or_else(|error| {
         log::warn!("{error}; removing {}.", place.display());
-        files::clear(&place).context(|| format!("remove {}", place.display())).and_then(|()| Temporary::below(&place))
+        files::clear(&place).doing("remove", &place).and_then(|()| Temporary::below(&place))
     })
 }

@@ -161,8 +161,8 @@ fn take(
         }
         seen::remember(paths, release)?;
         // lost in a crash, it is only made again
-        let accepted = files::read_foreign(&file, SMALL).context(|| format!("read {}", file.display()))?;
-        fs::write(paths.own(ACCEPTED), as_accepted(&accepted, hub)?).context(|| format!("write {}", paths.own(ACCEPTED).display()))?;
+        let accepted = files::read_foreign(&file, SMALL).doing("read", &file)?;
+        fs::write(paths.own(ACCEPTED), as_accepted(&accepted, hub)?).doing("write", &paths.own(ACCEPTED))?;
         Ok((manifest, source, known))
     };
     let accepted = accept();
@@ -191,15 +191,15 @@ fn note_refusal(paths: &Paths, error: Option<&Error>) -> Result<()> {
         Some(error) => files::write(&path, error.to_string().as_bytes(), 0o644),
         None => files::remove(&path),
     }
-    .context(|| format!("write {}", path.display()))
+    .doing("write", &path)
 }
 
 /// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
 fn remove_archives(paths: &Paths, kept: Option<&PathBuf>) -> Result<()> {
     let directory = paths.own("");
-    for file in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
+    for file in fs::read_dir(&directory).doing("read", &directory)?.flatten() {
         if file.file_name().as_encoded_bytes().ends_with(b".tar.gz") && Some(&file.path()) != kept {
-            files::clear(&file.path()).context(|| format!("remove {}", file.path().display()))?;
+            files::clear(&file.path()).doing("remove", &file.path())?;
         }
     }
     Ok(())

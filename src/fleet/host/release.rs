@@ -42,5 +42,5 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, only: bool
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),
         None => build(&Source::Directory(directory)),
     };
-    files::clear(directory).context(|| format!("remove {}", directory.display())).and(result)
+    files::clear(directory).doing("remove", directory).and(result)
 }

@@ -136,7 +136,7 @@ pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
     let trouble = paths.trouble_with_files();
     let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("\n");
     let told = if failed.is_empty() { files::remove(&trouble) } else { files::write(&trouble, text.as_bytes(), 0o640) };
-    told.context(|| format!("write {}", trouble.display()))?;
+    told.doing("write", &trouble)?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to install {} of the hub's files", failed.len()))) }
 }
 

@@ -114,7 +114,7 @@ pub fn forget(name: &str, instance: &Instance) -> Result<()> {
 pub fn forget_own(paths: &Paths, instance: &Instance) -> Result<()> {
     let seen = files::read_json(&paths.own(SEEN)).unwrap_or_default();
     let committed = Repository::open(instance).and_then(|repository| release::of(&repository, &repository.head)).unwrap_or_default();
-    files::clear(&paths.own(SEEN)).context(|| format!("remove {}", paths.own(SEEN).display()))?;
+    files::clear(&paths.own(SEEN)).doing("remove", &paths.own(SEEN))?;
     print_json(&seen.into_iter().chain(committed.map(|manifest| manifest.release)).collect::<Vec<Release>>())
 }
 

@@ -49,13 +49,13 @@ struct Handover {
 pub fn updates(paths: &Paths, instance: &Instance, repository: &Repository, base: &str) -> Result<Vec<Update>> {
     let Some(inputs) = &instance.inputs else { return Ok(Vec::new()) };
     let (fleet, _) = check_out(paths, instance, repository, base)?;
-    let top = source(paths).canonicalize().context(|| format!("read {}", source(paths).display()))?;
+    let top = source(paths).canonicalize().doing("read", &source(paths))?;
     let cache = Cache::own()?;
     let limit = Duration::from_secs(instance.timeouts.prepare);
     let mut updates: BTreeMap<String, Update> = BTreeMap::new();
     for flake in fleet.flakes()? {
         let path = flake.lock_file();
-        let old = path.exists().then(|| fs::read(&path)).transpose().context(|| format!("read {}", path.display()))?;
+        let old = path.exists().then(|| fs::read(&path)).transpose().doing("read", &path)?;
         let lock = LockFile::parse(old.as_deref())?;
         let asked: Vec<_> = inputs.iter().filter(|input| lock.resolve(input).is_ok()).cloned().collect();
         if asked.is_empty() && !inputs.is_empty() {
@@ -63,7 +63,7 @@ pub fn updates(paths: &Paths, instance: &Instance, repository: &Repository, base
         }
         let new = fleet.updated(&flake, &cache, &lock.meant_by(&asked), limit)?;
         let below = || path.strip_prefix(&top).or_else(|_| path.strip_prefix(source(paths))).ok().and_then(Path::to_str);
-        let path = below().ok_or("it is not in the repository").context(|| format!("update {}", path.display()))?.to_owned();
+        let path = below().ok_or("it is not in the repository").doing("update", &path)?.to_owned();
         updates.entry(path.clone()).or_insert(Update { path, old, new, asked });
     }
     let unknown = |input: &&String| !updates.values().any(|update| update.asked.contains(input));
@@ -82,7 +82,7 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
     let known: Vec<_> = hosts.iter().map(|host| &host.name).collect();
     let (waves, places) = plan::assign(&publish.waves, &settings.groups, &known, !failed.is_empty())?;
     let archives = archives(paths);
-    files::make_directory(&archives).context(|| format!("create {}", archives.display()))?;
+    files::make_directory(&archives).doing("create", &archives)?;
     let done = parallel(&hosts, jobs, |host| make(&fleet, host, &archives));
     let (mut built, mut left_out, mut first) = (Vec::new(), BTreeMap::new(), None);
     for ((host, done), wave) in hosts.iter().zip(done).zip(places) {

@@ -82,10 +82,10 @@ pub fn take_in_to_show(hub: &ServedDirectory, wanted: &[&str]) -> Result<()> {
 fn clean_up(hub: &ServedDirectory, served: &[HostName]) -> Result<()> {
     let Some(known) = hub.known() else { return Ok(()) };
     let place = hub.collected();
-    for entry in fs::read_dir(&place).context(|| format!("read {}", place.display()))?.flatten() {
+    for entry in fs::read_dir(&place).doing("read", &place)?.flatten() {
         let host = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok());
         if host.is_some_and(|host| !known.contains(&host) && !served.contains(&host)) && entry.path().is_dir() {
-            files::clear(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+            files::clear(&entry.path()).doing("remove", &entry.path())?;
         }
     }
     Ok(())
@@ -94,7 +94,7 @@ fn clean_up(hub: &ServedDirectory, served: &[HostName]) -> Result<()> {
 fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> Result<()> {
     let (reports, received) = (hub.reports(host), hub.received(host));
     let doing = || format!("collect from {}", reports.display());
-    fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
+    fs::create_dir_all(&received).doing("create", &received)?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;
     // what is taken and removed below is in this very directory, whatever becomes of the path
     let opened = hub.open_reports(host).context(doing)?;
@@ -237,7 +237,7 @@ fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
         kept += usize::from(report.exists());
         bytes += fs::metadata(&log).map_or(0, |metadata| metadata.len());
         if kept > KEPT || bytes > KEPT_BYTES {
-            files::remove(&log).and_then(|()| files::remove(&report)).context(|| format!("remove {}", report.display()))?;
+            files::remove(&log).and_then(|()| files::remove(&report)).doing("remove", &report)?;
         }
     }
     Ok(())
@@ -246,7 +246,7 @@ fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
 /// Tells the host which reports have arrived. Others may write there, too: it is put right each time.
 fn acknowledge(hub: &ServedDirectory, host: &HostName, index: &Received) -> Result<()> {
     let path = hub.acknowledged(host);
-    let contents = serde_json::to_vec_pretty(index).context(|| format!("write {}", path.display()))?;
+    let contents = serde_json::to_vec_pretty(index).doing("write", &path)?;
     if index.reports.is_empty() { Ok(()) } else { files::put(&path, &contents, 0o644) }
 }
 

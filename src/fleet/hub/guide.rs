@@ -37,7 +37,7 @@ From then on, `ekiben fleet deploy` publishes what has changed, and `ekiben flee
 /// Makes a repository, or what one lacks; returns what there is to say of that. Nothing that is there is changed.
 pub fn init(directory: &Path) -> Result<String> {
     let hosts = directory.join("hosts");
-    fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
+    fs::create_dir_all(&hosts).doing("create", &hosts)?;
     let settings = serde_json::to_string_pretty(&Settings::default()).context(|| "write fleet.json".into())? + "\n";
     let mut made = String::new();
     let mut next = "";
@@ -46,7 +46,7 @@ pub fn init(directory: &Path) -> Result<String> {
         let made_it = fs::File::create_new(&path).and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()));
         match made_it {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
-            other => other.context(|| format!("write {}", path.display()))?,
+            other => other.doing("write", &path)?,
         }
         made.extend(["Created ", &path.to_string_lossy(), ".\n"]);
         if name == "README.md" {

@@ -90,7 +90,7 @@ fn write(file: &Path, kept: &[Noted]) -> Result<()> {
 /// The same, when it is its turn.
 pub fn note_in_turn(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> Result<()> {
     let received = hub.received(host);
-    fs::create_dir_all(&received).context(|| format!("create {}", received.display()))?;
+    fs::create_dir_all(&received).doing("create", &received)?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;
     note(hub, host, plan, false)
 }
@@ -105,7 +105,7 @@ fn read(file: &Path) -> Result<Vec<Noted>> {
     if !file.exists() {
         return Ok(Vec::new());
     }
-    let text = files::read_foreign(file, LARGE).context(|| format!("read {}", file.display()))?;
+    let text = files::read_foreign(file, LARGE).doing("read", file)?;
     // what is damaged hides no other
     Ok(text.split(|&byte| byte == b'\n').filter_map(|line| json::parse_foreign(line).ok()).collect())
 }

@@ -29,7 +29,7 @@ impl Memory {
     /// Remembers a number that was published.
     pub fn note(&self, host: &HostName, number: Sequence) -> Result<()> {
         let Some(place) = &self.0 else { return Ok(()) };
-        std::fs::create_dir_all(place).context(|| format!("create {}", place.display()))?;
+        std::fs::create_dir_all(place).doing("create", place)?;
         files::write_json(&place.join(host), &number, 0o644)
     }
 
@@ -43,7 +43,7 @@ impl Memory {
         // of a hub to which this publisher has published something
         let Some(proof) = self.proof(host).filter(|proof| proof.parent().is_some_and(Path::is_dir)) else { return Ok(()) };
         // a part of it is as good as none
-        std::fs::write(&proof, Self::vouching(release, key)).context(|| format!("write {}", proof.display()))
+        std::fs::write(&proof, Self::vouching(release, key)).doing("write", &proof)
     }
 
     fn proof(&self, host: &HostName) -> Option<PathBuf> {

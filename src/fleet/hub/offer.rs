@@ -35,13 +35,13 @@ pub fn serve(hub: &Offers) -> Result<()> {
         one(host, wanted);
     }
     // hosts that are gone leave nothing secret behind
-    for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))?.flatten() {
+    for entry in fs::read_dir(&hosts).doing("read", &hosts)?.flatten() {
         let host = entry.file_name().to_string_lossy().into_owned();
         if hub.files.keys().all(|known| **known != *host) && entry.path().join("files").is_dir() {
             one(&host, &BTreeMap::new());
         }
     }
-    let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).context(|| format!("write {KNOWN}"))?;
+    let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).doing("write", Path::new(KNOWN))?;
     files::put(&hosts.join(KNOWN), &known, 0o644)?;
     put_aside(&hosts, |host| hub.files.contains_key(host), now())?;
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
@@ -61,10 +61,10 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
     }
     let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
     files::put(&directory.join(INDEX), &text, MODE)?;
-    for entry in fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?.flatten() {
+    for entry in fs::read_dir(&directory).doing("read", &directory)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name != INDEX && index.iter().all(|served| *served.file != *name) {
-            files::remove(&entry.path()).context(|| format!("remove {}", entry.path().display()))?;
+            files::remove(&entry.path()).doing("remove", &entry.path())?;
         }
     }
     Ok(())
@@ -74,7 +74,7 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
 fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Result<()> {
     let before: BTreeMap<String, u64> = files::read_json(&hosts.join(REMOVED)).ok().flatten().unwrap_or_default();
     let mut removed = BTreeMap::new();
-    for entry in fs::read_dir(hosts).context(|| format!("read {}", hosts.display()))?.flatten() {
+    for entry in fs::read_dir(hosts).doing("read", hosts)?.flatten() {
         let Some(host) = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok()) else { continue };
         if is_known(&host) || !entry.path().is_dir() {
             continue;
@@ -82,7 +82,7 @@ fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Re
         let when = before.get(&*host).map_or(now + GRACE, |when| *when.min(&(now + GRACE)));
         if when <= now {
             let aside = hosts.join(ASIDE).join(format!("{host}.{now}"));
-            fs::rename(entry.path(), aside).context(|| format!("remove {}", entry.path().display()))?;
+            fs::rename(entry.path(), aside).doing("remove", &entry.path())?;
             log::info!("Removed {}.", entry.path().display());
             continue;
         }
@@ -91,7 +91,7 @@ fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Re
         }
         removed.insert(host.to_string(), when);
     }
-    let text = serde_json::to_vec(&removed).context(|| format!("write {REMOVED}"))?;
+    let text = serde_json::to_vec(&removed).doing("write", Path::new(REMOVED))?;
     files::put(&hosts.join(REMOVED), &text, 0o644)
 }
 

@@ -88,8 +88,8 @@ impl Publication {
         let user = std::env::var("USER").unwrap_or_default();
         let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
-        fs::create_dir_all(&self.local).context(|| format!("create {}", self.local.display()))?;
-        fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).context(|| format!("write {}", local.display()))?;
+        fs::create_dir_all(&self.local).doing("create", &self.local)?;
+        fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).doing("write", &local)?;
         self.send(CLAIM, &local)?;
         let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
         let what = self.what.clone();
@@ -166,7 +166,7 @@ impl Publication {
         if !self.session.fetch(&self.remote(name), &local)? {
             return Ok(None);
         }
-        files::read_foreign(&local, LARGE).map(Some).context(|| format!("read {}", local.display()))
+        files::read_foreign(&local, LARGE).map(Some).doing("read", &local)
     }
 }
 

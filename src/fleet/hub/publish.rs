@@ -298,9 +298,9 @@ impl<'a> Standing<'a> {
             expires: self.expires(),
             origin: self.manner.origin.clone(),
         };
-        let contents = fs::read(archive).context(|| format!("read {}", archive.display()))?;
+        let contents = fs::read(archive).doing("read", archive)?;
         let place = self.hub.release(self.host).join(manifest.archive());
-        files::write(&place, &contents, 0o644).context(|| format!("write {}", place.display()))?;
+        files::write(&place, &contents, 0o644).doing("write", &place)?;
         let release = manifest.release.clone();
         // what contains nothing new can do no harm
         let (verb, sees) = if self.manner.waves && what.is_empty() {

@@ -72,14 +72,14 @@ impl ServedDirectory {
     /// Has what was put there not follow; elsewhere the hub removes it.
     pub fn forget_next(&self, host: &HostName, release: &Release) -> Result<()> {
         let path = self.release(host).join(next(release));
-        files::remove(&path).context(|| format!("remove {}", path.display()))
+        files::remove(&path).doing("remove", &path)
     }
 
     /// Removes all releases of a host but those of which something is in `kept`, and what is on its way, if others may be
     /// about to publish.
     pub fn tidy(&self, host: &HostName, kept: &[Sha256], others: bool) -> Result<()> {
         let release = self.release(host);
-        for entry in fs::read_dir(&release).context(|| format!("read {}", release.display()))?.flatten() {
+        for entry in fs::read_dir(&release).doing("read", &release)?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let (id, end) = name.split_once('.').unwrap_or_default();
             // whatever somebody else is writing is neither
@@ -117,7 +117,7 @@ impl ServedDirectory {
     /// When that was changed last; no publisher can choose that.
     pub fn changed(&self, host: &HostName) -> Result<Option<SystemTime>> {
         let path = self.release(host).join(MANIFEST);
-        let metadata = files::if_there(fs::symlink_metadata(&path)).context(|| format!("read {}", path.display()))?;
+        let metadata = files::if_there(fs::symlink_metadata(&path)).doing("read", &path)?;
         Ok(metadata.map(|metadata| {
             let (seconds, rest) = (metadata.ctime().try_into().unwrap_or(0), metadata.ctime_nsec().try_into().unwrap_or(0));
             SystemTime::UNIX_EPOCH + Duration::new(seconds, rest)

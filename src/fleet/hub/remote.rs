@@ -69,26 +69,26 @@ impl Elsewhere {
     pub fn fetch(&self, wanted: &[&str], also: Option<&str>, exactly: bool) -> Result<()> {
         let mut session = self.open(FETCH)?;
         let hosts = self.place().join("hosts");
-        fs::create_dir_all(&hosts).context(|| format!("create {}", hosts.display()))?;
+        fs::create_dir_all(&hosts).doing("create", &hosts)?;
         for file in [KNOWN, REMOVED] {
             session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
         }
         for (directory, file) in [(ROLLOUT, "plan.json"), (ROLLOUT, HOLDS), ("received", "rollout.json")] {
             let local = self.place().join(directory);
-            fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
+            fs::create_dir_all(&local).doing("create", &local)?;
             session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
         }
         let (all, mut known) = (self.place().join("all.json"), BTreeSet::new());
         let is_for_few = !wanted.is_empty() && wanted.len() < FEW;
         if !exactly && !is_for_few && session.fetch(snapshot::FILE, &all)? {
-            known = snapshot::lay_out(&all, self.place(), &self.memory).context(|| format!("read {}", all.display()))?;
+            known = snapshot::lay_out(&all, self.place(), &self.memory).doing("read", &all)?;
         }
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
             let files = [("hosts", "/release", MANIFEST), ("received", "", "heartbeat.json")];
             for (above, below, file) in files.into_iter().chain(also.map(|file| ("received", "", file))) {
                 let directory = format!("{above}/{host}{below}");
                 let local = self.place().join(&directory);
-                fs::create_dir_all(&local).context(|| format!("create {}", local.display()))?;
+                fs::create_dir_all(&local).doing("create", &local)?;
                 if (wanted.is_empty() || wanted.contains(&&*host)) && !known.contains(&host) {
                     session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
                 }

@@ -175,7 +175,7 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
             log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
         }
         let path = Rollout::file(hub);
-        files::write(&path, &after, 0o644).context(|| format!("write {}", path.display()))?;
+        files::write(&path, &after, 0o644).doing("write", &path)?;
     }
     next.into_iter().try_for_each(|member| offer(hub, &plan, member))
 }

@@ -102,7 +102,7 @@ impl ServedDirectory {
     pub fn write(&self, path: &Path, content: &impl Serialize) -> Result<()> {
         if self.is_elsewhere() {
             let directory = self.rollout();
-            fs::create_dir_all(&directory).context(|| format!("create {}", directory.display()))?;
+            fs::create_dir_all(&directory).doing("create", &directory)?;
         }
         files::write_json(path, content, 0o644)?;
         self.there(path).map_or(Ok(()), |(elsewhere, file)| elsewhere.send_file(&file))
@@ -111,7 +111,7 @@ impl ServedDirectory {
     /// The hosts that the hub serves.
     pub fn hosts(&self) -> Result<Vec<HostName>> {
         let directory = self.directory.join("hosts");
-        let entries = fs::read_dir(&directory).context(|| format!("read {}", directory.display()))?;
+        let entries = fs::read_dir(&directory).doing("read", &directory)?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
         Ok(sorted(names.filter(|name: &HostName| directory.join(name).is_dir())))
     }

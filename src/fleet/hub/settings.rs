@@ -115,7 +115,7 @@ fn check_owner(path: &Path, metadata: &Metadata) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(why).context(|| format!("trust {}", path.display()))
+    Err(why).doing("trust", path)
 }
 
 /// The repository that `directory` is in.

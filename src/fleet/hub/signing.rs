@@ -36,7 +36,7 @@ fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<b
     let known = Program::new("ssh-keygen").args(["-l", "-f"]).arg(key).said(doing)?;
     let print = known.split(' ').nth(1).filter(|print| print.starts_with("SHA256:"));
     let print = print.ok_or("unexpected output of ssh-keygen").context(doing)?;
-    fs::write(scratch, signature).context(|| format!("write {}", scratch.display()))?;
+    fs::write(scratch, signature).doing("write", scratch)?;
     let check = Program::new("ssh-keygen").args(["-Y", "check-novalidate", "-n", NAMESPACE, "-s"]).arg(scratch);
     let said = check.output(|| "check a signature".into(), Some(signed.manifest.as_bytes()));
     Ok(said.is_ok_and(|said| String::from_utf8_lossy(&said).trim_end().ends_with(&format!(" {print}"))))

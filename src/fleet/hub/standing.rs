@@ -24,7 +24,7 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
         // what cannot be read hides no other host
         all.extend(look(hub, &host, rollout.as_ref(), &holds).or_warn().flatten().map(|standing| (host, standing)));
     }
-    let text = serde_json::to_vec_pretty(&all).context(|| format!("write {}", file.display()))?;
+    let text = serde_json::to_vec_pretty(&all).doing("write", &file)?;
     files::put(&file, &text, 0o644)
 }
 

@@ -99,7 +99,7 @@ impl Session {
 
     /// Fetches all of a file, with its time. Returns whether there is one, as [`Place::get`] does.
     pub fn fetch(&mut self, remote: &str, local: &Path) -> Result<bool> {
-        files::clear(local).context(|| format!("remove {}", local.display()))?;
+        files::clear(local).doing("remove", local)?;
         // of one that is too large, the beginning says as much
         let Some(handle) = self.receive(remote, local, LARGE)? else { return Ok(false) };
         let modified = match self.transport.ask_all(vec![Packet::attributes(&handle), Packet::close(&handle)])?.swap_remove(0) {
@@ -107,7 +107,7 @@ impl Session {
             other => return Err(self.refused("look at", remote, &other)),
         };
         let file = File::options().append(true).open(local);
-        file.and_then(|file| file.set_modified(modified)).context(|| format!("write {}", local.display()))?;
+        file.and_then(|file| file.set_modified(modified)).doing("write", local)?;
         Ok(true)
     }
 
@@ -257,12 +257,12 @@ impl Place for Session {
         if let Some(known) = self.ahead.iter().position(|(name, _)| name == remote) {
             let (_, data) = self.ahead.swap_remove(known);
             let written = data.as_ref().map_or(Ok(()), |data| fs::write(local, data));
-            return written.context(|| format!("write {}", local.display())).map(|()| data.is_some());
+            return written.doing("write", local).map(|()| data.is_some());
         }
         let handle = self.receive(remote, local, limit + 1)?;
         let found = handle.map(|handle| self.transport.later(Packet::close(&handle))).is_some();
         if found && local.metadata().is_ok_and(|metadata| metadata.len() > limit) {
-            files::clear(local).context(|| format!("remove {}", local.display()))?;
+            files::clear(local).doing("remove", local)?;
             return Err(self.error("read", remote, &format!("it has more than {limit} bytes")));
         }
         Ok(found)

@@ -34,7 +34,7 @@ impl Savepoint {
     /// Makes the private index the user's, who cannot have changed it.
     pub fn install_index(&self) -> Result<()> {
         let (new, index) = (self.index(), self.user_index());
-        files::insist(|| rename_if_there(&new, &index)).context(|| format!("replace {}", index.display()))
+        files::insist(|| rename_if_there(&new, &index)).doing("replace", &index)
     }
 
     /// The same after a cut: the user may have removed the lock by hand.
@@ -58,7 +58,7 @@ pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
         fs::copy(from, to)?;
         File::options().append(true).open(to)?.set_modified(modified)
     };
-    copy().context(|| format!("copy {}", from.display()))
+    copy().doing("copy", from)
 }
 
 /// What a file has in common with no other, and with no later one of its name.

@@ -53,7 +53,7 @@ impl Savepoint {
         }
         for (_, path) in left {
             log::warn!("Removing {}, which an earlier git has left.", path.display());
-            files::insist(|| files::remove(&path)).context(|| format!("remove {}", path.display()))?;
+            files::insist(|| files::remove(&path)).doing("remove", &path)?;
         }
         // one that is in use is not empty
         for path in directories {

@@ -112,7 +112,7 @@ impl Savepoint {
     /// Says that the saved files are about to be changed. Without it, a savepoint means nothing.
     pub fn begin(&self) -> Result<()> {
         let identity = index::identity(&self.user_index());
-        files::write(&self.begun(), identity.as_bytes(), 0o600).context(|| format!("write {}", self.begun().display()))
+        files::write(&self.begun(), identity.as_bytes(), 0o600).doing("write", &self.begun())
     }
 
     /// Whether the fast-forward that was cut off may have changed anything.
@@ -165,13 +165,13 @@ impl Savepoint {
             if path.parent().is_some_and(Path::is_dir) { files::sync_parent(path) } else { Ok(()) }
         };
         let paths = files.iter().map(|file| self.top.join(&file.path)).chain([self.index()]);
-        paths.into_iter().try_for_each(|path| sync(&path).context(|| format!("sync {}", path.display())))
+        paths.into_iter().try_for_each(|path| sync(&path).doing("sync", &path))
     }
 
     /// Forgets the saved files, once all of them have their names.
     pub fn release_files(&self, count: usize) -> Result<()> {
         let mut saved = (0..count).map(|number| self.saved(number));
-        saved.try_for_each(|saved| files::remove(&saved).context(|| format!("remove {}", saved.display())))
+        saved.try_for_each(|saved| files::remove(&saved).doing("remove", &saved))
     }
 
     /// Forgets all of it, and unlocks the index.
@@ -187,7 +187,7 @@ impl Savepoint {
             }
             files::clear(&self.directory)
         };
-        files::insist(discard).context(|| format!("remove {}", self.directory.display()))
+        files::insist(discard).doing("remove", &self.directory)
     }
 
     fn user_index(&self) -> PathBuf {

@@ -23,7 +23,7 @@ impl Savepoint {
         let path = self.directory.join("list");
         match fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound && !self.has_begun() => Ok(CutOff::default()),
-            other => Ok(CutOff::from_bytes(&other.context(|| format!("read {}", path.display()))?)),
+            other => Ok(CutOff::from_bytes(&other.doing("read", &path)?)),
         }
     }
 

@@ -41,7 +41,7 @@ impl Fleet<'_> {
                 unknown.clear();
             }
             let path = source.lock_file();
-            let replace = |new: &Vec<u8>| files::write(&path, new, 0o644).context(|| format!("write {}", path.display()));
+            let replace = |new: &Vec<u8>| files::write(&path, new, 0o644).doing("write", &path);
             let done = match updated {
                 Ok(Some(new)) if std::fs::read(&path).ok().as_ref() != Some(&new) => replace(&new).map(|()| "updated"),
                 other => other.map(|_| "unchanged"),

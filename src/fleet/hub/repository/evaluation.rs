@@ -102,7 +102,7 @@ impl FleetRepository {
             return Ok(known.answer);
         }
         let log = self.log(name);
-        files::remove(&log).context(|| format!("remove {}", log.display()))?;
+        files::remove(&log).doing("remove", &log)?;
         let answer = self.with_unpacked(source, name, |directory| {
             let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
             let eval = if source.is_flake {

@@ -72,7 +72,7 @@ impl FleetRepository {
     pub fn open(directory: &Path, settings: &Settings) -> Result<Self> {
         let state = home("XDG_STATE_HOME", ".local/state")?;
         for name in ["logs", "evaluated", "packed", "systems"] {
-            fs::create_dir_all(state.join(name)).context(|| format!("create {}", state.join(name).display()))?;
+            fs::create_dir_all(state.join(name)).doing("create", &state.join(name))?;
         }
         let origin = pack::Origin::new(directory, settings.signing_key.as_deref())?;
         let (directory, flags, scratch) = (directory.to_owned(), settings.flags.clone(), Temporary::new()?);
@@ -84,8 +84,8 @@ impl FleetRepository {
     fn places(&self) -> Result<Vec<(String, bool)>> {
         let hosts = self.directory.join("hosts");
         let mut names = Vec::new();
-        for entry in fs::read_dir(&hosts).context(|| format!("read {}", hosts.display()))? {
-            let entry = entry.context(|| format!("read {}", hosts.display()))?;
+        for entry in fs::read_dir(&hosts).doing("read", &hosts)? {
+            let entry = entry.doing("read", &hosts)?;
             let name = entry.file_name().into_string().map_err(|name| format!("its name {name:?} is not UTF-8"));
             names.push(format!("hosts/{}", name.context(|| format!("read {:?}", entry.path()))?));
         }
@@ -119,7 +119,7 @@ impl FleetRepository {
             if is_plain && now.is_some() && stamp() == now {
                 // a part of it is as good as none
                 let text = serde_json::to_vec(&(now, &sha256, size)).unwrap_or_default();
-                fs::write(&known, text).context(|| format!("write {}", known.display()))?;
+                fs::write(&known, text).doing("write", &known)?;
             }
             (sha256, size)
         };
