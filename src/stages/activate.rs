@@ -225,7 +225,9 @@ fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Resul
         before
     } else {
         if run.candidate.as_ref() != Some(&system) {
-            run.passed = health::passing(&run.instance.health_checks);
+            let (passing, ignored) = health::passing(&run.instance.health_checks);
+            run.passed = passing;
+            run.warnings.extend(ignored);
         }
         let mut units = Units::before()?;
         if let Some((good, unfit)) = Run::load_unfit(&system)?.and_then(|mut unfit| Some((unfit.before.take()?, unfit))) {

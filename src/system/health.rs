@@ -16,14 +16,16 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// What the last line of a check has in it that is no matter of time; nor is another machine to shut out this one for many attempts.
 pub const FINAL: &str = "another attempt is of no use";
 
-/// The checks that pass now, tried once.
-pub fn passing(checks: &BTreeMap<String, HealthCheck>) -> Vec<String> {
-    let passes = |(name, check): &(&String, &HealthCheck)| {
-        let why = attempt(name, check)
-            .inspect_err(|why| log::warn!("Ignoring health check {name}, which already fails before the switch: {why}."));
-        why.is_ok()
-    };
-    checks.iter().filter(passes).map(|(name, _)| name.clone()).collect()
+/// The checks that pass now, tried once; and what to say of those that do not, and so tell nothing of another system.
+pub fn passing(checks: &BTreeMap<String, HealthCheck>) -> (Vec<String>, Vec<String>) {
+    let (mut passing, mut ignored) = (Vec::new(), Vec::new());
+    for (name, check) in checks {
+        match attempt(name, check) {
+            Ok(()) => passing.push(name.clone()),
+            Err(error) => ignored.push(format!("{error}; it already failed before the switch, and is ignored")),
+        }
+    }
+    (passing, ignored)
 }
 
 /// Of these checks, those that ask other machines, and those that do not.
