@@ -298,6 +298,13 @@ let
       {
         nix.settings.allowed-users = [ "@wheel" ];
       };
+    "`nix.enable` must be `true`: Ekiben builds this system." = {
+      nix.enable = false;
+    };
+    "`security.allowUserNamespaces` must be `true`: Ekiben's sandbox is made of them." = {
+      security.allowUserNamespaces = false;
+      nix.settings.sandbox = false;
+    };
   };
 
   # what works, but hardly as it is meant
@@ -361,6 +368,10 @@ let
         }
       ];
     };
+    "a firewall that lets all through where the webhook listens" = {
+      services.ekiben.webhook.host = "100.64.0.1";
+      networking.firewall.trustedInterfaces = [ "tailscale0" ];
+    };
     "a proxy with TLS" = {
       services.ekiben.webhook.nginx = "deploy.example.org";
       services.nginx.enable = true;
@@ -392,6 +403,9 @@ let
     author = {
       instances.app.author = "me";
     };
+    metrics = {
+      metrics = "/var/lib/my metrics/ekiben.prom";
+    };
     rebootWindow = {
       instances.app.rebootWindow.lower = "1 am";
     };
@@ -417,6 +431,7 @@ let
 
   values = config: [
     config.services.ekiben.settings
+    config.services.ekiben.metrics
     config.services.ekiben.webhook.projects
     config.services.ekiben.hub
   ];
@@ -439,6 +454,8 @@ let
   times = config: lib.findFirst (check: check.name == "ekiben-times") null config.system.checks;
   nothing = evaluate { };
   plain = variant { };
+  # of a time zone, where there are none
+  zoned = variant { instances.app.dates = "Mon *-*-* 04:40 Europe/Berlin"; };
   elsewhere = variant {
     webhook = {
       socket = "/run/ekiben.sock";
@@ -711,6 +728,46 @@ let
       && esp.SYSTEMD_ESP_PATH == "/efi"
       && esp.SYSTEMD_XBOOTLDR_PATH == "/boot"
     ))
+    (expect "settings may say otherwise than options" (
+      let
+        inherit
+          ((evaluate {
+            services.ekiben = lib.recursiveUpdate working (
+              lib.recursiveUpdate (hubOf { web.publicKey = key "a"; }) {
+                hub.publish = {
+                  enable = true;
+                  repository = "/var/fleet";
+                };
+                fleet = {
+                  enable = true;
+                  hub = {
+                    host = "hub";
+                    hostKey = key "b";
+                  };
+                };
+                settings = {
+                  hub.directory = "/srv/hub";
+                  instances = {
+                    app.observe = 300;
+                    fleet.hub.name = "other";
+                    publish.publish.parallel = 8;
+                  };
+                  webhook.path = "/other";
+                };
+              }
+            );
+          }).services.ekiben
+          )
+          settings
+          ;
+      in
+      settings.hub.directory == "/srv/hub"
+      && settings.instances.app.observe == 300
+      && settings.instances.app.user == "deploy"
+      && settings.instances.fleet.hub.name == "other"
+      && settings.instances.publish.publish.parallel == 8
+      && settings.webhook.path == "/other"
+    ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))
     (expect "needless slashes are ignored" (
@@ -779,7 +836,7 @@ pkgs.runCommand "ekiben-options"
         plain
         elsewhere
       ]
-      ++ [ (times plain) ];
+      ++ [ (times zoned) ];
     wrong = lib.concatStringsSep "\n" wrong;
     json = builtins.toJSON plain.services.ekiben.settings;
     passAsFile = [ "json" ];

@@ -23,6 +23,9 @@ rec {
       description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
     };
 
+  # for `services.ekiben.settings`, where a user may say otherwise
+  asDefaults = lib.mapAttrsRecursive (_: lib.mkDefault);
+
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
 

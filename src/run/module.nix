@@ -24,6 +24,7 @@ let
     types
     ;
   inherit (import ../module/types.nix { inherit lib; })
+    asDefaults
     build
     externalPath
     flags
@@ -31,6 +32,7 @@ let
     isName
     observe
     operation
+    plainPath
     reboot
     rebootAliases
     seconds
@@ -278,7 +280,9 @@ let
     in
     pkgs.runCommand "ekiben-times" { } ''
       expect() {
-          ${lib.getExe' config.systemd.package "systemd-analyze"} "$2" "$3" > /dev/null ||
+          # the time zone by itself: there are none here
+          [ -f ${pkgs.tzdata}/share/zoneinfo/"''${3##* }" ] && time=''${3% *} || time=$3
+          ${lib.getExe' config.systemd.package "systemd-analyze"} "$2" "$time" > /dev/null ||
               { echo "\`services.ekiben.$1\` must be as in systemd.time(7), not \`$3\`."; exit 1; }
       }
       ${lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) (
@@ -756,7 +760,7 @@ let
 in
 {
   options.services.ekiben.metrics = mkOption {
-    type = types.nullOr externalPath;
+    type = types.nullOr plainPath;
     default = null;
     example = "/var/lib/node-exporter/ekiben.prom";
     description = ''
@@ -786,6 +790,14 @@ in
         assertion = config.system.switch.enable or true;
         message = "`system.switch.enable` must be `true`: Ekiben switches this system.";
       }
+      {
+        assertion = instances != { } -> config.nix.enable;
+        message = "`nix.enable` must be `true`: Ekiben builds this system.";
+      }
+      {
+        assertion = config.security.allowUserNamespaces or true;
+        message = "`security.allowUserNamespaces` must be `true`: Ekiben's sandbox is made of them.";
+      }
     ];
     warnings =
       lib.concatLists (mapAttrsToList warningsOf instances)
@@ -799,19 +811,21 @@ in
         lib.mkIf grubBootsOnce (lib.mkDefault "grub");
     services.ekiben.settings.instances = mapAttrs (
       _: instance:
-      removeAttrs instance [
-        "allowReboot"
-        "dates"
-        "extraPackages"
-        "fixedRandomDelay"
-        "notify"
-        "persistent"
-        "randomizedDelaySec"
-        "rebootWindow"
-      ]
-      // {
-        flakeRef = withConfiguration instance.flakeRef;
-      }
+      asDefaults (
+        removeAttrs instance [
+          "allowReboot"
+          "dates"
+          "extraPackages"
+          "fixedRandomDelay"
+          "notify"
+          "persistent"
+          "randomizedDelaySec"
+          "rebootWindow"
+        ]
+        // {
+          flakeRef = withConfiguration instance.flakeRef;
+        }
+      )
     ) instances;
     system.checks = [ checkedTimes ];
     systemd.tmpfiles.rules =

@@ -18,7 +18,7 @@ let
     nameValuePair
     types
     ;
-  inherit (import ../module/types.nix { inherit lib; }) externalPath isName;
+  inherit (import ../module/types.nix { inherit lib; }) asDefaults externalPath isName;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     growingPauses
     insistent
@@ -239,6 +239,8 @@ let
         ) rules.allowedTCPPortRanges;
       isOpen =
         !firewall.enable || lib.any opens ([ firewall ] ++ builtins.attrValues firewall.interfaces);
+      # such as a VPN, whose addresses are not known here
+      isTrusted = lib.remove "lo" firewall.trustedInterfaces != [ ];
       listens = "`services.ekiben.webhook.host` is `${webhook.host}`";
       port = "`networking.firewall.allowedTCPPorts`";
       inherit (config.services) nginx;
@@ -248,7 +250,7 @@ let
       projects == { }
     ) "`services.ekiben.webhook.projects` is empty: the webhook refuses everybody."
     ++ lib.optional (
-      webhook.socket == null && !isLocal && !isOpen
+      webhook.socket == null && !isLocal && !isOpen && !isTrusted
     ) "${listens}, but the port ${toString webhook.port} is not in ${port}: nobody else can reach it."
     ++ lib.optional (
       webhook.socket == null && isLocal && firewall.enable && isOpen
@@ -338,7 +340,7 @@ in
     ];
     inherit warnings;
     services = {
-      ekiben.settings.webhook = { inherit (webhook) path projects; };
+      ekiben.settings.webhook = asDefaults { inherit (webhook) path projects; };
       ekiben.webhook.socket = mkIf (webhook.nginx != null || webhook.caddy != null) (
         lib.mkDefault "/run/ekiben.sock"
       );

@@ -14,8 +14,9 @@ let
     types
     ;
   inherit (import ../../module/types.nix { inherit lib; })
-    externalPath
+    asDefaults
     build
+    externalPath
     flags
     healthCheck
     observe
@@ -365,23 +366,25 @@ in
     services.ekiben = {
       enable = lib.mkDefault true;
       instances.fleet = fleetInstance;
-      settings.instances.fleet.hub = {
-        inherit (fleet)
-          fileDirectories
-          name
-          signers
-          sshOptions
-          ;
-        servers = map (
-          server:
-          removeAttrs server [
-            "url"
-            "reportsUrl"
-          ]
-        ) (lib.filter (server: server.host != null) servers);
-        selfUpdate = fleet.selfUpdate.enable;
-      }
-      // lib.optionalAttrs (stores != [ ]) { inherit (lib.head stores) url reportsUrl; };
+      settings.instances.fleet.hub = asDefaults (
+        {
+          inherit (fleet)
+            fileDirectories
+            name
+            signers
+            sshOptions
+            ;
+          servers = map (
+            server:
+            removeAttrs server [
+              "url"
+              "reportsUrl"
+            ]
+          ) (lib.filter (server: server.host != null) servers);
+          selfUpdate = fleet.selfUpdate.enable;
+        }
+        // lib.optionalAttrs (stores != [ ]) { inherit (lib.head stores) url reportsUrl; }
+      );
     };
     inherit assertions;
     users = mkIf (fleet.user == "ekiben-fleet") {

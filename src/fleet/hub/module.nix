@@ -23,7 +23,12 @@ let
     optionalAttrs
     types
     ;
-  inherit (import ../../module/types.nix { inherit lib; }) externalPath flags plainPath;
+  inherit (import ../../module/types.nix { inherit lib; })
+    asDefaults
+    externalPath
+    flags
+    plainPath
+    ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
     offlineSandbox
@@ -571,12 +576,12 @@ in
     services.ekiben = {
       enable = mkIf publish.enable (lib.mkDefault true);
       instances.publish = mkIf publishes publishInstance;
-      settings.hub = {
+      settings.hub = asDefaults {
         inherit (hub) directory;
         files = mapAttrs (_: host: host.files) hosts;
       };
       settings.instances = mkIf publishes {
-        publish.publish = {
+        publish.publish = asDefaults {
           inherit (hub) directory;
           inherit (publish) parallel;
           waves = map (wave: wave // { soak = inSeconds wave.soak; }) publish.waves;
