@@ -149,10 +149,15 @@ pub fn read_foreign(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 
 /// The same, with whose file it is.
 pub fn read_owned(path: &Path, limit: u64) -> io::Result<(Vec<u8>, u32)> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    let file = open_foreign(path)?;
     let owner = file.metadata()?.uid();
     read_regular(file, limit).map(|contents| (contents, owner))
+}
+
+/// Opens such a file, whatever it is: no link is followed, and nothing is waited for.
+pub fn open_foreign(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
 }
 
 /// The same with more than a name, below a directory that is trusted: what leads from there to the file is
@@ -321,6 +326,8 @@ mod tests {
             assert_eq!(read(odd, 1), None, "{odd}");
         }
         assert!(read_foreign(&trusted.join("theirs/link"), 1).is_err());
+        // nor does it hold anybody up
+        assert!(open_foreign(&trusted.join("theirs/link")).is_err() && open_foreign(&trusted.join("theirs/fifo")).is_ok());
         // a trusted directory may be named by a link
         assert_eq!(read_foreign(&trusted.join("within/file"), 1).unwrap(), b"x");
     }

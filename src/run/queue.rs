@@ -52,7 +52,7 @@ pub fn request(paths: &Paths, after: u64, by: &str) -> Result<u64> {
         match find(&path, served) {
             Found::Request(number) => {
                 // its creator may not have synced it yet
-                match files::sync(&path) {
+                match files::open_foreign(&path).and_then(|file| file.sync_all()) {
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     synced => synced.and_then(|()| files::sync_parent(&path)).doing("write", &path)?,
                 }
