@@ -93,12 +93,12 @@ with subtest("a timer sees what is new upstream and in what inputs lead to, and 
 # everywhere
 with subtest("an edit that a pulled commit would overwrite stops the run"):
     forge.succeed(as_deploy(f"{clone}; echo bye > greeting; git commit -qam bye; git push -q"))
-    deploy(server, "echo mine > greeting")
+    deploy(server, "git config core.logAllRefUpdates always; echo mine > greeting")
     before = digest(server)
     ended = run(server, "follower")
     assert ended["result"] == "failed" and "without changing your edits" in ended["error"], ended
     assert digest(server) == before
-    deploy(server, "git checkout -q greeting")
+    deploy(server, "git config --unset core.logAllRefUpdates; git checkout -q greeting")
 
 with subtest("a branch that has gone another way than its upstream is left to its owner"):
     deploy(server, "git commit -q --allow-empty -m mine")

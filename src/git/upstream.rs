@@ -53,7 +53,9 @@ impl Repository {
         unlock(&self.git_directory, reference);
         // git 2.48 and 2.49 would make refs/remotes/<remote>/HEAD; a path has no settings
         let no_head = Some(format!("--config-env=remote.{remote}.followRemoteHEAD=NEVER")).filter(|_| !remote.starts_with('/'));
-        let fetch = self.git().env("NEVER", "never").args(no_head).args(["-c", "fetch.writeCommitGraph=false", "fetch", "--quiet"]);
+        // nor is there a reflog of it, whatever the user's setting
+        let settings = ["-c", "fetch.writeCommitGraph=false", "-c", "core.logAllRefUpdates=true"];
+        let fetch = self.git().env("NEVER", "never").args(no_head).args(settings).args(["fetch", "--quiet"]);
         let fetch = fetch.args(["--no-tags", "--no-prune", "--no-prune-tags", "--recurse-submodules=no", "--no-write-fetch-head"]);
         let fetch = fetch.args(["--refmap=", remote, &format!("+{branch}:{reference}")]);
         self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
