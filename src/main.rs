@@ -51,44 +51,28 @@ Keeps a NixOS machine up to date from the inside.
 
 Usage: ekiben [--config FILE] COMMAND
 
-  trigger [--wait] INSTANCE    ask for a run; show its log meanwhile, and fail if it fails (75: awaiting a boot)
-  status [--json] [INSTANCE]   show the state of the instances, or of one in detail; without --json, fail if one
-                               is not well: its last run or a unit has failed, or no run takes its request
-  hold INSTANCE [DURATION] [--reason TEXT]
-                               deploy nothing for so long (default: 1d); requests are kept
-  resume INSTANCE              end that before its time
-  rollback INSTANCE            have what ran before the last deployment run again; see it do so
+  trigger [--wait] INSTANCE   ask for a run; with --wait, show it, and fail if
+                              it fails (75: what is new awaits the next boot)
+  status [--json] [INSTANCE]  show the state of all instances, or of one in
+                              detail; without --json, fail if one is not well
   log INSTANCE [RUN] [--follow]
-                               show the log of the last run, or of that one
-  check FILE                   check a configuration file
-  forget-releases [INSTANCE]   accept the next release of the fleet's hub, whatever its number
-
-  fleet COMMAND                publish to a fleet of hosts, and show their state: ekiben fleet --help
-
-What the units run:
-  webhook
-  tokens                       fail if one of the webhook's is not fit for use
-  holds                        end holds when they are over
-  fleet files FILE
-  metrics FILE                 write the state for Prometheus
-  notify INSTANCE RUN failure | change | always COMMAND
-                               tell a command how a run has ended
-  watch INSTANCE               note whether a fleet's host is still well
-  look INSTANCE                find out for a timer whether a run has anything to do
-  due INSTANCE                 have a run begin that is a timer's
-  begin | retry | prepare | build | activate | publish | conclude | deliver INSTANCE
-  release INSTANCE RUN         publish what the run has built
-  install INSTANCE             install the hub's files for this machine
-  reach INSTANCE               fail if the instance's hub has no release for it
-  reboot                       reboot if the deployed system needs it, and its instance permits it
-  boot                         judge what has waited for this boot
-  give-way                     boot what was switched to by hand instead of what waits
-  conclude                     end the runs of instances that are gone
+                              show the log of the last run, or of that one
+  hold INSTANCE [DURATION] [--reason TEXT]
+                              deploy nothing for so long (default: 1d);
+                              requests are kept
+  resume INSTANCE             end that before its time
+  rollback INSTANCE           have what ran before the last deployment run again
+  check FILE                  check a configuration file
+  forget-releases [INSTANCE]  accept the next release of the fleet's hub,
+                              whatever its number is
+  fleet COMMAND               publish to a fleet: see ekiben fleet --help
 
 Options:
   --config FILE   the configuration (default: /etc/ekiben/config.json)
   --help          this text
   --version       the version
+
+The units run the other commands: see man ekiben.
 ";
 
 fn main() -> ExitCode {
@@ -111,7 +95,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
-        ["trigger", "--wait", name] => return trigger::trigger_and_wait(&config()?, name),
+        ["trigger", "--wait", name] | ["trigger", name, "--wait"] => return trigger::trigger_and_wait(&config()?, name),
         ["rollback", name] => return trigger::roll_back(&config()?, name),
         ["hold", name, words @ ..] => holding::hold(&config()?, name, words),
         ["resume", name] => holding::resume(&config()?, name),

@@ -27,36 +27,45 @@ Publishes NixOS configurations to a fleet of hosts, and shows their state.
 
 Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
 
-  init                                create a fleet repository
-  build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS] [HOST...]
-                                      evaluate, or build; test and switch activate the system of one host, on this
-                                      machine or over SSH
+  init               create a fleet repository
+  bootstrap HOST     print how to add a host
+  build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS]
+        [HOST...]    evaluate, or build; test and switch activate the system of
+                     one host, on this machine or over SSH
   deploy [--waves] [--no-build] [--unsigned] [--json] [--jobs N] [HOST...]
-                                      build what has changed, and publish it; in the waves of fleet.json
-  deploy --again NUMBER [HOST...]     publish that release again, as it was
-  hold [--for DURATION] [--reason TEXT] [HOST...]
-                                      have nothing new be published for hosts; or no further wave begin
-  resume [HOST...]                    end that; or go on with the roll-out, although hosts have failed
-  abort                               end the roll-out, and publish again what ran before it
-  renew [HOST...]                     publish again, as it is, what expires before long
+                     build what has changed, and publish it; with --waves, in
+                     those of fleet.json; with --unsigned, have releases without
+                     a signature follow those that have one
+  deploy --again NUMBER [HOST...]
+                     publish that release again, as it was
+  renew [HOST...]    publish again, as it is, what expires before long
   status [--json|--html FILE] [--wide] [--once] [HOST...]
-                                      show the state of the hosts, trouble first; exit with 2 if one is failing, 3 if
-                                      one is silent or stale, 4 if hub and repository do not agree
-  history [--json] [HOST...]          show what has been published, and from which commits
-  log HOST [RUN]                      show the log of the last run on a host, or of that run
-  diff [HOST...]                      show what differs between the running systems and the repository
-  flake-update [INPUT...] [HOST...]   update the inputs of the flakes
-  bootstrap HOST                      print how to add a host
+                     show the state of the hosts, trouble first; exit with 2 if
+                     one is failing, 3 if one is silent or stale, 4 if hub and
+                     repository do not agree
+  history [--json] [HOST...]
+                     show what has been published, and from which commits
+  log HOST [RUN]     show the log of the last run on a host, or of that run
+  diff [HOST...]     show how running systems and repository differ
+  hold [--for DURATION] [--reason TEXT] [HOST...]
+                     have nothing new be published for hosts; without hosts,
+                     have no further wave begin
+  resume [HOST...]   end that; without hosts, have a stopped roll-out go on
+  abort [--unsigned]
+                     end the roll-out, and publish again what ran before it
+  flake-update [INPUT...] [HOST...]
+                     update the inputs of the flakes
   collect [--html FILE] [--metrics FILE]
-                                      collect the reports of the hosts; write a page, and metrics for Prometheus
+                     collect the reports of the hosts; write a page, and metrics
 
 @GROUP in the place of HOST means the hosts of one of the groups in fleet.json.
 
 Options:
-  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of the working directory)
-  --directory DIR    what the hub serves (default: as fleet.json says, or /var/lib/ekiben-hub); for a hub elsewhere
-                     sftp://[user@]host[:port][/path], with the ssh configuration of this user
-  --unsigned         have releases without a signature follow those that have one
+  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of
+                     the working directory)
+  --directory DIR    what the hub serves (default: as fleet.json says, or
+                     /var/lib/ekiben-hub); sftp://[user@]host[:port][/path] for
+                     a hub elsewhere, with the ssh configuration of this user
 ";
 
 /// The options that each command takes besides those that all take.
