@@ -353,7 +353,7 @@ with subtest("what was switched to and does not boot is said, and nothing is put
     check_deployed(machine, "live")
     # it has booted now
     boot(old)
-    assert f"runs generation {number - 1}, chosen at boot; generation {number} is deployed\n" in machine.fail("ekiben status live")
+    assert f"runs generation {number - 1}, chosen at boot; generation {number} is deployed; reboot to that, or deploy another one\n" in machine.fail("ekiben status live")
     boot()
 
 with subtest("a specialisation that runs is kept over a switch, or it is said that it was left"):

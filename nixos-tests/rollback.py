@@ -122,6 +122,7 @@ with subtest("the Nix daemon is down"):
     before = everything()
     ended = run(server, "app")
     assert (ended["result"], ended["stage"]) == ("failed", "prepare"), ended
+    assert ended["error"].endswith("this looks like a problem of this machine, not of the configuration"), ended
     check_unchanged(before)
     server.succeed("systemctl start nix-daemon.socket")
     works()

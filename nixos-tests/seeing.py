@@ -1,3 +1,5 @@
+import re
+
 start_all()
 install(machine)
 machine.wait_for_open_port(8787)
@@ -245,6 +247,8 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
     METRICS = "/var/lib/node-exporter/ekiben.prom"
     said = machine.succeed(f"promtool check metrics < {METRICS} 2>&1")
     assert said == "", said
+    unknown = [name for name in re.findall("# TYPE (\\S+)", machine.succeed(f"cat {METRICS}")) if f"`{name}`" not in MANUAL]
+    assert unknown == [], unknown
 
     def metric(name, labels=""):
         """A value of the file, or none."""
@@ -325,7 +329,6 @@ def shows_in(state, expected, healthy):
 
 
 with subtest("status shows in each state what was, what is and what to do"):
-    import re
     wait_until_at_rest(machine, "app")
     new = "  new  app: <commit> -> <commit>"
     ran = ["  took  prepare <span>, build <span>, activate <span>"]
@@ -356,6 +359,11 @@ with subtest("status is coloured on a terminal, and on no other, and not where N
     assert "\x1b[31mrolled back\x1b[0m" in machine.execute(on_terminal)[1]
     assert "\x1b" not in machine.execute(f"NO_COLOR=1 {on_terminal}")[1] + machine.execute("ekiben status")[1]
 
+with subtest("the manual has all keys of the state as JSON"):
+    known = status(machine, "app")
+    keys = {*known, *known["deployed"], *known["bad"], *(key for run in known["runs"] for key in run)} - {"options"}
+    assert (unknown := [key for key in keys if f"`{key}`" not in MANUAL]) == [], unknown
+
 with subtest("the log of a run is one command away"):
     first, second = status(machine, "app")["runs"][:2]
     last, earlier = machine.succeed("ekiben log app"), machine.succeed(f"ekiben log app {second['id']}")
@@ -363,6 +371,8 @@ with subtest("the log of a run is one command away"):
     assert first["error"] in last
     for odd in ("x", "../x", "--boot", "app app app"):
         machine.fail(f"ekiben log app {odd}")
+    # who may not read the journal learns who may
+    assert "systemd-journal" in machine.fail(f"{MEMBER} ekiben log app 2>&1")
 
 with subtest("a run says who has asked for it, all of them; nobody can pretend to be another"):
     def asked(*commands, by):
@@ -541,6 +551,7 @@ with subtest("who waits sees how far the run is, what it waits for, and may stop
     publish(machine, "app", "40")
     said = machine.succeed("ekiben trigger --wait app")
     assert said.index("app: prepare\n") < said.index("The run ended: deployed."), said
+    assert "The run ended: unchanged." in machine.succeed("ekiben trigger app --wait")
     # another's turn
     publish(machine, "app", "41")
     machine.succeed("systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")

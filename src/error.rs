@@ -56,8 +56,10 @@ impl Error {
 
     /// Whether the network or the other side is to blame, by what the failing program said.
     pub fn is_of_network(&self) -> bool {
-        // without a reason, where the connection was closed
-        self.says(&NETWORK) || self.0.tail.first().is_some_and(|line| line.contains("Could not read from remote repository"))
+        // the Nix daemon of this machine is no other side
+        !self.says(&["daemon-socket/"])
+            // without a reason, where the connection was closed
+            && (self.says(&NETWORK) || self.0.tail.first().is_some_and(|line| line.contains("Could not read from remote repository")))
     }
 
     /// The same error of a program that was to reach others: transient if the network is to blame. Of what
@@ -233,7 +235,7 @@ mod tests {
         for (line, transient, network) in [
             ("error: writing to file: No space left on device", true, false),
             ("error: executing SQLite statement 'insert': database or disk is full", true, false),
-            ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, true),
+            ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),
             ("kex_exchange_identification: Connection closed by remote host", false, true),

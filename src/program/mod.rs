@@ -180,7 +180,11 @@ impl Program {
             }
             collect(child)
         };
-        let output = run().context(|| format!("run {}", self.name))?;
+        let output = run().context(|| match self.command.get_current_dir() {
+            // which is what is missing then
+            Some(directory) if !directory.exists() => format!("run {} in {}", self.name, directory.display()),
+            _ => format!("run {}", self.name),
+        })?;
         self.succeeded(doing, output.status, output.stdout, &output.stderr)
     }
 

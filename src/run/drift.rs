@@ -16,9 +16,9 @@ pub fn drift(paths: &Paths) -> Option<String> {
     let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
-        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot"),
-        None if is_booted => (", chosen at boot", ""),
-        _ => (", switched to by hand", ""),
+        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot; deploy another one"),
+        None if is_booted => (", chosen at boot", "; reboot to that, or deploy another one"),
+        _ => (", switched to by hand", "; switch to that, or deploy another one"),
     };
     let name = |system: &Path| {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))

@@ -31,7 +31,7 @@ pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         [] => (DEFAULT, ""),
         ["--reason", reason] => (DEFAULT, *reason),
         [span, "--reason", reason] | ["--reason", reason, span] => (*span, *reason),
-        [span] => (*span, ""),
+        [span] if !span.starts_with('-') => (*span, ""),
         _ => return Err(Error::new("Failed to understand the hold: expected ekiben hold INSTANCE [DURATION] [--reason TEXT]")),
     };
     let paths = trigger::paths(config, name, "hold", Paths::hold)?;

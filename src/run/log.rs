@@ -26,7 +26,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
     let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
     let unit = format!("--unit={}", service::unit(name));
-    let journalctl = Program::new("journalctl").args(["--quiet", "--output=short-iso"]);
+    let journalctl = Program::new("journalctl").arg("--output=short-iso");
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
     let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {
         // what the unit has printed, what systemd says of it, and, of a boot, what has judged it

@@ -85,7 +85,7 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
     // it takes a moment to begin, and the run may be sooner
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let since = format!("--since=@{}.{:06}", since.as_secs(), since.subsec_micros());
-    let log = Program::new("journalctl").args(["--quiet", "--follow", "--no-tail", &since, "--output=cat", "--unit", &unit]);
+    let log = Program::new("journalctl").args(["--follow", "--no-tail", &since, "--output=cat", "--unit", &unit]);
     let mut log = log.show()?;
     let ended = ask(&interrupt);
     if let Ok(Waited::Ended(run)) = &ended {
