@@ -227,6 +227,14 @@ let
           user = "nobody-here";
         };
       };
+    "`services.ekiben.hub.metrics` and `statusPage` must be in other directories than `services.ekiben.metrics`" =
+      {
+        metrics = "/var/lib/node-exporter/ekiben.prom";
+        hub = {
+          enable = true;
+          metrics = "/var/lib/node-exporter/fleet.prom";
+        };
+      };
     "`services.ekiben.hub.user` must not be `root`" = {
       hub = {
         enable = true;
@@ -405,6 +413,18 @@ let
     };
     metrics = {
       metrics = "/var/lib/my metrics/ekiben.prom";
+    };
+    metricsAmongOthers = {
+      metrics = "/tmp/ekiben.prom";
+    };
+    pageAmongOthers = {
+      hub.statusPage = "/var/lib/index.html";
+    };
+    pageAtHome = {
+      hub.statusPage = "/home/alice/index.html";
+    };
+    directoryOfOthers = {
+      hub.directory = "/srv";
     };
     rebootWindow = {
       instances.app.rebootWindow.lower = "1 am";

@@ -9,6 +9,31 @@ let
       type = types.strMatching "[[:digit:]]{2}:[[:digit:]]{2}";
       inherit default description;
     };
+
+  isShared =
+    directory:
+    lib.elem directory [
+      "/"
+      "/boot"
+      "/dev"
+      "/etc"
+      "/home"
+      "/nix"
+      "/nix/var"
+      "/proc"
+      "/root"
+      "/run"
+      "/srv"
+      "/sys"
+      "/tmp"
+      "/usr"
+      "/var"
+      "/var/cache"
+      "/var/lib"
+      "/var/log"
+      "/var/tmp"
+    ]
+    || builtins.match "/home/[^/]+" directory != null;
 in
 rec {
   # not types.path: a Nix path would be copied to the store, where everybody can read it
@@ -22,6 +47,13 @@ rec {
     // {
       description = "absolute path of letters, digits, `_`, `.` and `-`, as a string";
     };
+  # who owns these, systemd-tmpfiles is told by Ekiben: no directories of others' may be among them
+  ownDirectory = types.addCheck plainPath (path: !isShared path) // {
+    description = "${plainPath.description}, not of a directory that others share, such as `/var/lib`";
+  };
+  ownFile = types.addCheck plainPath (path: !isShared (dirOf path)) // {
+    description = "${plainPath.description}, in a directory of its own: not in `/var/lib` itself, for one";
+  };
 
   # for `services.ekiben.settings`, where a user may say otherwise
   asDefaults = lib.mapAttrsRecursive (_: lib.mkDefault);

@@ -32,7 +32,7 @@ let
     isName
     observe
     operation
-    plainPath
+    ownFile
     reboot
     rebootAliases
     seconds
@@ -760,7 +760,7 @@ let
 in
 {
   options.services.ekiben.metrics = mkOption {
-    type = types.nullOr plainPath;
+    type = types.nullOr ownFile;
     default = null;
     example = "/var/lib/node-exporter/ekiben.prom";
     description = ''

@@ -27,7 +27,8 @@ let
     asDefaults
     externalPath
     flags
-    plainPath
+    ownDirectory
+    ownFile
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -355,6 +356,11 @@ let
         message = "`services.ekiben.hub.hosts`: ${toString unnumbered} hosts are more than NixOS has uids for; set `uid` for each, such as `uid = 31000;`.";
       }
       {
+        assertion =
+          cfg.metrics == null || !lib.elem (dirOf cfg.metrics) (map dirOf (builtins.attrValues written));
+        message = "`services.ekiben.hub.metrics` and `statusPage` must be in other directories than `services.ekiben.metrics`, whose is root's.";
+      }
+      {
         assertion = lib.all isKey hub.publishers;
         message = "`services.ekiben.hub.publishers` must be lines of `.pub` files, not `${
           concatStringsSep "` and `" (lib.filter (key: !isKey key) hub.publishers)
@@ -399,7 +405,7 @@ in
       '';
     };
     directory = mkOption {
-      type = plainPath;
+      type = ownDirectory;
       default = "/var/lib/ekiben-hub";
       description = ''
         Where the hub keeps releases and reports. All directories above it have to belong to root, and to be
@@ -532,7 +538,7 @@ in
       };
     };
     metrics = mkOption {
-      type = types.nullOr plainPath;
+      type = types.nullOr ownFile;
       default = null;
       example = "/var/lib/ekiben-hub-metrics/fleet.prom";
       description = ''
@@ -542,7 +548,7 @@ in
       '';
     };
     statusPage = mkOption {
-      type = types.nullOr plainPath;
+      type = types.nullOr ownFile;
       default = null;
       example = "/var/lib/ekiben-hub-page/index.html";
       description = ''
