@@ -162,6 +162,9 @@ let
     "`services.ekiben.webhook.host` must be an address such as `127.0.0.1`, not `localhost`." = {
       webhook.host = "localhost";
     };
+    "`services.ekiben.webhook.host` must be an address such as `127.0.0.1`, not `0.0.0.0:8787`." = {
+      webhook.host = "0.0.0.0:8787";
+    };
     "`services.nginx.enable` must be `true` where `services.ekiben.webhook.nginx` is set." = {
       webhook.nginx = "deploy.example.org";
     };
@@ -432,6 +435,24 @@ let
     unknown = {
       instances.app.input = [ "app" ];
     };
+    signers = {
+      instances.app.signers = [ "/etc/key.pub" ];
+    };
+    fleetSigners = {
+      fleet.signers = [ "alice ${key "a"}" ];
+    };
+    publishSigners = {
+      hub.publish.signers = [ "AAAAa" ];
+    };
+    hostKey = {
+      fleet = {
+        enable = true;
+        hub = {
+          host = "hub";
+          hostKey = "hub ${key "a"}";
+        };
+      };
+    };
     sourceInStore = hubOf {
       web.files."/secret".source = "${builtins.storeDir}/secret";
     };
@@ -451,6 +472,7 @@ let
 
   values = config: [
     config.services.ekiben.settings
+    config.services.ekiben.fleet.signers
     config.services.ekiben.metrics
     config.services.ekiben.webhook.projects
     config.services.ekiben.hub
@@ -788,6 +810,7 @@ let
       && settings.instances.publish.publish.parallel == 8
       && settings.webhook.path == "/other"
     ))
+    (expect "what has no mistake of type has none" (builtins.deepSeq (values plain) true))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))
     (expect "needless slashes are ignored" (

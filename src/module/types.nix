@@ -58,6 +58,25 @@ rec {
   # for `services.ekiben.settings`, where a user may say otherwise
   asDefaults = lib.mapAttrsRecursive (_: lib.mkDefault);
 
+  isKey =
+    key:
+    builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
+  # one that is none would have every release or commit refused, that which corrects it, too
+  publicKey = types.addCheck types.singleLineStr (key: isKey (lib.removeSuffix "\n" key)) // {
+    description = "SSH public key, as the line of a `.pub` file";
+  };
+  # with options, as in ssh-keygen(1)
+  signer =
+    let
+      option = "(cert-authority|[a-z-]+=\"[^\"]*\")";
+      bare =
+        line: lib.last (builtins.match "(${option}(,${option})* +)?(.*)" (lib.removeSuffix "\n" line));
+    in
+    types.addCheck types.singleLineStr (line: isKey (bare line))
+    // {
+      inherit (publicKey) description;
+    };
+
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
 

@@ -36,6 +36,7 @@ let
     reboot
     rebootAliases
     seconds
+    signer
     ;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -150,7 +151,7 @@ let
           '';
         };
         signers = mkOption {
-          type = types.listOf types.singleLineStr;
+          type = types.listOf signer;
           default = [ ];
           example = [ "ssh-ed25519 AAAAC3..." ];
           description = ''

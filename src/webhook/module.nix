@@ -326,7 +326,7 @@ in
   config = mkIf (cfg.enable && webhook.enable) {
     assertions = lib.concatLists (mapAttrsToList assertionsOf projects) ++ [
       {
-        assertion = lib.hasInfix ":" webhook.host || builtins.match "[0-9.]+" webhook.host != null;
+        assertion = builtins.match "[0-9.]+|[0-9a-fA-F:]+:[0-9a-fA-F:.]*" webhook.host != null;
         message = "`services.ekiben.webhook.host` must be an address such as `127.0.0.1`, not `${webhook.host}`.";
       }
       {

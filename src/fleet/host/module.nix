@@ -22,8 +22,10 @@ let
     observe
     operation
     plainPath
+    publicKey
     reboot
     rebootAliases
+    signer
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     networkSandbox
@@ -53,7 +55,7 @@ let
         description = "The port of the hub's sshd.";
       };
       hostKey = mkOption {
-        type = types.nullOr types.singleLineStr;
+        type = types.nullOr publicKey;
         default = null;
         example = "ssh-ed25519 AAAAC3...";
         description = "The public host key of the hub. Nothing is fetched from a hub with another one.";
@@ -298,7 +300,7 @@ in
       description = "The private SSH key to log in with. It is read by systemd, so it can be readable by root only.";
     };
     signers = mkOption {
-      type = types.listOf types.singleLineStr;
+      type = types.listOf signer;
       default = [ ];
       example = [ "ssh-ed25519 AAAAC3..." ];
       description = ''

@@ -27,8 +27,10 @@ let
     asDefaults
     externalPath
     flags
+    isKey
     ownDirectory
     ownFile
+    signer
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -304,9 +306,6 @@ let
         )
       );
       unnumbered = lib.length (lib.filter (host: host.uid == null) (builtins.attrValues hub.hosts));
-      isKey =
-        key:
-        builtins.match "(ssh|ecdsa|sk-ssh|sk-ecdsa)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/]+=*( .*)?" key != null;
       perHost =
         name: host:
         let
@@ -468,7 +467,7 @@ in
         description = "Whether to push updates of inputs to the upstream when they have been published. Nothing is ever forced.";
       };
       signers = mkOption {
-        type = types.listOf types.singleLineStr;
+        type = types.listOf signer;
         default = [ ];
         example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
         description = ''
