@@ -136,6 +136,21 @@ with subtest("a machine that runs something else than what was deployed: said by
     boot()
     check_deployed(machine, "live")
 
+with subtest("a machine that never comes up altogether deploys what mends that"):
+    units = "/usr/local/lib/systemd/system"
+    machine.succeed("grep JobTimeoutSec=72 /etc/systemd/system/ekiben-boot.service",
+                    f"mkdir -p {units}/ekiben-boot.service.d; printf '[Unit]\\nJobTimeoutSec=2s\\n' > {units}/ekiben-boot.service.d/sooner.conf; "
+                    f"printf '[Service]\\nType=oneshot\\nExecStart=sleep infinity\\n[Unit]\\nBefore=multi-user.target\\n' > {units}/endless.service",
+                    "systemctl add-wants multi-user.target endless.service")
+    machine.crash()
+    machine.start(wait=False)
+    system = awaits()
+    assert machine.execute("systemctl is-system-running")[1].strip() == "starting"
+    machine.succeed(f"rm -r {units}/ekiben-boot.service.d {units}/endless.service /etc/systemd/system/multi-user.target.wants/endless.service")
+    boot()
+    assert running(machine) == system
+    check_deployed(machine, "app")
+
 with subtest("one proposal waits at a time"):
     before = state()
     first = awaits()

@@ -371,6 +371,9 @@ let
     + instance.observe * 2
     + lib.foldl' (a: b: a + b) 0 checks;
 
+  # the longest that a boot and its judgement may take
+  mostOfBoot = _: instance: 3600 + instance.timeouts.activate * 2 + instance.observe * 2;
+
   # what has waited for a boot is judged, and then only deployed
   boot = {
     description = "Judgement of what Ekiben has had waiting for a boot";
@@ -385,7 +388,11 @@ let
     requiredBy = [ "boot-complete.target" ];
     before = [ "boot-complete.target" ];
     restartIfChanged = false;
-    unitConfig.X-StopOnRemoval = false;
+    unitConfig = {
+      # all runs wait for this, but not for ever where the machine never comes up altogether: then the next one judges
+      JobTimeoutSec = "${toString (lib.foldl' lib.max 0 (mapAttrsToList mostOfBoot instances))}s";
+      X-StopOnRemoval = false;
+    };
     path = programs;
     environment = bootEnvironment;
     serviceConfig = {
