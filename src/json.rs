@@ -6,7 +6,7 @@
 use std::fmt;
 use std::slice;
 
-use serde::de::value::{MapAccessDeserializer, StrDeserializer};
+use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, DeserializeSeed, Error as _, Expected, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
 use serde_json::Value;
@@ -209,11 +209,9 @@ impl<'de> Deserializer<'de> for Node<'_> {
         variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Invalid> {
-        match self.0 {
-            Value::String(text) => StrDeserializer::new(text).deserialize_enum(name, variants, visitor),
-            Value::Object(object) => MapAccessDeserializer::new(Entries(object.iter(), None)).deserialize_enum(name, variants, visitor),
-            _ => Err(self.is_not(&visitor)),
-        }
+        // none of ours holds anything
+        let Value::String(text) = self.0 else { return Err(self.is_not(&visitor)) };
+        StrDeserializer::new(text).deserialize_enum(name, variants, visitor)
     }
 
     fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {

@@ -41,7 +41,7 @@ use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch::{self, Fate};
-use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot, watch};
+use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot, trial, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 use crate::system::service;
@@ -133,7 +133,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["publish", name] => publish::publish(&paths(name)?, configured(file, name)?.as_ref()),
         ["release", name, run] => {
             let run = RunId::try_from(*run).context(|| "find the run".into())?;
-            let publish = configured(file, name)?.and_then(|mut config| config.instances.remove(*name)?.publish);
+            let publish = configured(file, name)?.and_then(|config| config.instances.get(*name)?.publish.clone());
             // the hosts' own sftp servers have to read it
             umask(Mode::from_bits_truncate(0o022));
             candidate::release(&paths(name)?, &publish.ok_or_else(|| Error::new(format!("Failed to publish: {name} does not")))?, &run)
@@ -146,12 +146,8 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["reach", name] => poll::reach(name, config()?.instance(name)?),
         ["reboot"] => reboot::reboot(&config()?),
         ["boot"] => return Ok(boot::boot()),
-        ["give-way"] => boot::give_way(),
-        ["conclude"] => {
-            // a switch by hand starts this, too
-            boot::give_way().or_warn();
-            config().and_then(|config| conclude::conclude_all(&config))
-        }
+        ["give-way"] => trial::give_way(),
+        ["conclude"] => conclude::conclude_all(&config()?),
         ["due", name] => paths(name).and_then(|paths| service::start_as_due(paths.name(), "start")),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
         ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),

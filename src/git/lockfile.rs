@@ -142,7 +142,7 @@ impl LockFile {
             }
             let (old_inputs, new_inputs) = (self.inputs(old_name), new.inputs(new_name));
             let same_names = old_inputs.keys().eq(new_inputs.keys());
-            if !same_names || self.without_inputs(old_name) != new.without_inputs(new_name) {
+            if !same_names || !self.contents(old_name).eq(new.contents(new_name)) {
                 return Some(path);
             }
             todo.extend(old_inputs.iter().map(|(below, edge)| (format!("{path}/{below}"), Some(edge), new_inputs.get(below))));
@@ -155,10 +155,9 @@ impl LockFile {
         self.nodes.get(node).and_then(|node| node.get("inputs")?.as_object()).unwrap_or(&NONE)
     }
 
-    fn without_inputs(&self, node: &str) -> Option<Map<String, Value>> {
-        let mut node = self.nodes.get(node)?.as_object()?.clone();
-        node.remove("inputs");
-        Some(node)
+    /// What there is to a node but for its inputs.
+    fn contents(&self, node: &str) -> impl Iterator<Item = (&String, &Value)> {
+        self.nodes.get(node).and_then(Value::as_object).into_iter().flatten().filter(|(key, _)| *key != "inputs")
     }
 
     /// What identifies the state of a top-level input to a human.

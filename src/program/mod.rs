@@ -46,22 +46,22 @@ type Hearer = Box<dyn FnMut(&str)>;
 
 impl Program {
     /// A program found by PATH, in the environment of this process.
-    pub fn new(name: &str) -> Self {
-        let mut command = Command::new(name);
+    pub fn new(path: impl AsRef<OsStr>) -> Self {
+        let mut command = Command::new(&path);
         command.stdin(Stdio::null());
         // which repository a hook of git's is of that has this process run says nothing of another
         for name in ["GIT_DIR", "GIT_COMMON_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"] {
             command.env_remove(name);
         }
-        Self { command, name: name.to_owned(), watched: &[], quiet: false, heard: None, reason, limit: None }
+        let name = path.as_ref().to_string_lossy().into_owned();
+        Self { command, name, watched: &[], quiet: false, heard: None, reason, limit: None }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
-        let name = path.as_ref().to_string_lossy().into_owned();
-        let mut program = Self { command: Command::new(path), name, watched: &[], quiet: false, heard: None, reason, limit: None };
-        program.command.stdin(Stdio::null()).env_clear().env("HOME", "/root").env("USER", "root");
+        let mut program = Self::new(path);
+        program.command.env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
 

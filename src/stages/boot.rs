@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::error::{Error, OrLog, Result};
-use crate::nix::{self, profile};
+use crate::nix;
 use crate::paths::Paths;
 use crate::run::drift::drift;
 use crate::run::journal::Run;
@@ -67,18 +67,6 @@ pub fn supersede(instance: &Paths) -> Result<()> {
             trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
             conclude::report(&paths, &trial, Outcome::Failed)?;
             nix::unroot(&paths)?;
-        }
-    }
-    Ok(())
-}
-
-/// Has the next boot be an ordinary one where another hand has chosen something else since a system was to be booted once.
-pub fn give_way() -> Result<()> {
-    let next = profile::current_generation()?.map(|generation| generation.system);
-    for paths in Paths::new("").with_trial() {
-        let trial = Run::load_trial(&paths)?.filter(|trial| trial.boot == boot_id() && trial.candidate != next);
-        if let Some(loader) = trial.and_then(|trial| trial.booted_by()) {
-            loader.forget()?;
         }
     }
     Ok(())

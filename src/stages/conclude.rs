@@ -98,6 +98,8 @@ fn is_at_work(paths: &Paths, run: &Run) -> Result<bool> {
 /// Has all runs that were cut off come to an end. Those of configured instances go on in their own units; those of others,
 /// whose last deed was the switch to a system without them, are ended here, once they are no longer at work.
 pub fn conclude_all(config: &Config) -> Result<()> {
+    // it may be a switch by hand that has this start
+    trial::give_way().or_warn();
     let all = Paths::new("").with_journal().into_iter();
     let (own, mut orphans): (Vec<_>, Vec<_>) = all.partition(|paths| config.instance(paths.name()).is_ok());
     for paths in own {

@@ -74,3 +74,15 @@ fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
     let is_chosen = profile::current_generation()?.is_none_or(|next| next.system != system);
     Err(if is_chosen || is_untried { error.transient() } else { error })
 }
+
+/// Has the next boot be an ordinary one where another hand has chosen something else since a system was to be booted once.
+pub fn give_way() -> Result<()> {
+    for paths in Paths::new("").with_trial() {
+        let Some(trial) = Run::load_trial(&paths)?.filter(|trial| trial.boot == boot_id()) else { continue };
+        let next = profile::current_generation()?.map(|generation| generation.system);
+        if let Some(loader) = trial.booted_by().filter(|_| trial.candidate != next) {
+            loader.forget()?;
+        }
+    }
+    Ok(())
+}
