@@ -9,7 +9,6 @@ use std::time::Duration;
 use crate::config::{Config, instance_name};
 use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
-use crate::program::Program;
 use crate::run::hold::{Hold, moment};
 use crate::run::status::Status;
 use crate::run::{asker, queue, trigger};
@@ -111,9 +110,8 @@ fn lift(paths: &Paths) -> Result<bool> {
 
 /// A time span as in systemd.time(7), in seconds.
 pub fn seconds(span: &str) -> Result<u64> {
-    let doing = || format!("understand the duration {span:?}");
-    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).said(doing)?;
-    let count = said.lines().nth(1).and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
-    let count = count.map(|count| count / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
-    count.ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d").context(doing)
+    let count = Some(system::microseconds(span)? / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
+    count
+        .ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d")
+        .context(|| format!("understand the duration {span:?}"))
 }

@@ -3,6 +3,7 @@
 pub mod boot_loader;
 pub mod health;
 pub mod service;
+pub mod shown;
 pub mod switched;
 pub mod units;
 
@@ -189,6 +190,14 @@ pub fn uuid() -> Result<String> {
 /// executes itself anew. Moments are UTC's, also those that `--timestamp` is not about.
 pub fn systemctl(question: &[&str]) -> Result<String> {
     again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").said(|| "ask systemd".into())).map_err(Error::transient)
+}
+
+/// How many microseconds a time span is, as in systemd.time(7) and as systemctl shows it.
+pub fn microseconds(span: &str) -> Result<u64> {
+    let doing = || format!("understand the duration {span:?}");
+    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).said(doing)?;
+    let count = said.lines().nth(1).and_then(|line| line.rsplit(' ').next()?.parse().ok());
+    count.ok_or("expected a time span as in systemd.time(7)").context(doing)
 }
 
 /// Does something, and `late` whenever it has taken another moment.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, OrLog, Result};
 use crate::names::RunId;
 use crate::program::Program;
-use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, systemctl, unless_soon};
+use crate::system::shown::Shown;
+use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, microseconds, systemctl, unless_soon};
 
 /// So many looks at which a run is at work mean that it is not at its very end.
 const LOOKS: u32 = 3;
@@ -50,8 +51,8 @@ pub fn wait_for_jobs(limit: u64) -> Result<()> {
 /// Whether the instance's service is at work on this run.
 pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &unit(instance)])?;
-    let says = |line: &str| shown.lines().any(|other| other == line);
-    Ok(says(&format!("InvocationID={run}")) && !says("ActiveState=inactive") && !says("ActiveState=failed"))
+    let shown = Shown::one(&shown);
+    Ok(shown.of("InvocationID") == &**run && !["inactive", "failed"].contains(&shown.of("ActiveState")))
 }
 
 /// The same for who may not ask systemd: whether it has had processes for a while.
@@ -150,43 +151,23 @@ fn jobs(units: &[&str]) -> Result<Vec<Job>> {
 
 /// Whether a timer of a service, or of the look before it, has elapsed since that was started.
 fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
-    // since the machine booted: no clock is set in between, and systemctl shows all of it
+    // since the machine booted: no clock is set in between
     let ask = |what: &str, units: &str| systemctl(&["show", what, "--", units]);
     // of a timer, there is little for systemd to show
     let timers = ask("--property=Unit,LastTriggerUSecMonotonic", "*.timer")?;
-    let is_ours = |line: &str| line.strip_prefix("Unit=").is_some_and(|unit| unit == service || unit == look);
-    let ours: Vec<_> = timers.split("\n\n").filter(|timer| timer.lines().any(is_ours)).collect();
+    let ours: Vec<_> = Shown::all(&timers).filter(|timer| [service, look].contains(&timer.of("Unit"))).collect();
     if ours.is_empty() {
         return Ok(false);
     }
     let started = ask("--property=InactiveExitTimestampMonotonic", service)?;
-    let (_, started) = started.trim().split_once('=').unwrap_or_default();
+    let started = Shown::one(&started).of("InactiveExitTimestampMonotonic");
     let started: u64 = started.parse().context(|| format!("find out when {service} was started"))?;
-    let elapsed = |line: &str| line.strip_prefix("LastTriggerUSecMonotonic=").map(microseconds);
-    Ok(ours.into_iter().flat_map(str::lines).filter_map(elapsed).any(|elapsed| elapsed > started))
-}
-
-/// How long a span is that systemctl shows, such as `3h 39min 14.002271s`; 0 if it is none.
-fn microseconds(span: &str) -> u64 {
-    let part = |word: &str| {
-        let (number, unit) = word.split_at(word.find(char::is_alphabetic)?);
-        let unit = match unit {
-            "us" => 1,
-            "ms" => 1_000,
-            "s" => 1_000_000,
-            "min" => 60_000_000,
-            "h" => 3_600_000_000,
-            "d" => 86_400_000_000,
-            "w" => 604_800_000_000,
-            "month" => 2_629_800_000_000,
-            "y" => 31_557_600_000_000,
-            _ => return None,
-        };
-        let (whole, decimals) = number.split_once('.').unwrap_or((number, "0"));
-        let decimals = decimals.parse::<u64>().ok()? * unit / 10_u64.pow(u32::try_from(decimals.len()).ok()?);
-        Some(whole.parse::<u64>().ok()? * unit + decimals)
-    };
-    span.split_whitespace().filter_map(part).sum()
+    for elapsed in ours.iter().map(|timer| timer.of("LastTriggerUSecMonotonic")) {
+        if elapsed != "infinity" && microseconds(elapsed)? > started {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
@@ -195,24 +176,4 @@ pub fn letting_go_of_jobs<T>(instance: &str, activate: impl FnOnce() -> T) -> T 
     unless_soon(activate, || {
         cancel_jobs(instance, |_| true).or_warn();
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_span_of_systemctl_is_understood_to_the_microsecond() {
-        for (span, expected) in [
-            ("3h 39min 14.002271s", 13_154_002_271),
-            ("1y 1month 1w 1d 1us", 34_878_600_000_001),
-            ("25.001ms", 25_001),
-            ("59.999999s", 59_999_999),
-            ("0", 0),
-            ("", 0),
-            ("infinity", 0),
-        ] {
-            assert_eq!(microseconds(span), expected, "{span}");
-        }
-    }
 }

@@ -3,7 +3,7 @@
 //! What counts is what a system's own configuration brings. What users start, transiently or in their own
 //! sessions, may fail for reasons of its own.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
 use crate::program::Program;
+use crate::system::shown::Shown;
 use crate::system::switched::LOOK;
 use crate::system::{self, now};
 use crate::{config, json, text};
@@ -124,8 +125,7 @@ impl Units {
             return Ok(worse);
         }
         let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
-        for (name, properties) in suspects.iter().zip(shown.split("\n\n")) {
-            let unit = Properties::parse(properties);
+        for (name, unit) in suspects.iter().zip(Shown::all(&shown)) {
             if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
                 let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
                 worse.insert((*name).to_owned(), state.to_owned());
@@ -197,12 +197,11 @@ struct Service {
 fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
     let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
     let shown = system::systemctl(&[&ask, names].concat())?;
-    let service = |text| {
-        let unit = Properties::parse(text);
-        let started = unit.of("ExecMainStartTimestamp").trim_start_matches('@').parse().unwrap_or(0);
-        (unit.of("Id").to_owned(), Service { restarts: unit.time("NRestarts"), started, result: unit.of("Result").to_owned() })
+    let service = |unit: Shown| {
+        let (restarts, started) = (unit.number("NRestarts"), unit.number("ExecMainStartTimestamp"));
+        (unit.of("Id").to_owned(), Service { restarts, started, result: unit.of("Result").to_owned() })
     };
-    Ok(gather(shown.split("\n\n").map(service)))
+    Ok(gather(Shown::all(&shown).map(service)))
 }
 
 /// Units that are worse off than before, with their states.
@@ -242,19 +241,8 @@ fn failed_of(user: &str) -> Result<String> {
     Ok(if names.is_empty() { "none of them now".into() } else { text::line(&names.join(", ")) })
 }
 
-/// What `systemctl show` says of one unit.
-struct Properties<'a>(HashMap<&'a str, &'a str>);
-
-impl<'a> Properties<'a> {
-    fn parse(text: &'a str) -> Self {
-        Self(text.lines().filter_map(|line| line.split_once('=')).collect())
-    }
-
-    fn of(&self, key: &str) -> &str {
-        self.0.get(key).copied().unwrap_or_default()
-    }
-
-    fn names(&self, key: &str) -> impl Iterator<Item = &str> {
+impl Shown<'_> {
+    fn names(&self, key: &'static str) -> impl Iterator<Item = &str> {
         self.of(key).split_whitespace()
     }
 
@@ -270,11 +258,11 @@ impl<'a> Properties<'a> {
             return false;
         }
         // systemd is to start it yet
-        if self.time("Job") > 0 {
+        if self.number("Job") > 0 {
             return false;
         }
         // its configuration says not to start it now
-        let skipped = self.of("ConditionResult") == "no" && self.time("ConditionTimestampMonotonic") > 0;
+        let skipped = self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0;
         // it is started when somebody connects
         let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
         let fine = self.of("Result") == "success";
@@ -283,12 +271,8 @@ impl<'a> Properties<'a> {
 
     /// A process that ends makes its unit inactive; one that is ended for that ends after it.
     fn has_ended_by_itself(&self) -> bool {
-        let ended = self.time("ExecMainExitTimestampMonotonic");
-        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.time("ActiveExitTimestampMonotonic")
-    }
-
-    fn time(&self, key: &str) -> u64 {
-        self.of(key).parse().unwrap_or(0)
+        let ended = self.number("ExecMainExitTimestampMonotonic");
+        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.number("ActiveExitTimestampMonotonic")
     }
 }
 
@@ -348,7 +332,7 @@ mod tests {
 
     fn is_down(text: &str, changed: bool) -> bool {
         let active = ["multi-user.target", "app.socket", "app.timer"].map(String::from).into();
-        Properties::parse(text).is_down(&active, true, changed)
+        Shown::one(text).is_down(&active, true, changed)
     }
 
     #[test]
