@@ -40,7 +40,7 @@ use crate::paths::Paths;
 use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
-use crate::stages::branch::{self, Fate};
+use crate::stages::branch;
 use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot, trial, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
@@ -156,7 +156,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["candidate", fate, name, options, proposal] => {
             let options = json::parse(options.as_bytes()).context(|| "read the run's options".into())?;
             let proposal: Option<Proposal> = json::parse(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
-            let fate = Fate::from_word(fate).ok_or_else(|| Error::new(format!("Failed to understand {fate:?}")))?;
+            let fate = json::from_value(&(*fate).into()).context(|| "read the candidate's fate".into())?;
             return branch::candidate(fate, &paths(name)?, &options, proposal.as_ref());
         }
         #[cfg(feature = "fault-points")]

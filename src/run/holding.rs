@@ -110,7 +110,7 @@ fn lift(paths: &Paths) -> Result<bool> {
 
 /// A time span as in systemd.time(7), in seconds.
 pub fn seconds(span: &str) -> Result<u64> {
-    let count = Some(system::microseconds(span)? / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
+    let count = system::microseconds(span).map(|count| count / 1_000_000).filter(|count| (1..=LONGEST).contains(count));
     count
         .ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d")
         .context(|| format!("understand the duration {span:?}"))

@@ -54,16 +54,8 @@ pub enum Stage {
 
 impl fmt::Display for Stage {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Begin => "begin",
-            Self::Prepare => "prepare",
-            Self::Build => "build",
-            Self::Activate => "activate",
-            Self::Publish => "publish",
-            Self::Observe => "observe",
-            Self::Conclude => "conclude",
-            Self::Boot => "boot",
-        })
+        // by the name that it has in JSON
+        self.serialize(formatter)
     }
 }
 

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Seek, Write};
 
-use serde::Serialize;
+use serde_json::json;
 
 use crate::error::{Context, Error, Result};
 use crate::files;
@@ -16,15 +16,6 @@ use crate::run::{Outcome, Stage, Trigger};
 
 /// The format of what is told.
 const FORMAT: u32 = 1;
-
-/// What a command is told on its standard input.
-#[derive(Serialize)]
-struct Notice<'a> {
-    format: u32,
-    instance: &'a str,
-    host: &'a str,
-    run: &'a Ended,
-}
 
 /// Runs the command, if the end of the run is to be told by `on`; returns only where it is not, or that has failed.
 pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
@@ -38,11 +29,10 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     }
     let host = fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
     let host = host.trim();
-    let told = Notice { format: FORMAT, instance: paths.name(), host, run: ended };
+    let told = json!({ "format": FORMAT, "instance": paths.name(), "host": host, "run": ended });
     let doing = || "write what is told".into();
     let mut input = files::unnamed(&std::env::temp_dir(), 0o600).context(doing)?;
-    serde_json::to_writer(&input, &told).context(doing)?;
-    input.write_all(b"\n").and_then(|()| input.rewind()).context(doing)?;
+    writeln!(input, "{told}").and_then(|()| input.rewind()).context(doing)?;
     let why = ended.error.as_deref().or(ended.summary.as_deref()).filter(|why| !why.is_empty());
     let title = format!("{} on {host}: {}", paths.name(), ended.result);
     let mut shell = Program::new("/bin/sh").args(["-c", command]);

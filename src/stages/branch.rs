@@ -1,7 +1,10 @@
 //! The candidate's fate in the repository, decided by root and carried out as the instance's user:
 //! check that it can still become the branch, make it the branch, or drop it.
 
+use std::fmt;
 use std::process::ExitCode;
+
+use serde::{Deserialize, Serialize};
 
 use crate::config::Instance;
 use crate::error::{Error, OrLog, Result};
@@ -10,7 +13,8 @@ use crate::paths::Paths;
 use crate::run::notes::Proposal;
 
 /// What root may ask for.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Fate {
     /// Can the branch be fast-forwarded to the candidate, touching no edit?
     Check,
@@ -25,20 +29,9 @@ pub enum Fate {
 /// The exit status that says: the branch has moved since the run began.
 pub const MOVED: u8 = 3;
 
-impl Fate {
-    /// As an argument.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Check => "check",
-            Self::Accept => "accept",
-            Self::Drop => "drop",
-            Self::Keep => "keep",
-        }
-    }
-
-    /// From an argument.
-    pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Check, Self::Accept, Self::Drop, Self::Keep].into_iter().find(|fate| fate.word() == word)
+impl fmt::Display for Fate {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(formatter)
     }
 }
 

@@ -53,10 +53,10 @@ pub fn settle(paths: &Paths, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
     let options = serde_json::to_string_pretty(&run.instance).context(|| "write the run's options".into())?;
     let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
-    let doing = || format!("{} the candidate", fate.word());
+    let doing = || format!("{fate} the candidate");
     let ask = || {
         let ourselves = Program::ourselves_as(&run.instance.user)?;
-        let ended = ourselves.args(["candidate", fate.word(), paths.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
+        let ended = ourselves.args(["candidate", &fate.to_string(), paths.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
         let was_killed = ended.status.code().is_none();
         if was_killed { Err(Error::new(format!("Failed to {}: killed", doing())).with_tail(ended.tail)) } else { Ok(ended) }
     };

@@ -192,12 +192,10 @@ pub fn systemctl(question: &[&str]) -> Result<String> {
     again(|| Program::as_root("systemctl").args(question).env("TZ", "UTC").said(|| "ask systemd".into())).map_err(Error::transient)
 }
 
-/// How many microseconds a time span is, as in systemd.time(7) and as systemctl shows it.
-pub fn microseconds(span: &str) -> Result<u64> {
-    let doing = || format!("understand the duration {span:?}");
-    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).said(doing)?;
-    let count = said.lines().nth(1).and_then(|line| line.rsplit(' ').next()?.parse().ok());
-    count.ok_or("expected a time span as in systemd.time(7)").context(doing)
+/// How many microseconds a time span is, as in systemd.time(7) and as systemctl shows it; none if it is none, or has no end.
+pub fn microseconds(span: &str) -> Option<u64> {
+    let said = Program::new("systemd-analyze").args(["timespan", "--", span]).said(String::new).ok()?;
+    said.lines().nth(1)?.rsplit(' ').next()?.parse().ok().filter(|count| *count < u64::MAX)
 }
 
 /// Does something, and `late` whenever it has taken another moment.

@@ -162,12 +162,7 @@ fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
     let started = ask("--property=InactiveExitTimestampMonotonic", service)?;
     let started = Shown::one(&started).of("InactiveExitTimestampMonotonic");
     let started: u64 = started.parse().context(|| format!("find out when {service} was started"))?;
-    for elapsed in ours.iter().map(|timer| timer.of("LastTriggerUSecMonotonic")) {
-        if elapsed != "infinity" && microseconds(elapsed)? > started {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Ok(ours.iter().any(|timer| microseconds(timer.of("LastTriggerUSecMonotonic")).is_some_and(|elapsed| elapsed > started)))
 }
 
 /// Has a system activated by the instance's own service, which must not be waited for by that: by a start of it, or
