@@ -20,13 +20,13 @@ use crate::run::undo::Undone;
 use crate::run::{Failure, Outcome, Trigger};
 use crate::system::boot_loader::BootLoader;
 use crate::system::units::Units;
-use crate::system::{RUNTIME, boot_id, is_of, now};
+use crate::system::{boot_id, is_of, now};
 use crate::{files, json};
 
 /// The format of journal and status; a file with another number is set aside.
 pub const FORMAT: u32 = 1;
-/// A journal of this boot only.
-const UNFIT: &str = "unfit.json";
+/// The journal of a run of this boot, of whichever instance: see [`Run::load_unfit`].
+pub const UNFIT: &str = "/run/ekiben/unfit.json";
 
 /// How far root's part of a run has come. What an interruption leads to depends on it alone.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
@@ -148,15 +148,16 @@ pub struct Run {
     /// Whether the candidate is booted once, and what was before by default.
     #[serde(default)]
     pub boots_once: bool,
-    /// Whether this is the journal of a run that has ended until the next boot.
+    /// Where it is written down.
     #[serde(skip)]
-    is_trial: bool,
+    file: PathBuf,
 }
 
 impl Run {
     /// A run that begins now.
-    pub fn new(id: RunId, instance: Instance) -> Self {
+    pub fn new(paths: &Paths, id: RunId, instance: Instance) -> Self {
         Self {
+            file: paths.journal(),
             format: FORMAT,
             id,
             instance,
@@ -184,59 +185,45 @@ impl Run {
             reboot_needed: false,
             boot_loader: None,
             boots_once: false,
-            is_trial: false,
         }
     }
 
-    /// Reads the journal; none if no run is under way. A journal that makes no sense is set aside.
-    pub fn load(paths: &Paths) -> Result<Option<Self>> {
-        Self::load_from(&paths.journal())
-    }
-
-    /// Reads the journal of the run that could not be put back, if the last one could not.
-    pub fn load_stuck(paths: &Paths) -> Result<Option<Self>> {
-        Self::load_from(&paths.stuck())
-    }
-
-    /// Reads the journal of the run that has ended until the next boot, if there is one.
-    pub fn load_trial(paths: &Paths) -> Result<Option<Self>> {
-        Ok(Self::load_from(&paths.trial())?.map(|run| Self { is_trial: true, ..run }))
-    }
-
-    /// Reads the journal of the run whose system has booted, was not well, and runs on until the next boot, if it does.
-    pub fn load_unfit(running: &Path) -> Result<Option<Self>> {
-        Ok(Self::load_from(&Path::new(RUNTIME).join(UNFIT))?.filter(|run| run.is_candidate(running)))
-    }
-
-    /// Keeps the journal as that of such a run: what follows is to be as well as what was before that.
-    pub fn keep_unfit(&self) -> Result<()> {
-        files::write_json(&Path::new(RUNTIME).join(UNFIT), self, 0o600)
-    }
-
-    fn load_from(path: &Path) -> Result<Option<Self>> {
-        let bytes = files::if_there(fs::read(path)).doing("read", path)?;
-        let Some(bytes) = bytes else { return Ok(None) };
+    /// Reads a journal, if there is one: that of the run under way, of one that has ended until the next boot, or of one that
+    /// could not be put back. A journal that makes no sense is set aside.
+    pub fn load(file: PathBuf) -> Result<Option<Self>> {
+        let Some(bytes) = files::if_there(fs::read(&file)).doing("read", &file)? else { return Ok(None) };
         match json::parse_own::<Self>(&bytes) {
-            Ok(run) if run.format == FORMAT => Ok(Some(run)),
+            Ok(run) if run.format == FORMAT => Ok(Some(Self { file, ..run })),
             other => {
                 let why = other.err().map_or("unsupported format".into(), |error| error.to_string());
-                let aside = path.with_extension("json.unreadable");
-                log::error!("Ignoring unreadable journal {} (kept as {}): {why}.", path.display(), aside.display());
-                fs::rename(path, &aside).context(|| format!("set {} aside", path.display()))?;
+                let aside = file.with_extension("json.unreadable");
+                log::error!("Ignoring unreadable journal {} (kept as {}): {why}.", file.display(), aside.display());
+                fs::rename(&file, &aside).context(|| format!("set {} aside", file.display()))?;
                 Ok(None)
             }
         }
     }
 
+    /// Reads the journal of the run whose system has booted, was not well, and runs on until the next boot, if it does: what
+    /// follows is to be as well as what was before that.
+    pub fn load_unfit(running: &Path) -> Result<Option<Self>> {
+        Ok(Self::load(UNFIT.into())?.filter(|run| run.is_candidate(running)))
+    }
+
     /// Writes the journal; when this returns, it will be there after a crash.
-    pub fn save(&self, paths: &Paths) -> Result<()> {
-        files::write_json(&if self.is_trial { paths.trial() } else { paths.journal() }, self, 0o600)
+    pub fn save(&self) -> Result<()> {
+        self.keep_as(&self.file)
+    }
+
+    /// Keeps it beyond the run's end.
+    pub fn keep_as(&self, file: &Path) -> Result<()> {
+        files::write_json(file, self, 0o600)
     }
 
     /// Says what the run comes to, which has nothing more to do then.
-    pub fn decide(&mut self, decision: Decision, paths: &Paths) -> Result<()> {
+    pub fn decide(&mut self, decision: Decision) -> Result<()> {
         self.decision = Some(decision);
-        self.save(paths)
+        self.save()
     }
 
     /// Whether a system is the candidate, or one of its specialisations.
@@ -250,35 +237,21 @@ impl Run {
     }
 
     /// Enters a phase, durably, or not at all.
-    pub fn enter(&mut self, phase: Phase, paths: &Paths) -> Result<()> {
+    pub fn enter(&mut self, phase: Phase) -> Result<()> {
         let before = std::mem::replace(&mut self.phase, phase);
-        self.save(paths).inspect_err(|_| self.phase = before)
+        self.save().inspect_err(|_| self.phase = before)
     }
 
     /// Removes the journal: the run has ended. So has what waited for a boot, if this has come to change what is booted.
     pub fn end(&self, paths: &Paths) -> Result<()> {
-        let files = [(paths.trial(), self.reboot_needed), (paths.journal(), !self.is_trial)];
-        for (path, _) in files.iter().filter(|(_, is_over)| *is_over) {
-            files::remove(path).doing("remove", path)?;
-        }
-        Ok(())
+        let trial = Some(paths.trial()).filter(|_| self.reboot_needed);
+        trial.iter().chain([&self.file]).try_for_each(|file| files::remove(file).doing("remove", file))
     }
 
     /// Keeps the journal until the next boot: the run has ended until then.
     pub fn await_boot(paths: &Paths) -> Result<()> {
         let (journal, trial) = (paths.journal(), paths.trial());
         fs::rename(&journal, &trial).and_then(|()| files::sync_parent(&trial)).doing("rename", &journal)
-    }
-
-    /// Keeps the journal as that of a run that could not be put back: the next one tries again.
-    pub fn keep_stuck(&self, paths: &Paths) -> Result<()> {
-        files::write_json(&paths.stuck(), self, 0o600)
-    }
-
-    /// What could not be put back has been, or something else has taken its place.
-    pub fn forget_stuck(paths: &Paths) -> Result<()> {
-        let path = paths.stuck();
-        files::remove(&path).doing("remove", &path)
     }
 
     /// What the run proposes, by the user's notes.

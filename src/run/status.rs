@@ -247,7 +247,7 @@ impl Status {
 
     /// The run under way, which enters one of root's last stages; none if none has begun.
     pub fn enter(paths: &Paths, stage: Stage) -> Result<Option<Run>> {
-        match Run::load(paths)? {
+        match Run::load(paths.journal())? {
             Some(run) => Self::announce(paths, &run, stage).map(|()| Some(run)),
             None if Self::read(paths).running.is_none() => Ok(None),
             None => Err(Error::new(format!("Failed to {stage}: no run is under way"))),

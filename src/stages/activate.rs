@@ -11,7 +11,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, Operation};
+use crate::config::{Config, Instance, Operation};
 use crate::error::{Error, OrLog, Result};
 use crate::fault;
 use crate::nix::profile::{self, Generation};
@@ -47,7 +47,7 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
         }
         run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
         // the end is the same if this cannot be written, but for the reason in its report
-        let _ = run.save(paths);
+        let _ = run.save();
     }
     conclude::end(paths, run, turn)
 }
@@ -60,16 +60,16 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
     };
     if proposal.withheld.is_some() {
         run.warnings.extend(proposal.withheld.clone());
-        return run.decide(Decision::Withheld, paths).map(|()| None);
+        return run.decide(Decision::Withheld).map(|()| None);
     }
     if proposal.unchanged {
-        if let Some(trial) = Run::load_trial(paths)? {
+        if let Some(trial) = Run::load(paths.trial())? {
             let turn = Turn::take()?;
             rollback::withdraw(paths, &trial)?;
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
-        return run.decide(Decision::Unchanged, paths).map(|()| None);
+        return run.decide(Decision::Unchanged).map(|()| None);
     }
     let system = nix::trusted_system(&paths.candidate(), paths.name())?;
     run.candidate = Some(system.clone());
@@ -77,17 +77,17 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
     while turn.is_none() {
         let count = Turn::count();
         if !settle::settle(paths, run, Fate::Check)? {
-            return run.decide(Decision::StartOver, paths).map(|()| None);
+            return run.decide(Decision::StartOver).map(|()| None);
         }
         *turn = Turn::take_at(count)?;
     }
     fault::point("activate: candidate checked");
     if renews(paths, run, &system)? {
-        return run.enter(Phase::AwaitingBoot, paths).map(|()| None);
+        return run.enter(Phase::AwaitingBoot).map(|()| None);
     }
     if Hold::read(paths).is_some() {
         // what is asked for then is kept until the hold ends
-        return run.decide(Decision::StartOver, paths).map(|()| None);
+        return run.decide(Decision::StartOver).map(|()| None);
     }
     Ok(Some(system))
 }
@@ -112,9 +112,9 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     if run.instance.operation == Operation::Switch && before.system != target {
         let inhibitors = switched::inhibitors(&system::current()?, &target);
         if inhibitors.is_empty() {
-            run.enter(Phase::Switching, paths)?;
+            run.enter(Phase::Switching)?;
             fault::point("activate: switching");
-            switch::switch(paths, run, &target, &before)?;
+            switch::switch(run, &target, &before)?;
             fault::point("activate: switched");
         } else {
             switch::at_boot(run, &inhibitors.join("; "));
@@ -131,7 +131,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
         }
         if !run.reboot_needed && system::current()? != target || profile::current_generation()? != generation {
             // another hand: what it did is to stay
-            switch::leave(paths, run)?;
+            switch::leave(run)?;
             return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
         }
     }
@@ -143,7 +143,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     run.reboot_needed |= run.instance.operation == Operation::Boot && !system::is_of(&system, &before.system);
     // also where the profile has it already: whoever put it there may not have come as far as the boot loader
     run.boots_once = run.reboot_needed && !is_booted && generation.is_some() && BootLoader::of(run.boot_loader).is_some();
-    run.enter(Phase::Persisting, paths)?;
+    run.enter(Phase::Persisting)?;
     fault::point("activate: persisting");
     if !is_booted {
         undo::set_profile(&system, run.generation.as_ref())?;
@@ -153,7 +153,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     fault::point("activate: boot loader set");
     run.warnings.extend(missing_from(&system, paths.name()));
     integrity::sync()?;
-    run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted }, paths)?;
+    run.enter(if run.reboot_needed { Phase::AwaitingBoot } else { Phase::Persisted })?;
     fault::point("activate: persisted");
     Ok(())
 }
@@ -173,7 +173,7 @@ fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf>
 /// Whether the system already waits for the next boot, by this instance's doing: then there is nothing to change.
 fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
     let waits = |trial: &Run| trial.candidate.as_deref() == Some(system);
-    let Some(trial) = Run::load_trial(paths)?.filter(waits) else { return Ok(false) };
+    let Some(trial) = Run::load(paths.trial())?.filter(waits) else { return Ok(false) };
     if profile::current_generation()?.is_none_or(|next| next.system != system) {
         return Ok(false);
     }
@@ -219,7 +219,7 @@ fn check_outlives_switch(system: &Path, instance: &str) -> Result<()> {
 /// its system still runs, that is what was before that one.
 fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Result<Before> {
     let system = system::current()?;
-    let stuck = Run::load_stuck(paths)?.filter(|stuck| stuck.is_candidate(&system));
+    let stuck = Run::load(paths.stuck())?.filter(|stuck| stuck.is_candidate(&system));
     let before = if let Some((before, passed)) = stuck.and_then(|stuck| Some((stuck.before?, stuck.passed))) {
         run.passed = passed;
         before
@@ -229,15 +229,16 @@ fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Resul
             run.passed = passing;
             run.warnings.extend(ignored);
         }
-        let mut units = Units::before()?;
-        if let Some((good, unfit)) = Run::load_unfit(&system)?.and_then(|mut unfit| Some((unfit.before.take()?, unfit))) {
+        let units = match Run::load_unfit(&system)? {
             // what has booted and is not well is no measure
-            let checks = &run.instance.health_checks;
-            let is_same = |name: &String| checks.get(name) == unfit.instance.health_checks.get(name);
-            run.passed.extend(unfit.passed.into_iter().filter(is_same));
-            units = good.units;
-            run.worse = units.worse_under(&good.system, &system)?.into_keys().collect();
-        }
+            Some(Run { before: Some(good), passed, instance: Instance { health_checks, .. }, .. }) => {
+                let is_same = |name: &String| run.instance.health_checks.get(name) == health_checks.get(name);
+                run.passed.extend(passed.into_iter().filter(is_same));
+                run.worse = good.units.worse_under(&good.system, &system)?.into_keys().collect();
+                good.units
+            }
+            _ => Units::before()?,
+        };
         Before { system, generation, last_generation: profile::last_generation()?, units }
     };
     nix::keep(&before.system, &nix::before_root(paths, "system"))?;

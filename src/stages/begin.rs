@@ -32,7 +32,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     let goes_on = paths.journal().exists();
     let concluded = conclude::conclude(paths);
     boot::end_all(paths);
-    if paths.journal().exists() || Run::load_trial(paths)?.is_some_and(|trial| trial.boot != boot_id()) {
+    if paths.journal().exists() || Run::load(paths.trial())?.is_some_and(|trial| trial.boot != boot_id()) {
         return concluded.and_then(|()| Err(Error::new("Failed to start the run: the previous run has not ended")));
     }
     // that run has been reported; this one is another
@@ -48,7 +48,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
             return Err(error);
         }
     }
-    let mut run = Run::new(run_id()?, instance.clone());
+    let mut run = Run::new(paths, run_id()?, instance.clone());
     run.undoes = undoes;
     match rollback::go_back_again(paths) {
         Ok(false) => {}
@@ -120,7 +120,7 @@ fn open(paths: &Paths, run: &mut Run, goes_on: bool, is_due: bool) -> Result<()>
     if run.decision.is_some() {
         run.undoes = None;
     }
-    run.save(paths)?;
+    run.save()?;
     fault::point("begin: journal opened");
     Status::reserve(paths);
     Status::announce(paths, run, Stage::Prepare)?;

@@ -44,7 +44,7 @@ pub fn end_all(paths: &Paths) -> bool {
 /// Ends what has waited for this boot, if this instance has such a thing: the run goes on where it had ended.
 pub fn end_trial(paths: &Paths) -> Result<()> {
     let waiting = || -> Result<Option<Run>> {
-        let (journal, trial) = (Run::load(paths)?, Run::load_trial(paths)?);
+        let (journal, trial) = (Run::load(paths.journal())?, Run::load(paths.trial())?);
         Ok([journal, trial].into_iter().flatten().find(|run| run.reboot_needed && run.boot != boot_id()))
     };
     if waiting()?.is_none() {
@@ -59,7 +59,7 @@ pub fn end_trial(paths: &Paths) -> Result<()> {
 /// another's goes with that one's next run.
 pub fn supersede(instance: &Paths) -> Result<()> {
     for paths in instance.with_trial() {
-        let Some(mut trial) = Run::load_trial(&paths)? else { continue };
+        let Some(mut trial) = Run::load(paths.trial())? else { continue };
         log::warn!("Withdrawing the system of {} that awaits the next boot ...", paths.name());
         rollback::withdraw(&paths, &trial)?;
         if paths.name() != instance.name() {

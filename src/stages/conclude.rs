@@ -6,19 +6,19 @@
 //! again. There are two ends: the new system, in the profile, with the branch on its commit; or the
 //! old one, with the repository as it was.
 
+use std::path::Path;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 
 use crate::config::Config;
-use crate::error::{Error, OrLog, Result};
-use crate::fault;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::outbox;
 use crate::nix::{self, integrity, profile};
 use crate::paths::Paths;
 use crate::run::drift::drift;
 use crate::run::ended::Ended;
-use crate::run::journal::{Decision, Phase, Run};
+use crate::run::journal::{Decision, Phase, Run, UNFIT};
 use crate::run::notes::{Notes, run_id};
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger, asker, queue};
@@ -27,6 +27,7 @@ use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, service_resu
 use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::{self, Turn, boot_id, service};
 use crate::text::short;
+use crate::{fault, files};
 
 /// Between two looks at something that takes its time.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -55,7 +56,7 @@ pub fn conclude(paths: &Paths) -> Result<()> {
 
 /// The same; where nothing has failed and changed anything, it may be known what the run came to.
 fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
-    let Some(run) = Run::load(paths)? else {
+    let Some(run) = Run::load(paths.journal())? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
             _ => Status::report_unopened(paths, "the run could not start; see the journal of its unit"),
@@ -70,7 +71,7 @@ fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
     check_can_end()?;
     let turn = Turn::take()?;
     // while waiting for the turn, the run may have been ended
-    match Run::load(paths)? {
+    match Run::load(paths.journal())? {
         Some(mut run) => {
             if run.phase == Phase::Begun && run.failure.is_none() {
                 run.decision = run.decision.or(decision);
@@ -103,14 +104,14 @@ pub fn conclude_all(config: &Config) -> Result<()> {
     let all = Paths::new("").with_journal().into_iter();
     let (own, mut orphans): (Vec<_>, Vec<_>) = all.partition(|paths| config.instance(paths.name()).is_ok());
     for paths in own {
-        if !Run::load(&paths)?.is_some_and(|run| is_at_work(&paths, &run).unwrap_or(true)) {
+        if !Run::load(paths.journal())?.is_some_and(|run| is_at_work(&paths, &run).unwrap_or(true)) {
             service::start(paths.name())?;
         }
     }
     while !orphans.is_empty() {
         let mut waiting = Vec::new();
         for paths in orphans {
-            if Run::load(&paths)?.map_or(Ok(false), |run| is_at_work(&paths, &run))? {
+            if Run::load(paths.journal())?.map_or(Ok(false), |run| is_at_work(&paths, &run))? {
                 waiting.push(paths);
             } else {
                 // it goes on where the instance is there again
@@ -134,7 +135,7 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     if let Err(error) = report(paths, &run, result) {
         // all is as it should be, but nobody knows: the next one to end this run says it
         run.result = Some(result);
-        return run.save(paths).and(Err(error));
+        return run.save().and(Err(error));
     }
     if result == Outcome::AwaitingBoot {
         Run::await_boot(paths)?;
@@ -143,9 +144,9 @@ pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     fault::point("conclude: reported");
     let waits = result == Outcome::AwaitingBoot || !run.reboot_needed && paths.trial().exists();
     let kept = match result {
-        Outcome::Deployed | Outcome::Restored => Run::forget_stuck(paths),
-        Outcome::Stuck => run.keep_stuck(paths),
-        Outcome::RolledBack if run.reboot_needed => run.keep_unfit(),
+        Outcome::Deployed | Outcome::Restored => files::remove(&paths.stuck()).doing("remove", &paths.stuck()),
+        Outcome::Stuck => run.keep_as(&paths.stuck()),
+        Outcome::RolledBack if run.reboot_needed => run.keep_as(Path::new(UNFIT)),
         _ => Ok(()),
     };
     // what is stuck, or on trial, may still be to go back to what is kept for that
@@ -230,7 +231,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
         // what the user's git does keeps nobody else waiting
         *turn = None;
         // what waits for a boot goes on to be kept
-        let trial = if run.reboot_needed { None } else { Run::load_trial(paths)?.filter(|trial| trial.trigger != Trigger::Rollback) };
+        let trial = if run.reboot_needed { None } else { Run::load(paths.trial())?.filter(|trial| trial.trigger != Trigger::Rollback) };
         // a ref that is left over is overwritten by the next run
         match trial {
             Some(mut trial) => settle::settle(paths, &mut trial, Fate::Keep).or_warn(),
@@ -239,7 +240,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     }
     if result == Outcome::StartedOver {
         // or else this run has not come to its end: it is ended again
-        queue::request(paths, run.request.unwrap_or(0), asker::NOBODY).or_else(|error| run.save(paths).and(Err(error)))?;
+        queue::request(paths, run.request.unwrap_or(0), asker::NOBODY).or_else(|error| run.save().and(Err(error)))?;
     }
     Ok(result)
 }

@@ -26,7 +26,7 @@ pub fn publish(paths: &Paths, config: Option<&Config>) -> Result<()> {
         log::warn!("{error}.");
         // the same may well be published another time
         run.failure.get_or_insert_with(|| Failure::new(Stage::Publish, &error.transient()));
-        let _ = run.save(paths);
+        let _ = run.save();
     }
     conclude::end(paths, run, None)
 }
@@ -41,7 +41,7 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
     };
     // what is asked for during a hold is kept until that ends
     if Hold::read(paths).is_some() || !settle::settle(paths, run, Fate::Check)? {
-        return run.decide(Decision::StartOver, paths);
+        return run.decide(Decision::StartOver);
     }
     release::start(paths, run)?;
     let published = Published::told(paths, &run.id)?;
@@ -52,10 +52,10 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
     run.left_out = published.failure();
     if let Some(failure) = run.left_out.clone().filter(|_| published.is_nothing()) {
         run.failure = Some(failure);
-        return run.save(paths);
+        return run.save();
     }
     if is_head && !published.is_new() && run.left_out.is_none() {
-        return run.decide(Decision::Unchanged, paths);
+        return run.decide(Decision::Unchanged);
     }
-    run.enter(Phase::Persisted, paths)
+    run.enter(Phase::Persisted)
 }

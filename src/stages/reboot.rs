@@ -94,7 +94,7 @@ fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> 
     let status = Status::read(&paths);
     let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
     // what has waited for this boot is yet to be judged
-    let trial = Run::load_trial(&paths).ok().flatten().filter(|trial| trial.boot == system::boot_id());
+    let trial = Run::load(paths.trial()).ok().flatten().filter(|trial| trial.boot == system::boot_id());
     Part {
         policy: &instance.reboot,
         waits: trial.is_some_and(|trial| trial.candidate.as_deref() == Some(next)),
@@ -122,7 +122,7 @@ fn decide<'a>(parts: &[Part<'a>], runs_next: bool, boots_another: bool) -> Optio
 /// Reboots now. By kexec, a system that the boot loader was to boot once needs none: if it hangs, the next power cycle
 /// boots another.
 fn by(kexec: bool, loader: Option<LoaderKind>, next: &Path) -> Result<()> {
-    let is_armed = |paths: &Paths| Run::load_trial(paths).is_ok_and(|trial| trial.is_some_and(|trial| trial.boots_once));
+    let is_armed = |paths: &Paths| Run::load(paths.trial()).is_ok_and(|trial| trial.is_some_and(|trial| trial.boots_once));
     let loader = BootLoader::of(loader).filter(|_| Paths::new("").with_trial().iter().any(is_armed));
     let systemctl = |words: &[&str]| Program::new("systemctl").args(words).output(|| words.join(" "), None).map(drop);
     // systemctl finds a kernel by itself only where the boot loader is one of systemd's; NixOS has a service for all

@@ -5,8 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, OrLog, Result};
-use crate::fault;
+use crate::error::{Context, Error, OrLog, Result};
 use crate::nix::{self, profile};
 use crate::paths::Paths;
 use crate::run::journal::{Before, Phase, Run};
@@ -14,6 +13,7 @@ use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger};
 use crate::system::units::{self, Worse};
 use crate::system::{self, Turn, boot_id, health, service};
+use crate::{fault, files};
 
 /// Between two looks at the units.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
     let touched_boot = matches!(run.phase, Phase::Persisting | Phase::Persisted | Phase::AwaitingBoot | Phase::Returning);
     note_failed(run, &before);
     // from here on there is no other way, also if this is cut off
-    run.enter(Phase::Returning, paths).or_error();
+    run.enter(Phase::Returning).or_error();
     fault::point("back: begun");
     match put_back(paths, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
@@ -171,7 +171,7 @@ pub fn withdraw(paths: &Paths, trial: &Run) -> Result<()> {
 /// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether
 /// that has been done.
 pub fn go_back_again(paths: &Paths) -> Result<bool> {
-    let Some(mut run) = Run::load_stuck(paths)? else { return Ok(false) };
+    let Some(mut run) = Run::load(paths.stuck())? else { return Ok(false) };
     let Some(before) = run.before.clone() else { return Ok(false) };
     let _turn = Turn::take()?;
     let current = system::current()?;
@@ -182,11 +182,11 @@ pub fn go_back_again(paths: &Paths) -> Result<bool> {
             return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); manual intervention is required")));
         }
         run.returns += 1;
-        run.keep_stuck(paths)?;
+        run.save()?;
         log::warn!("Rolling back to {}, which failed before ...", before.system.display());
         with_either(&run, put_back(paths, &run, &before, true)?)?;
     }
-    Run::forget_stuck(paths)?;
+    files::remove(&paths.stuck()).doing("remove", &paths.stuck())?;
     nix::unroot(paths)?;
     Ok(!is_by_hand)
 }

@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 5;
 
 /// Activates the candidate without making it what is booted.
-pub fn switch(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> Result<()> {
+pub fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
     let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
     match Switched::of(ended)? {
         Switched::Runs { units_failed, users, tail } => {
@@ -37,7 +37,7 @@ pub fn switch(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> R
             Ok(())
         }
         Switched::Refused(error) => {
-            leave(paths, run)?;
+            leave(run)?;
             Err(error)
         }
     }
@@ -50,9 +50,9 @@ pub fn at_boot(run: &mut Run, why: &str) {
 }
 
 /// Notes that there is nothing to put back.
-pub fn leave(paths: &Paths, run: &mut Run) -> Result<()> {
+pub fn leave(run: &mut Run) -> Result<()> {
     run.before = None;
-    run.enter(Phase::Begun, paths)
+    run.enter(Phase::Begun)
 }
 
 /// What to say where units have failed, but not by the switch.
@@ -95,7 +95,7 @@ pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Opti
 /// how often systemd had started services again by the end of the switch.
 pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
     log::info!("Observing the new system for {} s ...", run.instance.observe);
-    run.enter(Phase::Observing, paths)?;
+    run.enter(Phase::Observing)?;
     Status::announce(paths, run, Stage::Observe)?;
     let limit = Duration::from_secs(run.instance.observe);
     let mut until = Instant::now() + limit;
@@ -109,7 +109,7 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
         let is_close = left.is_zero() || look % LOOKS == 0;
         check_units(run, system, before, is_close.then_some(&restarts))?;
         if is_close && verify(paths, run, system, before)? {
-            run.enter(Phase::Observing, paths)?;
+            run.enter(Phase::Observing)?;
             restarts = Restarts::now()?;
             until = Instant::now() + limit;
         } else if left.is_zero() {
@@ -131,7 +131,7 @@ pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> R
         return Err(error);
     }
     log::warn!("{error}. Rolling back to {} to check whether the old system fails, too ...", before.system.display());
-    run.enter(Phase::Returning, paths)?;
+    run.enter(Phase::Returning)?;
     rollback::put_back(paths, run, before, false)?;
     if health::verify(&checks, &remote).is_ok() {
         return Err(error);
@@ -139,7 +139,7 @@ pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> R
     log::warn!("The check fails with the old system, too; keeping the new one.");
     run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
     run.passed = local;
-    run.enter(Phase::Switching, paths)?;
-    switch(paths, run, system, before)?;
+    run.enter(Phase::Switching)?;
+    switch(run, system, before)?;
     health::verify(&checks, &run.passed).map(|()| true)
 }

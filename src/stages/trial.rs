@@ -58,7 +58,7 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     run.booted_by().map_or(Ok(()), |loader| loader.forget())?;
     fault::point("boot: boot loader set");
     integrity::sync()?;
-    run.enter(Phase::Persisted, paths)
+    run.enter(Phase::Persisted)
 }
 
 /// Fails unless the system is the one that has booted and runs.
@@ -78,7 +78,7 @@ fn check_has_booted(run: &Run, system: &Path) -> Result<()> {
 /// Has the next boot be an ordinary one where another hand has chosen something else since a system was to be booted once.
 pub fn give_way() -> Result<()> {
     for paths in Paths::new("").with_trial() {
-        let Some(trial) = Run::load_trial(&paths)?.filter(|trial| trial.boot == boot_id()) else { continue };
+        let Some(trial) = Run::load(paths.trial())?.filter(|trial| trial.boot == boot_id()) else { continue };
         let next = profile::current_generation()?.map(|generation| generation.system);
         if let Some(loader) = trial.booted_by().filter(|_| trial.candidate != next) {
             loader.forget()?;

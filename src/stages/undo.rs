@@ -22,19 +22,19 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
         if let Some(known) = status.undone.filter(|known| run.undoes.take_if(|undone| undone.commit == known.commit).is_some()) {
             // somebody else had asked for the same
             run.warnings.push(known.notice(name, now()));
-            return run.decide(Decision::Withheld, paths).map(|()| None);
+            return run.decide(Decision::Withheld).map(|()| None);
         }
         Status::read(paths).last_deployment(name)?;
         return Err(fail(&format!("something else has been deployed since that was asked for; see ekiben status {name}")));
     };
     undone.before = status.deployed.as_ref().map(|deployed| deployed.commit.clone());
-    if let Some(trial) = Run::load_trial(paths)? {
+    if let Some(trial) = Run::load(paths.trial())? {
         if let Some(proposal) = trial.proposal() {
             (undone.base, undone.tree) = (proposal.base.to_string(), proposal.tree.to_string());
             undone.summary = Some(proposal.summary.clone());
         }
         undone.release = trial.notes.and_then(|notes| notes.release);
-        return run.decide(Decision::Withdraw, paths).map(|()| None);
+        return run.decide(Decision::Withdraw).map(|()| None);
     }
     let Some((deployed, before)) = status.deployed.and_then(|deployed| deployed.before.clone().map(|before| (deployed, before))) else {
         return Err(fail("what ran before its last deployment is not known"));
@@ -67,7 +67,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
         fail(&format!("{error}; if it has been collected as garbage, revert the commit and run ekiben trigger {name} instead"))
     })?;
     run.generation = generation;
-    run.save(paths)?;
+    run.save()?;
     Ok(Some(system))
 }
 
@@ -79,7 +79,7 @@ pub fn set_profile(system: &Path, generation: Option<&Generation>) -> Result<()>
 
 /// Withdraws what awaits the next boot. Fails if that has booted meanwhile, and so become what is deployed.
 pub fn withdraw(paths: &Paths, run: &Run) -> Result<()> {
-    if let Some(trial) = Run::load_trial(paths)? {
+    if let Some(trial) = Run::load(paths.trial())? {
         return rollback::withdraw(paths, &trial);
     }
     // done before this was cut off
