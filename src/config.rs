@@ -347,7 +347,8 @@ impl Config {
     pub fn instance(&self, name: &str) -> Result<&Instance> {
         self.instances.get(name).ok_or_else(|| {
             let known: Vec<_> = self.instances.keys().map(String::as_str).collect();
-            Error::new(format!("Failed to find instance {name:?}: this machine has {}", list(&known)))
+            let known = if known.is_empty() { "no instances".into() } else { known.join(", ") };
+            Error::new(format!("Failed to find instance {name:?}: this machine has {known}"))
         })
     }
 
@@ -531,10 +532,6 @@ pub fn is_input(input: &str) -> bool {
         part.starts_with(|first: char| first.is_ascii_alphabetic())
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
     })
-}
-
-fn list(names: &[&str]) -> String {
-    if names.is_empty() { "no instances".into() } else { names.join(", ") }
 }
 
 #[cfg(test)]

@@ -197,15 +197,6 @@ impl Repository {
         Savepoint::of(&self.top, &self.git_directory, instance)
     }
 
-    /// Does something to a ref by which git, if it is killed, may leave locks behind, and removes those.
-    fn guarded<T>(&self, instance: &str, reference: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let savepoint = self.savepoint(instance);
-        savepoint.note_locks(reference)?;
-        let done = work();
-        savepoint.remove_locks()?;
-        savepoint.discard().and(done)
-    }
-
     fn git(&self) -> Program {
         git(&self.top)
     }
@@ -260,13 +251,7 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
         dropped.map(drop)
     };
     let savepoint = Savepoint::of(place, &git_directory, name);
-    if savepoint.exists() {
-        return drop_it();
-    }
-    savepoint.note_locks(reference)?;
-    let dropped = drop_it();
-    savepoint.remove_locks()?;
-    savepoint.discard().and(dropped)
+    if savepoint.exists() { drop_it() } else { savepoint.guard(reference, drop_it) }
 }
 
 /// Removes the lock of a ref of ours: nobody else writes it.

@@ -58,7 +58,7 @@ impl Repository {
         let fetch = self.git().env("NEVER", "never").args(no_head).args(settings).args(["fetch", "--quiet"]);
         let fetch = fetch.args(["--no-tags", "--no-prune", "--no-prune-tags", "--recurse-submodules=no", "--no-write-fetch-head"]);
         let fetch = fetch.args(["--refmap=", remote, &format!("+{branch}:{reference}")]);
-        self.guarded(instance, &self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
+        self.savepoint(instance).guard(&self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
         if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head)? {
@@ -99,7 +99,7 @@ impl Repository {
         let push = push.args([remote, &format!("{commit}:{branch}")]);
         // git remembers what it has sent
         let sent = self.ask(["rev-parse", "--symbolic-full-name", "@{upstream}"]).unwrap_or_else(|_| self.branch.clone());
-        self.guarded(instance, &sent, || push.run(NETWORK_LIMIT, doing)?.success())?;
+        self.savepoint(instance).guard(&sent, || push.run(NETWORK_LIMIT, doing)?.success())?;
         upstream.remember(memory, commit)
     }
 

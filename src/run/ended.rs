@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::run::journal::Run;
-use crate::run::{Failure, Outcome, Release, Stage, Trigger};
+use crate::run::{Outcome, Release, Stage, Trigger};
 use crate::system::now;
 
 /// A run that has ended.
@@ -60,7 +60,8 @@ pub struct Ended {
 
 impl Ended {
     /// The end of `run`, now.
-    pub fn new(run: &Run, result: Outcome, failure: Option<&Failure>) -> Self {
+    pub fn new(run: &Run, result: Outcome) -> Self {
+        let (notes, failure, proposal) = (run.notes.as_ref(), run.failure.as_ref(), run.proposal());
         Self {
             id: run.id.to_string(),
             result,
@@ -68,7 +69,13 @@ impl Ended {
             by: run.by.clone(),
             started: run.started,
             finished: now(),
+            commit: proposal.map(|proposal| proposal.commit.to_string()),
             undid: run.undoes.as_ref().map(|undone| undone.commit.clone()),
+            base: proposal.map(|proposal| proposal.base.to_string()),
+            summary: proposal.map(|proposal| proposal.summary.clone()),
+            news: proposal.map(|proposal| proposal.news.clone()).unwrap_or_default(),
+            changes: notes.map(|notes| notes.changes.clone()).unwrap_or_default(),
+            release: notes.and_then(|notes| notes.release.clone()),
             stage: failure.map(|failure| failure.stage),
             error: failure.map(|failure| failure.message.clone()),
             warnings: run.warnings.clone(),

@@ -247,16 +247,8 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
 
 /// Reports how a run has ended, to the status and to the hub.
 pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
-    let failure = run.failure.as_ref();
-    let proposal = run.proposal();
-    let mut ended = Ended::new(run, result, failure);
+    let mut ended = Ended::new(run, result);
     ended.reboot_needed &= profile::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
-    ended.release = run.notes.as_ref().and_then(|notes| notes.release.clone());
-    ended.changes = run.notes.as_ref().map(|notes| notes.changes.clone()).unwrap_or_default();
-    ended.commit = proposal.map(|proposal| proposal.commit.to_string());
-    ended.base = proposal.map(|proposal| proposal.base.to_string());
-    ended.summary = proposal.map(|proposal| proposal.summary.clone());
-    ended.news = proposal.map(|proposal| proposal.news.clone()).unwrap_or_default();
     if let Some(undone) = &run.undoes {
         let what = undone.summary.as_deref().filter(|what| !what.is_empty()).map(|what| format!(": {what}")).unwrap_or_default();
         ended.summary = Some(format!("undo {}{what}", short(&undone.commit)));

@@ -62,6 +62,14 @@ impl Savepoint {
         Ok(())
     }
 
+    /// Does something to a ref by which git, if it is killed, may leave locks behind, and removes those.
+    pub fn guard<T>(&self, reference: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.note_locks(reference)?;
+        let done = work();
+        self.remove_locks()?;
+        self.discard().and(done)
+    }
+
     /// What [`Self::note_locks`] noted, if it did.
     fn noted(&self) -> Vec<PathBuf> {
         let noted = fs::read(self.directory.join("locks")).unwrap_or_default();
