@@ -21,7 +21,8 @@ pub fn create(instance: &Instance) -> Result<()> {
     files::clear(&new).context(doing)?;
     if place.is_dir() && look_for(place, ["rev-parse", "--verify", "--quiet", "HEAD"], doing)?.is_some() {
         // nobody else's git is at work there
-        return remove_locks(&git_directory).and_then(|()| take_as_it_is(&git_directory)).context(doing);
+        remove_leftovers(&git_directory)?;
+        return take_as_it_is(&git_directory).context(doing);
     }
     fs::create_dir_all(&new).context(doing)?;
     ask(&new, ["init", "--quiet", "--initial-branch=main", "--template=", "."], doing)?;
@@ -57,13 +58,21 @@ impl Repository {
     }
 }
 
-fn remove_locks(directory: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "lock") {
-            files::clear(&path)?;
-        } else if path.is_dir() && !path.is_symlink() {
-            remove_locks(&path)?;
+/// Removes what a git that was killed has locked or not completed, in a repository in which no other is at work.
+pub fn remove_leftovers(repository: &Path) -> Result<()> {
+    let mut todo = vec![repository.to_owned()];
+    while let Some(directory) = todo.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+            // 256 directories of many objects, and no locks
+            let of_objects = name.len() == 2 && directory.ends_with("objects");
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                todo.extend(Some(path).filter(|_| !of_objects));
+            } else if path.extension().is_some_and(|extension| extension == "lock")
+                || directory.ends_with("pack") && ["tmp_", ".tmp-"].iter().any(|begin| name.starts_with(begin))
+            {
+                files::remove(&path).doing("remove", &path)?;
+            }
         }
     }
     Ok(())

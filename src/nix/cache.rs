@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::error::{Context, Error, Result};
 use crate::git::git;
+use crate::git::own::remove_leftovers;
 use crate::program::Program;
 
 /// Where refs are set aside.
@@ -62,10 +63,10 @@ impl Cache {
         for place in directories(&self.directory) {
             let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.starts_with("tarball-cache") {
-                unlock(&place)?;
+                remove_leftovers(&place)?;
             }
             for repository in directories(&place).filter(|_| name.starts_with("gitv")) {
-                unlock(&repository)?;
+                remove_leftovers(&repository)?;
                 match set_refs_aside(&repository) {
                     Err(error) if error.is_transient() || error.tail().is_empty() => return Err(error),
                     // half made, or damaged
@@ -105,26 +106,6 @@ impl Cache {
 fn directories(place: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(place).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
-}
-
-/// Removes what a git that was killed has locked or not completed.
-fn unlock(repository: &Path) -> Result<()> {
-    let mut todo = vec![repository.to_owned()];
-    while let Some(directory) = todo.pop() {
-        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
-            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-            // 256 directories of many objects, and no locks
-            let of_objects = name.len() == 2 && directory.ends_with("objects");
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                todo.extend(Some(path).filter(|_| !of_objects));
-            } else if path.extension().is_some_and(|extension| extension == "lock")
-                || directory.ends_with("pack") && ["tmp_", ".tmp-"].iter().any(|begin| name.starts_with(begin))
-            {
-                crate::files::remove(&path).doing("remove", &path)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 fn set_refs_aside(repository: &Path) -> Result<()> {

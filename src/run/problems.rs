@@ -7,7 +7,7 @@ use crate::gather::gather;
 use crate::program::Program;
 use crate::run::Stage;
 use crate::run::status::Status;
-use crate::system::shown::Shown;
+use crate::system::properties::Properties;
 use crate::text::ago;
 
 /// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
@@ -34,13 +34,13 @@ pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
     let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
     let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
     let said = ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default();
-    let unit = |unit: Shown| {
+    let unit = |unit: Properties| {
         let runs = |line: &str| !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]") && line.contains(" build ");
         let (state, next) = (unit.of("ActiveState").to_owned(), Some(unit.number("NextElapseUSecRealtime")).filter(|next| *next > 0));
         let waiting = Some(unit.of("StatusText").to_owned()).filter(|text| !text.is_empty());
         (unit.of("Id").to_owned(), Unit { state, next, is_building: unit.each("ExecStart").any(runs), waiting })
     };
-    gather(Shown::all(&said).map(unit))
+    gather(Properties::all(&said).map(unit))
 }
 
 /// What there is to see to of the webhook.

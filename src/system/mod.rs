@@ -2,8 +2,8 @@
 
 pub mod boot_loader;
 pub mod health;
+pub mod properties;
 pub mod service;
-pub mod shown;
 pub mod switched;
 pub mod units;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, OrLog, Result};
 use crate::names::RunId;
 use crate::program::Program;
-use crate::system::shown::Shown;
+use crate::system::properties::Properties;
 use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, microseconds, systemctl, unless_soon};
 
 /// So many looks at which a run is at work mean that it is not at its very end.
@@ -51,7 +51,7 @@ pub fn wait_for_jobs(limit: u64) -> Result<()> {
 /// Whether the instance's service is at work on this run.
 pub fn is_at_work(instance: &str, run: &RunId) -> Result<bool> {
     let shown = systemctl(&["show", "--property=InvocationID,ActiveState", "--", &unit(instance)])?;
-    let shown = Shown::one(&shown);
+    let shown = Properties::one(&shown);
     Ok(shown.of("InvocationID") == &**run && !["inactive", "failed"].contains(&shown.of("ActiveState")))
 }
 
@@ -155,12 +155,12 @@ fn timer_has_elapsed(service: &str, look: &str) -> Result<bool> {
     let ask = |what: &str, units: &str| systemctl(&["show", what, "--", units]);
     // of a timer, there is little for systemd to show
     let timers = ask("--property=Unit,LastTriggerUSecMonotonic", "*.timer")?;
-    let ours: Vec<_> = Shown::all(&timers).filter(|timer| [service, look].contains(&timer.of("Unit"))).collect();
+    let ours: Vec<_> = Properties::all(&timers).filter(|timer| [service, look].contains(&timer.of("Unit"))).collect();
     if ours.is_empty() {
         return Ok(false);
     }
     let started = ask("--property=InactiveExitTimestampMonotonic", service)?;
-    let started = Shown::one(&started).of("InactiveExitTimestampMonotonic");
+    let started = Properties::one(&started).of("InactiveExitTimestampMonotonic");
     let started: u64 = started.parse().context(|| format!("find out when {service} was started"))?;
     Ok(ours.iter().any(|timer| microseconds(timer.of("LastTriggerUSecMonotonic")).is_some_and(|elapsed| elapsed > started)))
 }

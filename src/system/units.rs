@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::gather::gather;
 use crate::program::Program;
-use crate::system::shown::Shown;
+use crate::system::properties::Properties;
 use crate::system::switched::LOOK;
 use crate::system::{self, now};
 use crate::{config, json, text};
@@ -125,7 +125,7 @@ impl Units {
             return Ok(worse);
         }
         let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
-        for (name, unit) in suspects.iter().zip(Shown::all(&shown)) {
+        for (name, unit) in suspects.iter().zip(Properties::all(&shown)) {
             if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
                 let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
                 worse.insert((*name).to_owned(), state.to_owned());
@@ -197,11 +197,11 @@ struct Service {
 fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
     let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
     let shown = system::systemctl(&[&ask, names].concat())?;
-    let service = |unit: Shown| {
+    let service = |unit: Properties| {
         let (restarts, started) = (unit.number("NRestarts"), unit.number("ExecMainStartTimestamp"));
         (unit.of("Id").to_owned(), Service { restarts, started, result: unit.of("Result").to_owned() })
     };
-    Ok(gather(Shown::all(&shown).map(service)))
+    Ok(gather(Properties::all(&shown).map(service)))
 }
 
 /// Units that are worse off than before, with their states.
@@ -241,7 +241,7 @@ fn failed_of(user: &str) -> Result<String> {
     Ok(if names.is_empty() { "none of them now".into() } else { text::line(&names.join(", ")) })
 }
 
-impl Shown<'_> {
+impl Properties<'_> {
     fn names(&self, key: &'static str) -> impl Iterator<Item = &str> {
         self.of(key).split_whitespace()
     }
@@ -332,7 +332,7 @@ mod tests {
 
     fn is_down(text: &str, changed: bool) -> bool {
         let active = ["multi-user.target", "app.socket", "app.timer"].map(String::from).into();
-        Shown::one(text).is_down(&active, true, changed)
+        Properties::one(text).is_down(&active, true, changed)
     }
 
     #[test]

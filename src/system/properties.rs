@@ -1,9 +1,9 @@
 //! What `systemctl show` says of units.
 
 /// The properties of one unit, a line each.
-pub struct Shown<'a>(&'a str);
+pub struct Properties<'a>(&'a str);
 
-impl<'a> Shown<'a> {
+impl<'a> Properties<'a> {
     /// Those of one unit.
     pub fn one(said: &'a str) -> Self {
         Self(said)
