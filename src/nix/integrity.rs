@@ -27,9 +27,8 @@ const LIMIT: Duration = Duration::from_secs(3600);
 /// Makes all of the store durable, and the system profile.
 pub fn sync() -> Result<()> {
     for place in [Path::new(STORE), Path::new(SYSTEM_PROFILE).parent().unwrap_or(Path::new("/"))] {
-        let doing = || format!("sync {}", place.display());
-        let directory = File::open(place).context(doing)?;
-        nix::unistd::syncfs(directory).context(doing)?;
+        let directory = File::open(place).doing("sync", place)?;
+        nix::unistd::syncfs(directory).doing("sync", place)?;
     }
     Ok(())
 }

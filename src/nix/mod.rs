@@ -36,10 +36,9 @@ const STALE: &[&str] = &[
 /// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to. Fails if
 /// one of the inputs was not really asked of its source.
 pub fn updated_lock_file(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<Option<Vec<u8>>> {
-    let doing = || format!("read {}", scratch.display());
     crate::files::clear(scratch).doing("remove", scratch)?;
     cache.used(|| update(cache, flake, inputs, scratch, limit))?;
-    let lock = scratch.exists().then(|| fs::read(scratch)).transpose().context(doing)?;
+    let lock = crate::files::if_there(fs::read(scratch)).doing("read", scratch)?;
     crate::files::clear(scratch).doing("remove", scratch)?;
     Ok(lock)
 }
