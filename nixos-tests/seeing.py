@@ -369,6 +369,10 @@ with subtest("the log of a run is one command away"):
     last, earlier = machine.succeed("ekiben log app"), machine.succeed(f"ekiben log app {second['id']}")
     assert "Run ended: rolled back" in last and "Run ended: failed" in earlier and "Run ended: failed" not in last, (last, earlier)
     assert first["error"] in last
+    # as in the lines of earlier runs, which have 80 columns
+    assert machine.succeed(f"ekiben log app {second['id'][:8]}") == earlier
+    too_long = [line for line in machine.execute("ekiben status app")[1].splitlines() if line.startswith("  earlier ") and len(line) > 80]
+    assert too_long == [], too_long
     for odd in ("x", "../x", "--boot", "app app app"):
         machine.fail(f"ekiben log app {odd}")
     # who may not read the journal learns who may

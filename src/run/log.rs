@@ -23,12 +23,14 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         [run, "--follow"] | ["--follow", run] => (Some(*run), true),
         _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
     };
-    let run = run.map(|run| RunId::try_from(run).context(|| "find the run".into())).transpose()?;
-    let last = || Status::read(&Paths::new(name)).runs.into_iter().next().map(|run| run.id);
+    let runs: Vec<String> = Status::read(&Paths::new(name)).runs.into_iter().map(|run| run.id).collect();
+    // its beginning will do
+    let known = |word: &str| runs.iter().find(|id| id.starts_with(word)).cloned().unwrap_or(word.into());
+    let run = run.map(|run| RunId::try_from(known(run)).context(|| "find the run".into())).transpose()?;
     let unit = format!("--unit={}", service::unit(name));
     let journalctl = Program::new("journalctl").arg("--output=short-iso");
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
-    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { last() }) {
+    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { runs.first().cloned() }) {
         // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
         Some(run) => journalctl.args([
             format!("{INVOCATION}={run}"),

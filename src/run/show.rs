@@ -188,7 +188,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     }
     for run in shown.status.runs.iter().skip(1).take(EARLIER) {
         let commit = run.commit.as_deref().map(short).unwrap_or_default();
-        add("earlier", &format!("{}, {:<15}  {commit:<8}  {}", moment(run.finished), run.result.to_string(), run.id));
+        add("earlier", &format!("{}, {:<15}  {commit:<8}  {}", moment(run.finished), run.result.to_string(), short(&run.id)));
     }
     lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
     lines.join("\n") + "\n"
