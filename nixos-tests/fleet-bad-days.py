@@ -321,7 +321,7 @@ with subtest("the hub's host key is another one: refused, said, nothing fetched,
     wait_until_idle(web, "deliver")
     beat = heartbeat()
     use_host_key(hub, "other")
-    refuses("Host key verification failed")
+    refuses("Host key verification failed; hub.hostKey here is not the key of the hub")
     assert heartbeat() == beat
     use_host_key(hub, "host-key")
     assert run(web, "fleet")["release"]["id"] == release

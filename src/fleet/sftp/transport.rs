@@ -20,6 +20,11 @@ use crate::text;
 const PACKET: u32 = 256 * 1024;
 /// How much ssh may complain about.
 const COMPLAINT: u64 = 64 * 1024;
+/// What ssh says where one does not know the other, and where to look.
+const REFUSED: [(&str, &str); 2] = [
+    ("Host key verification failed", "hub.hostKey here is not the key of the hub"),
+    ("Permission denied", "hub.hosts there does not have the key of this host"),
+];
 
 /// A connection.
 pub struct Transport {
@@ -156,9 +161,10 @@ impl Transport {
             (ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe, ..) => "connection closed".into(),
             _ => error.to_string(),
         };
-        let error = Error::new(format!("Failed to talk to the hub at {}: {why}", self.server)).with_tail(said.clone());
+        let refused = REFUSED.iter().find(|(words, _)| said.iter().any(|line| line.contains(words)));
+        let why = refused.map_or(why.clone(), |(_, see)| format!("{why}; {see}"));
+        let error = Error::new(format!("Failed to talk to the hub at {}: {why}", self.server)).with_tail(said);
         // anything else may be gone another time
-        let refused = ["Host key verification failed", "Permission denied"];
-        if said.iter().any(|line| refused.iter().any(|words| line.contains(words))) { error } else { error.transient() }
+        if refused.is_some() { error } else { error.transient() }
     }
 }
