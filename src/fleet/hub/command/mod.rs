@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use ::nix::sys::stat::{Mode, umask};
 
 use crate::error::{Context, Error, OrLog, Result};
+use crate::fleet::SMALL;
 use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
@@ -156,7 +157,13 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let place = named.map(|named| here.join(named)).or_else(|| find(&here).map(Path::to_owned));
     // who only collects may do so before there is one
     let place = place.filter(|place| arguments.words != ["collect"] || place.join("fleet.json").exists());
-    let settings = place.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+    let settings = match &place {
+        // nothing is run or signed then, and hosts are heard whatever becomes of that file
+        Some(place) if arguments.words == ["collect"] => {
+            files::read_foreign_json(&place.join("fleet.json"), SMALL).or_warn().unwrap_or_default()
+        }
+        place => place.as_deref().map(Settings::read).transpose()?.unwrap_or_default(),
+    };
     let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
     let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
     let words = fleet.settings.expand(&arguments.words)?;
