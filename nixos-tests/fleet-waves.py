@@ -110,7 +110,7 @@ with subtest("all is signed at once, and offered wave by wave, when the hosts be
     assert json.loads(hub.succeed(ASK))["hosts"]["plain"]["wave"] == 3
     shown = json.loads(hub.succeed(f"cat {DIRECTORY}/rollout/plan.json"))
     signed = {host["host"]: host["release"]["sequence"] for host in shown["hosts"]}
-    assert (seen := stands()) == f"roll-out of {commit[:12]}: wave 1 of 3: 0 of 1 healthy, 1 silent or held", seen
+    assert (seen := stands()) == f"roll-out of {commit[:12]}: wave 1 of 3: 0 of 1 healthy, 1 silent or held; ekiben fleet resume, to go on without", seen
     assert poll(db)["result"] == "deployed"
     collect()
     assert "wave 1 of 3: 1 of 1 healthy" in (seen := stands()) and "soaks until" in seen, seen
@@ -293,6 +293,31 @@ with subtest("a canary that does not build, or of which nothing is known, is no 
     follow_all()
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
 
+with subtest("a wave of which no host is well, or that has lost a release, waits until somebody says so, and then no longer"):
+    before = numbers()
+    push("nobody is there")
+    hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
+    collect()
+    assert "0 of 1 healthy, 1 silent or held; ekiben fleet resume, to go on without" in (seen := stands()) and renewed(before) == {"db"}, seen
+    # the end of a hold says nothing of that
+    hub.succeed(fleet("hold"), fleet("resume"))
+    collect()
+    assert renewed(before) == {"db"}, stands()
+    hub.succeed(fleet("resume"), f"cd {DIRECTORY}/hosts/web/release; rm *.next; touch -d '2 minutes ago' .")
+    collect()
+    assert "stopped in wave 2: web can get its release no more: deploy again" in (seen := stands()) and renewed(before) == {"db"}, seen
+    hub.succeed(fleet("resume"))
+    collect()
+    assert renewed(before) == {"db", "plain"}, stands()
+    content = push("all is there")
+    follow_all()
+    assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+
+with subtest("settings that cannot be read keep nobody from being heard"):
+    hub.succeed("mv /srv/fleet/fleet.json /root; echo '{' > /srv/fleet/fleet.json; rm -r /var/lib/ekiben-hub-metrics/*")
+    collect()
+    hub.succeed("grep -q ekiben_host_well /var/lib/ekiben-hub-metrics/fleet.prom; mv /root/fleet.json /srv/fleet/fleet.json")
+
 with subtest("hosts can be held, and the roll-out itself"):
     before = numbers()
     assert "held by deploy: audit" in hub.succeed(fleet("hold --reason audit web"))
@@ -333,6 +358,14 @@ with subtest("abort has all who got the new release go back to what they ran bef
         assert "Failed to sign with /home/deploy/signer" in said, said
     hub.succeed("chmod 600 /home/deploy/signer")
     assert (numbers(), stands(), hub.succeed(f"cat {DIRECTORY}/rollout/*.json")) == (new, stood, known)
+    # what is only renewed meanwhile, in another plan or by hand, is what they have got all the same
+    for lasts, command in ((3600, "deploy --waves"), (86400, "deploy db web")):
+        write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"expiresAfter": lasts, "waves": [{"hosts": ["db"]}, {"hosts": ["web"], "soak": 3600}]}))
+        assert hub.succeed(fleet(command)).count("renewed") >= 2 and all(numbers()[name] > new[name] for name in ("db", "web")), stands()
+        new = numbers()
+    # who names hosts for waves leaves out the others
+    assert "a roll-out is under way" in hub.fail(fleet("deploy --waves web"))
+    write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
     said = hub.succeed(fleet("abort"))
     assert f"{before['web']} again" in said and "plain" not in said.replace("plain: release", ""), said
     after = numbers()

@@ -14,6 +14,8 @@ use crate::system::seconds;
 pub enum Health {
     /// It has not been offered it.
     Waits,
+    /// Nor can it be: it is gone.
+    Lost,
     /// It has not tried it yet.
     Pending,
     /// It has been silent since before, or somebody there has it held.
@@ -60,7 +62,10 @@ pub fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> 
         // by a clock that was ahead: nobody knows when
         let changed = changed.map(|changed| if changed > now { SystemTime::UNIX_EPOCH } else { changed });
         let offered = manifest.as_ref().zip(changed);
-        let health = health(member, offered, heard.as_ref(), now);
+        let health = match health(member, offered, heard.as_ref(), now) {
+            Health::Waits if hub.has_lost(host, &member.release) => Health::Lost,
+            health => health,
+        };
         Ok((member, health, heard.map_or(0, |(_, arrived)| seconds(arrived)), offered.map_or(0, |(_, changed)| seconds(changed))))
     };
     let mut all = Vec::new();

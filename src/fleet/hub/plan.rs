@@ -139,9 +139,10 @@ impl Plan {
         self.held.push((host.cloned(), hold));
     }
 
-    /// What tells its last stop from others.
+    /// What tells its last stop from others, or, if it is not stopped, where it stands.
     pub fn stop(&self) -> String {
-        format!("{} {}", self.id, self.stops)
+        let stop = format!("{} {}", self.id, self.stops);
+        if self.stopped.is_some() { stop } else { format!("{stop} {}", self.wave) }
     }
 
     /// The one that there is; what is no plan is none.

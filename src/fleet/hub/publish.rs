@@ -303,15 +303,18 @@ impl<'a> Standing<'a> {
         files::write(&place, &contents, 0o644).doing("write", &place)?;
         let release = manifest.release.clone();
         // what contains nothing new can do no harm
-        let (verb, sees) = if self.manner.waves && what.is_empty() {
+        let (verb, member) = if self.manner.waves && what.is_empty() {
             self.hub.stage(&manifest, &signed(&manifest, self.manner.key)?)?;
-            ("signed", self.sees().cloned())
+            ("signed", self.member(release, self.sees().cloned()))
         } else {
             self.publish(&manifest)?;
-            ("published", Some(release.clone()))
+            // what it had before that was planned is what it goes back to
+            let planned = self.manner.plan.as_ref().and_then(|plan| plan.get(self.host));
+            let planned = planned.filter(|planned| planned.is_new() && planned.release.id == release.id);
+            let member = planned.cloned().unwrap_or_else(|| self.member(release.clone(), Some(release.clone())));
+            ("published", Member { release, ..member })
         };
-        let said = format!("release {} {verb}{what}", release.sequence);
-        Ok(Placed { member: Some(self.member(release, sees)), new: true, said })
+        Ok(Placed { said: format!("release {} {verb}{what}", member.release.sequence), member: Some(member), new: true })
     }
 
     /// Signs a manifest, and puts it in the place of the old one.

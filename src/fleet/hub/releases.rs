@@ -21,6 +21,8 @@ use crate::{files, json, text};
 const MANIFEST: &str = "manifest.json";
 /// For how long a file that nothing refers to may be about to be.
 const ON_ITS_WAY: Duration = Duration::from_secs(3600);
+/// For how long somebody may be about to replace what is to follow.
+const AT_WORK: Duration = Duration::from_secs(60);
 
 impl ServedDirectory {
     /// Has hosts see a new release: its archive, which is beside `old`, and then its manifest; what was to follow does no more.
@@ -52,6 +54,18 @@ impl ServedDirectory {
         manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
     }
 
+    /// Whether all is there for that.
+    fn can_follow(&self, host: &HostName, release: &Release) -> bool {
+        self.staged(host, release).is_some_and(|(manifest, _)| self.has_archive(&manifest, false))
+    }
+
+    /// Whether something of what was put there is gone, and nobody is at work there.
+    pub fn has_lost(&self, host: &HostName, release: &Release) -> bool {
+        let changed = self.release(host).metadata().and_then(|metadata| metadata.modified());
+        let age = changed.map(|changed| changed.elapsed().unwrap_or_else(|error| error.duration()));
+        !self.is_elsewhere() && !self.can_follow(host, release) && age.is_ok_and(|age| age > AT_WORK)
+    }
+
     /// Has hosts see what was put there, if they see `before` now. Returns whether they do see it.
     pub fn follow(&self, host: &HostName, release: &Release, before: Option<&Release>) -> Result<bool> {
         let sees = self.valid_manifest(host)?.map(|(manifest, _)| manifest.release);
@@ -59,8 +73,7 @@ impl ServedDirectory {
             return Ok(true);
         }
         let is_later = before.is_none_or(|before| before.sequence < release.sequence);
-        let staged = self.staged(host, release).filter(|(manifest, _)| self.has_archive(manifest, false));
-        if sees.as_ref() != before || !is_later || staged.is_none() {
+        if sees.as_ref() != before || !is_later || !self.can_follow(host, release) {
             return Ok(false);
         }
         let (place, path) = (self.release(host), self.release(host).join(MANIFEST));

@@ -89,9 +89,9 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
     if progress.done {
         return Vec::new();
     }
-    let mut is_resumed = progress.stopped.is_some() && holds.resumed.as_ref() == Some(&progress.stop());
-    if is_resumed {
-        progress.stopped = None;
+    let mut is_resumed = false;
+    if holds.resumed.as_ref() == Some(&progress.stop()) {
+        is_resumed = progress.stopped.take().is_some();
         progress.waived = progress.wave + 1;
     }
     loop {
@@ -118,6 +118,7 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
             };
             match health {
                 Health::Failed(state) => fails(format!("is {state}")),
+                Health::Lost => fails("can get its release no more: deploy again".into()),
                 Health::Gone if !has_soaked => fails("has been silent since it has got the release".into()),
                 Health::Well | Health::Gone if has_soaked => well += usize::from(wave == current),
                 Health::Silent if !plan.waves[wave].wait_for_silent => {}
@@ -226,7 +227,9 @@ impl Rollout {
                 let silent = if silent > 0 { format!(", {silent} silent or held") } else { String::new() };
                 let soaks = ready.filter(|ready| *ready > now() && count(&[Health::Waits, Health::Pending]) == 0);
                 let soaks = soaks.map_or(String::new(), |ready| format!("; soaks until {}", moment(ready)));
-                format!("wave {} of {all}: {well} of {} healthy{silent}{soaks}", wave + 1, ours().count())
+                let is_stuck = well == 0 && progress.waived <= wave && count(&[Health::Waits, Health::Pending]) == 0;
+                let go_on = if is_stuck { "; ekiben fleet resume, to go on without" } else { "" };
+                format!("wave {} of {all}: {well} of {} healthy{silent}{soaks}{go_on}", wave + 1, ours().count())
             }
         };
         let origin = plan.origin.short();
@@ -290,7 +293,7 @@ mod tests {
         }
     }
 
-    use Health::{Failed, Gone, Out, Pending, Silent, Waits, Well};
+    use Health::{Failed, Gone, Lost, Out, Pending, Silent, Waits, Well};
     use HostState::RolledBack;
 
     #[test]
@@ -360,6 +363,20 @@ mod tests {
         // somebody has published something else for one, and another could not be built
         let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
         assert_eq!(story.step(&[("a", Out, 5), ("c", Waits, 5)]), "");
+        // that counts for the wave that it was said of
+        for (said, next) in [("x 0 1", ""), ("x 0", ""), ("x 0 0", "c")] {
+            let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+            story.holds.resumed = Some(said.into());
+            assert_eq!(story.step(&[("a", Silent, 5), ("c", Waits, 5)]), next);
+            story.step(&[("a", Failed(RolledBack), 5), ("c", Silent, 5)]);
+            assert!(story.stopped().contains("a is rolled back") && !story.progress.done);
+        }
+        // what is to follow is gone
+        let mut gone = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+        assert_eq!(gone.step(&[("a", Lost, 5), ("c", Waits, 5)]), "");
+        assert_eq!(gone.stopped(), "wave 1: a can get its release no more: deploy again");
+        gone.holds.resumed = Some("x 1".into());
+        assert_eq!(gone.step(&[("a", Lost, 5), ("c", Waits, 5)]), "c");
         story.plan.hosts.remove(0);
         assert_eq!(story.step(&[("c", Waits, 5)]), "");
         assert_eq!(story.stopped(), "wave 1: none of its hosts could be published");

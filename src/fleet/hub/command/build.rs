@@ -61,6 +61,9 @@ impl Fleet<'_> {
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let manner = self.manner(repository.commit())?;
+        if manner.waves && !wanted.is_empty() && self.rollout().is_ok() {
+            return Err("a roll-out is under way, also of others; name no hosts").context(|| "publish in waves".into());
+        }
         let waves = manner.waves.then(|| self.waves(&hosts, !found || !wanted.is_empty())).transpose()?;
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();

@@ -36,12 +36,14 @@ impl Fleet<'_> {
         self.change(wanted, &hold, &|_, _| how.clone())
     }
 
-    /// Ends that; has a roll-out that was stopped go on, whoever has failed until now.
+    /// Ends that; has a roll-out that was stopped go on, whoever has failed until now, and one that was not also without a
+    /// host of this wave that is well.
     pub(super) fn resume(&self, wanted: &[&str]) -> Result<ExitCode> {
         let over = Hold { since: 0, until: 0, by: String::new(), reason: String::new() };
         self.change(wanted, &over, &|holds, rollout| {
-            holds.resumed =
-                rollout.filter(|rollout| rollout.stopped().is_some()).map(|rollout| rollout.progress.stop()).or(holds.resumed.take());
+            // to end a hold is no word on hosts
+            let meant = rollout.filter(|rollout| rollout.stopped().is_some() || rollout.holds.of(None).is_none());
+            holds.resumed = meant.map(|rollout| rollout.progress.stop()).or(holds.resumed.take());
             "goes on".into()
         })
     }
@@ -65,7 +67,7 @@ impl Fleet<'_> {
         print(&lines.concat())
     }
 
-    fn rollout(&self) -> Result<Rollout> {
+    pub(super) fn rollout(&self) -> Result<Rollout> {
         let rollout = Rollout::read(&self.hub)?.filter(|rollout| !rollout.is_over());
         rollout.ok_or_else(|| Error::new("Failed to find a roll-out: none is under way; name hosts, or see ekiben fleet deploy --waves"))
     }
@@ -81,8 +83,9 @@ impl Fleet<'_> {
         Plan::change_holds(&self.hub, |holds| holds.put(None, hold))?;
         let mut well = true;
         for member in &plan.hosts {
-            let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release);
-            if sees.as_ref() == Some(&member.release) && member.is_new() {
+            // by whatever number: it may have been renewed since
+            let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release.id);
+            if sees.as_ref() == Some(&member.release.id) && member.is_new() {
                 well &= self.publish_again(&member.host, member.good, &manner)?;
             }
         }
