@@ -51,7 +51,12 @@ pub fn put(path: &Path, contents: &[u8], mode: u32) -> Result<()> {
     if is_there { Ok(()) } else { write(path, contents, mode).doing("write", path) }
 }
 
-/// The same for a value, as JSON. The error says which file.
+/// The same for a value, as JSON.
+pub fn put_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> {
+    put(path, &serde_json::to_vec_pretty(value).doing("write", path)?, mode)
+}
+
+/// Replaces a file by one with a value, as JSON. The error says which file.
 pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> Result<()> {
     write(path, &serde_json::to_vec_pretty(value).doing("write", path)?, mode).doing("write", path)
 }
@@ -69,9 +74,9 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if_there(fs::read(path)).doing("read", path)?.map(|text| json::parse(&text).doing("read", path)).transpose()
 }
 
-/// A value that somebody else wrote, as JSON of at most `limit` bytes.
-pub fn read_foreign_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
-    json::parse(&read_foreign(path, limit).doing("read", path)?).doing("read", path)
+/// The same of one that anybody can have written, of at most `limit` bytes; its texts are made fit to show.
+pub fn read_foreign_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<T>> {
+    if_there(read_foreign(path, limit)).doing("read", path)?.map(|text| json::parse_foreign(&text).doing("read", path)).transpose()
 }
 
 /// Keeps room on the disk, to be given up for something small when the disk is full.

@@ -12,7 +12,7 @@ use crate::names::{Branch, ObjectId, RunId};
 use crate::paths::Paths;
 use crate::program::TAIL_LINES;
 use crate::run::{Failure, Release, Stage};
-use crate::{files, json};
+use crate::files;
 
 /// How many lines tell in detail what is new, or changes.
 pub const NEWS: usize = 40;
@@ -105,8 +105,7 @@ impl Notes {
     /// Reads the notes of a run as a stranger's; `None` if there are none of that run.
     pub fn read_of(paths: &Paths, run: &RunId) -> Result<Option<Self>> {
         let path = paths.notes();
-        let Some(bytes) = files::if_there(files::read_foreign(&path, LIMIT)).doing("read", &path)? else { return Ok(None) };
-        let notes: Self = json::parse_foreign(&bytes).doing("read", &path)?;
+        let Some(notes) = files::read_foreign_json::<Self>(&path, LIMIT)? else { return Ok(None) };
         let of_user = |stage: Stage| matches!(stage, Stage::Prepare | Stage::Build);
         if notes.proposal.as_ref().is_some_and(|proposal| proposal.news.len() > NEWS)
             || notes.changes.len() > NEWS + 1
@@ -128,9 +127,8 @@ impl Notes {
     /// Writes the notes.
     pub fn write(&self, paths: &Paths) -> Result<()> {
         let path = paths.notes();
-        let text = serde_json::to_vec(self).doing("write", &path)?;
         // a directory of the user's own making in its place is the user's to remove
         fs::metadata(path.parent().unwrap_or(&path)).doing("write", &path)?;
-        files::write(&path, &text, 0o600).doing("write", &path)
+        files::write_json(&path, self, 0o600)
     }
 }

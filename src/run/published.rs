@@ -2,7 +2,6 @@
 //! for all to read.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +10,7 @@ use crate::gather::gather;
 use crate::names::{HostName, RunId, Sequence};
 use crate::paths::Paths;
 use crate::run::{Failure, Release, Stage};
-use crate::{files, json, text};
+use crate::{files, text};
 
 /// More than what is said of thousands of hosts takes, in bytes.
 const LIMIT: u64 = 4 * 1024 * 1024;
@@ -94,7 +93,7 @@ impl Published {
     /// Reads what the instance's user has told of a run, as a stranger's.
     pub fn told(paths: &Paths, run: &RunId) -> Result<Self> {
         let path = paths.own("published.json");
-        let told: Self = json::parse_foreign(&files::read_foreign(&path, LIMIT).doing("read", &path)?).doing("read", &path)?;
+        let told: Self = files::read_foreign_json(&path, LIMIT)?.ok_or("it is not there").doing("read", &path)?;
         if told.run == *run { Ok(told) } else { Err("it belongs to another run").doing("read", &path) }
     }
 
@@ -106,10 +105,8 @@ impl Published {
     /// How all hosts stand with what the last run has published, by what the hub has heard since; none if the instance
     /// publishes nothing.
     pub fn standings(paths: &Paths, is_running: bool) -> Option<BTreeMap<String, HostStanding>> {
-        let read = |path: PathBuf| files::read_foreign(&path, LIMIT).ok();
-        let Self { hosts, unknown, .. } = json::parse_foreign(&read(paths.hosts())?).ok()?;
-        let heard = read(paths.heard()).and_then(|text| json::parse_foreign(&text).ok());
-        let heard: BTreeMap<HostName, HostStanding> = heard.unwrap_or_default();
+        let Self { hosts, unknown, .. } = files::read_foreign_json(&paths.hosts(), LIMIT).ok()??;
+        let heard: BTreeMap<HostName, HostStanding> = files::read_foreign_json(&paths.heard(), LIMIT).ok().flatten().unwrap_or_default();
         let standing = |name: &HostName, host: &Offered| {
             let release = host.release.as_ref().map(|release| release.sequence);
             // that is of a later one, where somebody has published since

@@ -41,7 +41,7 @@ struct Entry {
 /// Unpacks an archive into a directory, which is recreated. Fails, and leaves nothing, if there is
 /// anything in the archive but files and directories with names that stay below it.
 pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
-    make_anew(directory)?;
+    files::make_directory(directory).doing("create", directory)?;
     let unpacked = read(archive, |_, _| Ok(())).and_then(|_| read(archive, |entry, contents| write(directory, entry, contents)));
     let unpacked = unpacked.and_then(|names| {
         // last, since what is made in a directory changes its time
@@ -53,11 +53,6 @@ pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
         files::clear(directory).context(|| doing(archive))?;
     }
     unpacked
-}
-
-/// Makes an empty directory, in the place of what is there.
-pub fn make_anew(directory: &Path) -> Result<()> {
-    files::clear(directory).and_then(|()| fs::create_dir_all(directory)).doing("create", directory)
 }
 
 fn doing(archive: &Path) -> String {

@@ -54,7 +54,7 @@ pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, h
     waiting.retain(|run| !received.reports.contains(run));
     // who has sent nothing need not ask what has arrived
     if !keeps && !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
-        received = files::read_foreign_json(&file, SMALL)?;
+        received = files::read_foreign_json(&file, SMALL)?.unwrap_or_default();
         files::write_json(&known, &received, 0o644)?;
         waiting.retain(|run| !received.reports.contains(run));
     }

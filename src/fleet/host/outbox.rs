@@ -13,7 +13,6 @@ use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::{FORMAT, Received, Report, SMALL};
 use crate::gather::{gather, sorted};
-use crate::json;
 use crate::names::RunId;
 use crate::paths::Paths;
 use crate::program::Program;
@@ -65,8 +64,7 @@ pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
 /// whatever else is no report.
 fn tidy(paths: &Paths) -> Result<()> {
     let doing = || format!("clean up {}", paths.outbox().display());
-    let received = files::read_foreign(&paths.own("received.json"), SMALL).ok();
-    let received: Received = received.and_then(|text| json::parse(&text).ok()).unwrap_or_default();
+    let received: Received = files::read_foreign_json(&paths.own("received.json"), SMALL).ok().flatten().unwrap_or_default();
     let mut kept = waiting(paths)?;
     kept.retain(|run| !received.reports.contains(run));
     kept.drain(..kept.len().saturating_sub(MOST));

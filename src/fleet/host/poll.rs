@@ -81,9 +81,8 @@ pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
     let scratch = peers::scratch(paths)?;
     let mut peers = Peers::open(paths, hub, scratch.path(), LOOK, &fetched(hub))?;
     fetch_files(&mut peers, paths, hub, scratch.path())?;
-    let file = scratch.path().join("manifest.json");
-    peers.releases()?.get(MANIFEST, &file, SMALL)?;
-    let expires = known(paths, instance, hub, &file)?.expires;
+    let manifest = fetch_manifest(peers.releases()?, hub, scratch.path())?;
+    let expires = known(paths, instance, hub, &manifest)?.expires;
     deliver_by(&mut peers, paths, hub, scratch.path(), &Heartbeat { expires, ..heartbeat::now(paths, hub, true) })?;
     peers.close()
 }
@@ -123,7 +122,7 @@ fn known(paths: &Paths, instance: &Instance, hub: &Hub, file: &Path) -> Result<M
 }
 
 fn as_accepted(manifest: &[u8], hub: &Hub) -> Result<Vec<u8>> {
-    Ok([manifest, &serde_json::to_vec(hub).context(|| "write the settings".into())?].concat())
+    Ok([manifest, &serde_json::to_vec_pretty(hub).context(|| "write the settings".into())?].concat())
 }
 
 /// Takes what the hub offers; what is refused of it is noted, whatever it is refused for.
@@ -135,10 +134,9 @@ fn take(
     repository: &Repository,
     scratch: &Path,
 ) -> Result<(Manifest, String)> {
-    let file = scratch.join("manifest.json");
     let current = release::of(repository, &repository.head)?;
     let committed = current.as_ref().map(|manifest| manifest.release.clone());
-    fetch_manifest(place, hub, &file)?;
+    let file = fetch_manifest(place, hub, scratch)?;
     let accept = || {
         let manifest = read_manifest(&file, hub, scratch)?;
         let release = &manifest.release;
@@ -235,7 +233,7 @@ fn fetch_archive(place: &mut dyn Place, manifest: &Manifest, tarball: &Path) -> 
 /// Reads a manifest that somebody else wrote.
 fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
-    let signed: Signed = files::read_foreign_json(place, SMALL)?;
+    let signed: Signed = json::parse(&files::read_foreign(place, SMALL).context(doing)?).context(doing)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.ok_or("not signed").context(doing)?;
         let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));
@@ -270,9 +268,8 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     let scratch = peers::scratch(&paths)?;
     let offered = || {
         let mut peers = Peers::of_releases(&paths, hub, scratch.path(), REACH, &[MANIFEST])?;
-        let file = scratch.path().join("manifest.json");
-        fetch_manifest(peers.releases()?, hub, &file)?;
-        read_manifest(&file, hub, scratch.path())?;
+        let manifest = fetch_manifest(peers.releases()?, hub, scratch.path())?;
+        read_manifest(&manifest, hub, scratch.path())?;
         peers.close()
     };
     match offered() {
@@ -283,9 +280,11 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
 }
 
-fn fetch_manifest(place: &mut dyn Place, hub: &Hub, file: &Path) -> Result<()> {
-    if place.get(MANIFEST, file, SMALL)? {
-        return Ok(());
+/// Fetches the manifest into a file of `directory`, which it returns.
+fn fetch_manifest(place: &mut dyn Place, hub: &Hub, directory: &Path) -> Result<PathBuf> {
+    let file = directory.join("manifest.json");
+    if place.get(MANIFEST, &file, SMALL)? {
+        return Ok(file);
     }
     Err(Error::new(format!("Failed to fetch a release: the hub has none for {} yet", hub.name)))
 }

@@ -5,7 +5,6 @@ use std::path::Path;
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Manifest;
-use crate::fleet::archive::unpack::make_anew;
 use crate::git::Repository;
 use crate::json;
 use crate::nix::Source;
@@ -36,7 +35,7 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, only: bool
             result => return result,
         }
     }
-    make_anew(directory)?;
+    files::make_directory(directory).doing("create", directory)?;
     repository.export(commit, directory)?;
     let result = match &manifest.attr {
         Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),

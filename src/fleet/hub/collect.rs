@@ -245,9 +245,7 @@ fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
 
 /// Tells the host which reports have arrived. Others may write there, too: it is put right each time.
 fn acknowledge(hub: &ServedDirectory, host: &HostName, index: &Received) -> Result<()> {
-    let path = hub.acknowledged(host);
-    let contents = serde_json::to_vec_pretty(index).doing("write", &path)?;
-    if index.reports.is_empty() { Ok(()) } else { files::put(&path, &contents, 0o644) }
+    if index.reports.is_empty() { Ok(()) } else { files::put_json(&hub.acknowledged(host), index, 0o644) }
 }
 
 #[cfg(test)]

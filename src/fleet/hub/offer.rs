@@ -41,8 +41,7 @@ pub fn serve(hub: &Offers) -> Result<()> {
             one(&host, &BTreeMap::new());
         }
     }
-    let known = serde_json::to_vec(&hub.files.keys().collect::<Vec<_>>()).doing("write", Path::new(KNOWN))?;
-    files::put(&hosts.join(KNOWN), &known, 0o644)?;
+    files::put_json(&hosts.join(KNOWN), &hub.files.keys().collect::<Vec<_>>(), 0o644)?;
     put_aside(&hosts, |host| hub.files.contains_key(host), now())?;
     if failed == 0 { Ok(()) } else { Err(Error::new(format!("Failed to serve files to {failed} hosts"))) }
 }
@@ -59,8 +58,7 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
         let (path, mode, owner, group) = (path.clone(), *mode, owner.clone(), group.clone());
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
     }
-    let text = serde_json::to_vec_pretty(&index).context(|| "write an index".into())?;
-    files::put(&directory.join(INDEX), &text, MODE)?;
+    files::put_json(&directory.join(INDEX), &index, MODE)?;
     for entry in fs::read_dir(&directory).doing("read", &directory)?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name != INDEX && index.iter().all(|served| *served.file != *name) {
@@ -91,8 +89,7 @@ fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Re
         }
         removed.insert(host.to_string(), when);
     }
-    let text = serde_json::to_vec(&removed).doing("write", Path::new(REMOVED))?;
-    files::put(&hosts.join(REMOVED), &text, 0o644)
+    files::put_json(&hosts.join(REMOVED), &removed, 0o644)
 }
 
 #[cfg(test)]
@@ -122,7 +119,7 @@ mod tests {
         assert_eq!(removed(), "{}");
         at("b", 1000);
         at("b", 1000 + GRACE - 1);
-        assert_eq!(removed(), format!("{{\"a\":{}}}", 1000 + GRACE));
+        assert_eq!(removed(), format!("{{\n  \"a\": {}\n}}", 1000 + GRACE));
         // it is there again
         at("ab", 1000 + GRACE);
         at("b", 5000 + GRACE);
@@ -131,7 +128,7 @@ mod tests {
         for odd in [format!("{{\"a\":{}}}", u64::MAX), "x".into()] {
             fs::write(hosts.join(REMOVED), odd).unwrap();
             at("b", 1000);
-            assert_eq!(removed(), format!("{{\"a\":{}}}", 1000 + GRACE));
+            assert_eq!(removed(), format!("{{\n  \"a\": {}\n}}", 1000 + GRACE));
         }
         at("b", 1000 + GRACE);
         assert!(!hosts.join("a").exists() && hosts.join("b").exists() && hosts.join("file").exists());
@@ -161,7 +158,7 @@ mod tests {
         assert_eq!(fs::read_to_string(directory.join("hosts/a/files").join(&first[0].file)).unwrap(), "1");
         assert!(index(directory, "b").is_empty() && index(directory, "gone").is_empty());
         assert!(!directory.join("hosts/gone/files/secret").exists());
-        assert_eq!(fs::read_to_string(directory.join("hosts/known.json")).unwrap(), r#"["a","b"]"#);
+        assert_eq!(fs::read_to_string(directory.join("hosts/known.json")).unwrap(), "[\n  \"a\",\n  \"b\"\n]");
 
         // a source that is not there: all stays as it was, and the other host is served
         fs::write(directory.join("two"), "2").unwrap();

@@ -15,7 +15,7 @@ use crate::names::{HostName, Sequence};
 use crate::run::Release;
 use crate::run::hold::{Hold, moment};
 use crate::system::{self, now};
-use crate::{files, json, text};
+use crate::{files, text};
 
 /// Until when a hold is in force that has no end.
 pub const OPEN: u64 = u64::MAX;
@@ -96,11 +96,7 @@ impl Plan {
 
     /// Reads one of the files; an empty one if it is not there.
     pub fn read_from(path: &Path) -> Result<Self> {
-        let doing = || format!("read {}", path.display());
-        if !path.exists() {
-            return Ok(Self::default());
-        }
-        json::parse_foreign(&files::read_foreign(path, LARGE).context(doing)?).context(doing)
+        Ok(files::read_foreign_json(path, LARGE)?.unwrap_or_default())
     }
 
     /// What is held; fails if that cannot be read, since something may be.

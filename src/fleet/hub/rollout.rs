@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 
 use crate::config::Wave;
-use crate::error::{Context, Result};
+use crate::error::Result;
 use crate::fleet::Provenance;
 use crate::fleet::hub::health::{Health, Seen, seen};
 use crate::fleet::hub::history;
@@ -166,18 +166,13 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
     let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
     // of what is over, no host need be looked at
     let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
-    let text = |progress: &Headway| serde_json::to_vec_pretty(progress).context(|| "write how far the roll-out has come".into());
-    let (before, was_stopped) = (text(&progress)?, progress.stopped.is_some());
+    let was_stopped = progress.stopped.is_some();
     let seen = seen(hub, &plan)?;
     let next = step(&plan, &holds, &mut progress, &seen);
-    let after = text(&progress)?;
-    if after != before {
-        if let Some(why) = progress.stopped.as_ref().filter(|_| !was_stopped) {
-            log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
-        }
-        let path = Rollout::file(hub);
-        files::write(&path, &after, 0o644).doing("write", &path)?;
+    if let Some(why) = progress.stopped.as_ref().filter(|_| !was_stopped) {
+        log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
     }
+    files::put_json(&Rollout::file(hub), &progress, 0o644)?;
     next.into_iter().try_for_each(|member| offer(hub, &plan, member))
 }
 

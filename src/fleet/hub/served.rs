@@ -25,7 +25,7 @@ use crate::fleet::hub::remote::{Elsewhere, SCHEME};
 use crate::fleet::{Heartbeat, KNOWN, LARGE, REMOVED, ROLLOUT, Received, SMALL};
 use crate::gather::sorted;
 use crate::names::HostName;
-use crate::{files, json};
+use crate::files;
 
 const RECEIVED: &str = "received.json";
 
@@ -118,14 +118,12 @@ impl ServedDirectory {
 
     /// Those of them that have a key; `None` if nobody says.
     pub fn known(&self) -> Option<BTreeSet<HostName>> {
-        let said = files::read_foreign(&self.directory.join("hosts").join(KNOWN), LARGE).ok()?;
-        json::parse_foreign(&said).ok()
+        files::read_foreign_json(&self.directory.join("hosts").join(KNOWN), LARGE).ok()?
     }
 
     /// When the hub removes what it has of those that have none, in seconds since 1970.
     pub fn removed(&self) -> BTreeMap<HostName, u64> {
-        let said = files::read_foreign(&self.directory.join("hosts").join(REMOVED), LARGE).ok();
-        said.and_then(|said| json::parse_foreign(&said).ok()).unwrap_or_default()
+        files::read_foreign_json(&self.directory.join("hosts").join(REMOVED), LARGE).ok().flatten().unwrap_or_default()
     }
 
     /// Fails unless the hub serves this host.
@@ -169,11 +167,9 @@ impl ServedDirectory {
     /// What a host said last, and when that arrived.
     pub fn heartbeat(&self, host: &HostName) -> Result<Option<Heard>> {
         let path = self.received(host).join("heartbeat.json");
-        let doing = || format!("read {}", path.display());
-        let Some(text) = files::if_there(files::read_foreign(&path, SMALL)).context(doing)? else { return Ok(None) };
-        let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).context(doing)?;
-        let heartbeat: Heartbeat = json::parse_foreign(&text).context(doing)?;
-        if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").context(doing) }
+        let Some(heartbeat) = files::read_foreign_json::<Heartbeat>(&path, SMALL)? else { return Ok(None) };
+        let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).doing("read", &path)?;
+        if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").doing("read", &path) }
     }
 
     /// The file that tells a host which of its reports have arrived; publishers may write there.
@@ -188,10 +184,7 @@ impl ServedDirectory {
 
     /// These reports, the newest last.
     pub fn index(&self, host: &HostName) -> Result<Received> {
-        let path = self.index_file(host);
-        let doing = || format!("read {}", path.display());
-        let text = files::if_there(files::read_foreign(&path, SMALL)).context(doing)?;
-        Ok(text.map(|text| json::parse_foreign(&text)).transpose().context(doing)?.unwrap_or_default())
+        Ok(files::read_foreign_json(&self.index_file(host), SMALL)?.unwrap_or_default())
     }
 
     /// The turn of who publishes, if nobody has it.

@@ -39,11 +39,10 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
         all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived: seconds(arrived) });
     }
     let path = collected.join("all.json");
-    let doing = || format!("write {}", path.display());
-    let new = serde_json::to_vec(&all).context(doing)?;
-    let is_same = fs::read(&path).is_ok_and(|known| known == new);
-    let touch = || File::options().append(true).open(&path)?.set_modified(SystemTime::now());
-    if is_same { touch() } else { files::write(&path, &new, 0o644) }.context(doing)
+    files::put_json(&path, &all, 0o644)?;
+    // that nothing has changed is news, too
+    let file = File::options().append(true).open(&path);
+    file.and_then(|file| file.set_modified(SystemTime::now())).doing("write", &path)
 }
 
 /// Puts what the hub has told by that file into `place`, in the hub's paths. Returns which hosts that is all of: not one for

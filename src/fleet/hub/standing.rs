@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use crate::error::{Context, OrLog, Result};
+use crate::error::{OrLog, Result};
 use crate::files;
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::plan::{Holds, Plan};
@@ -24,8 +24,7 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
         // what cannot be read hides no other host
         all.extend(look(hub, &host, rollout.as_ref(), &holds).or_warn().flatten().map(|standing| (host, standing)));
     }
-    let text = serde_json::to_vec_pretty(&all).doing("write", &file)?;
-    files::put(&file, &text, 0o644)
+    files::put_json(&file, &all, 0o644)
 }
 
 fn look(hub: &ServedDirectory, host: &HostName, rollout: Option<&Rollout>, holds: &Holds) -> Result<Option<HostStanding>> {

@@ -118,7 +118,7 @@ impl FleetRepository {
             // what there is something to say of is said each time
             if is_plain && now.is_some() && stamp() == now {
                 // a part of it is as good as none
-                let text = serde_json::to_vec(&(now, &sha256, size)).unwrap_or_default();
+                let text = serde_json::to_vec_pretty(&(now, &sha256, size)).unwrap_or_default();
                 fs::write(&known, text).doing("write", &known)?;
             }
             (sha256, size)
