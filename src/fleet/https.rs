@@ -108,13 +108,8 @@ impl Place for Store {
                 files::clear(local).context(doing)?;
                 self.get(remote, local, limit)
             }
-            200 | 206 if local.exists() => {
-                if is_manifest {
-                    self.keep(local, &new).context(doing).map(|()| true)
-                } else {
-                    Ok(true)
-                }
-            }
+            200 | 206 if is_manifest && local.exists() => self.keep(local, &new).context(doing).map(|()| true),
+            200 | 206 if local.exists() => Ok(true),
             status => Err(unexpected(status)).context(doing),
         }
     }

@@ -38,9 +38,14 @@ mod sftp;
 mod sha256;
 mod temporary;
 
+use std::fs;
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
-use crate::json;
+use crate::error::{Context, Result};
+use crate::gather::sorted;
+use crate::json::{self, Invalid};
 use crate::names::{Account, FilePath, HostName, Mode, ObjectId, RunId, Sha256, StorePath};
 use crate::run::Stage;
 use crate::run::ended::Ended;
@@ -70,6 +75,13 @@ pub struct Signed {
     pub manifest: String,
     /// By one of the fleet's administrators; what `ssh-keygen -Y sign` wrote.
     pub signature: Option<String>,
+}
+
+impl Signed {
+    /// What it says.
+    pub fn read(&self) -> Result<Manifest, Invalid> {
+        json::parse_foreign(self.manifest.as_bytes())
+    }
 }
 
 /// What the hub offers a host.
@@ -222,6 +234,22 @@ pub struct Report {
     /// The run, and the release that it was about.
     #[serde(flatten, deserialize_with = "json::flat")]
     pub run: Ended,
+}
+
+/// The runs of which there are reports in a directory, by the times of these, the oldest first.
+pub fn reports_in(directory: &Path) -> Result<Vec<RunId>> {
+    let doing = || format!("read {}", directory.display());
+    let mut runs = Vec::new();
+    for file in fs::read_dir(directory).context(doing)? {
+        let file = file.context(doing)?;
+        let run = file.file_name().to_str().and_then(|name| RunId::try_from(name.strip_suffix(".json")?).ok());
+        if let (Some(run), Ok(metadata)) = (run, file.metadata()) {
+            if metadata.is_file() {
+                runs.push((metadata.modified().context(doing)?, run));
+            }
+        }
+    }
+    Ok(sorted(runs).into_iter().map(|(_, run)| run).collect())
 }
 
 /// A file that a host gets besides its configuration.

@@ -8,11 +8,11 @@ use std::fs;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, OrLog, Result};
+use crate::files;
 use crate::names::{Branch, ObjectId, RunId};
 use crate::paths::Paths;
 use crate::program::TAIL_LINES;
 use crate::run::{Failure, Release, Stage};
-use crate::files;
 
 /// How many lines tell in detail what is new, or changes.
 pub const NEWS: usize = 40;

@@ -21,17 +21,18 @@ const TOLD: &str = "heartbeat.json";
 pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
     let told = fs::read(paths.own(TOLD)).unwrap_or_default();
-    let now = serde_json::to_vec_pretty(&heartbeat::now(paths, hub, false)).context(|| "write the heartbeat".into())?;
-    if outbox::waiting(paths)?.is_empty() && told == now {
-        return Ok(());
-    }
-    send(paths, hub)
+    let is_told = outbox::waiting(paths)?.is_empty() && told == text(&heartbeat::now(paths, hub, false))?;
+    if is_told { Ok(()) } else { send(paths, hub) }
 }
 
 /// Tells the hub how the instance is where a run fetches nothing since there is a hold: it is not silent.
 pub fn tell(paths: &Paths, instance: &Instance) {
     // where that fails, the next poll tells, and no run has failed
     instance.hub.as_ref().map_or(Ok(()), |hub| send(paths, hub)).or_warn();
+}
+
+fn text(heartbeat: &Heartbeat) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())
 }
 
 /// Opens a session for a heartbeat and the reports that wait.
@@ -68,8 +69,7 @@ pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, h
         files::write_json(&known, &received, 0o644)?;
     }
     let beat = scratch.join(TOLD);
-    let text = serde_json::to_vec_pretty(heartbeat).context(|| "write the heartbeat".into())?;
-    fs::write(&beat, text).doing("write", &beat)?;
+    fs::write(&beat, text(heartbeat)?).doing("write", &beat)?;
     send(&beat)?;
     fs::rename(&beat, paths.own(TOLD)).doing("write", &paths.own(TOLD))?;
     reports.into_iter().collect()

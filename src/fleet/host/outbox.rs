@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use crate::config::Hub;
 use crate::error::{Context, OrLog, Result};
 use crate::files;
-use crate::fleet::{FORMAT, Received, Report, SMALL};
-use crate::gather::{gather, sorted};
+use crate::fleet::{FORMAT, Received, Report, SMALL, reports_in};
+use crate::gather::gather;
 use crate::names::RunId;
 use crate::paths::Paths;
 use crate::program::Program;
@@ -82,19 +82,7 @@ fn tidy(paths: &Paths) -> Result<()> {
 
 /// The runs whose reports wait, the oldest first.
 pub fn waiting(paths: &Paths) -> Result<Vec<RunId>> {
-    let directory = paths.outbox();
-    let doing = || format!("read {}", directory.display());
-    let mut runs = Vec::new();
-    for file in fs::read_dir(&directory).context(doing)? {
-        let file = file.context(doing)?;
-        let run = file.file_name().to_str().and_then(|name| RunId::try_from(name.strip_suffix(".json")?).ok());
-        if let (Some(run), Ok(metadata)) = (run, file.metadata()) {
-            if metadata.is_file() {
-                runs.push((metadata.modified().context(doing)?, run));
-            }
-        }
-    }
-    Ok(sorted(runs).into_iter().map(|(_, run)| run).collect())
+    reports_in(&paths.outbox())
 }
 
 /// What is sent of a run, in this order: its log, and its report.

@@ -108,7 +108,7 @@ fn known(paths: &Paths, instance: &Instance, hub: &Hub, file: &Path) -> Result<M
         return Err("the hub has another release").context(doing);
     }
     let signed: Signed = json::parse(&offered).context(doing)?;
-    let manifest: Manifest = json::parse(signed.manifest.as_bytes()).context(doing)?;
+    let manifest = signed.read().context(doing)?;
     let head = own::head(instance)?;
     let deployed = Status::read(paths).deployed.and_then(|deployed| deployed.release);
     if deployed.as_ref() != Some(&manifest.release) || !seen::is_last(paths, &manifest.release) || !is_deployed(paths, &head, instance) {
@@ -235,7 +235,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
     let signed: Signed = json::parse(&files::read_foreign(place, SMALL).context(doing)?).context(doing)?;
     if !hub.signers.is_empty() {
-        let signature = signed.signature.ok_or("not signed").context(doing)?;
+        let signature = signed.signature.as_ref().ok_or("not signed").context(doing)?;
         let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));
         fs::write(&file, signature).context(doing)?;
         let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", SIGNER, "-n", NAMESPACE, "-f"]).arg(signers);
@@ -245,7 +245,7 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
             return if error.to_string().contains("exited") { Err("signed by none of `signers`").context(doing) } else { Err(error) };
         }
     }
-    let manifest: Manifest = json::parse(signed.manifest.as_bytes()).context(doing)?;
+    let manifest = signed.read().context(doing)?;
     let wrong = if manifest.format != FORMAT {
         format!("unsupported format {}, expected {FORMAT}", manifest.format)
     } else if manifest.host != hub.name {

@@ -20,7 +20,7 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, rollout, snapshot, standing};
-use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL};
+use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL, reports_in};
 use crate::gather::{gather, sorted};
 use crate::names::{HostName, RunId};
 use crate::{files, json};
@@ -212,19 +212,11 @@ fn judge<T: DeserializeOwned + Serialize>(bytes: &[u8], is_right: impl Fn(&T) ->
 
 /// Adds the reports that are new to the index. Returns whether there are any.
 fn update(received: &Path, index: &mut Received) -> Result<bool> {
-    let doing = || format!("read {}", received.display());
-    let known: BTreeSet<RunId> = gather(index.reports.iter().cloned());
-    let mut new = Vec::new();
-    for entry in fs::read_dir(received).context(doing)? {
-        let entry = entry.context(doing)?;
-        let name = entry.file_name().into_string().unwrap_or_default();
-        let run = name.strip_suffix(REPORT).and_then(|run| RunId::try_from(run).ok());
-        if let Some(run) = run.filter(|run| !known.contains(run)) {
-            new.push((entry.metadata().and_then(|metadata| metadata.modified()).context(doing)?, run));
-        }
-    }
+    let mut new = reports_in(received)?;
+    let known: BTreeSet<_> = gather(&index.reports);
+    new.retain(|run| !known.contains(run));
     let is_new = !new.is_empty();
-    index.reports.extend(sorted(new).into_iter().map(|(_, run)| run));
+    index.reports.extend(new);
     index.reports.drain(..index.reports.len().saturating_sub(REMEMBERED));
     Ok(is_new)
 }
@@ -335,12 +327,12 @@ mod tests {
             fs::write(Plan::file(&fixture.hub), plan.to_string()).unwrap();
             fs::write(fixture.place.path().join("received/rollout.json"), r#"{"id": "x", "wave": 9}"#).unwrap();
             fixture.collect();
-            fs::remove_file(fixture.place.path().join(snapshot::FILE)).unwrap();
+            fs::remove_file(fixture.place.path().join("received").join(snapshot::FILE)).unwrap();
             fs::remove_file(fixture.hub.heard()).unwrap();
         }
         fs::write(Plan::holds_file(&fixture.hub), "{").unwrap();
         collect(&fixture.hub, true).unwrap_err();
-        assert!(fixture.place.path().join(snapshot::FILE).exists());
+        assert!(fixture.place.path().join("received").join(snapshot::FILE).exists());
     }
 
     #[test]

@@ -87,8 +87,11 @@ fn write(file: &Path, kept: &[Noted]) -> Result<()> {
     files::write(file, (lines.context(doing)?.join("\n") + "\n").as_bytes(), 0o644).context(doing)
 }
 
-/// The same, when it is its turn.
+/// The same, when it is its turn; the hub does so, and nobody else.
 pub fn note_in_turn(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> Result<()> {
+    if hub.check_ours().is_err() {
+        return Ok(());
+    }
     let received = hub.received(host);
     fs::create_dir_all(&received).doing("create", &received)?;
     let _turn = files::lock(&received, FlockArg::LockExclusive)?;

@@ -14,7 +14,7 @@ use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};
 use crate::run::Release;
 use crate::run::hold::{Hold, moment};
-use crate::system::{self, now};
+use crate::system::now;
 use crate::{files, text};
 
 /// Until when a hold is in force that has no end.
@@ -158,11 +158,6 @@ impl Plan {
     pub fn waits(&self, host: &HostName, sees: Option<&Release>) -> Option<usize> {
         let member = self.get(host)?;
         (sees == member.before.as_ref() && sees != Some(&member.release)).then_some(member.wave + 1)
-    }
-
-    /// A new one.
-    pub fn new(origin: Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<Self> {
-        Ok(Self { format: FORMAT, id: system::uuid()?, origin, waves, hosts, ..Self::default() })
     }
 }
 

@@ -60,10 +60,7 @@ impl Publication {
     /// Puts what was sent into its place.
     pub fn rename_sent(&mut self, name: &str) -> Result<()> {
         let (sent, remote) = (self.sent(name), self.remote(name));
-        match self.session.rename(&sent, &remote) {
-            Err(error) => Err(self.or_meanwhile(name, error)),
-            Ok(()) => Ok(()),
-        }
+        self.session.rename(&sent, &remote).map_err(|error| self.or_meanwhile(name, error))
     }
 
     /// Removes a file, unless its sender has done so.

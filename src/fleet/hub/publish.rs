@@ -325,8 +325,7 @@ impl<'a> Standing<'a> {
         hub.publish(manifest, &new, self.old.as_ref().map(|(_, signed)| signed))?;
         // it is published all the same
         let noted = memory.note(host, number).and_then(|()| memory.vouch(host, &new, *key));
-        let is_hub = !hub.is_elsewhere() && hub.check_ours().is_ok();
-        noted.and_then(|()| if is_hub { history::note_in_turn(hub, host, plan.as_ref()) } else { Ok(()) }).or_warn();
+        noted.and_then(|()| history::note_in_turn(hub, host, plan.as_ref())).or_warn();
         Ok(number)
     }
 }

@@ -179,6 +179,6 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
     if format != FORMAT {
         return Ok((None, signed));
     }
-    let manifest: Manifest = json::parse_foreign(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
+    let manifest = signed.read().map_err(|error| error.to_string())?;
     if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is for host {}", manifest.host)) }
 }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -68,33 +68,41 @@ impl Elsewhere {
     /// seconds old; `exactly` is to ask for each.
     pub fn fetch(&self, wanted: &[&str], also: Option<&str>, exactly: bool) -> Result<()> {
         let mut session = self.open(FETCH)?;
-        let hosts = self.place().join("hosts");
-        fs::create_dir_all(&hosts).doing("create", &hosts)?;
-        for file in [KNOWN, REMOVED] {
-            session.fetch(&format!("hosts/{file}"), &hosts.join(file))?;
+        for (directory, file) in
+            [("hosts", KNOWN), ("hosts", REMOVED), (ROLLOUT, "plan.json"), (ROLLOUT, HOLDS), ("received", "rollout.json")]
+        {
+            self.fetch_by(&mut session, directory, file)?;
         }
-        for (directory, file) in [(ROLLOUT, "plan.json"), (ROLLOUT, HOLDS), ("received", "rollout.json")] {
-            let local = self.place().join(directory);
-            fs::create_dir_all(&local).doing("create", &local)?;
-            session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
-        }
-        let (all, mut known) = (self.place().join("all.json"), BTreeSet::new());
+        let mut known = BTreeSet::new();
         let is_for_few = !wanted.is_empty() && wanted.len() < FEW;
-        if !exactly && !is_for_few && session.fetch(snapshot::FILE, &all)? {
+        if !exactly && !is_for_few && self.fetch_by(&mut session, "received", snapshot::FILE)? {
+            let all = self.place().join("received").join(snapshot::FILE);
             known = snapshot::lay_out(&all, self.place(), &self.memory).doing("read", &all)?;
         }
         for host in session.list("hosts")?.into_iter().filter_map(|name| HostName::try_from(name).ok()) {
-            let files = [("hosts", "/release", MANIFEST), ("received", "", "heartbeat.json")];
-            for (above, below, file) in files.into_iter().chain(also.map(|file| ("received", "", file))) {
-                let directory = format!("{above}/{host}{below}");
-                let local = self.place().join(&directory);
-                fs::create_dir_all(&local).doing("create", &local)?;
-                if (wanted.is_empty() || wanted.contains(&&*host)) && !known.contains(&host) {
-                    session.fetch(&format!("{directory}/{file}"), &local.join(file))?;
+            let (release, received) = (format!("hosts/{host}/release"), format!("received/{host}"));
+            if (wanted.is_empty() || wanted.contains(&&*host)) && !known.contains(&host) {
+                for (directory, file) in
+                    [(&release, MANIFEST), (&received, "heartbeat.json")].into_iter().chain(also.map(|also| (&received, also)))
+                {
+                    self.fetch_by(&mut session, directory, file)?;
                 }
+            } else {
+                self.make(&release)?;
             }
         }
         session.close()
+    }
+
+    /// Fetches a file into the same place here, if it is there. Returns whether it is.
+    fn fetch_by(&self, session: &mut Session, directory: &str, file: &str) -> Result<bool> {
+        session.fetch(&format!("{directory}/{file}"), &self.make(directory)?.join(file))
+    }
+
+    /// Makes one of the hub's directories here.
+    fn make(&self, directory: &str) -> Result<PathBuf> {
+        let place = self.place().join(directory);
+        fs::create_dir_all(&place).doing("create", &place).map(|()| place)
     }
 
     /// Fetches one more file, if it is there.

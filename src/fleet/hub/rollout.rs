@@ -10,13 +10,13 @@ use std::path::PathBuf;
 
 use crate::config::Wave;
 use crate::error::Result;
-use crate::fleet::Provenance;
 use crate::fleet::hub::health::{Health, Seen, seen};
 use crate::fleet::hub::history;
 use crate::fleet::hub::plan::{Headway, Holds, Member, Plan, said};
 use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::{FORMAT, Provenance};
 use crate::run::hold::moment;
-use crate::system::now;
+use crate::system::{now, uuid};
 use crate::{files, text};
 
 /// How many of those that have failed are named.
@@ -29,23 +29,22 @@ pub struct Rollout {
     pub progress: Headway,
 }
 
-/// Begins to roll out what was placed, in the place of what a plan says, unless that is the same.
+/// Begins to roll out what was placed, in the place of what a plan says, unless that is the same; the first wave sees its
+/// releases, if the hub is here.
 pub fn propose(hub: &ServedDirectory, old: Option<&Plan>, origin: &Provenance, waves: Vec<Wave>, hosts: Vec<Member>) -> Result<()> {
     let is_there = match old {
         Some(old) => old.waves == waves && old.hosts == hosts,
         None => !hosts.iter().any(Member::is_new),
     };
-    if is_there { Ok(()) } else { begin(hub, &Plan::new(origin.clone(), waves, hosts)?, old) }
-}
-
-/// Puts a plan in the place of another one, and has the first wave see its releases, if that is here.
-fn begin(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()> {
-    hub.write(&Plan::file(hub), plan)?;
-    supersede(hub, plan, other)?;
+    if is_there {
+        return Ok(());
+    }
+    let plan = Plan { format: FORMAT, id: uuid()?, origin: origin.clone(), waves, hosts, ..Plan::default() };
+    supersede(hub, &plan, old)?;
     let holds = Plan::holds(hub)?;
     if !hub.is_elsewhere() && holds.of(None).is_none() {
         for member in plan.hosts.iter().filter(|member| member.wave == 0 && holds.of(Some(&member.host)).is_none()) {
-            offer(hub, plan, member)?;
+            offer(hub, &plan, member)?;
         }
     }
     Ok(())
@@ -53,14 +52,12 @@ fn begin(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()>
 
 /// Ends a roll-out.
 pub fn end(hub: &ServedDirectory, plan: Option<&Plan>) -> Result<()> {
-    if plan.is_some() {
-        hub.write(&Plan::file(hub), &Plan::default())?;
-        supersede(hub, &Plan::default(), plan)?;
-    }
-    Ok(())
+    if plan.is_some() { supersede(hub, &Plan::default(), plan) } else { Ok(()) }
 }
 
+/// Puts a plan in the place of another one.
 fn supersede(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()> {
+    hub.write(&Plan::file(hub), plan)?;
     for old in other.iter().flat_map(|other| &other.hosts) {
         if plan.get(&old.host).is_none_or(|new| new.release != old.release) {
             hub.forget_next(&old.host, &old.release)?;
@@ -72,11 +69,10 @@ fn supersede(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result
 /// Has a host see its release, unless it sees something new.
 fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
     let host = &member.host;
-    if !hub.follow(host, &member.release, member.before.as_ref())? {
-        log::warn!("{host} is passed over: what was planned for it has been replaced or removed.");
-    } else if hub.check_ours().is_ok() {
-        history::note_in_turn(hub, host, Some(plan))?;
+    if hub.follow(host, &member.release, member.before.as_ref())? {
+        return history::note_in_turn(hub, host, Some(plan));
     }
+    log::warn!("{host} is passed over: what was planned for it has been replaced or removed.");
     Ok(())
 }
 
@@ -236,7 +232,6 @@ impl Rollout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::FORMAT;
     use crate::fleet::hub::host_state::HostState;
     use crate::fleet::hub::host_state::tests::release;
     use crate::names::HostName;

@@ -20,12 +20,12 @@ use ::nix::unistd::geteuid;
 use serde::Serialize;
 
 use crate::error::{Context, Error, Result};
+use crate::files;
 use crate::fleet::hub::host_state::Heard;
 use crate::fleet::hub::remote::{Elsewhere, SCHEME};
 use crate::fleet::{Heartbeat, KNOWN, LARGE, REMOVED, ROLLOUT, Received, SMALL};
 use crate::gather::sorted;
 use crate::names::HostName;
-use crate::files;
 
 const RECEIVED: &str = "received.json";
 
@@ -58,16 +58,15 @@ impl ServedDirectory {
         self.elsewhere.as_ref()
     }
 
-    /// Fails unless this process is the hub's user, who alone collects.
+    /// Fails unless this machine is the hub, and this process its user, who alone collects.
     pub fn check_ours(&self) -> Result<()> {
-        let received = self.collected();
-        let doing = || format!("collect into {}", received.display());
-        let owner = fs::symlink_metadata(&received).context(doing)?.uid();
-        if owner == geteuid().as_raw() {
-            Ok(())
-        } else {
-            Err(format!("owned by {}, who alone can collect", files::user_name(owner))).context(doing)
+        if self.is_elsewhere() {
+            return Err(Error::new("Failed to collect: the hub collects on its own"));
         }
+        let received = self.collected();
+        let owner = fs::symlink_metadata(&received).doing("collect into", &received)?.uid();
+        let why = || format!("owned by {}, who alone can collect", files::user_name(owner));
+        if owner == geteuid().as_raw() { Ok(()) } else { Err(why()).doing("collect into", &received) }
     }
 
     /// Opens the directory that a host writes into. Nothing on the way there, below the hub's own, may be a link.
@@ -204,11 +203,10 @@ impl ServedDirectory {
             }
             fs::create_dir(&directory).context(doing)?;
         }
-        match files::lock(&directory, FlockArg::LockExclusiveNonblock) {
-            Ok(Some(turn)) => return Ok(turn),
-            Ok(None) => log::info!("Another user is publishing; waiting ..."),
-            Err(error) => return Err(error),
+        if let Some(turn) = self.turn_if_free()? {
+            return Ok(turn);
         }
+        log::info!("Another user is publishing; waiting ...");
         files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for another publisher"))
     }
 }

@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::{LARGE, Manifest, SMALL, Signed};
+use crate::fleet::{LARGE, SMALL, Signed};
 use crate::names::HostName;
 use crate::system::seconds;
 use crate::{files, json};
 
-/// Where it is in the hub's directory: no host is called that.
-pub const FILE: &str = "received/all.json";
+/// What it is called, among what was collected: no host is called that.
+pub const FILE: &str = "all.json";
 /// After how long it says nothing any more: the hub does not collect, or is of a version that does not write it.
 const LATE: Duration = Duration::from_secs(600);
 
@@ -38,7 +38,7 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
         let arrived = heartbeat.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
         all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived: seconds(arrived) });
     }
-    let path = collected.join("all.json");
+    let path = collected.join(FILE);
     files::put_json(&path, &all, 0o644)?;
     // that nothing has changed is news, too
     let file = File::options().append(true).open(&path);
@@ -56,7 +56,7 @@ pub fn lay_out(file: &Path, place: &Path, memory: &Memory) -> io::Result<BTreeSe
     for (host, KnownHost { manifest, heartbeat, arrived }) in all {
         let number = |text: &String| {
             let signed: Signed = json::parse(text.as_bytes()).ok()?;
-            json::parse_foreign::<Manifest>(signed.manifest.as_bytes()).ok().map(|manifest| manifest.release.sequence)
+            signed.read().ok().map(|manifest| manifest.release.sequence)
         };
         if memory.last(&host) > manifest.as_ref().and_then(number) {
             continue;

@@ -41,7 +41,8 @@ impl Session {
         let mut failed = None;
         for server in &hub.servers {
             let opened = Transport::to(hub, server, identity, directory, limit);
-            match opened.and_then(|transport| Self::greet(transport, String::new(), ahead)) {
+            let opened = opened.map(|transport| Self { transport, directory: String::new(), ahead: Vec::new() });
+            match opened.and_then(|mut session| session.look_ahead(ahead).map(|()| session)) {
                 Ok(session) => return Ok(session),
                 Err(error) => {
                     if let Some(earlier) = failed.replace(error) {
@@ -56,14 +57,8 @@ impl Session {
     /// Connects to `server`, an `sftp://` without a path, as this user's own configuration of ssh says. Paths begin at
     /// `path` there, if it is not empty.
     pub fn open_as_configured(server: &str, path: &str, directory: &Path, limit: Duration) -> Result<Self> {
-        let above = if path.is_empty() { String::new() } else { format!("{path}/") };
-        Self::greet(Transport::as_configured(server, directory, limit)?, above, &[])
-    }
-
-    fn greet(transport: Transport, directory: String, ahead: &[&str]) -> Result<Self> {
-        let mut session = Self { transport, directory, ahead: Vec::new() };
-        session.look_ahead(ahead)?;
-        Ok(session)
+        let transport = Transport::as_configured(server, directory, limit)?;
+        Ok(Self { transport, directory: if path.is_empty() { String::new() } else { format!("{path}/") }, ahead: Vec::new() })
     }
 
     /// Greets the server, and asks for small files.
@@ -159,10 +154,7 @@ impl Session {
         let doing = || format!("read {}", local.display());
         let mut file = File::open(local).context(doing)?;
         let mode = file.metadata().context(doing)?.permissions().mode() & 0o777;
-        let handle = match self.transport.ask(Packet::create(&self.path(remote), mode))? {
-            Reply::Handle(handle) => handle,
-            other => return Err(self.refused("create", remote, &other)),
-        };
+        let handle = self.opened("create", remote, Packet::create(&self.path(remote), mode))?;
         let (mut offset, mut is_end) = (0, false);
         while !is_end {
             let mut requests = Vec::new();
@@ -189,10 +181,7 @@ impl Session {
 
     /// The names in a directory, in their order, but for those that begin with a dot.
     pub fn list(&mut self, remote: &str) -> Result<Vec<String>> {
-        let handle = match self.transport.ask(Packet::open_directory(&self.path(remote)))? {
-            Reply::Handle(handle) => handle,
-            other => return Err(self.refused("list", remote, &other)),
-        };
+        let handle = self.opened("list", remote, Packet::open_directory(&self.path(remote)))?;
         let mut names = Vec::new();
         loop {
             match self.transport.ask(Packet::read_directory(&handle))? {
@@ -236,6 +225,13 @@ impl Session {
 
     fn path(&self, remote: &str) -> String {
         format!("{}{remote}", self.directory)
+    }
+
+    fn opened(&mut self, verb: &str, remote: &str, request: Packet) -> Result<Vec<u8>> {
+        match self.transport.ask(request)? {
+            Reply::Handle(handle) => Ok(handle),
+            other => Err(self.refused(verb, remote, &other)),
+        }
     }
 
     fn succeeded(&self, verb: &str, remote: &str, answer: &Reply) -> Result<()> {

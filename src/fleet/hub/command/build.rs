@@ -67,17 +67,20 @@ impl Fleet<'_> {
         let waves = manner.waves.then(|| self.waves(&hosts, !found || !wanted.is_empty())).transpose()?;
         let Provenance { commit, author, summary, dirty } = &manner.origin;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let what = commit.as_ref().map_or("from a directory without commits".into(), |commit| {
+            let changes = if *dirty { "uncommitted changes to " } else { "" };
+            format!("{changes}{commit} by {}: {}", text(author), text(summary))
+        });
         let json = self.arguments.has("--json");
-        let what = match commit {
-            None => "Publishing from a directory without commits\n".into(),
-            Some(commit) if *dirty => format!("Publishing uncommitted changes to {commit} by {}: {}\n", text(author), text(summary)),
-            Some(commit) => format!("Publishing {commit} by {}: {}\n", text(author), text(summary)),
+        // what it prints is JSON then
+        let say = |line: String| {
+            if !json {
+                return print(&(line + "\n"));
+            }
+            log::info!("{line}");
+            Ok(())
         };
-        if json {
-            log::info!("{}", what.trim_end());
-        } else {
-            print(&what)?;
-        }
+        say(format!("Publishing {what}"))?;
         let done = self.each(&repository, &hosts, |host, say| {
             let mut placed = publish::deploy(&self.hub, &repository, host, &manner, say)?;
             let mut waits = None;
@@ -95,13 +98,8 @@ impl Fleet<'_> {
             Some((waves, _)) => {
                 let members = done.into_iter().flatten().filter_map(|(placed, _)| placed.member).collect();
                 rollout::propose(&self.hub, manner.plan.as_ref(), &manner.origin, waves, members)?;
-                if let Some(line) = Rollout::read(&self.hub)?.map(|rollout| rollout.line(&self.hub)).transpose()?.flatten() {
-                    if json {
-                        log::info!("{line}");
-                    } else {
-                        print(&(line + "\n"))?;
-                    }
-                }
+                let line = Rollout::read(&self.hub)?.map(|rollout| rollout.line(&self.hub)).transpose()?.flatten();
+                line.map_or(Ok(()), say)?;
             }
             None if wanted.is_empty() => rollout::end(&self.hub, manner.plan.as_ref())?,
             None => {}

@@ -177,7 +177,6 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["hold", ref hosts @ ..] => fleet.hold(hosts),
         ["resume", ref hosts @ ..] => fleet.resume(hosts),
         ["abort"] => fleet.abort(),
-        ["collect"] if fleet.hub.is_elsewhere() => Err(Error::new("Failed to collect: the hub collects on its own")),
         ["collect"] => fleet.collect(),
         ["renew", ref hosts @ ..] => fleet.renew(hosts),
         ["history", ref hosts @ ..] => fleet.history(hosts),

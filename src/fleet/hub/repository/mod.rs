@@ -340,15 +340,7 @@ mod tests {
         fs::create_dir_all(&web).unwrap();
         fs::create_dir_all(place.path().join("state/packed")).unwrap();
         fs::write(web.join("configuration.nix"), "1").unwrap();
-        let repository = || FleetRepository {
-            directory: place.path().into(),
-            origin: pack::Origin::new(place.path(), None).unwrap(),
-            flags: Vec::new(),
-            limit: None,
-            state: place.path().join("state"),
-            scratch: Temporary::below(&place.path().join("cache")).unwrap(),
-            turn: Mutex::default(),
-        };
+        let repository = || FleetRepository { state: place.path().join("state"), ..of(place.path(), "cache") };
         let pack = |repository: &FleetRepository| repository.pack("hosts/web", false).unwrap();
         assert!(pack(&repository()).archive.exists());
         std::thread::sleep(std::time::Duration::from_secs(3));
