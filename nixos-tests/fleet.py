@@ -77,6 +77,8 @@ with subtest("a timer that finds nothing new leaves a heartbeat, and no run begi
     for case, (machine, make, unmake, result) in cases.items() if is_host(web) else ():
         machine.succeed(make)
         assert looks() == [(result, ["timer"])], (case, last_run(web, "fleet"))
+        if case == "the hub has nothing":
+            assert "The timer's look found: Failed to fetch a release: the hub has none for web yet." in web.succeed("ekiben log fleet")
         machine.succeed(unmake)
         look(web)
         assert looks() == [], (case, last_run(web, "fleet"))
