@@ -160,7 +160,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let settings = match &place {
         // nothing is run or signed then, and hosts are heard whatever becomes of that file
         Some(place) if arguments.words == ["collect"] => {
-            files::read_foreign_json(&place.join("fleet.json"), SMALL).or_warn().unwrap_or_default()
+            files::read_foreign_json(&place.join("fleet.json"), SMALL).or_warn().flatten().unwrap_or_default()
         }
         place => place.as_deref().map(Settings::read).transpose()?.unwrap_or_default(),
     };
