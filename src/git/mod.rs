@@ -222,7 +222,7 @@ fn share(setting: &str) {
         },
     };
     // where files can be read, directories can be entered
-    umask(Mode::from_bits_truncate(0o777 & !(files | (files & 0o444) >> 2)));
+    umask(Mode::from_bits_truncate(0o777 & !(files | ((files & 0o444) >> 2))));
 }
 
 /// Removes a ref of ours, if it is there, in whatever state the repository is.

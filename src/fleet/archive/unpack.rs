@@ -199,11 +199,13 @@ impl Names {
             }
         }
         let is_new = path.is_empty() || self.0.insert(path.to_vec(), is_directory).is_none_or(|before| before && is_directory);
-        match is_new {
-            false => Err("each name once".into()),
-            true if self.0.len() > NAMES => Err(format!("at most {NAMES} names")),
-            true => Ok(()),
+        if !is_new {
+            return Err("each name once".into());
         }
+        if self.0.len() > NAMES {
+            return Err(format!("at most {NAMES} names"));
+        }
+        Ok(())
     }
 }
 
