@@ -164,7 +164,11 @@ with subtest("a canary that dies when it has deployed, or that runs something el
     push("the canary dies")
     assert poll(db)["result"] == "deployed"
     collect()
-    hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
+    # who could speak to nobody is not silent: the hub was away
+    hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json {DIRECTORY}/received/all.json")
+    collect()
+    assert "wave 1 of 3: 0 of 1 healthy" in (seen := stands()) and "silent" not in seen and renewed(before) == {"db"}, seen
+    hub.succeed(f"echo $(($(date +%s) - 7200)) > {DIRECTORY}/received/return.json")
     collect()
     assert "stopped in wave 1: db has been silent since it has got the release" in (seen := stands()) and renewed(before) == {"db"}, seen
     old = running(db)
@@ -305,7 +309,7 @@ with subtest("a wave of which no host is well, or that has lost a release, waits
     assert renewed(before) == {"db"}, stands()
     hub.succeed(fleet("resume"), f"cd {DIRECTORY}/hosts/web/release; rm *.next; touch -d '2 minutes ago' .")
     collect()
-    assert "stopped in wave 2: web can get its release no more: deploy again" in (seen := stands()) and renewed(before) == {"db"}, seen
+    assert "stopped in wave 2: web can no longer get its release: deploy again" in (seen := stands()) and renewed(before) == {"db"}, seen
     hub.succeed(fleet("resume"))
     collect()
     assert renewed(before) == {"db", "plain"}, stands()

@@ -51,8 +51,8 @@ pub fn health(member: &Member, offered: Option<(&Manifest, SystemTime)>, heard: 
     }
 }
 
-/// How all hosts of a plan do.
-pub fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> {
+/// How all hosts of a plan do; the hub hears them without a gap since then, in seconds since 1970.
+pub fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan, hears_since: u64) -> Result<Vec<Seen<'a>>> {
     let served = hub.hosts()?;
     let look = |member: &'a Member| -> Result<Seen<'a>> {
         let host = &member.host;
@@ -64,6 +64,8 @@ pub fn seen<'a>(hub: &ServedDirectory, plan: &'a Plan) -> Result<Vec<Seen<'a>>> 
         let offered = manifest.as_ref().zip(changed);
         let health = match health(member, offered, heard.as_ref(), now) {
             Health::Waits if hub.has_lost(host, &member.release) => Health::Lost,
+            // it may have spoken to nobody
+            Health::Silent | Health::Gone if seconds(now) < hears_since.saturating_add(member.silent_after) => Health::Pending,
             health => health,
         };
         Ok((member, health, heard.map_or(0, |(_, arrived)| seconds(arrived)), offered.map_or(0, |(_, changed)| seconds(changed))))

@@ -40,6 +40,8 @@ pub struct Plan {
     pub wave: usize,
     /// Since when hosts have been healthy.
     pub since: BTreeMap<HostName, u64>,
+    /// Since when the hub hears them without a gap, in seconds since 1970.
+    pub hears_since: u64,
     /// How often it has been stopped, and why it is.
     pub stops: usize,
     pub stopped: Option<String>,

@@ -11,9 +11,9 @@ use std::path::PathBuf;
 use crate::config::Wave;
 use crate::error::Result;
 use crate::fleet::hub::health::{Health, Seen, seen};
-use crate::fleet::hub::history;
 use crate::fleet::hub::plan::{Headway, Holds, Member, Plan, said};
 use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::{history, snapshot};
 use crate::fleet::{FORMAT, Provenance};
 use crate::run::hold::moment;
 use crate::system::{now, uuid};
@@ -80,7 +80,8 @@ fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
 pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen<'a>]) -> Vec<&'a Member> {
     if progress.id != plan.id {
         // who is healthy stays so
-        *progress = Headway { id: plan.id.clone(), since: std::mem::take(&mut progress.since), ..Headway::default() };
+        let since = std::mem::take(&mut progress.since);
+        *progress = Headway { id: plan.id.clone(), since, hears_since: progress.hears_since, ..Headway::default() };
     }
     if progress.done {
         return Vec::new();
@@ -114,7 +115,7 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
             };
             match health {
                 Health::Failed(state) => fails(format!("is {state}")),
-                Health::Lost => fails("can get its release no more: deploy again".into()),
+                Health::Lost => fails("can no longer get its release: deploy again".into()),
                 Health::Gone if !has_soaked => fails("has been silent since it has got the release".into()),
                 Health::Well | Health::Gone if has_soaked => well += usize::from(wave == current),
                 Health::Silent if !plan.waves[wave].wait_for_silent => {}
@@ -163,13 +164,15 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // of what is over, no host need be looked at
     let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
     let was_stopped = progress.stopped.is_some();
-    let seen = seen(hub, &plan)?;
+    progress.hears_since = snapshot::hears_since(&hub.collected());
+    let seen = seen(hub, &plan, progress.hears_since)?;
     let next = step(&plan, &holds, &mut progress, &seen);
     if let Some(why) = progress.stopped.as_ref().filter(|_| !was_stopped) {
         log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
     }
     files::put_json(&Rollout::file(hub), &progress, 0o644)?;
-    next.into_iter().try_for_each(|member| offer(hub, &plan, member))
+    // trouble with one does not keep the others waiting
+    next.into_iter().map(|member| offer(hub, &plan, member)).fold(Ok(()), Result::and)
 }
 
 impl Rollout {
@@ -206,7 +209,7 @@ impl Rollout {
             return Ok(None);
         }
         let (wave, all) = (if progress.id == plan.id { progress.wave } else { 0 }, plan.waves.len());
-        let seen = seen(hub, plan)?;
+        let seen = seen(hub, plan, progress.hears_since)?;
         let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
         let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
         let ready = ours().filter_map(|(member, ..)| progress.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
@@ -364,7 +367,7 @@ mod tests {
         // what is to follow is gone
         let mut gone = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
         assert_eq!(gone.step(&[("a", Lost, 5), ("c", Waits, 5)]), "");
-        assert_eq!(gone.stopped(), "wave 1: a can get its release no more: deploy again");
+        assert_eq!(gone.stopped(), "wave 1: a can no longer get its release: deploy again");
         gone.holds.resumed = Some("x 1".into());
         assert_eq!(gone.step(&[("a", Lost, 5), ("c", Waits, 5)]), "c");
         story.plan.hosts.remove(0);

@@ -9,15 +9,17 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::{LARGE, SMALL, Signed};
 use crate::names::HostName;
-use crate::system::seconds;
+use crate::system::{now, seconds};
 use crate::{files, json};
 
 /// What it is called, among what was collected: no host is called that.
 pub const FILE: &str = "all.json";
+/// Since when hosts can be heard again, beside it.
+const RETURN: &str = "return.json";
 /// After how long it says nothing any more: the hub does not collect, or is of a version that does not write it.
 const LATE: Duration = Duration::from_secs(600);
 
@@ -27,6 +29,21 @@ struct KnownHost {
     manifest: Option<String>,
     heartbeat: Option<String>,
     arrived: u64,
+}
+
+/// Notes that the hub is back, if it has collected nothing for long: who was silent meanwhile may have spoken to nobody.
+pub fn note_return(collected: &Path) -> Result<()> {
+    let is_back = File::open(collected.join(FILE)).and_then(|file| age(&file)).is_ok_and(|age| age >= LATE);
+    if is_back { files::write_json(&collected.join(RETURN), &now(), 0o644) } else { Ok(()) }
+}
+
+/// Since when hosts can be heard without a gap, in seconds since 1970; 0 if since ever.
+pub fn hears_since(collected: &Path) -> u64 {
+    files::read_json(&collected.join(RETURN)).or_warn().flatten().unwrap_or_default()
+}
+
+fn age(file: &File) -> io::Result<Duration> {
+    Ok(file.metadata()?.modified()?.elapsed().unwrap_or_else(|error| error.duration()))
 }
 
 /// Writes it among what was collected, of hosts whose manifest and heartbeat are in these directories.
@@ -49,7 +66,7 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
 /// which this publisher has published something since.
 pub fn lay_out(file: &Path, place: &Path, memory: &Memory) -> io::Result<BTreeSet<HostName>> {
     let mut known = BTreeSet::new();
-    let age = file.metadata()?.modified()?.elapsed().unwrap_or_else(|error| error.duration());
+    let age = age(&File::open(file)?)?;
     let text = files::read_foreign(file, LARGE)?;
     // what another version writes there says nothing either
     let Some(all) = json::parse::<BTreeMap<HostName, KnownHost>>(&text).ok().filter(|_| age < LATE) else { return Ok(known) };
