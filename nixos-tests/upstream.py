@@ -113,6 +113,18 @@ def push_upstream(change):
     return forge.succeed(as_deploy(f"{clone}; {change}; git add -A -f .; git commit -qm change; git push -q; git rev-parse HEAD")).strip()
 
 
+# git's own program for HTTP, as a proxy has it
+GIT_BEHIND_PROXY = """
+import http.server
+class Git(http.server.CGIHTTPRequestHandler):
+    def parse_request(self):
+        is_well = super().parse_request()
+        self.path = self.path.removeprefix("http://git.invalid")
+        return is_well
+http.server.ThreadingHTTPServer(("", 3128), Git).serve_forever()
+"""
+
+
 def upstream_is():
     """Where the repository's upstream stands."""
     return forge.succeed(as_deploy("git -C /srv/other/config.git rev-parse main")).strip()
@@ -128,6 +140,26 @@ if is_host(server):
         assert run(server, "follower")["result"] == "deployed", last_run(server, "follower")
         check_deployed(server, "follower")
         assert deploy(server, "cat d link/z plain/a/b/x; ls -A") == f"d\nz\nx\n{deploy(server, 'ls -A')}"
+
+    with subtest("where a proxy leads to it, it is pushed to as well"):
+        write(forge, "/tmp/git.py", GIT_BEHIND_PROXY)
+        forge.succeed("mkdir -p /tmp/web/cgi-bin; ln -s /usr/lib/git-core/git-http-backend /tmp/web/cgi-bin/git",
+                      as_deploy("git -C /srv/other/config.git config http.receivepack true"),
+                      "systemd-run --unit=proxy --uid=deploy --working-directory=/tmp/web --setenv=GIT_PROJECT_ROOT=/srv/other "
+                      f"--setenv=GIT_HTTP_EXPORT_ALL=1 {python} /tmp/git.py")
+        forge.wait_for_open_port(3128)
+        drop_in = "/run/systemd/system/ekiben-follower.service.d"
+        server.succeed(f"mkdir -p {drop_in}; printf '[Service]\\nEnvironment=http_proxy=http://forge:3128 no_proxy=forge\\n' "
+                       f"> {drop_in}/proxy.conf; systemctl daemon-reload")
+        deploy(server, "git remote set-url origin http://git.invalid/cgi-bin/git/config.git")
+        push_upstream("echo by > proxy")
+        publish(forge, "app", "6a")
+        forge.succeed(pack)
+        ended = run(server, "follower")
+        assert ended["result"] == "deployed" and not ended["warnings"] and upstream_is() == head(server), ended
+        assert deploy(server, "cat proxy") == "by"
+        deploy(server, "git remote set-url origin ssh://deploy@forge/srv/other/config.git")
+        server.succeed(f"rm -r {drop_in}; systemctl daemon-reload")
 
     with subtest("a filter that is missing is found before the switch"):
         deploy(server, "git config filter.large.smudge 'no-such-program smudge'; git config filter.large.required true")

@@ -41,6 +41,9 @@ pub struct Program {
     limit: Option<(Duration, Instant)>,
 }
 
+/// By what users' programs reach the network, as in their own stages: `networking.proxy` of NixOS.
+const PROXIES: [&str; 4] = ["all_proxy", "http_proxy", "https_proxy", "no_proxy"];
+
 /// Hears each line that a program says.
 type Hearer = Box<dyn FnMut(&str)>;
 
@@ -81,7 +84,7 @@ impl Program {
             .arg(program);
         program.command.env("HOME", &user.dir).env("USER", &user.name).env("LOGNAME", &user.name);
         program.command.current_dir("/");
-        Ok(program)
+        Ok(PROXIES.into_iter().fold(program, Self::keep_env))
     }
 
     /// Hands one variable of this process' environment on.

@@ -394,7 +394,8 @@ let
       X-StopOnRemoval = false;
     };
     path = programs;
-    environment = bootEnvironment;
+    # a push is part of the end
+    environment = config.networking.proxy.envVars // bootEnvironment;
     serviceConfig = {
       Type = "oneshot";
       RemainAfterExit = true;
@@ -468,7 +469,8 @@ let
     unitConfig.ConditionDirectoryNotEmpty = "/var/lib/ekiben/runs";
     restartIfChanged = false;
     path = programs;
-    environment = bootEnvironment;
+    # a push is part of the end
+    environment = config.networking.proxy.envVars // bootEnvironment;
     serviceConfig = {
       # a switch that starts this must not wait for it: this waits for the switch
       Type = "exec";
