@@ -811,6 +811,34 @@ let
       && settings.webhook.path == "/other"
     ))
     (expect "what has no mistake of type has none" (builtins.deepSeq (values plain) true))
+    (expect "what reaches the network does so by the proxy" (
+      let
+        inherit
+          ((evaluate {
+            networking.proxy.default = "http://proxy:3128";
+            services.ekiben = lib.recursiveUpdate working {
+              fleet = {
+                enable = true;
+                hub = {
+                  host = "hub";
+                  hostKey = key "b";
+                };
+              };
+            };
+          }).systemd
+          )
+          services
+          ;
+      in
+      lib.all (name: services.${name}.environment ? https_proxy) [
+        "ekiben"
+        "ekiben-app"
+        "ekiben-boot"
+        "ekiben-deliver"
+        "ekiben-look@app"
+        "ekiben-reach@"
+      ]
+    ))
     (expect "no dates, no timer" (!(elsewhere.systemd.timers ? ekiben-app)))
     (expect "a working configuration has no warning" (plain.warnings == [ ]))
     (expect "needless slashes are ignored" (

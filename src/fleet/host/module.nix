@@ -211,6 +211,7 @@ let
     after = [ "network-online.target" ];
     startLimitIntervalSec = 0;
     path = programs;
+    environment = config.networking.proxy.envVars;
     serviceConfig =
       networkSandbox
       // credentials
