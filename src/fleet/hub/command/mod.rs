@@ -158,8 +158,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     // who only collects may do so before there is one
     let place = place.filter(|place| arguments.words != ["collect"] || place.join("fleet.json").exists());
     let settings = match &place {
-        // nothing is run or signed then, and hosts are heard whatever becomes of that file
-        Some(place) if arguments.words == ["collect"] => {
+        // nothing of it is run, or says where anything is written, and hosts are heard whatever becomes of that file
+        Some(place) if arguments.words == ["collect"] && arguments.options.contains_key("--directory") => {
             files::read_foreign_json(&place.join("fleet.json"), SMALL).or_warn().flatten().unwrap_or_default()
         }
         place => place.as_deref().map(Settings::read).transpose()?.unwrap_or_default(),
