@@ -80,18 +80,24 @@ CANDIDATES = (
     ("a directory", "rm candidate; mkdir candidate", "Failed to read the candidate"),
     ("nothing", "rm candidate", "Failed to read the candidate"),
 )
+
+
+def edited(change):
+    return f"jq {shlex.quote(change)} notes.json > notes.new; mv notes.new notes.json"
+
+
 NOTES = (
     ("a link to a secret", "ln -sfn /root/secret notes.json", "Failed to read"),
     ("a FIFO", "rm notes.json; mkfifo notes.json", "not a regular file"),
     ("a directory", "rm notes.json; mkdir notes.json", "not a regular file"),
     ("endless", "rm notes.json; truncate -s 10G notes.json", "it is sparse"),
     ("no JSON", "echo '{' > notes.json", "Failed to read"),
-    ("of another run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"00000000000000000000000000000000\"/' notes.json", "there is no proposal"),
-    ("of no run", "sed -i 's/\"run\":\"[0-9a-f]*\"/\"run\":\"..\"/' notes.json", "expected the identifier of a run"),
-    ("of another commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"0000000000000000000000000000000000000000\"/' notes.json", "Failed to"),
-    ("of no commit", "sed -i 's/\"commit\":\"[0-9a-f]*\"/\"commit\":\"--help\"/' notes.json", "expected the name of a git object"),
-    ("of no branch", "sed -i 's#\"branch\":\"[^\"]*\"#\"branch\":\"--force\"#' notes.json", "expected a branch"),
-    ("of a stage of root's", "sed -i 's/\"stage\":\"[a-z]*\"/\"stage\":\"conclude\"/' notes.json", "not valid for this stage"),
+    ("of another run", edited(f'.run = "{32 * "0"}"'), "there is no proposal"),
+    ("of no run", edited('.run = ".."'), "expected the identifier of a run"),
+    ("of another commit", edited(f'.proposal.commit = "{40 * "0"}"'), "Failed to"),
+    ("of no commit", edited('.proposal.commit = "--help"'), "expected the name of a git object"),
+    ("of no branch", edited('.proposal.branch = "--force"'), "expected a branch"),
+    ("of a stage of root's", edited('.stage = "conclude"'), "not valid for this stage"),
 )
 for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES, 2)), ("notes are", "notes.json", some(machine, NOTES, 1))):
     for what, make, words in cases:
@@ -101,9 +107,9 @@ for name, file, cases in (("candidate is", "candidate", some(machine, CANDIDATES
 
 # on hosts alone
 with subtest("what the notes say does not forge the journal, or steer a terminal"):
-    forged = r"a\\nekiben: forged line\\u001b[2J"
-    command = (f"cd {OWN}; sed -i 's/\"failure\":null/\"failure\":{{\"stage\":\"build\",\"message\":\"{forged}\","
-               f"\"tail\":[\"{forged}\"],\"transient\":false}}/; s/\"proposal\":{{/\"proposal\":null,\"was\":{{/' notes.json")
+    forged = "a\nekiben: forged line\x1b[2J"
+    failure = {"stage": "build", "message": forged, "tail": [forged], "transient": False}
+    command = f"cd {OWN}; " + edited(f".failure = {json.dumps(failure)} | .proposal = null")
     attempt("activate: begun", command, "")
     machine.fail("journalctl -u ekiben-app -o cat | grep '^ekiben: forged'", "(ekiben status app || true) | grep -P '\\x1b'",
                  "(ekiben status app || true) | grep '^ekiben: forged'")
