@@ -231,6 +231,9 @@ with subtest("who publishes can do nothing else at the hub"):
     for key, login in (("", "fleet-web"), ("", "ekiben-hub"), ("", "root"), ("-i /tmp/other -o IdentitiesOnly=yes", "ekiben-publisher")):
         desk.succeed("install -m 600 -o deploy /etc/scenario/other /tmp/other")
         assert "Permission denied (publickey" in desk.fail(sftp("ls", key=key, login=login))
+    # people's own ssh says who the hub is, and not a host's configuration
+    said = desk.fail(fleet("status --once --directory sftp://root@hub:2222"))
+    assert "Permission denied (publickey" in said and "hub.hosts" not in said, said
     said = web.fail("ssh -p 2222 -i /root/identity -o StrictHostKeyChecking=no -o BatchMode=yes ekiben-publisher@hub < /dev/null 2>&1")
     assert "Permission denied (publickey" in said, said
     assert everything() == before

@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, readlinkat};
@@ -77,6 +78,11 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 /// The same of one that anybody can have written, of at most `limit` bytes; its texts are made fit to show.
 pub fn read_foreign_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<T>> {
     if_there(read_foreign(path, limit)).doing("read", path)?.map(|text| json::parse_foreign(&text).doing("read", path)).transpose()
+}
+
+/// How long ago a file or directory was changed, or, by a clock that was ahead, how far off that is.
+pub fn age(path: &Path) -> io::Result<Duration> {
+    Ok(path.metadata()?.modified()?.elapsed().unwrap_or_else(|error| error.duration()))
 }
 
 /// Keeps room on the disk, to be given up for something small when the disk is full.

@@ -61,9 +61,7 @@ impl ServedDirectory {
 
     /// Whether something of what was put there is gone, and nobody is at work there.
     pub fn has_lost(&self, host: &HostName, release: &Release) -> bool {
-        let changed = self.release(host).metadata().and_then(|metadata| metadata.modified());
-        let age = changed.map(|changed| changed.elapsed().unwrap_or_else(|error| error.duration()));
-        !self.is_elsewhere() && !self.can_follow(host, release) && age.is_ok_and(|age| age > AT_WORK)
+        !self.is_elsewhere() && !self.can_follow(host, release) && files::age(&self.release(host)).is_ok_and(|age| age > AT_WORK)
     }
 
     /// Has hosts see what was put there, if they see `before` now. Returns whether they do see it.

@@ -33,17 +33,13 @@ struct KnownHost {
 
 /// Notes that the hub is back, if it has collected nothing for long: who was silent meanwhile may have spoken to nobody.
 pub fn note_return(collected: &Path) -> Result<()> {
-    let is_back = File::open(collected.join(FILE)).and_then(|file| age(&file)).is_ok_and(|age| age >= LATE);
+    let is_back = files::age(&collected.join(FILE)).is_ok_and(|age| age >= LATE);
     if is_back { files::write_json(&collected.join(RETURN), &now(), 0o644) } else { Ok(()) }
 }
 
 /// Since when hosts can be heard without a gap, in seconds since 1970; 0 if since ever.
 pub fn hears_since(collected: &Path) -> u64 {
     files::read_json(&collected.join(RETURN)).or_warn().flatten().unwrap_or_default()
-}
-
-fn age(file: &File) -> io::Result<Duration> {
-    Ok(file.metadata()?.modified()?.elapsed().unwrap_or_else(|error| error.duration()))
 }
 
 /// Writes it among what was collected, of hosts whose manifest and heartbeat are in these directories.
@@ -66,7 +62,7 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
 /// which this publisher has published something since.
 pub fn lay_out(file: &Path, place: &Path, memory: &Memory) -> io::Result<BTreeSet<HostName>> {
     let mut known = BTreeSet::new();
-    let age = age(&File::open(file)?)?;
+    let age = files::age(file)?;
     let text = files::read_foreign(file, LARGE)?;
     // what another version writes there says nothing either
     let Some(all) = json::parse::<BTreeMap<HostName, KnownHost>>(&text).ok().filter(|_| age < LATE) else { return Ok(known) };

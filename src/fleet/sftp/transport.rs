@@ -20,7 +20,7 @@ use crate::text;
 const PACKET: u32 = 256 * 1024;
 /// How much ssh may complain about.
 const COMPLAINT: u64 = 64 * 1024;
-/// What ssh says where one does not know the other, and where to look.
+/// What ssh says where one does not know the other, and where a host is to look.
 const REFUSED: [(&str, &str); 2] = [
     ("Host key verification failed", "hub.hostKey here is not the key of the hub"),
     ("Permission denied", "hub.hosts there does not have the key of this host"),
@@ -30,6 +30,8 @@ const REFUSED: [(&str, &str); 2] = [
 pub struct Transport {
     ssh: Conversation,
     errors: PathBuf,
+    /// Whether a host's configuration says who the hub is, and not people's own ssh.
+    is_pinned: bool,
     /// What the hub is called in messages.
     pub server: String,
     /// How many requests have been sent.
@@ -62,7 +64,8 @@ impl Transport {
         let destination = format!("{}@{}", server.user, server.host.trim_matches(['[', ']']));
         let port = server.port.to_string();
         let arguments = ["-F", "none"].into_iter().chain(options.flat_map(|option| ["-o", option]));
-        Self::start(name, arguments.chain(["-p", &port]), &destination, directory, limit)
+        let started = Self::start(name, arguments.chain(["-p", &port]), &destination, directory, limit);
+        started.map(|transport| Self { is_pinned: true, ..transport })
     }
 
     /// Connects to `server`, an `sftp://` without a path, as this user's own configuration of ssh says, without asking
@@ -91,7 +94,7 @@ impl Transport {
             .args(defaults.into_iter().flat_map(|option| ["-o", option]))
             .args(["-s", "--", destination, "sftp"])
             .talk(Some(file))?;
-        Ok(Self { ssh, errors, server, sent: 0, is_greeted: false, later: Vec::new() })
+        Ok(Self { ssh, errors, is_pinned: false, server, sent: 0, is_greeted: false, later: Vec::new() })
     }
 
     /// Ends it.
@@ -162,8 +165,8 @@ impl Transport {
             _ => error.to_string(),
         };
         let refused = REFUSED.iter().find(|(words, _)| said.iter().any(|line| line.contains(words)));
-        let why = refused.map_or(why.clone(), |(_, see)| format!("{why}; {see}"));
-        let error = Error::new(format!("Failed to talk to the hub at {}: {why}", self.server)).with_tail(said);
+        let see = refused.filter(|_| self.is_pinned).map_or(String::new(), |(_, see)| format!("; {see}"));
+        let error = Error::new(format!("Failed to talk to the hub at {}: {why}{see}", self.server)).with_tail(said);
         // anything else may be gone another time
         if refused.is_some() { error } else { error.transient() }
     }
