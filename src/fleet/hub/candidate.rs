@@ -15,6 +15,7 @@ use crate::config::{Instance, Publish, Wave};
 use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::fleet::Provenance;
+use crate::fleet::hub::holds::Holds;
 use crate::fleet::hub::jobs::{LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::plan::{self, Member, Plan};
@@ -146,7 +147,7 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
         lasting: handover.expires_after,
         origin: handover.origin,
         memory: Memory::new(&publish.directory),
-        holds: Plan::holds(&hub)?,
+        holds: Holds::read(&hub)?,
         plan: Plan::read(&hub),
         waves: !publish.waves.is_empty(),
     };

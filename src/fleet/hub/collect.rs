@@ -245,6 +245,7 @@ fn acknowledge(hub: &ServedDirectory, host: &HostName, index: &Received) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::hub::holds::Holds;
     use crate::testing::Directory;
     use serde_json::{Value, json};
     use std::os::unix::fs::symlink;
@@ -332,7 +333,7 @@ mod tests {
             fs::remove_file(fixture.place.path().join("received").join(snapshot::FILE)).unwrap();
             fs::remove_file(fixture.hub.heard()).unwrap();
         }
-        fs::write(Plan::holds_file(&fixture.hub), "{").unwrap();
+        fs::write(Holds::file(&fixture.hub), "{").unwrap();
         collect(&fixture.hub, true).unwrap_err();
         assert!(fixture.place.path().join("received").join(snapshot::FILE).exists());
     }

@@ -6,8 +6,10 @@ pub mod offer;
 
 mod collect;
 mod guide;
+mod headway;
 mod health;
 mod history;
+mod holds;
 mod host_state;
 mod jobs;
 mod memory;

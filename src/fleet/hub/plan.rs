@@ -1,60 +1,31 @@
-//! What is to be rolled out in waves, what people hold, and how far the hub has come: three files, each with one writer, and
-//! replaced in one step. They are read as a stranger's.
+//! What is to be rolled out in waves: which host gets what, and when. Whoever publishes writes it; it is read as a stranger's.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Wave;
 use crate::error::{Context, OrLog, Result};
+use crate::files;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};
 use crate::run::Release;
-use crate::run::hold::{Hold, moment};
-use crate::system::now;
-use crate::{files, text};
 
-/// Until when a hold is in force that has no end.
-pub const OPEN: u64 = u64::MAX;
-
-/// One of the three files: what the others are for is empty in it.
+/// A plan; one without waves is none.
 #[derive(Default, Deserialize, Serialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default)]
 pub struct Plan {
-    /// [`FORMAT`], of a plan.
+    /// [`FORMAT`].
     pub format: u32,
-    /// What tells the plan from all others.
+    /// What tells it from all others.
     pub id: String,
-    /// Which host gets what, and when; and what that is made from.
+    /// What all is made from.
     pub origin: Provenance,
     pub waves: Vec<Wave>,
     pub hosts: Vec<Member>,
-    /// Hosts for which nothing new is published; none stands for the roll-out.
-    pub held: Vec<(Option<HostName>, Hold)>,
-    /// After which stop it goes on.
-    pub resumed: Option<String>,
-    /// The last wave that has begun.
-    pub wave: usize,
-    /// Since when hosts have been healthy.
-    pub since: BTreeMap<HostName, u64>,
-    /// Since when the hub hears them without a gap, in seconds since 1970.
-    pub hears_since: u64,
-    /// How often it has been stopped, and why it is.
-    pub stops: usize,
-    pub stopped: Option<String>,
-    /// Whose failures count no more, and how many waves need no host that is well.
-    pub forgiven: Vec<HostName>,
-    pub waived: usize,
-    pub done: bool,
 }
-
-/// What people have asked for.
-pub type Holds = Plan;
-/// How far it has come, as the hub has noted.
-pub type Headway = Plan;
 
 /// A host in it.
 #[derive(Clone, Deserialize, PartialEq, Serialize)]
@@ -80,72 +51,15 @@ impl Member {
     }
 }
 
-/// Until when something is held, and by whom.
-pub fn said(hold: &Hold) -> String {
-    let until = if hold.until == OPEN { String::new() } else { format!("until {} ", moment(hold.until)) };
-    text::line(&format!("held {until}{}", hold.why()))
-}
-
 impl Plan {
-    /// Where it is, and what is held.
+    /// Where it is.
     pub fn file(hub: &ServedDirectory) -> PathBuf {
         hub.rollout().join("plan.json")
     }
 
-    pub fn holds_file(hub: &ServedDirectory) -> PathBuf {
-        hub.rollout().join("holds.json")
-    }
-
-    /// Reads one of the files; an empty one if it is not there.
-    pub fn read_from(path: &Path) -> Result<Self> {
-        Ok(files::read_foreign_json(path, LARGE)?.unwrap_or_default())
-    }
-
-    /// What is held; fails if that cannot be read, since something may be.
-    pub fn holds(hub: &ServedDirectory) -> Result<Holds> {
-        Self::read_from(&Self::holds_file(hub))
-    }
-
-    /// Changes what is held: of several who do so at once, nobody's change is lost.
-    pub fn change_holds(hub: &ServedDirectory, change: impl FnOnce(&mut Holds)) -> Result<()> {
-        let here = || {
-            let mut holds = Self::holds(hub)?;
-            change(&mut holds);
-            files::write_json(&Self::holds_file(hub), &holds, 0o644)
-        };
-        if let Some(elsewhere) = hub.elsewhere() {
-            return elsewhere.change_holds(here);
-        }
-        // not the turn of who publishes: that may take as long as a build
-        let _lock = files::lock(&hub.rollout(), FlockArg::LockExclusive)?;
-        here()
-    }
-
-    /// The hold of a host that is in force; or of the roll-out.
-    pub fn of(&self, host: Option<&HostName>) -> Option<&Hold> {
-        self.held.iter().find(|held| held.0.as_ref() == host).map(|held| &held.1).filter(|hold| now() < hold.until)
-    }
-
-    /// That a host is held, in words.
-    pub fn said(&self, host: &HostName) -> Option<String> {
-        self.of(Some(host)).map(said)
-    }
-
-    /// Holds a host, or the roll-out, or ends that.
-    pub fn put(&mut self, host: Option<&HostName>, hold: Hold) {
-        self.held.retain(|held| held.0.as_ref() != host && now() < held.1.until);
-        self.held.push((host.cloned(), hold));
-    }
-
-    /// What tells its last stop from others, or, if it is not stopped, where it stands.
-    pub fn stop(&self) -> String {
-        let stop = format!("{} {}", self.id, self.stops);
-        if self.stopped.is_some() { stop } else { format!("{stop} {}", self.wave) }
-    }
-
     /// The one that there is; what is no plan is none.
     pub fn read(hub: &ServedDirectory) -> Option<Self> {
-        let found = Self::read_from(&Self::file(hub)).or_warn();
+        let found: Option<Self> = files::read_foreign_json(&Self::file(hub), LARGE).or_warn().flatten();
         found.filter(|plan| {
             plan.format == FORMAT && !plan.waves.is_empty() && plan.hosts.iter().all(|member| member.wave < plan.waves.len())
         })
@@ -200,23 +114,6 @@ pub fn assign(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Directory;
-
-    #[test]
-    fn of_many_who_hold_at_once_nobody_is_forgotten() {
-        let place = Directory::new();
-        let hub = ServedDirectory::new(place.path()).unwrap();
-        std::fs::create_dir(hub.rollout()).unwrap();
-        let hosts: Vec<_> = (0..80).map(|number| HostName::try_from(&*format!("host{number}")).unwrap()).collect();
-        let hold = |host| {
-            let hold = Hold { since: 0, until: OPEN, by: "a".into(), reason: String::new() };
-            Plan::change_holds(&hub, |holds| holds.put(Some(host), hold)).unwrap();
-        };
-        std::thread::scope(|scope| hosts.chunks(10).for_each(|some| drop(scope.spawn(move || some.iter().for_each(hold)))));
-        let holds = Plan::holds(&hub).unwrap();
-        let lost: Vec<_> = hosts.iter().filter(|host| holds.of(Some(host)).is_none()).collect();
-        assert!(lost.is_empty(), "{lost:?}");
-    }
 
     fn name(name: &str) -> HostName {
         name.try_into().unwrap()

@@ -6,12 +6,12 @@
 //! the plan; then each host's by a rename. What is cut off before the plan changes nothing, after it the hub goes on when it
 //! collects next. A host that has been published for since sees something else than the plan says, and is passed over.
 
-use std::path::PathBuf;
-
 use crate::config::Wave;
 use crate::error::Result;
+use crate::fleet::hub::headway::Headway;
 use crate::fleet::hub::health::{Health, Seen, seen};
-use crate::fleet::hub::plan::{Headway, Holds, Member, Plan, said};
+use crate::fleet::hub::holds::{Holds, said};
+use crate::fleet::hub::plan::{Member, Plan};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, snapshot};
 use crate::fleet::{FORMAT, Provenance};
@@ -26,7 +26,7 @@ const NAMED: usize = 3;
 pub struct Rollout {
     pub plan: Plan,
     pub holds: Holds,
-    pub progress: Headway,
+    pub headway: Headway,
 }
 
 /// Begins to roll out what was placed, in the place of what a plan says, unless that is the same; the first wave sees its
@@ -39,9 +39,9 @@ pub fn propose(hub: &ServedDirectory, old: Option<&Plan>, origin: &Provenance, w
     if is_there {
         return Ok(());
     }
-    let plan = Plan { format: FORMAT, id: uuid()?, origin: origin.clone(), waves, hosts, ..Plan::default() };
+    let plan = Plan { format: FORMAT, id: uuid()?, origin: origin.clone(), waves, hosts };
     supersede(hub, &plan, old)?;
-    let holds = Plan::holds(hub)?;
+    let holds = Holds::read(hub)?;
     if !hub.is_elsewhere() && holds.of(None).is_none() {
         for member in plan.hosts.iter().filter(|member| member.wave == 0 && holds.of(Some(&member.host)).is_none()) {
             offer(hub, &plan, member)?;
@@ -77,22 +77,22 @@ fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
 }
 
 /// Goes on as far as that can be: returns the hosts that are to be offered their releases now.
-pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen<'a>]) -> Vec<&'a Member> {
-    if progress.id != plan.id {
+pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<'a>]) -> Vec<&'a Member> {
+    if headway.id != plan.id {
         // who is healthy stays so
-        let since = std::mem::take(&mut progress.since);
-        *progress = Headway { id: plan.id.clone(), since, hears_since: progress.hears_since, ..Headway::default() };
+        let since = std::mem::take(&mut headway.since);
+        *headway = Headway { id: plan.id.clone(), since, hears_since: headway.hears_since, ..Headway::default() };
     }
-    if progress.done {
+    if headway.done {
         return Vec::new();
     }
     let mut is_resumed = false;
-    if holds.resumed.as_ref() == Some(&progress.stop()) {
-        is_resumed = progress.stopped.take().is_some();
-        progress.waived = progress.wave + 1;
+    if holds.resumed.as_ref() == Some(&headway.stop()) {
+        is_resumed = headway.stopped.take().is_some();
+        headway.waived = headway.wave + 1;
     }
     loop {
-        let current = progress.wave;
+        let current = headway.wave;
         let (mut failed, mut pending, mut well) = (vec![Vec::new(); current + 1], 0, 0);
         for &(member, ref health, arrived, offered) in seen {
             let (host, wave) = (&member.host, member.wave);
@@ -100,16 +100,16 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
                 continue;
             }
             // of what it is offered now; a clock that was ahead has noted what is yet to come
-            let since = progress.since.get(host).copied().filter(|since| (offered..=arrived.max(offered)).contains(since));
+            let since = headway.since.get(host).copied().filter(|since| (offered..=arrived.max(offered)).contains(since));
             let since = since.or_else(|| (*health == Health::Well).then_some(arrived.max(offered)));
-            progress.since.extend(since.map(|since| (host.clone(), since)));
+            headway.since.extend(since.map(|since| (host.clone(), since)));
             let has_soaked = since.is_some_and(|since| arrived >= since.saturating_add(plan.waves[wave].soak));
             let mut fails = |how: String| {
-                progress.since.insert(host.clone(), 0);
+                headway.since.insert(host.clone(), 0);
                 if is_resumed {
-                    progress.forgiven.push(host.clone());
+                    headway.forgiven.push(host.clone());
                 }
-                if !progress.forgiven.contains(host) {
+                if !headway.forgiven.contains(host) {
                     failed[wave].push(format!("{host} {how}"));
                 }
             };
@@ -131,29 +131,27 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, progress: &mut Headway, seen: &[Seen
                 let more = if failed.len() > NAMED { format!(", and {} more", failed.len() - NAMED) } else { String::new() };
                 Some(format!("wave {}: {}{more}", wave + 1, failed[..failed.len().min(NAMED)].join(", ")))
             }
-            None if !takes_part && progress.waived <= current => {
-                Some(format!("wave {}: none of its hosts could be published", current + 1))
-            }
+            None if !takes_part && headway.waived <= current => Some(format!("wave {}: none of its hosts could be published", current + 1)),
             None => None,
         };
-        if let (Some(why), None) = (why, &progress.stopped) {
-            progress.stopped = Some(why);
-            progress.stops += 1;
+        if let (Some(why), None) = (why, &headway.stopped) {
+            headway.stopped = Some(why);
+            headway.stops += 1;
         }
-        if progress.stopped.is_some() || holds.of(None).is_some() {
+        if headway.stopped.is_some() || holds.of(None).is_some() {
             return Vec::new();
         }
         let is_next =
             |(member, health, ..): &&Seen| *health == Health::Waits && member.wave <= current && holds.of(Some(&member.host)).is_none();
         let next: Vec<_> = seen.iter().filter(is_next).map(|seen| seen.0).collect();
-        if !next.is_empty() || pending > 0 || well == 0 && progress.waived <= current {
+        if !next.is_empty() || pending > 0 || well == 0 && headway.waived <= current {
             return next;
         }
         if current + 1 == plan.waves.len() {
-            progress.done = true;
+            headway.done = true;
             return Vec::new();
         }
-        progress.wave += 1;
+        headway.wave += 1;
     }
 }
 
@@ -162,57 +160,52 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // whoever publishes may be about to replace the plan
     let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
     // of what is over, no host need be looked at
-    let Some(Rollout { plan, holds, mut progress }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
-    let was_stopped = progress.stopped.is_some();
-    progress.hears_since = snapshot::hears_since(&hub.collected());
-    let seen = seen(hub, &plan, progress.hears_since)?;
-    let next = step(&plan, &holds, &mut progress, &seen);
-    if let Some(why) = progress.stopped.as_ref().filter(|_| !was_stopped) {
+    let Some(Rollout { plan, holds, mut headway }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
+    let was_stopped = headway.stopped.is_some();
+    headway.hears_since = snapshot::hears_since(&hub.collected());
+    let seen = seen(hub, &plan, headway.hears_since)?;
+    let next = step(&plan, &holds, &mut headway, &seen);
+    if let Some(why) = headway.stopped.as_ref().filter(|_| !was_stopped) {
         log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
     }
-    files::put_json(&Rollout::file(hub), &progress, 0o644)?;
+    files::put_json(&Headway::file(hub), &headway, 0o644)?;
     // trouble with one does not keep the others waiting
     next.into_iter().map(|member| offer(hub, &plan, member)).fold(Ok(()), Result::and)
 }
 
 impl Rollout {
-    /// Where the hub notes how far it has come.
-    pub fn file(hub: &ServedDirectory) -> PathBuf {
-        hub.collected().join("rollout.json")
-    }
-
     /// The one that has been begun last, if nothing has been published since for all hosts at once.
     pub fn read(hub: &ServedDirectory) -> Result<Option<Self>> {
         let Some(plan) = Plan::read(hub) else { return Ok(None) };
-        let mut progress = Headway::read_from(&Self::file(hub))?;
-        if progress.id == plan.id && progress.wave >= plan.waves.len() {
+        let mut headway = Headway::read(hub)?;
+        if headway.id == plan.id && headway.wave >= plan.waves.len() {
             // whoever wrote the plan has put another one in its place by the same name
-            progress = Headway::default();
+            headway = Headway::default();
         }
-        Ok(Some(Self { plan, holds: Plan::holds(hub)?, progress }))
+        Ok(Some(Self { plan, holds: Holds::read(hub)?, headway }))
     }
 
     /// Whether all waves have been, and are well.
     pub fn is_over(&self) -> bool {
-        self.progress.done && self.progress.id == self.plan.id
+        self.headway.done && self.headway.id == self.plan.id
     }
 
     /// Why it goes on no further, unless it does.
     pub fn stopped(&self) -> Option<&String> {
-        self.progress.stopped.as_ref().filter(|_| self.progress.id == self.plan.id)
+        self.headway.stopped.as_ref().filter(|_| self.headway.id == self.plan.id)
     }
 
     /// Where it stands, in a line; none if it is at its end.
     pub fn line(&self, hub: &ServedDirectory) -> Result<Option<String>> {
-        let Self { plan, holds, progress } = self;
+        let Self { plan, holds, headway } = self;
         if self.is_over() {
             return Ok(None);
         }
-        let (wave, all) = (if progress.id == plan.id { progress.wave } else { 0 }, plan.waves.len());
-        let seen = seen(hub, plan, progress.hears_since)?;
+        let (wave, all) = (if headway.id == plan.id { headway.wave } else { 0 }, plan.waves.len());
+        let seen = seen(hub, plan, headway.hears_since)?;
         let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
         let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
-        let ready = ours().filter_map(|(member, ..)| progress.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
+        let ready = ours().filter_map(|(member, ..)| headway.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
         let stands = match (self.stopped(), holds.of(None)) {
             (Some(why), _) => format!("stopped in {why}; ekiben fleet resume, or abort"),
             (None, Some(hold)) => format!("wave {} of {all}: {}; ekiben fleet resume, or abort", wave + 1, said(hold)),
@@ -221,7 +214,7 @@ impl Rollout {
                 let silent = if silent > 0 { format!(", {silent} silent or held") } else { String::new() };
                 let soaks = ready.filter(|ready| *ready > now() && count(&[Health::Waits, Health::Pending]) == 0);
                 let soaks = soaks.map_or(String::new(), |ready| format!("; soaks until {}", moment(ready)));
-                let is_stuck = well == 0 && progress.waived <= wave && count(&[Health::Waits, Health::Pending]) == 0;
+                let is_stuck = well == 0 && headway.waived <= wave && count(&[Health::Waits, Health::Pending]) == 0;
                 let go_on = if is_stuck { "; ekiben fleet resume, to go on without" } else { "" };
                 format!("wave {} of {all}: {well} of {} healthy{silent}{soaks}{go_on}", wave + 1, ours().count())
             }
@@ -260,7 +253,7 @@ mod tests {
     struct Story {
         plan: Plan,
         holds: Holds,
-        progress: Headway,
+        headway: Headway,
         /// Since when all are offered what they are.
         offered: u64,
     }
@@ -268,8 +261,8 @@ mod tests {
     impl Story {
         fn new(waves: &[Wave], hosts: &[(&str, usize)]) -> Self {
             let hosts = hosts.iter().map(|(host, wave)| member(host, *wave)).collect();
-            let plan = Plan { format: FORMAT, id: "x".into(), waves: waves.to_vec(), hosts, ..Plan::default() };
-            Self { plan, holds: Holds::default(), progress: Headway::default(), offered: 1 }
+            let plan = Plan { format: FORMAT, id: "x".into(), origin: Provenance::default(), waves: waves.to_vec(), hosts };
+            Self { plan, holds: Holds::default(), headway: Headway::default(), offered: 1 }
         }
 
         /// Who is offered something, by how hosts do, and by when that arrived.
@@ -277,12 +270,12 @@ mod tests {
             let members: Vec<_> = seen.iter().map(|(host, ..)| self.plan.get(&name(host)).unwrap().clone()).collect();
             let seen: Vec<_> =
                 members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, self.offered)).collect();
-            let next = step(&self.plan, &self.holds, &mut self.progress, &seen);
+            let next = step(&self.plan, &self.holds, &mut self.headway, &seen);
             next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
         }
 
         fn stopped(&self) -> &str {
-            self.progress.stopped.as_deref().unwrap_or_default()
+            self.headway.stopped.as_deref().unwrap_or_default()
         }
     }
 
@@ -300,10 +293,10 @@ mod tests {
         assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 39), ("c", Waits, 5)]), "");
         // what is told again and again does not move the beginning
         assert_eq!(story.step(&[("a", Gone, 30), ("b", Well, 40), ("c", Waits, 5)]), "c");
-        assert!(!story.progress.done);
+        assert!(!story.headway.done);
         assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Pending, 50)]), "");
         assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Well, 60)]), "");
-        assert!(story.progress.done);
+        assert!(story.headway.done);
     }
 
     #[test]
@@ -328,7 +321,7 @@ mod tests {
             assert_eq!(story.step(&[("a", Failed(RolledBack), 40), ("b", Waits, 5), ("c", Waits, 5)]), "b");
             // that counted for the failures until then
             assert_eq!(story.step(&[("a", Failed(RolledBack), 50), ("b", Failed(RolledBack), 50), ("c", Waits, 5)]), "");
-            assert_eq!((story.stopped(), story.progress.stops), ("wave 2: b is rolled back", 2));
+            assert_eq!((story.stopped(), story.headway.stops), ("wave 2: b is rolled back", 2));
         }
         // of a wave that is over as well, before the next one
         let mut story = Story::new(&waves, &[("a", 0), ("b", 1), ("c", 2)]);
@@ -362,7 +355,7 @@ mod tests {
             story.holds.resumed = Some(said.into());
             assert_eq!(story.step(&[("a", Silent, 5), ("c", Waits, 5)]), next);
             story.step(&[("a", Failed(RolledBack), 5), ("c", Silent, 5)]);
-            assert!(story.stopped().contains("a is rolled back") && !story.progress.done);
+            assert!(story.stopped().contains("a is rolled back") && !story.headway.done);
         }
         // what is to follow is gone
         let mut gone = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
@@ -382,13 +375,13 @@ mod tests {
         let mut story = Story::new(&[wave(&["a", "b"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("b", 0), ("c", 1)]);
         story.holds.put(Some(&name("b")), hold());
         assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Waits, 5)]), "c");
-        story.holds.held.clear();
+        story.holds.end(Some(&name("b")));
         assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Pending, 5)]), "b");
         let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
         story.holds.put(None, hold());
         assert_eq!(story.step(&[("a", Waits, 5), ("c", Waits, 5)]), "");
         assert_eq!(story.step(&[("a", Well, 5), ("c", Waits, 5)]), "");
-        story.holds.held.clear();
+        story.holds.end(None);
         assert_eq!(story.step(&[("a", Well, 5), ("c", Waits, 5)]), "c");
     }
 
@@ -403,7 +396,7 @@ mod tests {
         story.plan.id = "z".into();
         assert_eq!(story.step(&[("a", Well, 30), ("c", Waits, 5)]), "c");
         // by a clock that was ahead
-        story.progress.since.insert(name("a"), 1000);
+        story.headway.since.insert(name("a"), 1000);
         story.plan.id = "after that".into();
         assert_eq!(story.step(&[("a", Well, 31), ("c", Waits, 5)]), "");
         assert_eq!(story.step(&[("a", Well, 41), ("c", Waits, 5)]), "c");

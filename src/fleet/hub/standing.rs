@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{OrLog, Result};
 use crate::files;
+use crate::fleet::hub::holds::Holds;
 use crate::fleet::hub::host_state::{FAILING, HostState};
-use crate::fleet::hub::plan::{Holds, Plan};
 use crate::fleet::hub::rollout::Rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::HostName;
@@ -19,7 +19,7 @@ pub fn keep(hub: &ServedDirectory) -> Result<()> {
     if !file.parent().is_some_and(Path::exists) {
         return Ok(());
     }
-    let (mut all, rollout, holds) = (BTreeMap::new(), Rollout::read(hub)?, Plan::holds(hub)?);
+    let (mut all, rollout, holds) = (BTreeMap::new(), Rollout::read(hub)?, Holds::read(hub)?);
     for host in hub.hosts()? {
         // what cannot be read hides no other host
         all.extend(look(hub, &host, rollout.as_ref(), &holds).or_warn().flatten().map(|standing| (host, standing)));

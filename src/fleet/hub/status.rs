@@ -7,10 +7,11 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use crate::error::{OrLog, Result};
+use crate::fleet::hub::holds::{Holds, said};
 use crate::fleet::hub::host_state::{FAILING, HostState};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::numbers::DAY;
-use crate::fleet::hub::plan::{Holds, Plan, said};
+use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::Rollout;
 use crate::fleet::hub::served::ServedDirectory;
@@ -167,7 +168,7 @@ pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Sho
     let hosts = select(all.into_iter().collect(), |name: &HostName| name, wanted)?;
     // what cannot be read hides no host
     let rollout = Rollout::read(hub).or_warn().flatten();
-    let holds = Plan::holds(hub).or_warn().unwrap_or_default();
+    let holds = Holds::read(hub).or_warn().unwrap_or_default();
     // of a hub elsewhere the others are not known
     let line = rollout.as_ref().filter(|_| wanted.is_empty()).and_then(|rollout| rollout.line(hub).or_warn().flatten());
     let plan = rollout.as_ref().map(|rollout| &rollout.plan);

@@ -8,6 +8,7 @@ use nix::unistd::geteuid;
 use crate::error::{Context, OrLog, Result};
 use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit};
+use crate::fleet::hub::holds::Holds;
 use crate::fleet::hub::jobs::parallel;
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::plan::Plan;
@@ -131,7 +132,7 @@ impl Fleet<'_> {
         key.map_or(Ok(()), signing::check)?;
         let (build, unsigned, memory) = (!has("--no-build"), has("--unsigned"), Memory::new(&self.directory));
         let no_key = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
-        let (holds, plan, waves) = (Plan::holds(&self.hub)?, Plan::read(&self.hub), has("--waves"));
+        let (holds, plan, waves) = (Holds::read(&self.hub)?, Plan::read(&self.hub), has("--waves"));
         Ok(Manner { build, key, unsigned, no_key, lasting, origin, memory, holds, plan, waves })
     }
 }

@@ -6,7 +6,8 @@ use crate::config::Wave;
 use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::Provenance;
 use crate::fleet::hub::command::{Fleet, exit, print};
-use crate::fleet::hub::plan::{self, Holds, OPEN, Plan};
+use crate::fleet::hub::holds::{Holds, OPEN, said};
+use crate::fleet::hub::plan;
 use crate::fleet::hub::publish::{self, Manner};
 use crate::fleet::hub::repository::{Host, select};
 use crate::fleet::hub::rollout::{self, Rollout};
@@ -29,42 +30,34 @@ impl Fleet<'_> {
 
     /// Has nothing new be published for hosts, or no further wave begin, until that is over.
     pub(super) fn hold(&self, wanted: &[&str]) -> Result<ExitCode> {
-        let said = |option| self.arguments.options.get(option).copied();
-        let until = said("--for").map(holding::seconds).transpose()?.map_or(OPEN, |span| now() + span);
-        let hold = Hold { since: now(), until, by: asker::this_user(), reason: said("--reason").unwrap_or_default().to_owned() };
-        let how = plan::said(&hold);
-        self.change(wanted, &hold, &|_, _| how.clone())
+        let given = |option| self.arguments.options.get(option).copied();
+        let until = given("--for").map(holding::seconds).transpose()?.map_or(OPEN, |span| now() + span);
+        let hold = Hold { since: now(), until, by: asker::this_user(), reason: given("--reason").unwrap_or_default().to_owned() };
+        self.change(wanted, &said(&hold), |holds, host, _| holds.put(host, hold.clone()))
     }
 
     /// Ends that; has a roll-out that was stopped go on, whoever has failed until now, and one that was not also without a
     /// host of this wave that is well.
     pub(super) fn resume(&self, wanted: &[&str]) -> Result<ExitCode> {
-        let over = Hold { since: 0, until: 0, by: String::new(), reason: String::new() };
-        self.change(wanted, &over, &|holds, rollout| {
+        self.change(wanted, "goes on", |holds, host, rollout| {
+            holds.end(host);
             // to end a hold is no word on hosts
             let meant = rollout.filter(|rollout| rollout.stopped().is_some() || rollout.holds.of(None).is_none());
-            holds.resumed = meant.map(|rollout| rollout.progress.stop()).or(holds.resumed.take());
-            "goes on".into()
+            holds.resumed = meant.map(|rollout| rollout.headway.stop()).or(holds.resumed.take());
         })
     }
 
-    /// Changes what is held of hosts, or of the roll-out if none are named; says what came of it.
-    fn change(&self, wanted: &[&str], hold: &Hold, done: &dyn Fn(&mut Holds, Option<&Rollout>) -> String) -> Result<ExitCode> {
+    /// Changes what is held of hosts, or of the roll-out if none are named; says so in these words.
+    fn change(&self, wanted: &[&str], said: &str, change: impl Fn(&mut Holds, Option<&HostName>, Option<&Rollout>)) -> Result<ExitCode> {
         collect::take_in(&self.hub, wanted, None)?;
-        let rollout = wanted.is_empty().then(|| self.rollout()).transpose()?;
-        let hosts = if wanted.is_empty() { Vec::new() } else { select(self.hub.hosts()?, |name| name, wanted)? };
-        let mut lines = Vec::new();
-        Plan::change_holds(&self.hub, |holds| {
-            if wanted.is_empty() {
-                holds.put(None, hold.clone());
-                lines.push(format!("roll-out: {}\n", done(holds, rollout.as_ref())));
-            }
-            for host in &hosts {
-                holds.put(Some(host), hold.clone());
-                lines.push(format!("{host}: {}\n", done(holds, None)));
-            }
-        })?;
-        print(&lines.concat())
+        if wanted.is_empty() {
+            let rollout = self.rollout()?;
+            Holds::change(&self.hub, |holds| change(holds, None, Some(&rollout)))?;
+            return print(&format!("roll-out: {said}\n"));
+        }
+        let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
+        Holds::change(&self.hub, |holds| hosts.iter().for_each(|host| change(holds, Some(host), None)))?;
+        print(&hosts.iter().map(|host| format!("{host}: {said}\n")).collect::<Vec<_>>().concat())
     }
 
     pub(super) fn rollout(&self) -> Result<Rollout> {
@@ -80,7 +73,7 @@ impl Fleet<'_> {
         let manner = self.manner(Provenance::default())?;
         // before anything is published: what is cut off in between is done by the next one, and no wave begins meanwhile
         let hold = Hold { since: now(), until: OPEN, by: asker::this_user(), reason: "abort".into() };
-        Plan::change_holds(&self.hub, |holds| holds.put(None, hold))?;
+        Holds::change(&self.hub, |holds| holds.put(None, hold))?;
         let mut well = true;
         for member in &plan.hosts {
             // by whatever number: it may have been renewed since
@@ -91,7 +84,7 @@ impl Fleet<'_> {
         }
         if well {
             rollout::end(&self.hub, Some(&plan))?;
-            Plan::change_holds(&self.hub, |holds| holds.held.retain(|held| held.0.is_some()))?;
+            Holds::change(&self.hub, |holds| holds.end(None))?;
         }
         Ok(exit(well))
     }

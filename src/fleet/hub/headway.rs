@@ -1,0 +1,49 @@
+//! How far the hub has come with a roll-out. It alone writes that down, where nobody else can.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::files;
+use crate::fleet::LARGE;
+use crate::fleet::hub::served::ServedDirectory;
+use crate::names::HostName;
+
+/// Where a roll-out stands.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Headway {
+    /// Of which plan.
+    pub id: String,
+    /// The last wave that has begun.
+    pub wave: usize,
+    /// Since when hosts have been healthy.
+    pub since: BTreeMap<HostName, u64>,
+    /// Since when the hub hears them without a gap, in seconds since 1970.
+    pub hears_since: u64,
+    /// How often it has been stopped, and why it is.
+    pub stops: usize,
+    pub stopped: Option<String>,
+    /// Whose failures count no more, and how many waves need no host that is well.
+    pub forgiven: Vec<HostName>,
+    pub waived: usize,
+    pub done: bool,
+}
+
+impl Headway {
+    pub fn file(hub: &ServedDirectory) -> PathBuf {
+        hub.collected().join("rollout.json")
+    }
+
+    pub fn read(hub: &ServedDirectory) -> Result<Self> {
+        Ok(files::read_foreign_json(&Self::file(hub), LARGE)?.unwrap_or_default())
+    }
+
+    /// What tells its last stop from others, or, if it is not stopped, where it stands.
+    pub fn stop(&self) -> String {
+        let stop = format!("{} {}", self.id, self.stops);
+        if self.stopped.is_some() { stop } else { format!("{stop} {}", self.wave) }
+    }
+}
