@@ -299,6 +299,12 @@ with subtest("a canary that does not build, or of which nothing is known, is no 
 
 with subtest("a wave of which no host is well, or that has lost a release, waits until somebody says so, and then no longer"):
     before = numbers()
+    push("nobody will be there")
+    # also of a plan that the hub has not looked at yet
+    hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json", fleet("resume"))
+    collect()
+    assert renewed(before) == {"db", "web"}, stands()
+    before = numbers()
     push("nobody is there")
     hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json")
     collect()

@@ -57,7 +57,9 @@ impl Repository {
         text(private().args(["read-tree", base]), None)?;
         for (path, lock) in locks {
             let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
-            text(private().args(["update-index", "--add", "--cacheinfo", &format!("100644,{blob},{path}")]), None)?;
+            let known = text(private().args(["ls-files", "--stage", "--", path]), None)?;
+            let mode = if known.starts_with("100755") { "100755" } else { "100644" };
+            text(private().args(["update-index", "--add", "--cacheinfo", &format!("{mode},{blob},{path}")]), None)?;
         }
         let tree = text(private().args(["write-tree"]), None)?;
         let commit = self.git().args(["commit-tree", "-p", base, &tree]);

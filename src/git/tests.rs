@@ -363,11 +363,15 @@ fn what_is_checked_out_is_a_commit_and_no_edit_filter_or_hook_of_the_users() {
         assert!(!checked_out.join("untracked").exists() && checked_out.join("hosts").exists() == has_host);
     }
     // several lock files, one commit
+    let mode = "export GIT_INDEX_FILE=$(mktemp -u); git read-tree {}; \
+                git update-index --cacheinfo 100755,$(git rev-parse {}:hosts/a/flake.lock),hosts/a/flake.lock; git commit-tree -p {} -m mode $(git write-tree)";
+    let commit = shell(&repository.top, &mode.replace("{}", &commit));
     let locks = [("hosts/a/flake.lock", &b"2\n"[..]), ("flake.lock", b"3\n")];
     let author = Author { name: "a".into(), mail: "a".into() };
     let new = repository.commit_lock_files(&commit, locks, "new", &author, &place.path().join("index")).unwrap();
     assert_eq!(shell(&repository.top, &format!("git diff --name-only {commit} {new}")), "flake.lock\nhosts/a/flake.lock");
     assert_eq!(repository.read_file(&new, "hosts/a/flake.lock").unwrap().unwrap(), b"2\n");
+    assert!(shell(&repository.top, &format!("git ls-tree {new} hosts/a/flake.lock")).starts_with("100755 "));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::files;
 use crate::fleet::LARGE;
+use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::HostName;
 
@@ -39,6 +40,16 @@ impl Headway {
 
     pub fn read(hub: &ServedDirectory) -> Result<Self> {
         Ok(files::read_foreign_json(&Self::file(hub), LARGE)?.unwrap_or_default())
+    }
+
+    /// The same with this plan: where it is not of that, it begins anew.
+    pub fn with(self, plan: &Plan) -> Self {
+        // whoever wrote the plan may have put another one in its place by the same name
+        if self.id == plan.id && self.wave < plan.waves.len() {
+            return self;
+        }
+        // who is healthy stays so
+        Self { id: plan.id.clone(), since: self.since, hears_since: self.hears_since, ..Self::default() }
     }
 
     /// What tells its last stop from others, or, if it is not stopped, where it stands.

@@ -78,11 +78,6 @@ fn offer(hub: &ServedDirectory, plan: &Plan, member: &Member) -> Result<()> {
 
 /// Goes on as far as that can be: returns the hosts that are to be offered their releases now.
 pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<'a>]) -> Vec<&'a Member> {
-    if headway.id != plan.id {
-        // who is healthy stays so
-        let since = std::mem::take(&mut headway.since);
-        *headway = Headway { id: plan.id.clone(), since, hears_since: headway.hears_since, ..Headway::default() };
-    }
     if headway.done {
         return Vec::new();
     }
@@ -177,22 +172,13 @@ impl Rollout {
     /// The one that has been begun last, if nothing has been published since for all hosts at once.
     pub fn read(hub: &ServedDirectory) -> Result<Option<Self>> {
         let Some(plan) = Plan::read(hub) else { return Ok(None) };
-        let mut headway = Headway::read(hub)?;
-        if headway.id == plan.id && headway.wave >= plan.waves.len() {
-            // whoever wrote the plan has put another one in its place by the same name
-            headway = Headway::default();
-        }
+        let headway = Headway::read(hub)?.with(&plan);
         Ok(Some(Self { plan, holds: Holds::read(hub)?, headway }))
     }
 
     /// Whether all waves have been, and are well.
     pub fn is_over(&self) -> bool {
-        self.headway.done && self.headway.id == self.plan.id
-    }
-
-    /// Why it goes on no further, unless it does.
-    pub fn stopped(&self) -> Option<&String> {
-        self.headway.stopped.as_ref().filter(|_| self.headway.id == self.plan.id)
+        self.headway.done
     }
 
     /// Where it stands, in a line; none if it is at its end.
@@ -201,12 +187,12 @@ impl Rollout {
         if self.is_over() {
             return Ok(None);
         }
-        let (wave, all) = (if headway.id == plan.id { headway.wave } else { 0 }, plan.waves.len());
+        let (wave, all) = (headway.wave, plan.waves.len());
         let seen = seen(hub, plan, headway.hears_since)?;
         let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
         let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
         let ready = ours().filter_map(|(member, ..)| headway.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
-        let stands = match (self.stopped(), holds.of(None)) {
+        let stands = match (&headway.stopped, holds.of(None)) {
             (Some(why), _) => format!("stopped in {why}; ekiben fleet resume, or abort"),
             (None, Some(hold)) => format!("wave {} of {all}: {}; ekiben fleet resume, or abort", wave + 1, said(hold)),
             (None, None) => {
@@ -270,6 +256,7 @@ mod tests {
             let members: Vec<_> = seen.iter().map(|(host, ..)| self.plan.get(&name(host)).unwrap().clone()).collect();
             let seen: Vec<_> =
                 members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, self.offered)).collect();
+            self.headway = std::mem::take(&mut self.headway).with(&self.plan);
             let next = step(&self.plan, &self.holds, &mut self.headway, &seen);
             next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
         }

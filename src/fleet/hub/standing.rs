@@ -34,7 +34,7 @@ fn look(hub: &ServedDirectory, host: &HostName, rollout: Option<&Rollout>, holds
     let planned = waits.and_then(|(rollout, _)| rollout.plan.get(host)).map(|member| member.release.sequence);
     let state = match waits {
         _ if holds.of(Some(host)).is_some() => Some(HostStep::Held),
-        Some((rollout, _)) if rollout.stopped().is_some() => Some(HostStep::Stopped),
+        Some((rollout, _)) if rollout.headway.stopped.is_some() => Some(HostStep::Stopped),
         waits => waits.map(|_| HostStep::Waiting),
     };
     if let Some(state) = state {

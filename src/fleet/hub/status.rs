@@ -173,7 +173,7 @@ pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Sho
     let line = rollout.as_ref().filter(|_| wanted.is_empty()).and_then(|rollout| rollout.line(hub).or_warn().flatten());
     let plan = rollout.as_ref().map(|rollout| &rollout.plan);
     let row = |host: HostName| (host.clone(), look(hub, &host, fleet, is_known(&host), (plan, &holds)));
-    let stopped = rollout.as_ref().is_some_and(|rollout| rollout.stopped().is_some());
+    let stopped = rollout.as_ref().is_some_and(|rollout| rollout.headway.stopped.is_some());
     Ok(Shown { rollout: line, stopped, hosts: gather(hosts.into_iter().map(row)) })
 }
 

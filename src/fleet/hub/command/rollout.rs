@@ -42,7 +42,7 @@ impl Fleet<'_> {
         self.change(wanted, "goes on", |holds, host, rollout| {
             holds.end(host);
             // to end a hold is no word on hosts
-            let meant = rollout.filter(|rollout| rollout.stopped().is_some() || rollout.holds.of(None).is_none());
+            let meant = rollout.filter(|rollout| rollout.headway.stopped.is_some() || rollout.holds.of(None).is_none());
             holds.resumed = meant.map(|rollout| rollout.headway.stop()).or(holds.resumed.take());
         })
     }

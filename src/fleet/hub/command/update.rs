@@ -1,5 +1,7 @@
 //! New revisions of the inputs of a fleet's flakes.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -27,7 +29,7 @@ impl Fleet<'_> {
         let inputs: Vec<String> = inputs.into_iter().map(String::from).collect();
         let cache = Cache::open(&repository.cache())?;
         let mut unknown: Vec<&String> = inputs.iter().collect();
-        let mut well = true;
+        let mut all = Vec::new();
         for source in flakes {
             let meant = |host: &Host| host.source.place == source.place && named.contains(&&*host.name);
             if !named.is_empty() && !hosts.iter().any(meant) {
@@ -40,10 +42,19 @@ impl Fleet<'_> {
             } else {
                 unknown.clear();
             }
+            all.push((source, updated));
+        }
+        // before anything is changed
+        if let Some(input) = unknown.first() {
+            return Err(Error::new(format!("Failed to update {input}: no flake has an input of this name")));
+        }
+        let mut well = true;
+        for (source, updated) in all {
             let path = source.lock_file();
-            let replace = |new: &Vec<u8>| files::write(&path, new, 0o644).doing("write", &path);
+            let mode = fs::metadata(&path).map_or(0o644, |metadata| metadata.mode() & 0o777);
+            let replace = |new: &Vec<u8>| files::write(&path, new, mode).doing("write", &path);
             let done = match updated {
-                Ok(Some(new)) if std::fs::read(&path).ok().as_ref() != Some(&new) => replace(&new).map(|()| "updated"),
+                Ok(Some(new)) if fs::read(&path).ok().as_ref() != Some(&new) => replace(&new).map(|()| "updated"),
                 other => other.map(|_| "unchanged"),
             };
             well &= done.is_ok();
@@ -52,9 +63,6 @@ impl Fleet<'_> {
                 Err(error) => log::error!("{}: {error}.", source.place),
             }
         }
-        for input in &unknown {
-            log::error!("Failed to update {input}: no flake has an input of this name.");
-        }
-        Ok(exit(well && unknown.is_empty()))
+        Ok(exit(well))
     }
 }
