@@ -465,6 +465,15 @@ let
     directory = {
       hub.directory = "/srv/my fleet";
     };
+    tokenWithSpace = {
+      webhook.projects.web.tokenFile = "/root/my token";
+    };
+    tokenThatSystemdExpands = {
+      webhook.projects.web.tokenFile = "/root/%i";
+    };
+    interval = {
+      hub.reports.interval = "every minute";
+    };
     size = {
       hub.reports.size = "50%";
     };

@@ -42,6 +42,12 @@ rec {
     // {
       description = "absolute path outside the Nix store, as a string";
     };
+  # for a unit, in which systemd would expand or split another
+  unitPath =
+    types.addCheck externalPath (path: builtins.match "[^%[:space:]\"'\\]*" path != null)
+    // {
+      description = "absolute path outside the Nix store, without spaces, quotes and `%`, as a string";
+    };
   plainPath =
     types.addCheck externalPath (path: builtins.match "(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+" path != null)
     // {
@@ -85,6 +91,15 @@ rec {
     mkOption {
       type = types.ints.positive;
       inherit default description;
+    };
+
+  timeSpan =
+    let
+      unit = "(usec|us|msec|ms|seconds?|sec|s|minutes?|min|m|hours?|hr|h|days?|d|weeks?|w)";
+    in
+    types.addCheck types.str (span: builtins.match "([1-9][0-9]* *${unit}? *)+" span != null)
+    // {
+      description = "time span as in {manpage}`systemd.time(7)`, such as `5min`";
     };
 
   operation = mkOption {

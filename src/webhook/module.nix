@@ -18,7 +18,7 @@ let
     nameValuePair
     types
     ;
-  inherit (import ../module/types.nix { inherit lib; }) asDefaults externalPath isName;
+  inherit (import ../module/types.nix { inherit lib; }) asDefaults isName unitPath;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     growingPauses
     insistent
@@ -34,7 +34,7 @@ let
   project = types.submodule {
     options = {
       tokenFile = mkOption {
-        type = externalPath;
+        type = unitPath;
         example = literalExpression ''config.age.secrets."my-project-token".path'';
         description = ''
           A file with the bearer token of this project: at least 16 letters, digits and `-._~+/`, with
@@ -42,7 +42,7 @@ let
         '';
       };
       extraTokenFiles = mkOption {
-        type = types.listOf externalPath;
+        type = types.listOf unitPath;
         default = [ ];
         description = "Files with more tokens of this project, to change its token without a gap.";
       };
@@ -283,7 +283,7 @@ in
       description = "The port to listen on.";
     };
     socket = mkOption {
-      type = types.nullOr externalPath;
+      type = types.nullOr unitPath;
       default = null;
       example = "/run/ekiben.sock";
       description = "A Unix socket to listen on, for a proxy, instead of {option}`host` and {option}`port`.";

@@ -16,7 +16,6 @@ let
   inherit (import ../../module/types.nix { inherit lib; })
     asDefaults
     build
-    externalPath
     flags
     healthCheck
     observe
@@ -26,6 +25,7 @@ let
     reboot
     rebootAliases
     signer
+    unitPath
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     networkSandbox
@@ -286,7 +286,7 @@ in
       '';
     };
     netrcFile = mkOption {
-      type = types.nullOr externalPath;
+      type = types.nullOr unitPath;
       default = null;
       example = "/root/ekiben-netrc";
       description = ''
@@ -296,7 +296,7 @@ in
       '';
     };
     identityFile = mkOption {
-      type = externalPath;
+      type = unitPath;
       default = "/var/lib/ekiben-identity/key";
       description = "The private SSH key to log in with. It is read by systemd, so it can be readable by root only.";
     };

@@ -31,6 +31,8 @@ let
     ownDirectory
     ownFile
     signer
+    timeSpan
+    unitPath
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -492,7 +494,7 @@ in
         '';
       };
       signingKeyFile = mkOption {
-        type = types.nullOr externalPath;
+        type = types.nullOr unitPath;
         default = null;
         example = literalExpression "config.age.secrets.fleet-signer.path";
         description = ''
@@ -570,9 +572,9 @@ in
         description = "How many files a host may leave before they are collected.";
       };
       interval = mkOption {
-        type = types.str;
+        type = timeSpan;
         default = "30s";
-        description = "How often to collect, in the format of {manpage}`systemd.time(7)`.";
+        description = "How often to collect.";
       };
     };
   };
