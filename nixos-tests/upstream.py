@@ -10,6 +10,8 @@ forge.succeed(as_deploy(f"mkdir -m 700 ~/.ssh; echo {shlex.quote(key)} > ~/.ssh/
 forge.succeed(as_deploy("git config --global user.name Forge; git config --global user.email forge@localhost; git init -qb main /srv/app"))
 publish(forge, "app", "2")
 server.succeed(as_deploy("ssh-keyscan -t ed25519 forge > ~/.ssh/known_hosts"))
+# connections are shared, by a socket that no run could make
+server.succeed(as_deploy("printf 'ControlMaster auto\\nControlPath ~/.ssh/%%C\\n' > ~/.ssh/config"))
 
 
 def use(url):
@@ -25,11 +27,13 @@ with subtest("an input behind SSH is fetched with the user's key"):
     assert shows(server, "app") == "3"
 
 with subtest("the user's git configuration counts"):
-    server.succeed(as_deploy("git config --global url.ssh://deploy@forge/.insteadOf ssh://short/"))
+    server.succeed(as_deploy("git config --global url.ssh://deploy@elsewhere/.insteadOf ssh://short/"))
+    server.succeed(as_deploy("git config --global core.sshCommand \"ssh -o ControlMaster=no -o 'HostName forge' -o HostKeyAlias=forge\""))
     use("git+ssh://short/srv/app")
     publish(forge, "app", "4")
     assert run(server, "app")["result"] == "deployed", status(server, "app")
     assert shows(server, "app") == "4"
+    server.succeed(as_deploy("git config --global --unset core.sshCommand"))
 
 with subtest("an input behind a password is fetched with the user's netrc"):
     python = forge.succeed("readlink -f $(command -v python3)").strip()

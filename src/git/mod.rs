@@ -320,6 +320,7 @@ pub fn git(directory: &Path) -> Program {
     Program::new("git")
         .reason(reason)
         .args(settings.iter().flat_map(|setting| ["-c", setting]))
+        .by_ssh()
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_TERMINAL_PROMPT", "0")
         .env("LC_ALL", "C")

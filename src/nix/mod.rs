@@ -165,7 +165,7 @@ fn locked_out(error: &Error) -> Option<Error> {
 
 /// nix with the features that all of this needs.
 pub fn nix() -> Program {
-    let nix = Program::new("nix").args(["--extra-experimental-features", "nix-command flakes"]);
+    let nix = Program::new("nix").by_ssh().args(["--extra-experimental-features", "nix-command flakes"]);
     // Nix fetches as this user, but looks for passwords in root's file only
     match std::env::var_os("HOME").map(|home| Path::new(&home).join(".netrc")) {
         Some(netrc) if netrc.exists() => nix.arg("--netrc-file").arg(netrc),

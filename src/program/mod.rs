@@ -44,6 +44,9 @@ pub struct Program {
 /// By what users' programs reach the network, as in their own stages: `networking.proxy` of NixOS.
 const PROXIES: [&str; 4] = ["all_proxy", "http_proxy", "https_proxy", "no_proxy"];
 
+/// The user's own ssh, for git; of itself it leaves no socket for others to share its connection, which the sandbox forbids.
+const SSH: &str = r#"eval "$(git config core.sshCommand || echo ssh -o ControlMaster=no) \"\$@\"" #"#;
+
 /// Hears each line that a program says.
 type Hearer = Box<dyn FnMut(&str)>;
 
@@ -93,6 +96,11 @@ impl Program {
             self.command.env(name, value);
         }
         self
+    }
+
+    /// Has git reach others by the user's own ssh.
+    pub fn by_ssh(self) -> Self {
+        if std::env::var_os("GIT_SSH_COMMAND").is_some() { self } else { self.env("GIT_SSH_COMMAND", SSH) }
     }
 
     /// Sets a variable.
