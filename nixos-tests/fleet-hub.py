@@ -448,6 +448,11 @@ with subtest("Nobody obeys a file of somebody else's, and nobody but the hub's u
     hub.succeed(f"test ! -e {SERVED}/received/db")
     assert states(hub)["db"] == "up to date"
 
+with subtest("where there is no hub, that is said"):
+    for command in ("status", "deploy", "resume", "log web"):
+        said = hub.fail(f"cd /; ekiben fleet {command} --directory /nowhere 2>&1")
+        assert "Failed to find /nowhere: this machine is no hub" in said, said
+
 with subtest("diff compares what runs with what would be deployed"):
     said = hub.succeed(fleet("diff"))
     assert "hub: up to date" in said and f"web2: /nix/store/{'x' * 32}-x is not in the store of this machine" in said, said
