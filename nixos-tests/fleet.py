@@ -225,6 +225,13 @@ with subtest("a host that is held is not silent: its hub is told until when, by 
     assert poll(db)["result"] == "deployed" and shows(db, "app") == content
     becomes(hub, "db", "up to date")
 
+with subtest("another user of the hub's, or of a host's instance, takes over what there is"):
+    waits = "/var/lib/ekiben/outbox/fleet/left"
+    db.succeed(f"touch {waits}; chown nobody:daemon {waits}; systemd-tmpfiles --create --prefix=/var/lib/ekiben")
+    assert db.succeed(f"stat -c '%U %G' {waits}; rm {waits}").strip() == f"root {db.succeed('stat -c %G /var/lib/ekiben/outbox/fleet').strip()}"
+    hub.succeed("chown -R nobody: /var/lib/ekiben-hub/received; systemd-tmpfiles --create --prefix=/var/lib/ekiben-hub")
+    hub.succeed("test -z \"$(find /var/lib/ekiben-hub/received ! -user deploy)\"; systemctl start ekiben-hub-collect.service")
+
 with subtest("a host that is not heard of any more is silent"):
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings | {"silentAfter": 1}))
     web.crash()

@@ -672,6 +672,8 @@ in
       tmpfiles.rules = [
         "d ${hub.directory} 0755 root root -"
         "d ${hub.directory}/received 0750 ${hub.user} ${publisher} -"
+        # when another user has become the hub's
+        "Z ${hub.directory}/received - ${hub.user} - -"
         # what is to be published later, and for whom nothing is
         "d ${hub.directory}/rollout 0775 ${hub.user} ${publisher} -"
         "d ${directories} 0750 root ${publisher} -"
