@@ -28,7 +28,7 @@ with subtest("an input behind SSH is fetched with the user's key"):
 
 with subtest("the user's git configuration counts"):
     server.succeed(as_deploy("git config --global url.ssh://deploy@elsewhere/.insteadOf ssh://short/"))
-    server.succeed(as_deploy("git config --global core.sshCommand \"ssh -o ControlMaster=no -o 'HostName forge' -o HostKeyAlias=forge\""))
+    server.succeed(as_deploy("git config --global core.sshCommand \"ssh -o 'HostName forge' -o HostKeyAlias=forge\""))
     use("git+ssh://short/srv/app")
     publish(forge, "app", "4")
     assert run(server, "app")["result"] == "deployed", status(server, "app")

@@ -44,8 +44,11 @@ pub struct Program {
 /// By what users' programs reach the network, as in their own stages: `networking.proxy` of NixOS.
 const PROXIES: [&str; 4] = ["all_proxy", "http_proxy", "https_proxy", "no_proxy"];
 
-/// The user's own ssh, for git; of itself it leaves no socket for others to share its connection, which the sandbox forbids.
-const SSH: &str = r#"eval "$(git config core.sshCommand || echo ssh -o ControlMaster=no) \"\$@\"" #"#;
+/// What git runs in the place of ssh: the user's own command, which makes no socket to share its connection by, since the
+/// sandbox forbids that.
+const SSH: &str = r#"ssh=$(git config core.sshCommand || echo ssh)
+case $ssh in ssh | "ssh "* | */ssh | */"ssh "*) ssh="$ssh -o ControlMaster=no" ;; esac
+eval "$ssh \"\$@\"" #"#;
 
 /// Hears each line that a program says.
 type Hearer = Box<dyn FnMut(&str)>;
@@ -100,7 +103,8 @@ impl Program {
 
     /// Has git reach others by the user's own ssh.
     pub fn by_ssh(self) -> Self {
-        if std::env::var_os("GIT_SSH_COMMAND").is_some() { self } else { self.env("GIT_SSH_COMMAND", SSH) }
+        let theirs = ["GIT_SSH_COMMAND", "GIT_SSH"].into_iter().find_map(std::env::var_os);
+        if theirs.is_some() { self } else { self.env("GIT_SSH_COMMAND", SSH) }
     }
 
     /// Sets a variable.
