@@ -294,6 +294,18 @@ fn reason(tail: &[String]) -> Option<String> {
     Some(said[said.len().saturating_sub(3)..].join("; "))
 }
 
+/// What git would run hooks for, which since 2.54 can stand in its configuration.
+const HOOKS: [&str; 8] = [
+    "reference-transaction",
+    "post-index-change",
+    "post-checkout",
+    "pre-push",
+    "pre-commit",
+    "prepare-commit-msg",
+    "commit-msg",
+    "post-commit",
+];
+
 /// git in a directory, with settings of ours.
 pub fn git(directory: &Path) -> Program {
     let settings = [
@@ -320,6 +332,7 @@ pub fn git(directory: &Path) -> Program {
     Program::new("git")
         .reason(reason)
         .args(settings.iter().flat_map(|setting| ["-c", setting]))
+        .args(HOOKS.iter().flat_map(|event| ["-c".into(), format!("hook.{event}.enabled=false")]))
         .by_ssh()
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_TERMINAL_PROMPT", "0")

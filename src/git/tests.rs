@@ -433,6 +433,9 @@ const HOSTILE: &str = "
 [gpg]\n format = ssh
 [gpg \"ssh\"]\n revocationFile = /nowhere\n allowedSignersFile = /nowhere
 [grep]\n patternType = fixed
+[hook \"any\"]\n command = \"sh -c 'case $PWD in *stream.git) ;; *) exit 1 ;; esac'\"
+ event = reference-transaction\n event = post-index-change\n event = post-checkout\n event = pre-push
+ event = pre-commit\n event = prepare-commit-msg\n event = commit-msg
 [i18n]\n commitEncoding = ISO-8859-1\n logOutputEncoding = ISO-8859-1
 [index]\n version = 4
 [init]\n defaultBranch = trunk\n defaultObjectFormat = sha256\n defaultRefFormat = reftable\n templateDir = /nowhere
