@@ -6,14 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::json;
 use crate::names::{Account, FilePath, HostName, Mode};
-use crate::{files, json};
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -332,8 +333,12 @@ pub enum LoaderKind {
 impl Config {
     /// Reads and checks the file; an error names it, and the key that is wrong.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = files::if_there(fs::read_to_string(path)).doing("read", path)?;
-        let text = text.ok_or("it is not there; enable services.ekiben on this machine").doing("read", path)?;
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err("it is not there; enable services.ekiben on this machine").doing("read", path);
+            }
+            found => found.doing("read", path)?,
+        };
         Self::parse(&text).doing("read", path)
     }
 
