@@ -56,7 +56,7 @@ in
       # they evaluate all of NixOS, and an emulated one is slow at it
       scenario.patience = if config.boot.isContainer then 8 else 30;
       system.switch.enable = true;
-      # else a third of an evaluation is the collection of garbage
+      # else evaluations collect more garbage than they need to
       nix.envVars.GC_INITIAL_HEAP_SIZE = "1G";
       nix.settings = {
         experimental-features = [

@@ -99,7 +99,7 @@ rec {
     in
     types.addCheck types.str (span: builtins.match "([1-9][0-9]* *${unit}? *)+" span != null)
     // {
-      description = "time span as in {manpage}`systemd.time(7)`, such as `5min`";
+      description = "time span as in systemd.time(7), such as `5min`";
     };
 
   operation = mkOption {

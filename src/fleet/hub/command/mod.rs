@@ -167,7 +167,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
     let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
     let words = fleet.settings.expand(&arguments.words)?;
-    let needs_hub = !["build", "flake-update", "bootstrap"].contains(&words.first().copied().unwrap_or_default());
+    let is_first = |verb: &&str| words.first() == Some(verb);
+    let needs_hub = OPTIONS.iter().any(|(verb, _)| is_first(verb)) && !["build", "flake-update", "bootstrap"].iter().any(is_first);
     if needs_hub && !fleet.hub.is_elsewhere() && !fleet.directory.exists() {
         let what = "this machine is no hub; run this there, or name another machine's as `directory` in fleet.json";
         return Err(Error::new(format!("Failed to find {}: {what}", fleet.directory.display())));
