@@ -12,7 +12,7 @@ macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $expected:expr, $is_one:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-        #[serde(try_from = "String", into = "String")]
+        #[serde(try_from = "String")]
         pub struct $name(String);
 
         impl TryFrom<String> for $name {
@@ -29,12 +29,6 @@ macro_rules! name {
 
             fn try_from(text: &str) -> Result<Self, String> {
                 text.to_owned().try_into()
-            }
-        }
-
-        impl From<$name> for String {
-            fn from(name: $name) -> Self {
-                name.0
             }
         }
 
@@ -173,7 +167,7 @@ impl TryFrom<&Path> for StorePath {
 
 /// The number of a release: no more than what numbers of this kind can come to be, so that there is always a next one.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-#[serde(try_from = "u64", into = "u64")]
+#[serde(try_from = "u64")]
 pub struct Sequence(u64);
 
 impl Sequence {

@@ -25,7 +25,7 @@ pub fn this_user() -> String {
 pub fn of_file(owner: u32, says: Option<&str>) -> Option<String> {
     match (owner, says) {
         (0, Some(NOBODY)) => None,
-        (0, Some(user)) => Some(format!("user {}", Account::try_from(user).map_or_else(|_| files::user_name(0), String::from))),
+        (0, Some(user)) => Some(format!("user {}", Account::try_from(user).map_or_else(|_| files::user_name(0), |user| user.to_string()))),
         (owner, says) if DYNAMIC.contains(&owner) => {
             Some(says.filter(|name| instance_name(name).is_ok()).map_or("webhook".into(), |project| format!("project {project}")))
         }

@@ -30,7 +30,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     let unit = format!("--unit={}", service::unit(name));
     let journalctl = Program::new("journalctl").arg("--output=short-iso");
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
-    let journalctl = match run.map(String::from).or_else(|| if follow { None } else { runs.first().cloned() }) {
+    let journalctl = match run.map(|run| run.to_string()).or_else(|| if follow { None } else { runs.first().cloned() }) {
         // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
         Some(run) => journalctl.args([
             format!("{INVOCATION}={run}"),

@@ -285,7 +285,7 @@ mod tests {
         }
 
         fn index(&self) -> Vec<String> {
-            self.hub.index(&self.host).unwrap().reports.into_iter().map(String::from).collect()
+            self.hub.index(&self.host).unwrap().reports.into_iter().map(|run| run.to_string()).collect()
         }
 
         fn kept(&self) -> usize {
