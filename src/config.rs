@@ -26,13 +26,10 @@ const RESERVED: &str = include_str!("reserved-names");
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Config {
     /// The webhook, if this machine has one.
-    #[serde(default)]
     pub webhook: Option<Webhook>,
     /// The hub that this machine is, if it is one.
-    #[serde(default)]
     pub hub: Option<Offers>,
     /// What boots this machine, where it may be able to boot a system once.
-    #[serde(default)]
     pub boot_loader: Option<LoaderKind>,
     /// What this machine deploys, by name.
     #[serde(default)]
@@ -90,10 +87,8 @@ pub struct Offer {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Instance {
     /// Where releases come from; `None` if this machine's administrator commits to the repository.
-    #[serde(default)]
     pub hub: Option<Hub>,
     /// Where what is in the repository goes to; `None` if it is this machine that runs it.
-    #[serde(default)]
     pub publish: Option<Publish>,
     /// The repository.
     pub flake_path: PathBuf,
@@ -179,10 +174,8 @@ pub struct Hub {
     /// Where the hub is: the next one is asked where one does not answer.
     pub servers: Vec<Server>,
     /// Where releases are fetched from instead, by HTTPS.
-    #[serde(default)]
     pub url: Option<String>,
     /// Where reports are sent to, if there are no servers.
-    #[serde(default)]
     pub reports_url: Option<String>,
     /// Public keys, as in `authorized_keys`: a release must be signed by one of them, if there are any.
     pub signers: Vec<String>,

@@ -181,27 +181,19 @@ pub struct Heartbeat {
     /// Whether it has to be rebooted to run what it deployed.
     pub reboot_needed: bool,
     /// Why files of the hub are not in their places.
-    #[serde(default)]
     pub files: Option<String>,
     /// Why it does not accept what the hub offers, if it does not.
-    #[serde(default)]
     pub refused: Option<String>,
     /// What is not well any more of the release it deployed last.
-    #[serde(default)]
     pub unwell: Option<String>,
     /// Why nothing is deployed there now, if somebody has asked for that.
-    #[serde(default)]
     pub held: Option<Hold>,
     /// When the release that it was offered last expires, in seconds since 1970.
-    #[serde(default)]
     pub expires: Option<u64>,
     /// The version of the kernel that runs.
-    #[serde(default)]
     pub kernel: Option<String>,
     /// The version of the system that runs, and the revision of its Nixpkgs, if that is in it.
-    #[serde(default)]
     pub nixos: Option<String>,
-    #[serde(default)]
     pub nixpkgs: Option<String>,
 }
 

@@ -26,10 +26,8 @@ pub struct Ended {
     /// What it proposed to run.
     pub commit: Option<String>,
     /// The commit that was to be undone.
-    #[serde(default)]
     pub undid: Option<String>,
     /// The commit that this was, or was made from: one that others know.
-    #[serde(default)]
     pub base: Option<String>,
     /// What was new in it.
     pub summary: Option<String>,
@@ -40,7 +38,6 @@ pub struct Ended {
     #[serde(default)]
     pub changes: Vec<String>,
     /// The release of a fleet's hub that this was, or was made from.
-    #[serde(default)]
     pub release: Option<Release>,
     /// In which stage it failed.
     pub stage: Option<Stage>,

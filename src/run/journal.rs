@@ -72,7 +72,6 @@ pub struct Before {
     /// The system profile.
     pub generation: Option<Generation>,
     /// The highest number of a generation that there was.
-    #[serde(default)]
     pub last_generation: Option<u64>,
     /// How the units were.
     #[serde(flatten, deserialize_with = "json::flat")]
@@ -93,7 +92,6 @@ pub struct Run {
     #[serde(default)]
     pub by: Vec<String>,
     /// The deployment that it is to undo.
-    #[serde(default)]
     pub undoes: Option<Undone>,
     /// The request it serves.
     pub request: Option<u64>,
@@ -108,7 +106,6 @@ pub struct Run {
     /// What it activates, once that is known.
     pub candidate: Option<PathBuf>,
     /// What that was booted as, if it is gone back to.
-    #[serde(default)]
     pub generation: Option<Generation>,
     /// What to put back.
     pub before: Option<Before>,
@@ -116,7 +113,6 @@ pub struct Run {
     #[serde(default)]
     pub passed: Vec<String>,
     /// The user's notes, as root has read them, once.
-    #[serde(default)]
     pub notes: Option<Notes>,
     /// The units that the failure is about.
     #[serde(default)]
@@ -130,20 +126,16 @@ pub struct Run {
     /// What went wrong so far.
     pub failure: Option<Failure>,
     /// The commit that has become the branch, whatever comes of it then.
-    #[serde(default)]
     pub accepted: Option<String>,
     /// Which hosts could not be published, while others were.
-    #[serde(default)]
     pub left_out: Option<Failure>,
     /// How it has ended, if that is still to be reported: the status could not be written.
-    #[serde(default)]
     pub result: Option<Outcome>,
     /// What should be said about a run that went well.
     pub warnings: Vec<String>,
     /// Whether only a boot brings the candidate, and takes it away.
     pub reboot_needed: bool,
     /// What boots this machine, where it may be able to boot a system once.
-    #[serde(default)]
     pub boot_loader: Option<LoaderKind>,
     /// Whether the candidate is booted once, and what was before by default.
     #[serde(default)]

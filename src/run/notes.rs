@@ -40,7 +40,6 @@ pub struct Notes {
     /// The stage that wrote last.
     pub stage: Stage,
     /// When the build began, in seconds since 1970.
-    #[serde(default)]
     pub build_began: Option<u64>,
 }
 
@@ -65,7 +64,6 @@ pub struct Proposal {
     /// Whether this very commit has been deployed before.
     pub unchanged: bool,
     /// Why it is not deployed, though it is not what has been: its deployment was undone by hand.
-    #[serde(default)]
     pub withheld: Option<String>,
 }
 

@@ -57,7 +57,7 @@ pub struct HostStanding {
     /// How it stands with it.
     pub state: HostStep,
     /// For which wave it waits.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub wave: Option<usize>,
 }
 
@@ -73,7 +73,6 @@ pub struct Offered {
     /// How it stands, until it is heard of; and for which wave it waits.
     #[serde(default)]
     pub state: HostStep,
-    #[serde(default)]
     pub wave: Option<usize>,
 }
 

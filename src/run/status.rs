@@ -107,7 +107,6 @@ pub struct Deployed {
     /// What was new in it.
     pub summary: Option<String>,
     /// In which boot it was switched to, if it has not booted itself since.
-    #[serde(default)]
     pub not_booted_since: Option<String>,
     /// What it was made from, and what was in it.
     #[serde(default)]
@@ -116,7 +115,6 @@ pub struct Deployed {
     #[serde(default)]
     pub tree: String,
     /// What there is to go back to.
-    #[serde(default)]
     pub before: Option<Box<Earlier>>,
 }
 
@@ -130,7 +128,6 @@ pub struct Earlier {
     /// What the instance had deployed last then.
     pub deployed: Option<Deployed>,
     /// Which units were not well, if that is known.
-    #[serde(default)]
     pub unwell: Option<BTreeSet<String>>,
     /// Which health checks passed.
     #[serde(default)]

@@ -36,7 +36,6 @@ pub struct Noted {
     seen: u64,
     pub manifest: Manifest,
     /// By whom it was published, line by line; unknown of what an earlier version has noted.
-    #[serde(default)]
     signature: Option<Vec<String>>,
 }
 
