@@ -1,7 +1,6 @@
 //! `ekiben notify`: a command of an administrator's is told how a run has ended. Its unit runs this as the instance's user,
 //! and again if that fails: see module.nix.
 
-use std::fs;
 use std::io::{Seek, Write};
 
 use serde_json::json;
@@ -13,6 +12,7 @@ use crate::program::Program;
 use crate::run::ended::Ended;
 use crate::run::status::Status;
 use crate::run::{Outcome, Stage, Trigger};
+use crate::system::host_name;
 
 /// The format of what is told.
 const FORMAT: u32 = 1;
@@ -27,8 +27,7 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     if !is_told(ended, earlier, on) {
         return Ok(());
     }
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
-    let host = host.trim();
+    let host = host_name();
     let told = json!({ "format": FORMAT, "instance": paths.name(), "host": host, "run": ended });
     let doing = || "write what is told".into();
     let mut input = files::unnamed(&std::env::temp_dir(), 0o600).context(doing)?;
@@ -38,7 +37,7 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     let mut shell = Program::new("/bin/sh").args(["-c", command]);
     for (key, value) in [
         ("INSTANCE", paths.name()),
-        ("HOST", host),
+        ("HOST", &host),
         ("RUN", &ended.id),
         ("RESULT", &ended.result.to_string()),
         ("SUCCESS", if ended.result.is_failure() { "false" } else { "true" }),

@@ -8,6 +8,7 @@ use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::names::HostName;
 use crate::program::Program;
+use crate::system::host_name;
 
 const README: &str = r#"# The fleet
 
@@ -67,7 +68,7 @@ pub fn bootstrap(settings: &Settings, hub: &ServedDirectory, place: Option<&Path
     let (address, port, key) = hub.elsewhere().map_or_else(
         || {
             let key = fs::read_to_string("/etc/ssh/ssh_host_ed25519_key.pub").ok().map(|text| bare(&text));
-            (fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim_end().to_owned(), "22".into(), key)
+            (host_name(), "22".into(), key)
         },
         |elsewhere| known_server(elsewhere.server()),
     );

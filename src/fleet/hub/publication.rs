@@ -10,6 +10,7 @@ use crate::files;
 use crate::fleet::LARGE;
 use crate::fleet::sftp::Session;
 use crate::names::Sha256;
+use crate::system::host_name;
 
 /// The end of the names of manifests that are to follow.
 pub const NEXT: &str = ".next";
@@ -83,10 +84,9 @@ impl Publication {
     /// Waits until nobody else publishes there, and keeps others waiting.
     pub fn claim(&mut self) -> Result<()> {
         let user = std::env::var("USER").unwrap_or_default();
-        let machine = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let (local, claim, sent) = (self.local.join(CLAIM), self.remote(CLAIM), self.sent(CLAIM));
         fs::create_dir_all(&self.local).doing("create", &self.local)?;
-        fs::write(&local, format!("{user} at {} as {}", machine.trim_end(), self.id)).doing("write", &local)?;
+        fs::write(&local, format!("{user} at {} as {}", host_name(), self.id)).doing("write", &local)?;
         self.send(CLAIM, &local)?;
         let (mut other, mut since, mut tries) = (Vec::new(), Instant::now(), 0);
         let what = self.what.clone();

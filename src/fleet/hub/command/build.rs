@@ -139,11 +139,10 @@ impl Fleet<'_> {
 
 /// Fails unless the one host that is named is this very machine, and this process may switch it.
 fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
-    let own = std::fs::read_to_string("/proc/sys/kernel/hostname").context(|| "read the name of this machine".into())?;
-    let own = own.trim_end();
+    let own = system::host_name();
     let refuse = |why: String| Err(why).context(|| format!("{what} the configuration"));
     match wanted {
-        [host] if *host != own => refuse(format!("{host:?} is not this machine, which is {own:?}; use ekiben fleet deploy")),
+        [host] if **host != *own => refuse(format!("{host:?} is not this machine, which is {own:?}; use ekiben fleet deploy")),
         [_] if !geteuid().is_root() => refuse("must be run as root".into()),
         [_] => Ok(()),
         _ => refuse(format!("expected one host, this machine's own {own:?}")),
