@@ -39,7 +39,7 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
     match put_back(paths, run, &before, touched_boot).and_then(|worse| with_either(run, worse)) {
         Ok(same) => {
             if !same.is_empty() {
-                run.warnings.push(format!("{} with the old system, too", units::failed_to_start(&same)));
+                run.warnings.push(format!("{} with the old system, too", units::failed_to("start", &same)));
             }
             if result != Outcome::Failed {
                 return result;
@@ -76,7 +76,7 @@ fn note_failed(run: &mut Run, before: &Before) {
 /// Fails if there are others.
 fn with_either(run: &Run, worse: Worse) -> Result<Worse> {
     let (same, mine): (Worse, Worse) = worse.into_iter().partition(|(name, _)| run.worse.contains(name));
-    if mine.is_empty() { Ok(same) } else { Err(units::failed_to_start(&mine)) }
+    if mine.is_empty() { Ok(same) } else { Err(units::failed_to("start", &mine)) }
 }
 
 /// Notes that the candidate may be tried again, if what it has failed for is the same with the old system.
@@ -84,7 +84,7 @@ fn excuse(run: &mut Run, same: &Worse) {
     let why = if run.blamed.is_empty() {
         health::verify(&run.instance.health_checks, &run.passed).err()
     } else {
-        run.blamed.iter().all(|name| same.contains_key(name)).then(|| units::failed_to_start(same))
+        run.blamed.iter().all(|name| same.contains_key(name)).then(|| units::failed_to("start", same))
     };
     if let (Some(error), Some(failure)) = (why, &mut run.failure) {
         failure.message = format!("{}; the old system fails, too: {error}", failure.message);
@@ -152,7 +152,7 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
         if worse.keys().all(|name| run.worse.contains(name)) {
             break;
         }
-        log::warn!("{}; trying again.", units::failed_to_start(&worse));
+        log::warn!("{}; trying again.", units::failed_to("start", &worse));
     }
     Ok(worse)
 }

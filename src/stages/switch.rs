@@ -79,7 +79,7 @@ pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Opti
     if worse.is_empty() {
         return Ok(true);
     }
-    let error = if run.phase == Phase::Observing { units::failed_to_keep_up(&worse) } else { units::failed_to_start(&worse) };
+    let error = units::failed_to(if run.phase == Phase::Observing { "keep up" } else { "start" }, &worse);
     if run.instance.on_unit_failure == OnUnitFailure::Rollback {
         run.blamed = worse.into_keys().collect();
         return Err(error);

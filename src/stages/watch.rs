@@ -7,7 +7,7 @@ use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::paths::Paths;
 use crate::run::status::{Deployed, Status};
-use crate::system::units::{Units, failed_to_keep_up, newly_failed};
+use crate::system::units::{Units, failed_to, newly_failed};
 use crate::system::{self, health};
 
 /// Notes what is not well any more of what was deployed last, in the terms of that run.
@@ -38,7 +38,7 @@ fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Resul
     if instance.on_unit_failure == OnUnitFailure::Rollback {
         let failed = newly_failed(&Units::failed_now()?, unwell, &[&current]);
         if !failed.is_empty() {
-            return Ok(Some(failed_to_keep_up(&failed)));
+            return Ok(Some(failed_to("keep up", &failed)));
         }
     }
     if !has_come_up {

@@ -207,17 +207,8 @@ fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
 /// Units that are worse off than before, with their states.
 pub type Worse = BTreeMap<String, String>;
 
-/// The error that says so.
-pub fn failed_to_start(units: &Worse) -> Error {
-    failed_to("start", units)
-}
-
-/// The same where they had been started.
-pub fn failed_to_keep_up(units: &Worse) -> Error {
-    failed_to("keep up", units)
-}
-
-fn failed_to(do_what: &str, units: &Worse) -> Error {
+/// The error that says so: that they failed to `start`, or, where they had been started, to `keep up`.
+pub fn failed_to(do_what: &str, units: &Worse) -> Error {
     let shown: Vec<_> =
         units.iter().map(|(name, state)| if state == "failed" { name.clone() } else { format!("{name} ({state})") }).collect();
     Error::new(format!("Failed to {do_what} {}", shown.join(", ")))
