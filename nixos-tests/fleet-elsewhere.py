@@ -513,3 +513,9 @@ with subtest("a job publishes by the script in the manual, and reads what came o
     code, said = desk.execute(by("deploy", job))
     told = json.loads(said)["web"]
     assert code == 1 and told["state"] == "failed" and "Failed to build web" in told["error"], (code, said)
+    # however much there is to say
+    flake = '{ outputs = _: { nixosConfigurations.web = throw (toString (builtins.genList (_: "word") 300)); }; }'
+    desk.succeed(by("deploy", f"cp hosts/web/flake.nix ~/kept; echo {shlex.quote(flake)} > hosts/web/flake.nix"))
+    code, said = desk.execute(by("deploy", job))
+    assert code == 1 and "word word" in json.loads(said)["web"]["error"], (code, said)
+    desk.succeed(by("deploy", "mv ~/kept hosts/web/flake.nix"))

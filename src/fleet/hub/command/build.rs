@@ -1,9 +1,11 @@
 //! Building hosts, publishing them, and trying one out.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
 use nix::unistd::geteuid;
+use serde_json::{Value, json};
 
 use crate::error::{Context, OrLog, Result};
 use crate::fleet::Provenance;
@@ -16,9 +18,9 @@ use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, push, signing};
-use crate::names::HostName;
+use crate::gather::gather;
 use crate::nix::profile::set_profile;
-use crate::output::print;
+use crate::output::{print, print_json};
 use crate::system;
 
 /// How long an activation may take, in seconds.
@@ -94,7 +96,7 @@ impl Fleet<'_> {
             Ok((waits.map_or(said.clone(), |wave| format!("{said}, for wave {}", wave + 1)), (placed, waits.is_some())))
         })?;
         let well = found && done.iter().all(Result::is_ok);
-        let results: Vec<_> = hosts.iter().zip(&done).map(|(host, done)| result(&host.name, done)).collect();
+        let results: BTreeMap<_, _> = gather(hosts.iter().zip(&done).map(|(host, done)| (&host.name, result(done))));
         match waves {
             Some((waves, _)) => {
                 let members = done.into_iter().flatten().filter_map(|(placed, _)| placed.member).collect();
@@ -106,7 +108,7 @@ impl Fleet<'_> {
             None => {}
         }
         if json {
-            print(&format!("{{\n{}\n}}\n", results.join(",\n")))?;
+            print_json(&results)?;
         }
         Ok(exit(well))
     }
@@ -161,18 +163,16 @@ fn activate(system: &Path, to_last: bool) -> Result<()> {
 }
 
 /// What came of a host, as `--json` shows it.
-fn result(host: &HostName, released: &Result<(Placed, bool)>) -> String {
-    let (state, rest) = match released {
+fn result(released: &Result<(Placed, bool)>) -> Value {
+    match released {
         Ok((placed, waits)) => {
-            let release = placed.member.as_ref().map_or("null".into(), |member| member.release.sequence.to_string());
             let state = match (waits, placed.new) {
                 (true, _) => "waiting",
                 (_, true) => "published",
                 _ => "unchanged",
             };
-            (state, format!("\"release\": {release}"))
+            json!({ "state": state, "release": placed.member.as_ref().map(|member| member.release.sequence) })
         }
-        Err(error) => ("failed", format!("\"error\": {}", serde_json::to_string(&error.to_string()).unwrap_or_default())),
-    };
-    format!("  \"{host}\": {{ \"state\": \"{state}\", {rest} }}")
+        Err(error) => json!({ "state": "failed", "error": error.to_string() }),
+    }
 }
