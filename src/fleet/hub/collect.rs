@@ -121,7 +121,10 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
     if new {
         files::write_json(&hub.index_file(host), &index, 0o644)?;
     }
-    acknowledge(hub, host, &index)?;
+    if !index.reports.is_empty() {
+        // others may write there, too: it is put right each time
+        files::put_json(&hub.acknowledged(host), &index, 0o644)?;
+    }
     // what is published is not the host's doing
     history::note(hub, host, plan, true).or_warn();
     Ok(())
@@ -157,8 +160,7 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
             return Ok(());
         }
     }
-    let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
-    let removed = removed.or_else(|error| if path.symlink_metadata().is_ok() { Err(error) } else { Ok(()) });
+    let removed = files::if_there(fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)));
     removed.context(|| format!("remove {name:?} of {host}")).or_warn();
     Ok(())
 }
@@ -235,11 +237,6 @@ fn prune(received: &Path, index: &Received, mut bytes: u64) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Tells the host which reports have arrived. Others may write there, too: it is put right each time.
-fn acknowledge(hub: &ServedDirectory, host: &HostName, index: &Received) -> Result<()> {
-    if index.reports.is_empty() { Ok(()) } else { files::put_json(&hub.acknowledged(host), index, 0o644) }
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ pub struct Headway {
     /// Whose failures count no more, and how many waves need no host that is well.
     pub forgiven: Vec<HostName>,
     pub waived: usize,
+    /// Whether all waves have been, and are well.
     pub done: bool,
 }
 

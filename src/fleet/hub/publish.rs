@@ -19,7 +19,7 @@ use crate::fleet::hub::repository::evaluation::System;
 use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::signing::{self, id, signed};
-use crate::fleet::{FORMAT, Manifest, Provenance, Signed};
+use crate::fleet::{FORMAT, Heartbeat, Manifest, Provenance, Signed};
 use crate::names::{HostName, Sequence, Sha256, StorePath};
 use crate::run::Release;
 use crate::system::now;
@@ -183,9 +183,8 @@ impl<'a> Standing<'a> {
             }
         }
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
-        let of = |release: Option<&Release>| release.map(|release| release.sequence);
-        let [seen, deployed] =
-            heartbeat.as_ref().map_or([None; 2], |said| [&said.seen, &said.deployed].map(|release| of(release.as_ref())));
+        let of = |release: fn(&Heartbeat) -> &Option<Release>| Some(release(heartbeat.as_ref()?).as_ref()?.sequence);
+        let (seen, deployed) = (of(|said| &said.seen), of(|said| &said.deployed));
         let now = now();
         let numbers = Numbers::known(host, [seen, deployed, memory.last(host)], now).context(|| format!("publish {host}"))?;
         let refused = heartbeat.and_then(|heartbeat| heartbeat.refused);

@@ -49,7 +49,7 @@ impl ServedDirectory {
 
     /// What was put there.
     pub fn staged(&self, host: &HostName, release: &Release) -> Option<(Manifest, Signed)> {
-        let text = files::if_there(files::read_foreign(&self.release(host).join(next(release)), SMALL)).ok()??;
+        let text = files::read_foreign(&self.release(host).join(next(release)), SMALL).ok()?;
         let (manifest, signed) = parse(&text, host).ok()?;
         manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
     }

@@ -155,7 +155,7 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // whoever publishes may be about to replace the plan
     let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
     // of what is over, no host need be looked at
-    let Some(Rollout { plan, holds, mut headway }) = Rollout::read(hub)?.filter(|rollout| !rollout.is_over()) else { return Ok(()) };
+    let Some(Rollout { plan, holds, mut headway }) = Rollout::read(hub)?.filter(|rollout| !rollout.headway.done) else { return Ok(()) };
     let was_stopped = headway.stopped.is_some();
     headway.hears_since = snapshot::hears_since(&hub.collected());
     let seen = seen(hub, &plan, headway.hears_since)?;
@@ -176,15 +176,10 @@ impl Rollout {
         Ok(Some(Self { plan, holds: Holds::read(hub)?, headway }))
     }
 
-    /// Whether all waves have been, and are well.
-    pub fn is_over(&self) -> bool {
-        self.headway.done
-    }
-
     /// Where it stands, in a line; none if it is at its end.
     pub fn line(&self, hub: &ServedDirectory) -> Result<Option<String>> {
         let Self { plan, holds, headway } = self;
-        if self.is_over() {
+        if headway.done {
             return Ok(None);
         }
         let (wave, all) = (headway.wave, plan.waves.len());

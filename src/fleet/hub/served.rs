@@ -12,7 +12,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use ::nix::sys::stat::Mode;
@@ -75,11 +74,6 @@ impl ServedDirectory {
         // openat2 could do this at once, and is refused where RestrictSUIDSGID is on
         let mut parts = ["hosts", host, "reports"].into_iter();
         parts.try_fold(File::open(&self.directory)?.into(), |above: OwnedFd, part| Ok(openat(above, part, flags, Mode::empty())?))
-    }
-
-    /// How long to wait before another look is worth the while.
-    pub fn pace(&self) -> Duration {
-        Duration::from_secs(if self.elsewhere.is_some() { 10 } else { 1 })
     }
 
     /// Fetches one of its files, if it is elsewhere.

@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::collect::take_in_to_show;
@@ -33,7 +34,8 @@ pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, o
             done.context(|| "write to standard output".into())?;
             before = text;
         }
-        std::thread::sleep(hub.pace());
+        // before that, another look is not worth the while
+        std::thread::sleep(Duration::from_secs(if hub.is_elsewhere() { 10 } else { 1 }));
     }
 }
 

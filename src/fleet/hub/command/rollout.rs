@@ -61,7 +61,7 @@ impl Fleet<'_> {
     }
 
     pub(super) fn rollout(&self) -> Result<Rollout> {
-        let rollout = Rollout::read(&self.hub)?.filter(|rollout| !rollout.is_over());
+        let rollout = Rollout::read(&self.hub)?.filter(|rollout| !rollout.headway.done);
         rollout.ok_or_else(|| Error::new("Failed to find a roll-out: none is under way; name hosts, or see ekiben fleet deploy --waves"))
     }
 
@@ -91,9 +91,8 @@ impl Fleet<'_> {
 
     /// Publishes the release of this number again.
     pub(super) fn again(&self, number: &str, wanted: &[&str]) -> Result<ExitCode> {
-        let number: u64 =
-            number.parse().map_err(|_| Error::new(format!("Failed to understand --again: expected a number, found {number:?}")))?;
-        let number = Sequence::try_from(number).context(|| "understand --again".into())?;
+        let number = number.parse::<u64>().map_err(|_| format!("expected a number, found {number:?}"));
+        let number = number.and_then(Sequence::try_from).context(|| "understand --again".into())?;
         let _turn = self.hub.turn()?;
         collect::take_in(&self.hub, wanted, Some(history::FILE))?;
         let manner = self.manner(Provenance::default())?;
