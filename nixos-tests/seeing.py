@@ -178,12 +178,24 @@ with subtest("a command that fails is tried again, is in the journal, and change
     machine.succeed("ekiben trigger app")
     ended = wait_for_run(machine, "app", before)
     unit = f"ekiben-notify-app@{ended['id']}.service"
-    machine.wait_until_succeeds(f"journalctl -q -o cat -u '{unit}' | grep -F 'nobody listens'")
+    machine.wait_until_succeeds(f"journalctl -q -o cat -u '{unit}' | grep -F ': exited with 1; trying again in 5 s.'")
     assert last_run(machine, "app") == ended and told() == []
+    # no unit has failed for whoever switches meanwhile
+    machine.succeed("/run/current-system/bin/switch-to-configuration test")
     machine.succeed("touch /srv/other/ready")
     machine.wait_until_succeeds("test -s /run/told")
     assert json.loads(told()[0]["body"])["run"]["id"] == ended["id"]
     machine.succeed("rm /srv/other/ready")
+
+with subtest("a command that goes on failing is a problem, until it succeeds"):
+    known = "  problem   notify.command failed "
+    machine.succeed(f"systemctl start --no-block {unit}")
+    machine.wait_until_succeeds(f"[ $(journalctl -q -o cat -u '{unit}' | grep -cF ': exited with 1; trying again in 5 s.') = 2 ]")
+    assert known not in machine.execute("ekiben status app")[1]
+    machine.succeed(f"systemctl stop {unit}")
+    assert known in machine.execute("ekiben status app")[1]
+    machine.succeed("touch /srv/other/ready", f"systemctl start {unit}", "rm /srv/other/ready")
+    assert known not in machine.execute("ekiben status app")[1] and len(told()) == 1
 
 MANUAL = machine.succeed("cat /etc/scenario/manual")
 

@@ -49,6 +49,8 @@ places! {
     heard: "heard/hosts.json";
     /// What is not well any more of what was deployed last, for its hub.
     unwell: "status/<instance>.unwell";
+    /// The run that `notify.command` could not tell of, if it was the last to be told.
+    untold: "status/<instance>.untold";
     /// Which of its hub's releases an administrator has had it forget.
     forgotten: "status/<instance>.forgotten";
     /// What the user's stages tell root's. As all below this directory, it is the instance's user's own.

@@ -164,6 +164,12 @@ impl Program {
         self
     }
 
+    /// What it reads as its input.
+    pub fn input(mut self, input: File) -> Self {
+        self.command.stdin(input);
+        self
+    }
+
     /// The directory to run in.
     pub fn directory(mut self, path: &Path) -> Self {
         self.command.current_dir(path);
@@ -253,8 +259,8 @@ impl Program {
     }
 
     /// Has the program take the place of this one; returns why it could not.
-    pub fn replace_with(mut self, input: File) -> Error {
-        let error = self.command.stdin(input).exec();
+    pub fn replace(mut self) -> Error {
+        let error = self.command.exec();
         Error::new(format!("Failed to run {}: {error}", self.name))
     }
 

@@ -1,7 +1,5 @@
 //! `ekiben log`: what a run has printed, shown by journalctl.
 
-use std::fs::File;
-
 use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::names::RunId;
@@ -42,5 +40,5 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         ]),
         None => journalctl.arg(unit),
     };
-    Err(journalctl.replace_with(File::open("/dev/null").context(|| "open /dev/null".into())?))
+    Err(journalctl.replace())
 }

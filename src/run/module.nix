@@ -613,7 +613,7 @@ let
       };
   };
 
-  # one for each run: it ends by itself, and is tried again by itself
+  # one for each run: it ends by itself
   notify = name: instance: {
     description = "Notification of a run of Ekiben's instance ${name}";
     wants = [ "network-online.target" ];
@@ -623,21 +623,17 @@ let
       CollectMode = "inactive-or-failed";
       X-StopOnRemoval = false;
     };
-    startLimitIntervalSec = 3600;
-    startLimitBurst = 5;
     path = programs ++ instance.extraPackages ++ [ "/run/current-system/sw" ];
     environment = config.networking.proxy.envVars;
-    serviceConfig =
-      networkSandbox
-      // growingPauses "5s" "2min"
-      // {
-        Type = "oneshot";
-        ExecStart = "${ekiben} notify ${name} %i ${instance.notify.on} ${utils.escapeSystemdExecArg instance.notify.command}";
-        Restart = "on-failure";
-        SyslogIdentifier = "ekiben";
-        TimeoutStartSec = "5min";
-        User = instance.user;
-      };
+    serviceConfig = networkSandbox // {
+      Type = "oneshot";
+      ExecStart = "${ekiben} notify ${name} %i ${instance.notify.on} ${utils.escapeSystemdExecArg instance.notify.command}";
+      ExecStopPost = "+${ekiben} notified ${name} %i";
+      SyslogIdentifier = "ekiben";
+      # five attempts
+      TimeoutStartSec = "40min";
+      User = instance.user;
+    };
   };
 
   # NixOS refuses settings that its Nix does not know
@@ -842,7 +838,10 @@ in
       lib.optional (cfg.metrics != null) "d ${dirOf cfg.metrics} 0755 root root -"
       ++ mapAttrsToList (
         name: instance: "f /var/lib/ekiben/looks/${name} 0644 ${instance.user} root -"
-      ) instances;
+      ) instances
+      ++ mapAttrsToList (name: _: "r /var/lib/ekiben/status/${name}.untold") (
+        filterAttrs (_: instance: instance.notify.command == null) instances
+      );
     nix.settings = lib.mkMerge [
       # a path that a power cut has left empty would be taken for whole
       (mkIf knowsFsync { fsync-store-paths = lib.mkDefault true; })

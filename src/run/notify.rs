@@ -1,7 +1,12 @@
-//! `ekiben notify`: a command of an administrator's is told how a run has ended. Its unit runs this as the instance's user,
-//! and again if that fails: see module.nix.
+//! `ekiben notify`: a command of an administrator's is told how a run has ended, and again if that fails. Its unit runs this
+//! as the instance's user, and has root note how it went: see module.nix.
+//!
+//! One process makes all attempts: a unit that waits to be started again counts as failed wherever somebody switches.
 
+use std::fs;
 use std::io::{Seek, Write};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -12,12 +17,17 @@ use crate::program::Program;
 use crate::run::ended::Ended;
 use crate::run::status::Status;
 use crate::run::{Outcome, Stage, Trigger};
-use crate::system::host_name;
+use crate::system::{host_name, seconds};
+use crate::text::ago;
 
 /// The format of what is told.
 const FORMAT: u32 = 1;
+/// How long one attempt may take.
+const LIMIT: Duration = Duration::from_secs(300);
+/// The pauses between attempts, in seconds.
+const PAUSES: [u64; 4] = [5, 15, 40, 120];
 
-/// Runs the command, if the end of the run is to be told by `on`; returns only where it is not, or that has failed.
+/// Runs the command, if the end of the run is to be told by `on`. Fails when the last attempt has.
 pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     let runs = Status::read(paths).runs;
     let runs = runs.iter().skip_while(|ended| ended.id != run).collect::<Vec<_>>();
@@ -29,13 +39,9 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     }
     let host = host_name();
     let told = json!({ "format": FORMAT, "instance": paths.name(), "host": host, "run": ended });
-    let doing = || "write what is told".into();
-    let mut input = files::unnamed(&std::env::temp_dir(), 0o600).context(doing)?;
-    writeln!(input, "{told}").and_then(|()| input.rewind()).context(doing)?;
     let why = ended.error.as_deref().or(ended.summary.as_deref()).filter(|why| !why.is_empty());
     let title = format!("{} on {host}: {}", paths.name(), ended.result);
-    let mut shell = Program::new("/bin/sh").args(["-c", command]);
-    for (key, value) in [
+    let facts = [
         ("INSTANCE", paths.name()),
         ("HOST", &host),
         ("RUN", &ended.id),
@@ -48,10 +54,36 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
         ("SUMMARY", ended.summary.as_deref().unwrap_or_default()),
         ("TITLE", &title),
         ("MESSAGE", &why.map_or_else(|| title.clone(), |why| format!("{title}: {why}"))),
-    ] {
-        shell = shell.env(&format!("EKIBEN_{key}"), value);
+    ];
+    let attempt = || {
+        let doing = || "write what is told".into();
+        let mut input = files::unnamed(&std::env::temp_dir(), 0o600).context(doing)?;
+        writeln!(input, "{told}").and_then(|()| input.rewind()).context(doing)?;
+        let shell = Program::new("/bin/sh").args(["-c", command]).input(input);
+        let shell = facts.iter().fold(shell, |shell, (key, value)| shell.env(&format!("EKIBEN_{key}"), value));
+        shell.run(LIMIT, || format!("run notify.command for run {run}"))?.success()
+    };
+    for pause in PAUSES {
+        let Err(error) = attempt() else { return Ok(()) };
+        log::warn!("{error}; trying again in {pause} s.");
+        thread::sleep(Duration::from_secs(pause));
     }
-    Err(shell.replace_with(input))
+    attempt()
+}
+
+/// Notes for `ekiben status` whether the command has failed, as systemd says of its unit, which runs this as root.
+pub fn note(paths: &Paths, run: &str) -> Result<()> {
+    let path = paths.untold();
+    if std::env::var("SERVICE_RESULT").is_ok_and(|result| result == "success") {
+        return files::remove(&path).doing("remove", &path);
+    }
+    fs::write(&path, run).doing("write", &path)
+}
+
+/// That `notify.command` has failed, and has not succeeded since.
+pub fn untold(paths: &Paths, now: u64) -> Option<String> {
+    let failed = seconds(paths.untold().metadata().and_then(|file| file.modified()).ok()?);
+    Some(format!("notify.command failed {}; see journalctl -u 'ekiben-notify-{}@*'", ago(failed, now), paths.name()))
 }
 
 /// Whether the end of a run is told, by what it is and the runs before it, the last one first.

@@ -14,6 +14,7 @@ use crate::paths::Paths;
 use crate::run::drift::{drift, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
+use crate::run::notify::untold;
 use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
@@ -216,6 +217,7 @@ impl Details {
         let mut problems = problems(name, units, &status, since, now());
         problems.extend(unwell(&paths, &status).map(|why| format!("not well any more: {why}; see to that, or run ekiben rollback {name}")));
         problems.extend(drift(&paths));
+        problems.extend(untold(&paths, now()));
         problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
         Self {
             well: problems.is_empty() && !status.has_failed(),
