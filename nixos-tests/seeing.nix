@@ -3,6 +3,7 @@
   # what looks at what is shown is Debian's
   onlyHosts = true;
   debianPackages = [
+    "ntfy"
     "prometheus"
     "python3-aiosmtpd"
   ];
