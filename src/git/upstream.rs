@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::files;
 use crate::git::{LOOK_LIMIT, NETWORK_LIMIT, Repository, unlock};
 
@@ -61,10 +61,7 @@ impl Repository {
         self.savepoint(instance).guard(&self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
         let theirs = self.ask(["rev-parse", reference])?;
         let doing = || format!("pull {branch} from {remote}");
-        if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, &self.head)? {
-            let what = format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch);
-            return Err(what).context(doing);
-        }
+        self.check_nothing_withdrawn(&upstream, &theirs, &self.head, doing)?;
         let base = if self.contains(&theirs, &self.head)? {
             theirs.clone()
         } else if self.contains(&self.head, &theirs)? {
@@ -88,10 +85,7 @@ impl Repository {
         if upstream.last.is_some() {
             let theirs = self.listed(&upstream, doing)?;
             if self.contains(commit, &theirs)? {
-                if let Some(withdrawn) = self.withdrawn(&upstream, &theirs, commit)? {
-                    return Err(format!("the upstream no longer has {withdrawn}, but {} has; reset or rebase it", self.branch))
-                        .context(doing);
-                }
+                self.check_nothing_withdrawn(&upstream, &theirs, commit, doing)?;
                 // it must still be there by then; what comes after it is no force
                 push = push.arg(format!("--force-with-lease={branch}:{theirs}"));
             }
@@ -103,21 +97,22 @@ impl Repository {
         upstream.remember(memory, commit)
     }
 
-    /// The newest commit of `ours` that the upstream has had before, and has no longer.
-    fn withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str) -> Result<Option<String>> {
-        let Some(last) = &upstream.last else { return Ok(None) };
-        let Some(common) = self.look_for(["merge-base", last, ours])? else { return Ok(None) };
-        Ok(if self.contains(theirs, &common)? { None } else { Some(common) })
+    /// Fails if there is a commit in `ours` that the upstream has had before, and has no longer.
+    fn check_nothing_withdrawn(&self, upstream: &Upstream, theirs: &str, ours: &str, doing: impl FnOnce() -> String) -> Result<()> {
+        let Some(last) = &upstream.last else { return Ok(()) };
+        match self.look_for(["merge-base", last, ours])? {
+            Some(newest) if !self.contains(theirs, &newest)? => {
+                Err(format!("the upstream no longer has {newest}, but {} has; reset or rebase it", self.branch)).context(doing)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn upstream(&self, memory: &Path) -> Result<Upstream> {
         let name = self.branch.trim_start_matches("refs/heads/");
         let setting = |what: &str| self.look_for(["config", "--get", &format!("branch.{name}.{what}")]);
-        let (Some(remote), Some(branch)) = (setting("remote")?, setting("merge")?) else {
-            return Err(Error::new(format!(
-                "Failed to find the upstream of {name}: it has none; set it with git branch --set-upstream-to"
-            )));
-        };
+        let found = setting("remote")?.zip(setting("merge")?).ok_or("it has none; set it with git branch --set-upstream-to");
+        let (remote, branch) = found.context(|| format!("find the upstream of {name}"))?;
         let known = fs::read_to_string(memory).unwrap_or_default();
         let last = known.strip_prefix(&format!("{remote} {branch} ")).map(String::from);
         let last = match last {

@@ -31,9 +31,7 @@ const PAUSES: [u64; 4] = [5, 15, 40, 120];
 pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     let runs = Status::read(paths).runs;
     let runs = runs.iter().skip_while(|ended| ended.id != run).collect::<Vec<_>>();
-    let Some((ended, earlier)) = runs.split_first() else {
-        return Err(Error::new(format!("Failed to find run {run} of {}", paths.name())));
-    };
+    let (ended, earlier) = runs.split_first().ok_or_else(|| Error::new(format!("Failed to find run {run} of {}", paths.name())))?;
     if !is_told(ended, earlier, on) {
         return Ok(());
     }

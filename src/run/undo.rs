@@ -19,7 +19,7 @@ const LIMIT: u64 = 256;
 const PAUSE: u64 = 60;
 
 /// A deployment that was undone by hand, or is to be.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Undone {
     /// The commit that was deployed, or awaited a boot.
@@ -85,8 +85,7 @@ pub fn waiting(paths: &Paths) -> Result<Option<Undone>> {
         let (commit, says) = text.split_once(' ').unwrap_or((&text, ""));
         let commit = ObjectId::try_from(commit)?.to_string();
         let by = asker::of_file(owner, Some(says)).unwrap_or_default();
-        let (base, tree) = (String::new(), String::new());
-        Ok(Undone { commit, base, tree, summary: None, release: None, before: None, by, since: now() })
+        Ok(Undone { commit, by, since: now(), ..Undone::default() })
     };
     if matches!(files::if_there(path.symlink_metadata()), Ok(None)) {
         return Ok(None);

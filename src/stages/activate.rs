@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Instance, Operation};
-use crate::error::{Error, OrLog, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::fault;
 use crate::nix::profile::{self, Generation};
 use crate::nix::{self, integrity};
@@ -55,11 +55,9 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
 /// Finds the candidate, and takes the turn to run it; nothing where the run has come to its end already.
 fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
     run.notes = Notes::read_of(paths, &run.id)?;
-    let Some(proposal) = run.proposal() else {
-        return Err(Error::new("Failed to activate: there is no proposal"));
-    };
-    if proposal.withheld.is_some() {
-        run.warnings.extend(proposal.withheld.clone());
+    let proposal = run.proposal().ok_or("there is no proposal").context(|| "activate".into())?;
+    if let Some(why) = proposal.withheld.clone() {
+        run.warnings.push(why);
         return run.decide(Decision::Withheld).map(|()| None);
     }
     if proposal.unchanged {

@@ -48,9 +48,7 @@ fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&P
     if fate == Fate::Drop {
         return git::drop_reference(instance, &paths.reference(), paths.name()).map(|()| ExitCode::SUCCESS);
     }
-    let Some(proposal) = proposal else {
-        return Err(Error::new("Failed to find the run's proposal"));
-    };
+    let proposal = proposal.ok_or_else(|| Error::new("Failed to find the run's proposal"))?;
     let repository = repository?;
     if fate == Fate::Keep {
         let is_branch = repository.head == *proposal.commit;

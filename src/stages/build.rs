@@ -7,7 +7,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 
 use crate::config::{Build, Instance};
-use crate::error::{Context, Error, OrLog, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fault;
 use crate::fleet::host::release;
 use crate::fleet::hub::candidate;
@@ -21,9 +21,7 @@ use crate::system::{self, now};
 /// Runs the stage; the system is what the link `candidate` points to.
 pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     let mut notes = Notes::read(paths)?;
-    let Some(proposal) = &notes.proposal else {
-        return Err(Error::new("Failed to build: there is no proposal"));
-    };
+    let proposal = notes.proposal.as_ref().ok_or("there is no proposal").context(|| "build".into())?;
     if proposal.unchanged || proposal.withheld.is_some() {
         return Ok(());
     }

@@ -4,7 +4,7 @@
 //! hosts, each wholly, or not at all; the next one publishes the others.
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::paths::Paths;
 use crate::run::hold::Hold;
 use crate::run::journal::{Decision, Phase, Run};
@@ -36,9 +36,8 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
     if run.trigger == Trigger::Rollback {
         return Err(Error::new("Failed to roll back: nothing was deployed on this machine"));
     }
-    let Some(is_head) = run.proposal().map(|proposal| proposal.commit == proposal.head) else {
-        return Err(Error::new("Failed to publish: there is no proposal"));
-    };
+    let proposal = run.proposal().ok_or("there is no proposal").context(|| "publish".into())?;
+    let is_head = proposal.commit == proposal.head;
     // what is asked for during a hold is kept until that ends
     if Hold::read(paths).is_some() || !settle::settle(paths, run, Fate::Check)? {
         return run.decide(Decision::StartOver);

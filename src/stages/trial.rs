@@ -28,9 +28,8 @@ pub fn is_due(run: &Run) -> bool {
 
 /// Has the system be what is booted from now on, if it has booted and stays well for a while.
 pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
-    let (Some(system), Some(before)) = (run.candidate.clone(), run.before.clone()) else {
-        return Err(Error::new("Failed to find what is on trial"));
-    };
+    let on_trial = run.candidate.clone().zip(run.before.clone());
+    let (system, before) = on_trial.ok_or_else(|| Error::new("Failed to find what is on trial"))?;
     // a report of its own, with what the journal has of this boot
     run.id = RunId::try_from(boot_id().replace('-', "")).context(|| "name the boot".into())?;
     Status::announce(paths, run, Stage::Boot).or_warn();
