@@ -272,6 +272,23 @@ attempt("make a program that is root's for all", lambda: os.chmod(os.open("/tmp/
 """
 
 
+def check_alerts(machine, rules, cases):
+    """Checks rules of Prometheus by series and their values, and, of moments and alerts, what fires then."""
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": series, "values": values} for series, values in given.items()],
+            "alert_rule_test": [{"eval_time": at, "alertname": alert, "exp_alerts": fires} for at, alert, fires in expected],
+        }
+        for given, expected in cases
+    ]
+    tests = json.dumps({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests})
+    machine.succeed(f"mkdir /run/rules; printf %s {shlex.quote(tests)} > /run/rules/tests.yml; printf '%s\n' {shlex.quote(rules)} > /run/rules/rules.yml",
+                    "cd /run/rules; promtool check rules rules.yml")
+    code, said = machine.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
+    assert code == 0, said
+
+
 def take_over(machine, unit, reads, more=""):
     """What a stand-in for a unit's program could do, from inside the unit, among it to read `reads`."""
     probe = PROBE + more + 'print("could " + json.dumps(could))'

@@ -8,20 +8,7 @@ in
   onlyHosts = true;
   # for a clock that is wrong
   debianPackages = [ "libfaketime" ];
-  nodes.desk =
-    { config, ... }:
-    {
-      environment.systemPackages = [ config.services.ekiben.package ];
-      users.users.alice = {
-        isNormalUser = true;
-        uid = 1001;
-        group = "users";
-      };
-      environment.etc = {
-        "scenario/deploy".text = keys.publisher.private;
-        "scenario/alice".text = keys.alice.private;
-      };
-    };
+  nodes.desk = (import ./fleet-machines.nix).desk;
   nodes.hub = {
     services.ekiben.hub = {
       enable = true;

@@ -6,21 +6,10 @@ in
 {
   # the host's releases are of stand-in systems, which only namespace hosts have
   onlyHosts = true;
-  nodes.desk =
-    { config, ... }:
-    {
-      environment.systemPackages = [ config.services.ekiben.package ];
-      users.users.alice = {
-        isNormalUser = true;
-        uid = 1001;
-        group = "users";
-      };
-      environment.etc = {
-        "scenario/deploy".text = keys.publisher.private;
-        "scenario/alice".text = keys.alice.private;
-        "scenario/other".text = keys.other.private;
-      };
-    };
+  nodes.desk = {
+    imports = [ (import ./fleet-machines.nix).desk ];
+    environment.etc."scenario/other".text = keys.other.private;
+  };
   nodes.hub = {
     services.ekiben.hub = {
       enable = true;

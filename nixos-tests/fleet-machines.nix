@@ -23,6 +23,21 @@ in
       "scenario/signer".text = keys.signer.private;
     };
   };
+  # where people publish for a hub elsewhere
+  desk =
+    { config, ... }:
+    {
+      environment.systemPackages = [ config.services.ekiben.package ];
+      users.users.alice = {
+        isNormalUser = true;
+        uid = 1001;
+        group = "users";
+      };
+      environment.etc = {
+        "scenario/deploy".text = keys.publisher.private;
+        "scenario/alice".text = keys.alice.private;
+      };
+    };
   # the host of this name: asks when the script says so
   host = name: {
     services.ekiben.fleet = {

@@ -94,42 +94,17 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
         text = rules.partition(f"alert: EkibenHost{alert}\n")[2].partition('summary: "')[2].partition('"')[0]
         return text.replace("{{ $labels.host }}", "web").replace("{{ $labels.state }}", "failing")
 
-    tests = {
-        "rule_files": ["rules.yml"],
-        "evaluation_interval": "1m",
-        "tests": [
-            {
-                "interval": "1m",
-                "input_series": [{"series": f'ekiben_{series.replace("@", labels)}', "values": values} for series, values in given.items()],
-                "alert_rule_test": [
-                    {"eval_time": at, "alertname": f"EkibenHost{alert}",
-                     "exp_alerts": [{"exp_labels": {"instance": "hub:9100", "host": "web", **more},
-                                     "exp_annotations": {"summary": summary(alert)}}] if fires else []}
-                    for at, alert, fires, more in expected
-                ],
-            }
-            for labels in ('instance="hub:9100", host="web"',)
-            for given, expected in (
-                (
-                    {"host_well{@}": "1+0x40 0+0x200", 'host_state{@, state="failing"}': "1+0x240"},
-                    (("30m", "NotWell", False, {}), ("1h", "NotWell", True, {"state": "failing"})),
-                ),
-                ({"host_release_expiry_timestamp_seconds{@}": "864000+0x20000"}, (("24h", "Expires", False, {}), ("200h", "Expires", True, {}))),
-            )
-        ],
-    }
-    still = {"file": METRICS, "instance": "hub:9100"}
-    said = "the hub hub:9100 does not collect: see systemctl status ekiben-hub-collect"
-    tests["tests"].append({
-        "interval": "1m",
-        "input_series": [{"series": f'node_textfile_mtime_seconds{{file="{METRICS}", instance="hub:9100"}}', "values": "0+0x60"}],
-        "alert_rule_test": [
-            {"eval_time": "10m", "alertname": "EkibenHubStandsStill", "exp_alerts": []},
-            {"eval_time": "20m", "alertname": "EkibenHubStandsStill", "exp_alerts": [{"exp_labels": still, "exp_annotations": {"summary": said}}]},
-        ],
-    })
-    hub.succeed(f"mkdir /run/rules; printf %s {shlex.quote(json.dumps(tests))} > /run/rules/tests.yml; "
-                f"printf '%s\n' {shlex.quote(rules)} > /run/rules/rules.yml")
-    hub.succeed("cd /run/rules; promtool check rules rules.yml")
-    code, said = hub.execute("cd /run/rules; promtool test rules tests.yml 2>&1")
-    assert code == 0, said
+    def fires(text, **labels):
+        return [{"exp_labels": labels, "exp_annotations": {"summary": text}}]
+
+    host = {"instance": "hub:9100", "host": "web"}
+    of_web = ", ".join(f'{label}="{value}"' for label, value in host.items())
+    still = fires("the hub hub:9100 does not collect: see systemctl status ekiben-hub-collect", file=METRICS, instance="hub:9100")
+    check_alerts(hub, rules, [
+        ({f"ekiben_host_well{{{of_web}}}": "1+0x40 0+0x200", f'ekiben_host_state{{{of_web}, state="failing"}}': "1+0x240"},
+         [("30m", "EkibenHostNotWell", []), ("1h", "EkibenHostNotWell", fires(summary("NotWell"), state="failing", **host))]),
+        ({f"ekiben_host_release_expiry_timestamp_seconds{{{of_web}}}": "864000+0x20000"},
+         [("24h", "EkibenHostExpires", []), ("200h", "EkibenHostExpires", fires(summary("Expires"), **host))]),
+        ({f'node_textfile_mtime_seconds{{file="{METRICS}", instance="hub:9100"}}': "0+0x60"},
+         [("10m", "EkibenHubStandsStill", []), ("20m", "EkibenHubStandsStill", still)]),
+    ])
