@@ -116,45 +116,43 @@ impl HostState {
 
     /// Which kind of trouble this is, as an exit status; 0 if it is none.
     pub fn trouble(self) -> u8 {
+        self.about().1
+    }
+
+    /// What it is called, and which kind of trouble it is.
+    fn about(self) -> (&'static str, u8) {
         match self {
-            Self::RollbackFailed | Self::Failing | Self::RolledBack | Self::Undone | Self::Refusing | Self::Drifted | Self::Unwell => {
-                FAILING
-            }
-            Self::Silent | Self::Stale => 3,
-            Self::WentBack | Self::Unreadable | Self::Unkeyed | Self::Unlisted => 4,
-            _ => 0,
+            Self::RollbackFailed => ("rollback failed", FAILING),
+            Self::Failing => ("failing", FAILING),
+            Self::RolledBack => ("rolled back", FAILING),
+            Self::Undone => ("undone by hand", FAILING),
+            Self::Refusing => ("refusing", FAILING),
+            Self::Drifted => ("drifted", FAILING),
+            Self::Unwell => ("not well any more", FAILING),
+            Self::Silent => ("silent", 3),
+            Self::Stale => ("stale", 3),
+            Self::WentBack => ("hub went back", 4),
+            Self::Unreadable => ("unreadable", 4),
+            Self::Unkeyed => ("no key on the hub", 4),
+            Self::Unlisted => ("not in repository", 4),
+            Self::AwaitingBoot => ("awaiting boot", 0),
+            Self::Building => ("building", 0),
+            Self::RebuildPending => ("rebuild pending", 0),
+            Self::Waiting => ("waiting", 0),
+            Self::SyncPending => ("sync pending", 0),
+            Self::NewMachine => ("new machine", 0),
+            Self::NotDeployed => ("not deployed", 0),
+            Self::ExtraRuns => ("extra runs", 0),
+            Self::AutoUpdated => ("auto updated", 0),
+            Self::UpToDate => ("up to date", 0),
+            Self::Removed => ("removed", 0),
         }
     }
 }
 
 impl fmt::Display for HostState {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::RollbackFailed => "rollback failed",
-            Self::Failing => "failing",
-            Self::RolledBack => "rolled back",
-            Self::Undone => "undone by hand",
-            Self::Refusing => "refusing",
-            Self::Drifted => "drifted",
-            Self::Unwell => "not well any more",
-            Self::Silent => "silent",
-            Self::Stale => "stale",
-            Self::WentBack => "hub went back",
-            Self::Unreadable => "unreadable",
-            Self::Unkeyed => "no key on the hub",
-            Self::Unlisted => "not in repository",
-            Self::AwaitingBoot => "awaiting boot",
-            Self::Building => "building",
-            Self::RebuildPending => "rebuild pending",
-            Self::Waiting => "waiting",
-            Self::SyncPending => "sync pending",
-            Self::NewMachine => "new machine",
-            Self::NotDeployed => "not deployed",
-            Self::ExtraRuns => "extra runs",
-            Self::AutoUpdated => "auto updated",
-            Self::UpToDate => "up to date",
-            Self::Removed => "removed",
-        })
+        formatter.write_str(self.about().0)
     }
 }
 
