@@ -37,7 +37,6 @@ use crate::fleet::hub::{candidate, command, offer};
 use crate::names::RunId;
 use crate::output::print;
 use crate::paths::Paths;
-use crate::run::notes::Proposal;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch;
@@ -154,10 +153,9 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),
-        ["candidate", fate, name, options, proposal] => {
-            let options = json::parse(options.as_bytes()).context(|| "read the run's options".into())?;
-            let proposal: Option<Proposal> = json::parse(proposal.as_bytes()).context(|| "read the run's proposal".into())?;
+        ["candidate", fate, name, about] => {
             let fate = json::from_value(&(*fate).into()).context(|| "read the candidate's fate".into())?;
+            let (options, proposal): (_, Option<_>) = json::parse(about.as_bytes()).context(|| "read what it is about".into())?;
             return branch::candidate(fate, &paths(name)?, &options, proposal.as_ref());
         }
         #[cfg(feature = "fault-points")]

@@ -51,12 +51,11 @@ pub fn check_is_in_place(run: &Run) -> Result<()> {
 /// Has the user's own git deal with the candidate; false if the branch has moved.
 pub fn settle(paths: &Paths, run: &mut Run, fate: Fate) -> Result<bool> {
     // the configuration file may already know nothing of the instance
-    let options = serde_json::to_string_pretty(&run.instance).context(|| "write the run's options".into())?;
-    let proposal = serde_json::to_string(&run.proposal()).context(|| "write the run's proposal".into())?;
+    let about = serde_json::to_string_pretty(&(&run.instance, run.proposal())).context(|| "write what the run is about".into())?;
     let doing = || format!("{fate} the candidate");
     let ask = || {
         let ourselves = Program::ourselves_as(&run.instance.user)?;
-        let ended = ourselves.args(["candidate", &fate.to_string(), paths.name(), &options, &proposal]).run(SETTLE_LIMIT, doing)?;
+        let ended = ourselves.args(["candidate", &fate.to_string(), paths.name(), &about]).run(SETTLE_LIMIT, doing)?;
         let was_killed = ended.status.code().is_none();
         if was_killed { Err(Error::new(format!("Failed to {}: killed", doing())).with_tail(ended.tail)) } else { Ok(ended) }
     };
