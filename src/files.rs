@@ -174,24 +174,21 @@ pub fn open_foreign(path: &Path) -> io::Result<File> {
 /// The same with more than a name, below a directory that is trusted: what leads from there to the file is
 /// somebody else's, too, and no link.
 pub fn read_foreign_below(directory: &Path, path: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
-    // openat2 does this by itself, but not in a unit that RestrictSUIDSGID= protects
-    let open = |at: &OwnedFd, name: &OsStr, flags: OFlag| openat(at, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty());
     let is_directory = OFlag::O_PATH | OFlag::O_DIRECTORY;
     let mut at: OwnedFd = OpenOptions::new().read(true).custom_flags(is_directory.bits()).open(directory)?.into();
     let mut parts = path.as_ref().components().peekable();
     loop {
         let Some(Component::Normal(name)) = parts.next() else { return Err(ErrorKind::InvalidInput.into()) };
         if parts.peek().is_none() {
-            return read_regular(open(&at, name, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
+            return read_regular(open_at(&at, name, OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
         }
-        at = open(&at, name, is_directory)?;
+        at = open_at(&at, name, is_directory)?;
     }
 }
 
 /// Reads a file for others, who may not be able to. Follows links, but goes through none and through no
 /// directory that somebody could change but root and this user: or they would choose what is read.
 pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let open = |above: &OwnedFd, part: &OsStr, flags| openat(above, part, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty());
     let parts = |path: &Path| path.iter().rev().filter(|part| *part != "/").map(OsStr::to_owned).collect::<Vec<_>>();
     // the directories that lead to where this is, and what is left to do from there
     let mut way: Vec<(PathBuf, OwnedFd)> = vec![("/".into(), File::open("/")?.into())];
@@ -203,7 +200,7 @@ pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         }
         let place = above.join(&part);
         let refuse = |why: String| Err(io::Error::new(ErrorKind::PermissionDenied, format!("{} {why}", place.display())));
-        let entry = open(directory, &part, OFlag::O_PATH)?;
+        let entry = open_at(directory, &part, OFlag::O_PATH)?;
         let (above, metadata) = (File::from(directory.try_clone()?).metadata()?, File::from(entry.try_clone()?).metadata()?);
         let is_file = !metadata.is_dir() && !metadata.is_symlink();
         if !is_file && ![0, geteuid().as_raw()].contains(&metadata.uid()) {
@@ -227,12 +224,17 @@ pub fn read_for_others(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         } else if above.mode() & 0o002 != 0 {
             return refuse("is world-writable".into());
         } else if left.is_empty() {
-            return read_regular(open(directory, &part, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
+            return read_regular(open_at(directory, &part, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?.into(), limit);
         } else {
             return Err(ErrorKind::NotADirectory.into());
         }
     }
     Err(ErrorKind::IsADirectory.into())
+}
+
+/// Opens a name in a directory, no link. openat2 goes a whole way so, but not in a unit that `RestrictSUIDSGID=` protects.
+fn open_at(directory: &OwnedFd, name: &OsStr, flags: OFlag) -> nix::Result<OwnedFd> {
+    openat(directory, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// A user's name, or number where there is none.
@@ -247,10 +249,8 @@ fn read_regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
     }
     // what is no byte on the other's disk must not become one on ours
     let data = if metadata.len() == 0 { 0 } else { lseek(&file, 0, Whence::SeekHole)? };
-    let has_holes = u64::try_from(data).is_ok_and(|data| data < metadata.len());
-    if has_holes || metadata.len() > limit {
-        let why = if has_holes { "it is sparse".into() } else { format!("more than {limit} bytes") };
-        return Err(io::Error::new(ErrorKind::FileTooLarge, why));
+    if u64::try_from(data).is_ok_and(|data| data < metadata.len()) {
+        return Err(io::Error::new(ErrorKind::FileTooLarge, "it is sparse"));
     }
     let mut contents = Vec::new();
     (&file).seek(SeekFrom::Start(0))?;
