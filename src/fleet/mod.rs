@@ -192,8 +192,9 @@ pub struct Heartbeat {
     pub expires: Option<u64>,
     /// The version of the kernel that runs.
     pub kernel: Option<String>,
-    /// The version of the system that runs, and the revision of its Nixpkgs, if that is in it.
+    /// The version of the system that runs.
     pub nixos: Option<String>,
+    /// The revision of its Nixpkgs, if that is in the version.
     pub nixpkgs: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! The only caller of nix. The user's stages fetch, evaluate and build; root asks its store
+//! Nix, as all of this calls it. The user's stages and who publishes fetch, evaluate and build; root asks its store
 //! about paths and moves the system profile, and evaluates nothing.
 
 pub mod cache;

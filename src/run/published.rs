@@ -70,9 +70,10 @@ pub struct Offered {
     pub new: bool,
     /// Why it was left out.
     pub error: Option<String>,
-    /// How it stands, until it is heard of; and for which wave it waits.
+    /// How it stands, until it is heard of.
     #[serde(default)]
     pub state: HostStep,
+    /// For which wave it waits.
     pub wave: Option<usize>,
 }
 

@@ -1,5 +1,5 @@
-//! The stages of a run, in their order: each is one line of the instance's unit; then what they share, and what follows a
-//! boot.
+//! The stages of a run, in their order: each is one line of the instance's unit. Then what they share, and what is done
+//! around them: at a boot, for a rollback by hand, and before a poll.
 
 pub mod begin;
 
