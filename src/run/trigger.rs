@@ -79,8 +79,7 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
     let name = paths.name();
     let unit = service::unit(paths.name());
     // before the thread that shows the log, which would get it
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
+    let signals = SigSet::from(Signal::SIGINT);
     let interrupt = signals.thread_block().and_then(|()| SignalFd::new(&signals)).context(|| "wait for signals".into())?;
     // it takes a moment to begin, and the run may be sooner
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

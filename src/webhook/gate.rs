@@ -74,11 +74,11 @@ pub fn serve(
     mut answer: impl FnMut(&Request) -> Answer,
     mut beat: impl FnMut(),
 ) -> Result<()> {
-    match listener {
-        Listener::Tcp(listener) => listener.set_nonblocking(true),
-        Listener::Unix(listener) => listener.set_nonblocking(true),
-    }
-    .context(|| "set up the listening socket".into())?;
+    let waiting = match listener {
+        Listener::Tcp(listener) => listener.as_fd(),
+        Listener::Unix(listener) => listener.as_fd(),
+    };
+    set_nonblocking(waiting).context(|| "set up the listening socket".into())?;
     let mut gate = Gate { connections: VecDeque::new(), refusals: Refusals::new() };
     let mut breathing_until = Instant::now();
     let mut last_deadline = None;
@@ -97,7 +97,7 @@ pub fn serve(
 
         // the listener, the signal, then the connections in their order
         let mut ready: Vec<PollFd> = Vec::with_capacity(CONNECTIONS + 2);
-        ready.push(PollFd::new(listener.as_fd(), if accepting { PollFlags::POLLIN } else { PollFlags::empty() }));
+        ready.push(PollFd::new(waiting, if accepting { PollFlags::POLLIN } else { PollFlags::empty() }));
         ready.push(PollFd::new(end.as_fd(), PollFlags::POLLIN));
         ready.extend(gate.connections.iter().map(|connection| PollFd::new(connection.socket.as_fd(), connection.waits_for())));
         let timeout = PollTimeout::try_from(next + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
@@ -350,15 +350,6 @@ impl Refusals {
             log::info!("Refused {} more in the last minute.", self.count - LOGGED_REFUSALS);
         }
         *self = Self::new();
-    }
-}
-
-impl Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener) => listener.as_fd(),
-        }
     }
 }
 

@@ -36,9 +36,7 @@ const PULSE: Duration = Duration::from_secs(10);
 pub fn webhook(webhook: &Webhook) -> Result<()> {
     // no other process of this user, and no core dump, shall see the tokens
     set_dumpable(false).context(|| "protect the memory of this process".into())?;
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().context(|| "block signals".into())?;
     let end = SignalFd::new(&signals).context(|| "wait for signals".into())?;
 
