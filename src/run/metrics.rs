@@ -18,8 +18,7 @@ pub type Sample = (String, u64);
 /// instance's name, and the value.
 type Family = (&'static str, &'static str, fn(&Paths, &Status) -> Vec<Sample>);
 
-/// All but how many runs have ended how.
-const FAMILIES: [Family; 13] = [
+const FAMILIES: [Family; 14] = [
     ("running", "Whether a run is under way.", |_, status| one(status.running.is_some())),
     ("request_waiting", "Whether a request waits for a run.", |paths, status| one(status.held.is_some() || paths.request().exists())),
     ("hold_end_timestamp_seconds", "When the hold on the instance ends by itself.", |paths, _| {
@@ -48,6 +47,9 @@ const FAMILIES: [Family; 13] = [
     ("deployed_info", "Which revision was deployed last.", |_, status| {
         status.deployed.iter().map(|deployed| (label("revision", &deployed.commit), 1)).collect()
     }),
+    ("runs_total", "How many runs have ended how.", |_, status| {
+        status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect()
+    }),
 ];
 
 /// Writes the file, in one step.
@@ -59,25 +61,20 @@ pub fn write(config: &Config, file: &Path) -> Result<()> {
 
 fn text(instances: &[(&Paths, Status)]) -> String {
     let mut lines = Vec::new();
-    let counts =
-        |_: &Paths, status: &Status| status.counts.iter().map(|(result, count)| (label("result", result), *count)).collect::<Vec<_>>();
-    let mut add = |name, help, kind, samples: &dyn Fn(&Paths, &Status) -> Vec<Sample>| {
+    for (name, help, samples) in FAMILIES {
         let of_one = |(paths, status): &(&Paths, Status)| {
             let name = paths.name().to_owned();
             samples(paths, status).into_iter().map(move |(labels, value)| (format!("name=\"{name}\"{labels}"), value))
         };
-        family(&mut lines, name, help, kind, instances.iter().flat_map(of_one).collect());
-    };
-    for (name, help, samples) in FAMILIES {
-        add(name, help, "gauge", &samples);
+        family(&mut lines, name, help, instances.iter().flat_map(of_one).collect());
     }
-    add("runs_total", "How many runs have ended how.", "counter", &counts);
     lines.join("\n") + "\n"
 }
 
-/// A family of one kind, unless there is nothing of it.
-pub fn family(lines: &mut Vec<String>, name: &str, help: &str, kind: &str, samples: Vec<Sample>) {
+/// A family, unless there is nothing of it; its name tells the kind, as Prometheus has it.
+pub fn family(lines: &mut Vec<String>, name: &str, help: &str, samples: Vec<Sample>) {
     if !samples.is_empty() {
+        let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
         lines.push(format!("# HELP ekiben_{name} {help}\n# TYPE ekiben_{name} {kind}"));
         lines.extend(samples.into_iter().map(|(labels, value)| format!("ekiben_{name}{{{labels}}} {value}")));
     }

@@ -25,9 +25,9 @@ pub fn text(shown: &Shown, _: u64) -> String {
     for (name, help, sample) in FAMILIES {
         let of_all =
             shown.hosts.iter().filter_map(|(host, row)| sample(row).map(|(labels, value)| (format!("host=\"{host}\"{labels}"), value)));
-        family(&mut lines, name, help, "gauge", of_all.collect());
+        family(&mut lines, name, help, of_all.collect());
     }
     let stopped = vec![(String::new(), u64::from(shown.stopped))];
-    family(&mut lines, "rollout_stopped", "Whether a roll-out has been stopped.", "gauge", stopped);
+    family(&mut lines, "rollout_stopped", "Whether a roll-out has been stopped.", stopped);
     lines.join("\n") + "\n"
 }
