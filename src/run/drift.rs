@@ -12,7 +12,8 @@ use crate::system;
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
 /// deployed.
 pub fn drift(paths: &Paths) -> Option<String> {
-    let Deployed { system: deployed, not_booted_since, .. } = latest(paths)?;
+    let all = all_deployed(paths).into_iter().filter(Deployed::is_own);
+    let Deployed { system: deployed, not_booted_since, .. } = all.max_by_key(|deployed| deployed.number)?;
     let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
@@ -30,11 +31,6 @@ pub fn drift(paths: &Paths) -> Option<String> {
 pub fn unwell(paths: &Paths, status: &Status) -> Option<String> {
     let number = status.deployed.as_ref()?.number.to_string();
     Some(fs::read_to_string(paths.unwell()).ok()?.strip_prefix(&number)?.strip_prefix(' ')?.to_owned())
-}
-
-/// What this machine deployed last for itself, and not for a fleet.
-fn latest(paths: &Paths) -> Option<Deployed> {
-    all_deployed(paths).into_iter().filter(Deployed::is_own).max_by_key(|deployed| deployed.number)
 }
 
 /// Whether this very commit is what was last deployed of its flake, by whichever instance.
