@@ -15,7 +15,7 @@ macro_rules! places {
         impl Paths {
             $($(#[$doc])*
             pub fn $place(&self) -> PathBuf {
-                self.root.join($path.replace("<instance>", &self.name))
+                self.place($path)
             })*
         }
     };
@@ -85,6 +85,10 @@ impl Paths {
     /// The same below another directory.
     pub fn below(root: &Path, name: &str) -> Self {
         Self { root: root.to_owned(), name: name.to_owned() }
+    }
+
+    fn place(&self, path: &str) -> PathBuf {
+        self.root.join(path.replace("<instance>", &self.name))
     }
 
     /// Those of all instances that anything is known of.
