@@ -345,28 +345,39 @@ with subtest("what a newer version has begun, and written down, is ended by this
     hold(machine, "activate: healthy")
     until_said("Held at activate: healthy.")
     machine.succeed(
-        "cd /var/lib/ekiben; jq '.newer = [1] | .instance.newer = {} | .before.newer = 1' runs/app.json > x; mv x runs/app.json",
-        "cd /var/lib/ekiben; jq '.newer = [1] | .deployed.newer = {} | .runs[].newer = 1' status/app.json > x; mv x status/app.json",
+        "cd /var/lib/ekiben; jq '.newer = [1] | .instance.newer = {} | .before.newer = 1 | .phase = \"quarantined\" | .instance.operation = \"newer\"' "
+        "runs/app.json > x; mv x runs/app.json",
+        "cd /var/lib/ekiben; jq '.newer = [1] | .deployed.newer = {} | .runs[].newer = 1 | .runs[0].result = \"quarantined\" | .runs[1].started = \"x\"' "
+        "status/app.json > x; mv x status/app.json; cp status/app.json /tmp/newer.json",
         "systemctl kill --kill-whom=main --signal=KILL ekiben-app.service; rm /run/ekiben-fault",
     )
     wait_until_at_rest(machine, "app")
     assert what_stays(machine) == before and machine.succeed("ls -A /var/lib/ekiben/runs") == "", "\n".join(differences(before, what_stays(machine)))
     ended = last_run(machine, "app")
     assert ended["result"] == "rolledBack" and status(machine, "app")["deployed"] == earlier["deployed"], ended
-    machine.succeed("systemctl reset-failed ekiben-app.service")
+    # no run is forgotten, and what could not be read is kept
+    known = [[(run["id"], run["result"]) for run in state["runs"]] for state in (status(machine, "app"), earlier)]
+    assert known[0][1] == (known[1][0][0], "unknown") and known[0][2:] == known[1][1:len(known[0]) - 1], known
+    machine.succeed("cmp /tmp/newer.json /var/lib/ekiben/status/app.json.unreadable", "systemctl reset-failed ekiben-app.service")
 
 with subtest("a journal or status that makes no sense is set aside"):
-    for text in ("", "{", '{"format": 99}', '{"format": 1, "id": 5}', "\\0\\0\\0"):
-        machine.succeed(
-            f"printf '{text}' > /var/lib/ekiben/runs/app.json",
-            f"printf '{text}' > /var/lib/ekiben/status/app.json",
-            "systemctl start --no-block ekiben-app.service",
-        )
+    for text in ("", "{", '{"format": 99}', '{"format": 1, "id": 5}', "\\0\\0\\0", None):
+        def put(file):
+            path = f"/var/lib/ekiben/{file}"
+            machine.succeed(f"rm -rf {path}; mkdir -p {path}/deep" if text is None else f"printf '{text}' > {path}")
+
+        put("status/app.json")
+        said = machine.execute("ekiben status app")[1]
+        assert ("which the next run keeps aside" in said) == (text != '{"format": 1, "id": 5}'), said
+        put("runs/app.json")
+        machine.succeed("systemctl start --no-block ekiben-app.service")
         machine.wait_until_succeeds("test ! -e /var/lib/ekiben/runs/app.json")
         wait_until_idle(machine, "app")
         ended = last_run(machine, "app")
         assert ended["result"] in ("deployed", "unchanged") and ended["by"] == ["recovery"], ended
-        machine.succeed("test -e /var/lib/ekiben/runs/app.json.unreadable; rm /var/lib/ekiben/runs/app.json.unreadable")
+        assert ended["warnings"][0].endswith("see to that, and remove /var/lib/ekiben/runs/app.json.unreadable"), ended
+        machine.succeed("rm -r /var/lib/ekiben/*/app.json.unreadable")
+        assert run(machine, "app")["warnings"] == [] and "keeps aside" not in machine.succeed("ekiben status app")
     machine.succeed("journalctl -u ekiben-app -o cat | grep -F 'Ignoring unreadable journal'")
     publish(machine, "app", str(next(COUNT)))
     assert run(machine, "app")["result"] == "deployed"

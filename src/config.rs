@@ -99,6 +99,7 @@ pub struct Instance {
     /// The inputs to update; all if empty, none at all if `None`.
     pub inputs: Option<Vec<String>>,
     /// Activate at once, or with the next boot.
+    #[serde(default)]
     pub operation: Operation,
     /// Build here, or wait until it has been built elsewhere.
     #[serde(default)]
@@ -117,6 +118,7 @@ pub struct Instance {
     /// What tells whether a new system does its work.
     pub health_checks: BTreeMap<String, HealthCheck>,
     /// What a unit that fails in the switch, and had not failed before, leads to.
+    #[serde(default)]
     pub on_unit_failure: OnUnitFailure,
     /// Whether to go back to the old system when the new one is not well.
     pub rollback: bool,
@@ -137,6 +139,7 @@ pub struct Instance {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Reboot {
     /// Whether at all.
+    #[serde(default)]
     pub when: When,
     /// The time of day for it; none if that does not matter.
     pub window: Option<Window>,
@@ -247,10 +250,11 @@ pub struct HealthCheck {
 }
 
 /// What to do about a unit that fails.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum OnUnitFailure {
     /// Go back to the old system.
+    #[default]
     Rollback,
     /// Keep the new one, with a warning.
     Keep,
@@ -269,10 +273,11 @@ pub struct Timeouts {
 }
 
 /// What to do with a new generation, in `nixos-rebuild`'s words.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Operation {
     /// Activate it and make it the default of the boot loader.
+    #[default]
     Switch,
     /// Only make it the default of the boot loader.
     Boot,

@@ -136,6 +136,22 @@ pub fn clear(path: &Path) -> io::Result<()> {
     remove.output(|| format!("remove {}", path.display()), None).map(drop).map_err(|error| io::Error::other(error.to_string()))
 }
 
+/// Keeps what makes no sense beside its place, before something else is put there. Returns where.
+pub fn keep_aside(path: &Path) -> io::Result<PathBuf> {
+    let aside = aside(path);
+    clear(&aside)?;
+    // a directory has no second name
+    fs::hard_link(path, &aside).or_else(|_| fs::rename(path, &aside))?;
+    sync_parent(path).map(|()| aside)
+}
+
+/// Where that is.
+pub fn aside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".unreadable");
+    name.into()
+}
+
 /// Makes an empty directory in the place of what is there.
 pub fn make_directory(path: &Path) -> io::Result<()> {
     clear(path).and_then(|()| fs::create_dir_all(path))

@@ -36,26 +36,44 @@ pub fn parse_foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
     from_value(&value)
 }
 
-/// Parses what Ekiben itself has written, perhaps a newer version: keys that are unknown are ignored.
+/// Parses what Ekiben itself has written, perhaps a newer version: keys that are unknown are ignored, and those that have an
+/// unknown one of several values.
 pub fn parse_own<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
     let mut value = value(text)?;
     loop {
         match from_value(&value) {
-            Err(error) if has_removed(&mut value, &error) => {}
+            Err(error) if error.is_newer() && has_removed(&mut value, &error) => {}
             other => return other,
         }
     }
 }
 
-/// Removes the key that an error is about, if that is an unknown one.
+/// The same of what is the better the more of it can be read: whatever makes no sense is ignored. Returns what that was, the
+/// first of it.
+pub fn parse_most<T: DeserializeOwned>(text: &[u8]) -> Result<(T, Option<Invalid>), Invalid> {
+    let (mut value, mut first) = (value(text)?, None);
+    loop {
+        match from_value(&value) {
+            Ok(most) => return Ok((most, first)),
+            Err(error) if !has_removed(&mut value, &error) => return Err(error),
+            Err(error) => first = first.or(Some(error).filter(|error| !error.is_newer())),
+        }
+    }
+}
+
+/// Removes what an error is about, unless that is the whole.
 #[inline(never)]
 fn has_removed(value: &mut Value, error: &Invalid) -> bool {
-    let Some((key, above)) = error.0.path.split_first().filter(|_| error.0.what.starts_with("unknown field ")) else { return false };
+    let Some((key, above)) = error.0.path.split_first() else { return false };
     let place = above.iter().rev().try_fold(value, |value, key| match value {
         Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
         other => other.get_mut(key),
     });
-    place.and_then(Value::as_object_mut).is_some_and(|object| object.remove(key).is_some())
+    match place {
+        Some(Value::Array(items)) => key.parse().ok().filter(|index| *index < items.len()).map(|index| items.remove(index)).is_some(),
+        Some(Value::Object(object)) => object.remove(key).is_some(),
+        _ => false,
+    }
 }
 
 /// Takes a value for one of this type.
@@ -73,6 +91,11 @@ fn value(text: &[u8]) -> Result<Value, Invalid> {
 }
 
 impl Invalid {
+    /// Whether it is about what a newer version may have written.
+    fn is_newer(&self) -> bool {
+        ["unknown field ", "unknown variant "].iter().any(|what| self.0.what.starts_with(what))
+    }
+
     #[inline(never)]
     fn at(mut self, key: &dyn fmt::Display) -> Self {
         self.0.path.push(key.to_string());
@@ -311,6 +334,19 @@ mod tests {
         let wrong = parse_own::<Sample>(br#"{"new": 1, "map": {"a": {"list": ["x"], "name": ""}}}"#).unwrap_err();
         assert!(wrong.to_string().starts_with("map.a.list.0: invalid type"), "{wrong}");
         assert!(parse_own::<Vec<Entry>>(br#"[{"list": [], "name": "", "new": 1}]"#).is_ok());
+    }
+
+    #[test]
+    fn most_is_what_makes_sense() {
+        let text =
+            r#"{"new": 1, "map": {"a": {"list": [1, "x", 2], "name": ""}, "b": {"list": [1]}, "c": 5, "d": {"list": {}, "name": ""}}}"#;
+        let (most, why) = parse_most::<Sample>(text.as_bytes()).unwrap();
+        assert_eq!(most.map.into_iter().map(|(key, entry)| (key, entry.list)).collect::<Vec<_>>(), [("a".to_owned(), vec![1, 2])]);
+        assert!(why.unwrap().to_string().starts_with("map.a.list.1: invalid type"));
+        assert!(parse_most::<Sample>(br#"{"new": 1, "map": {}}"#).unwrap().1.is_none());
+        for text in ["", "{", "[]", r#"{"map": 5}"#, "\0\0"] {
+            assert!(parse_most::<Sample>(text.as_bytes()).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::system::now;
 
 /// A run that has ended.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(default, rename_all = "camelCase")]
 pub struct Ended {
     /// The identifier that systemd gave it.
     pub id: String,
@@ -17,7 +17,6 @@ pub struct Ended {
     /// Why it began.
     pub trigger: Trigger,
     /// Who or what has asked for it.
-    #[serde(default)]
     pub by: Vec<String>,
     /// When it began, in seconds since 1970.
     pub started: u64,
@@ -32,10 +31,8 @@ pub struct Ended {
     /// What was new in it.
     pub summary: Option<String>,
     /// The same in detail, a line each.
-    #[serde(default)]
     pub news: Vec<String>,
     /// How the new system differs from what ran, a line each.
-    #[serde(default)]
     pub changes: Vec<String>,
     /// The release of a fleet's hub that this was, or was made from.
     pub release: Option<Release>,
@@ -44,14 +41,12 @@ pub struct Ended {
     /// Why it failed.
     pub error: Option<String>,
     /// Whether nothing was tried: what it proposes is known to be bad.
-    #[serde(default)]
     pub refused: bool,
     /// What to know all the same.
     pub warnings: Vec<String>,
     /// Whether the machine runs the new system only after a reboot.
     pub reboot_needed: bool,
     /// How long its stages took, in seconds.
-    #[serde(default)]
     pub stages: Vec<(Stage, u64)>,
 }
 

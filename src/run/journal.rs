@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -28,7 +29,8 @@ pub const FORMAT: u32 = 1;
 /// The journal of a run of this boot, of whichever instance: see [`Run::load_unfit`].
 pub const UNFIT: &str = "/run/ekiben/unfit.json";
 
-/// How far root's part of a run has come. What an interruption leads to depends on it alone.
+/// How far root's part of a run has come. What an interruption leads to depends on it alone; what a newer version calls
+/// otherwise counts as the furthest.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Phase {
@@ -45,6 +47,7 @@ pub enum Phase {
     /// The next boot will bring the candidate, or has: it is to prove itself there.
     AwaitingBoot,
     /// What was before is being put back.
+    #[serde(other)]
     Returning,
 }
 
@@ -61,6 +64,7 @@ pub enum Decision {
     /// What could not be gone back to runs again.
     Restored,
     /// The branch moved since the run began: another run has to start from there.
+    #[serde(other)]
     StartOver,
 }
 
@@ -183,15 +187,21 @@ impl Run {
     /// Reads a journal, if there is one: that of the run under way, of one that has ended until the next boot, or of one that
     /// could not be put back. A journal that makes no sense is set aside.
     pub fn load(file: PathBuf) -> Result<Option<Self>> {
-        let Some(bytes) = files::if_there(fs::read(&file)).doing("read", &file)? else { return Ok(None) };
-        match json::parse_own::<Self>(&bytes) {
+        let read = match files::if_there(fs::read(&file)) {
+            Err(error) if error.kind() == ErrorKind::IsADirectory => Err(error.to_string()),
+            other => match other.doing("read", &file)? {
+                Some(bytes) => json::parse_own::<Self>(&bytes).map_err(|error| error.to_string()),
+                None => return Ok(None),
+            },
+        };
+        match read {
             Ok(run) if run.format == FORMAT => Ok(Some(Self { file, ..run })),
             other => {
-                let why = other.err().map_or("unsupported format".into(), |error| error.to_string());
-                let aside = file.with_extension("json.unreadable");
+                let why = other.err().unwrap_or_else(|| "unsupported format".into());
+                let doing = || format!("set {} aside", file.display());
+                let aside = files::keep_aside(&file).context(doing)?;
                 log::error!("Ignoring unreadable journal {} (kept as {}): {why}.", file.display(), aside.display());
-                fs::rename(&file, &aside).context(|| format!("set {} aside", file.display()))?;
-                Ok(None)
+                files::remove(&file).context(doing).map(|()| None)
             }
         }
     }
@@ -249,5 +259,73 @@ impl Run {
     /// What the run proposes, by the user's notes.
     pub fn proposal(&self) -> Option<&Proposal> {
         self.notes.as_ref()?.proposal.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use serde_json::{Value, json};
+
+    fn journal(directory: &Directory) -> (PathBuf, Value) {
+        let options = json!({
+            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "boot", "flags": [],
+            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "keep",
+            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
+        });
+        let (paths, id) = (Paths::below(directory.path(), "app"), RunId::try_from("0".repeat(32)).unwrap());
+        let run = Run::new(&paths, id, serde_json::from_value(options).unwrap());
+        fs::create_dir(directory.path().join("runs")).unwrap();
+        (paths.journal(), serde_json::to_value(run).unwrap())
+    }
+
+    #[test]
+    fn what_a_newer_version_has_begun_is_neither_lost_nor_taken_for_deployed() {
+        let directory = Directory::new();
+        let (path, mut run) = journal(&directory);
+        for key in ["phase", "decision", "trigger", "result", "bootLoader", "boot_loader"] {
+            run[key] = json!("newer");
+        }
+        for key in ["operation", "build", "onUnitFailure"] {
+            run["instance"][key] = json!("newer");
+        }
+        run["instance"]["reboot"]["when"] = json!("newer");
+        run["failure"] = json!({"stage": "newer", "message": "x", "tail": [], "transient": true});
+        run["before"] = json!({"system": "/nix/store/x", "generation": {"number": 5, "system": "/nix/store/x"}, "failed_units": []});
+        fs::write(&path, run.to_string()).unwrap();
+        let run = serde_json::to_value(Run::load(path).unwrap().expect("it is set aside")).unwrap();
+        let expected = json!({"phase": "returning", "decision": "startOver", "trigger": "timer", "result": "unknown", "boot_loader": null});
+        for (key, expected) in expected.as_object().unwrap() {
+            assert_eq!(&run[key], expected, "{key}");
+        }
+        assert_eq!((&run["failure"]["stage"], &run["before"]["generation"]["number"]), (&json!("unknown"), &json!(5)));
+        assert_eq!((&run["instance"]["operation"], &run["instance"]["onUnitFailure"]), (&json!("switch"), &json!("rollback")));
+    }
+
+    #[test]
+    fn a_journal_that_makes_no_sense_is_kept_and_in_nobodys_way() {
+        let directory = Directory::new();
+        let (path, run) = journal(&directory);
+        let aside = files::aside(&path);
+        let changed = |key: &str, value: Value| {
+            let mut run = run.clone();
+            run[key] = value;
+            run.to_string()
+        };
+        fs::write(&path, run.to_string()).unwrap();
+        assert!(Run::load(path.clone()).unwrap().is_some() && !aside.exists());
+        let cut = run.to_string().split_off(9);
+        // what is to be put back is not guessed
+        let before = json!({"system": "/nix/store/x", "generation": {"number": "5", "system": "/nix/store/x"}, "failed_units": []});
+        for text in ["", "{", &cut, "\0\0\0", &changed("format", json!(2)), &changed("started", json!("x")), &changed("before", before)] {
+            fs::write(&path, text).unwrap();
+            assert!(Run::load(path.clone()).unwrap().is_none(), "{text}");
+            assert!(!path.exists() && fs::read_to_string(&aside).unwrap() == text);
+        }
+        fs::create_dir_all(path.join("deep")).unwrap();
+        assert!(Run::load(path.clone()).unwrap().is_none() && !path.exists() && aside.join("deep").is_dir());
+        fs::write(&path, "x").unwrap();
+        assert!(Run::load(path.clone()).unwrap().is_none() && aside.is_file());
     }
 }

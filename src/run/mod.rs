@@ -50,6 +50,9 @@ pub enum Stage {
     Conclude,
     /// Look whether it has booted, and is well.
     Boot,
+    /// One that only a newer version has.
+    #[serde(other)]
+    Unknown,
 }
 
 impl fmt::Display for Stage {
@@ -65,11 +68,12 @@ impl fmt::Display for Stage {
 pub enum Trigger {
     /// Somebody asked: by webhook or by `ekiben trigger`.
     Request,
-    /// Nobody: the timer, `systemctl start`, or a run that was cut off.
-    #[default]
-    Timer,
     /// Somebody wants the last deployment undone: by `ekiben rollback`.
     Rollback,
+    /// Nobody: the timer, `systemctl start`, or a run that was cut off.
+    #[default]
+    #[serde(other)]
+    Timer,
 }
 
 /// How a run can end.
@@ -93,18 +97,21 @@ pub enum Outcome {
     /// The branch moved; another run starts from there.
     StartedOver,
     /// It failed before anything was changed.
-    #[default]
     Failed,
     /// It failed, and what had been changed was put back.
     RolledBack,
     /// It failed, and putting back what had been changed failed, too.
     Stuck,
+    /// In a way that only a newer version knows.
+    #[default]
+    #[serde(other)]
+    Unknown,
 }
 
 impl Outcome {
     /// Whether it is for somebody to see to.
     pub fn is_failure(self) -> bool {
-        matches!(self, Self::Partly | Self::Failed | Self::RolledBack | Self::Stuck)
+        matches!(self, Self::Partly | Self::Failed | Self::RolledBack | Self::Stuck | Self::Unknown)
     }
 }
 
@@ -122,6 +129,7 @@ impl fmt::Display for Outcome {
             Self::Failed => "failed",
             Self::RolledBack => "rolled back",
             Self::Stuck => "rollback failed",
+            Self::Unknown => "unknown",
         })
     }
 }

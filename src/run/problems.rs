@@ -66,7 +66,9 @@ pub(super) fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Stat
     let stale = stale.map(|expires| {
         format!("stale: the release expired {}, and the hub has offered none since; see to the hub, or who publishes", ago(expires, now))
     });
-    failed.chain(waits).chain(cut_off).chain(stale).collect()
+    let unreadable =
+        status.unreadable.iter().map(|why| format!("not all that was known of it can be read, which the next run keeps aside: {why}"));
+    failed.chain(waits).chain(cut_off).chain(stale).chain(unreadable).collect()
 }
 
 #[cfg(test)]

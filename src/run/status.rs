@@ -38,6 +38,9 @@ const RESERVE: u64 = 128 * 1024;
 #[serde(default, rename_all = "camelCase")]
 pub struct Status {
     format: u32,
+    /// Why not all of it could be read; none if it could.
+    #[serde(skip)]
+    pub unreadable: Option<String>,
     /// The run under way.
     pub running: Option<Running>,
     /// The highest number of a request that an ended run has served.
@@ -160,20 +163,19 @@ impl Deployed {
 }
 
 impl Status {
-    /// Reads what is known; nothing, if the file is not there or makes no sense.
+    /// Reads what is known: as much of it as makes sense.
     pub fn read(paths: &Paths) -> Self {
         let path = paths.status();
         let Some(text) = files::if_there(fs::read(&path)).transpose() else { return Self::default() };
         let text = text.map_err(|error| error.to_string());
-        let status = text.and_then(|text| json::parse_own::<Self>(&text).map_err(|error| error.to_string()));
-        match status {
-            Ok(status) if status.format == FORMAT => status,
-            other => {
-                let why = other.err().unwrap_or_else(|| "unsupported format".into());
-                log::warn!("Ignoring unreadable status file {}: {why}.", path.display());
-                Self::default()
-            }
+        let (status, why) = match text.and_then(|text| json::parse_most::<Self>(&text).map_err(|error| error.to_string())) {
+            Ok((status, why)) if status.format == FORMAT => (status, why.map(|error| error.to_string())),
+            other => (Self::default(), Some(other.err().unwrap_or_else(|| "unsupported format".into()))),
+        };
+        if let Some(why) = &why {
+            log::warn!("Ignoring what is unreadable of the status file {}: {why}.", path.display());
         }
+        Self { unreadable: why, ..status }
     }
 
     /// Whether the last run has failed.
@@ -322,7 +324,13 @@ impl Status {
 
     fn write_plainly(&mut self, paths: &Paths) -> Result<()> {
         self.format = FORMAT;
-        files::write_json(&paths.status(), self, 0o644)?;
+        let path = paths.status();
+        if self.unreadable.is_some() {
+            let aside = files::keep_aside(&path).doing("keep", &path)?;
+            log::warn!("Kept {} as {}.", path.display(), aside.display());
+            self.unreadable = None;
+        }
+        files::write_json(&path, self, 0o644)?;
         service::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
         Ok(())
     }
@@ -350,4 +358,70 @@ pub(super) fn tell(paths: &Paths, run: &str) {
 /// What each of this machine's instances deployed last.
 pub fn all_deployed(paths: &Paths) -> Vec<Deployed> {
     paths.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+    use serde_json::{Value, json};
+
+    fn paths(directory: &Directory) -> Paths {
+        fs::create_dir(directory.path().join("status")).unwrap();
+        Paths::below(directory.path(), "app")
+    }
+
+    fn ended(id: &str, result: &str) -> Value {
+        json!({
+            "id": id, "result": result, "trigger": "timer", "started": 1, "finished": 2, "commit": null, "summary": null, "stage": null,
+            "error": null, "warnings": [], "rebootNeeded": false, "stages": [["prepare", 1], ["quarantine", 2]],
+        })
+    }
+
+    #[test]
+    fn what_a_newer_version_has_written_hides_nothing_else() {
+        let directory = Directory::new();
+        let paths = paths(&directory);
+        let mut odd = ended("3", "deployed");
+        (odd["started"], odd["release"]) = (json!("now"), json!({"id": 5}));
+        let status = json!({
+            "format": 1, "served": 7, "held": 9, "heldBy": ["alice"], "accepted": "c", "bad": {"tree": "t"},
+            "running": {"stage": "quarantine", "trigger": "newer", "started": 5},
+            "runs": [ended("4", "quarantined"), odd, ended("2", "deployed")],
+        });
+        let text = status.to_string();
+        fs::write(paths.status(), &text).unwrap();
+        let status = Status::read(&paths);
+        assert_eq!((status.served, status.held, status.accepted.as_deref()), (7, Some(9), Some("c")));
+        assert_eq!(status.running.as_ref().unwrap().stage.to_string(), "unknown");
+        // the last one is not taken for one that went well
+        let runs: Vec<_> = status.runs.iter().map(|run| format!("{} {}", run.id, run.result)).collect();
+        assert_eq!(runs, ["4 unknown", "3 deployed", "2 deployed"]);
+        assert!(status.has_failed() && status.unsettled(3).is_some() && status.bad.is_none());
+        assert!(status.unreadable.as_ref().unwrap().starts_with("bad"), "{:?}", status.unreadable);
+        status.write(&paths).unwrap();
+        assert_eq!(fs::read_to_string(files::aside(&paths.status())).unwrap(), text);
+        let status = Status::read(&paths);
+        assert!(status.unreadable.is_none() && status.runs.len() == 3 && status.held == Some(9));
+    }
+
+    #[test]
+    fn a_status_that_makes_no_sense_is_said_to_and_kept() {
+        let directory = Directory::new();
+        let paths = paths(&directory);
+        let (path, aside) = (paths.status(), files::aside(&paths.status()));
+        assert!(Status::read(&paths).unreadable.is_none());
+        for text in ["", "{", "[]", "\0\0\0", r#"{"format": 99, "served": 5}"#, r#"{"served": 5}"#, r#"{"format": "x"}"#] {
+            fs::write(&path, text).unwrap();
+            let status = Status::read(&paths);
+            assert!(status.unreadable.is_some() && status.served == 0, "{text}");
+            status.write(&paths).unwrap();
+            assert_eq!(fs::read_to_string(&aside).unwrap(), text);
+            assert!(Status::read(&paths).unreadable.is_none());
+        }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir_all(path.join("deep")).unwrap();
+        Status::read(&paths).write(&paths).unwrap();
+        assert!(path.is_file() && aside.join("deep").is_dir());
+    }
 }

@@ -129,8 +129,8 @@ pub fn conclude_all(config: &Config) -> Result<()> {
 /// Ends a run; whoever changes what this machine runs has the turn. Fails if the run did, after reporting it.
 pub fn end(paths: &Paths, mut run: Run, mut turn: Option<Turn>) -> Result<()> {
     let result = match run.result {
-        Some(result) => result,
-        None => come_to_an_end(paths, &mut run, &mut turn)?,
+        Some(result) if result != Outcome::Unknown => result,
+        _ => come_to_an_end(paths, &mut run, &mut turn)?,
     };
     if let Err(error) = report(paths, &run, result) {
         // all is as it should be, but nobody knows: the next one to end this run says it

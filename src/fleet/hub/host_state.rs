@@ -90,7 +90,7 @@ impl HostState {
         match result {
             _ if is_silent(arrived) => Self::Silent,
             _ if is_published(&heartbeat.running) => Self::Building,
-            Some(Outcome::Failed) => Self::Failing,
+            Some(Outcome::Failed | Outcome::Unknown) => Self::Failing,
             Some(Outcome::RolledBack) => Self::RolledBack,
             Some(Outcome::Restored) => Self::Undone,
             Some(Outcome::Stuck) => Self::RollbackFailed,
@@ -270,6 +270,7 @@ pub mod tests {
             (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::Restored)), ..old() }),
             (UpToDate, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unchanged)), ..new() }),
             (AwaitingBoot, Heartbeat { last: Some(last(Some(release(2)), Outcome::AwaitingBoot)), ..old() }),
+            (Failing, Heartbeat { last: Some(last(Some(release(2)), Outcome::Unknown)), ..new() }),
             (RebuildPending, Heartbeat { last: Some(last(Some(release(1)), Outcome::AwaitingBoot)), ..old() }),
             (Drifted, Heartbeat { last: Some(last(Some(release(2)), Outcome::Drifted)), ..new() }),
         ] {
