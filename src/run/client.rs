@@ -14,7 +14,7 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
     // before the status: a run that takes the request meanwhile shows there
     let queued = path.try_exists().doing("look for", &path)?;
     let Status { running, served, held, runs, bad, .. } = Status::read(paths);
-    let hosts = Published::standings(paths, running.is_some());
+    let hosts = Published::standings(paths, running.is_some())?;
     let last = runs.first().map(|run| {
         json!({
             "result": run.result,
@@ -65,5 +65,32 @@ mod tests {
         fs::write(paths.status(), status.to_string()).unwrap();
         let state: Value = serde_json::from_str(&for_clients(&paths).unwrap()).unwrap();
         assert_eq!(state["bad"], json!({ "commit": "0".repeat(40), "tries": 2, "retryAfter": 1_000_120 }));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_deployed() {
+        let directory = Directory::new();
+        for below in ["queue", "status"] {
+            fs::create_dir(directory.path().join(below)).unwrap();
+        }
+        let paths = Paths::below(directory.path(), "app");
+        let result = || -> Result<(u64, Option<String>)> {
+            let state: Value = serde_json::from_str(&for_clients(&paths)?).unwrap();
+            Ok((state["served"].as_u64().unwrap(), state["last"]["result"].as_str().map(String::from)))
+        };
+        let ended = |started: Value, result: &str| json!({ "id": "1", "result": result, "trigger": "timer", "started": started, "finished": 2, "warnings": [], "rebootNeeded": false });
+        let earlier = ended(json!(1), "deployed");
+        for last in [ended(json!(1), "quarantined"), ended(json!(1), ""), json!({"id": "1", "started": "x"})] {
+            let status = json!({ "format": 1, "served": 7, "runs": [last, earlier] });
+            fs::write(paths.status(), status.to_string()).unwrap();
+            assert_ne!(result().unwrap(), (7, Some("deployed".into())), "{last}");
+        }
+        // a job that waits for hosts takes none for all
+        fs::write(paths.status(), json!({ "format": 1, "served": 7, "runs": [earlier] }).to_string()).unwrap();
+        assert_eq!(result().unwrap(), (7, Some("deployed".into())));
+        for text in ["", "{", r#"{"run": "x"}"#] {
+            fs::write(paths.hosts(), text).unwrap();
+            assert!(result().is_err(), "{text}");
+        }
     }
 }

@@ -40,13 +40,14 @@ pub enum HostStep {
     Stopped,
     /// Nothing new is published for it, since somebody has asked for that.
     Held,
-    /// It can fetch what it is to run.
-    #[default]
-    Published,
     /// It runs that.
     Deployed,
     /// It was left out, or has failed to run that, or refuses it.
     Failing,
+    /// It can fetch what it is to run.
+    #[default]
+    #[serde(other)]
+    Published,
 }
 
 /// The same, for one release.
@@ -104,8 +105,8 @@ impl Published {
 
     /// How all hosts stand with what the last run has published, by what the hub has heard since; none if the instance
     /// publishes nothing.
-    pub fn standings(paths: &Paths, is_running: bool) -> Option<BTreeMap<String, HostStanding>> {
-        let Self { hosts, unknown, .. } = files::read_foreign_json(&paths.hosts(), LIMIT).ok()??;
+    pub fn standings(paths: &Paths, is_running: bool) -> Result<Option<BTreeMap<String, HostStanding>>> {
+        let Some(Self { hosts, unknown, .. }) = files::read_foreign_json(&paths.hosts(), LIMIT)? else { return Ok(None) };
         let heard: BTreeMap<HostName, HostStanding> = files::read_foreign_json(&paths.heard(), LIMIT).ok().flatten().unwrap_or_default();
         let standing = |name: &HostName, host: &Offered| {
             let release = host.release.as_ref().map(|release| release.sequence);
@@ -121,7 +122,7 @@ impl Published {
         let hosts = hosts.iter().map(|(name, host)| (name.to_string(), standing(name, host)));
         let state = if is_running { HostStep::Building } else { HostStep::Failing };
         let left_out = HostStanding { release: None, state, wave: None };
-        Some(gather(hosts.chain(unknown.into_keys().map(|place| (place, left_out)))))
+        Ok(Some(gather(hosts.chain(unknown.into_keys().map(|place| (place, left_out))))))
     }
 
     /// Whether anything was published.
@@ -203,13 +204,13 @@ mod tests {
         for below in ["status", "heard"] {
             std::fs::create_dir_all(directory.path().join(below)).unwrap();
         }
-        assert!(Published::standings(&paths, false).is_none());
+        assert!(Published::standings(&paths, false).unwrap().is_none());
         let host = json!({"release": {"id": "a".repeat(64), "sequence": 5}, "new": true, "error": null});
         let left_out = json!({"release": null, "new": false, "error": "x"});
         let published = json!({"run": "0".repeat(32), "unknown": {}, "hosts": {"a": host, "b": host, "c": host, "d": left_out, "e": host}});
         std::fs::write(paths.hosts(), published.to_string()).unwrap();
         let states = |is_running| -> Vec<_> {
-            Published::standings(&paths, is_running).unwrap().into_values().map(|standing| standing.state).collect()
+            Published::standings(&paths, is_running).unwrap().unwrap().into_values().map(|standing| standing.state).collect()
         };
         assert_eq!(states(false), [Offered, Offered, Offered, Failing, Offered]);
         let heard = |release: u64, state: &str| json!({"release": release, "state": state});

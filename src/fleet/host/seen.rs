@@ -76,9 +76,9 @@ pub fn is_last(paths: &Paths, release: &Release) -> bool {
 
 /// The newest release that is known, `committed` among them, but for those that have been forgotten.
 pub fn newest(paths: &Paths, committed: Option<Release>) -> Result<Option<Release>> {
-    let seen = files::read_json(&paths.own(SEEN))
-        .map_err(|error| Error::new(format!("{error}; run `ekiben forget-releases {}` as root", paths.name())))?;
-    let forgotten: Vec<Release> = files::read_json(&paths.forgotten())?.unwrap_or_default();
+    let way_out = |error| Error::new(format!("{error}; run `ekiben forget-releases {}` as root", paths.name()));
+    let seen = files::read_json(&paths.own(SEEN)).map_err(way_out)?;
+    let forgotten: Vec<Release> = files::read_json(&paths.forgotten()).map_err(way_out)?.unwrap_or_default();
     let known = reported(paths).into_iter().chain(committed).chain(seen).filter(|release| !forgotten.contains(release));
     Ok(known.max_by_key(|release| release.sequence))
 }

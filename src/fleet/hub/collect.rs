@@ -113,7 +113,7 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
     let take_all = |found: Vec<(SystemTime, OsString)>, index: &Received| {
         sorted(found).into_iter().try_for_each(|(time, name)| take_one(&received, host, &directory, &name, time, index))
     };
-    let mut index = hub.index(host)?;
+    let mut index = hub.index(host);
     take_all(others, &index)?;
     let new = update(&received, &mut index)?;
     take_all(logs, &index)?;
@@ -282,7 +282,7 @@ mod tests {
         }
 
         fn index(&self) -> Vec<String> {
-            self.hub.index(&self.host).unwrap().reports.into_iter().map(|run| run.to_string()).collect()
+            self.hub.index(&self.host).reports.into_iter().map(|run| run.to_string()).collect()
         }
 
         fn kept(&self) -> usize {
@@ -333,6 +333,26 @@ mod tests {
         fs::write(Holds::file(&fixture.hub), "{").unwrap();
         collect(&fixture.hub, true).unwrap_err();
         assert!(fixture.place.path().join("received").join(snapshot::FILE).exists());
+    }
+
+    #[test]
+    fn what_a_newer_host_says_is_heard_and_a_damaged_index_is_made_anew() {
+        let fixture = Fixture::new();
+        let mut newer = [heartbeat("web"), report("web", &run(1))];
+        newer[0]["last"] = json!({"release": null, "result": "quarantined", "stage": "newer", "error": "x", "finished": 0});
+        (newer[1]["result"], newer[1]["stage"], newer[1]["trigger"]) = ("quarantined".into(), "newer".into(), "newer".into());
+        fixture.send("heartbeat.json", &newer[0]);
+        fixture.send(&format!("{}.json", run(1)), &newer[1]);
+        fixture.collect();
+        let (heard, _) = fixture.hub.heartbeat(&fixture.host).unwrap().expect("it was dropped");
+        assert_eq!(heard.last.unwrap().result.to_string(), "unknown");
+        assert_eq!(fixture.index(), [run(1)]);
+        for damaged in ["", "{", "\0\0"] {
+            fs::write(fixture.hub.index_file(&fixture.host), damaged).unwrap();
+            fixture.send(&format!("{}.json", run(2)), &report("web", &run(2)));
+            fixture.collect();
+            assert_eq!(fixture.index(), [run(1), run(2)], "{damaged}");
+        }
     }
 
     #[test]
@@ -442,7 +462,7 @@ mod tests {
         assert!(fixture.got(&format!("{}.log.gz", run(1))).exists() && !fixture.got(&format!("{}.log.gz", run(2))).exists());
         // the oldest make room before the next is written
         File::create(fixture.got(&format!("{}.log.gz", run(1)))).unwrap().set_len(KEPT_BYTES).unwrap();
-        prune(&fixture.hub.received(&fixture.host), &fixture.hub.index(&fixture.host).unwrap(), 1).unwrap();
+        prune(&fixture.hub.received(&fixture.host), &fixture.hub.index(&fixture.host), 1).unwrap();
         assert!(!fixture.got(&format!("{}.log.gz", run(1))).exists() && fixture.got(&format!("{}.log.gz", run(3))).exists());
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files;
 use crate::fleet::LARGE;
 use crate::fleet::hub::plan::Plan;
@@ -40,7 +40,9 @@ impl Headway {
     }
 
     pub fn read(hub: &ServedDirectory) -> Result<Self> {
-        Ok(files::read_foreign_json(&Self::file(hub), LARGE)?.unwrap_or_default())
+        let found = files::read_foreign_json(&Self::file(hub), LARGE);
+        let way_out = |error| Error::new(format!("{error}; remove it to have the hosts looked at again from the first wave on"));
+        found.map(Option::unwrap_or_default).map_err(way_out)
     }
 
     /// The same with this plan: where it is not of that, it begins anew.

@@ -64,10 +64,16 @@ pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others:
         return Ok(());
     }
     let Some(Ok((manifest, signed))) = hub.manifest(host)? else { return Ok(()) };
-    let mut kept = read(&file)?;
+    let text = text(&file)?;
+    let mut kept = parse(&text);
     if kept.last().is_none_or(|last| last.manifest != manifest) {
-        kept.push(Noted { seen: now(), manifest, signature: signed.signature.map(|text| text.lines().map(String::from).collect()) });
-        write(&file, &kept)?;
+        let noted = Noted { seen: now(), manifest, signature: signed.signature.map(|text| text.lines().map(String::from).collect()) };
+        let line = serde_json::to_vec(&noted).context(doing)?;
+        // what is damaged, or of a newer version, stays
+        let lines: Vec<_> = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).chain([&*line]).collect();
+        let contents = lines[lines.len().saturating_sub(KEPT)..].join(&b'\n');
+        files::write(&file, &[&contents[..], b"\n"].concat(), 0o644).context(doing)?;
+        kept.push(noted);
     }
     let mut archives = Vec::new();
     for id in kept.iter().rev().map(|noted| &noted.manifest.release.id) {
@@ -78,12 +84,6 @@ pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others:
     archives.extend(plan.and_then(|plan| plan.get(host)).map(|member| member.release.id.clone()));
     hub.tidy(host, &archives, others)?;
     File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).context(doing)
-}
-
-fn write(file: &Path, kept: &[Noted]) -> Result<()> {
-    let doing = || format!("write {}", file.display());
-    let lines = kept.iter().skip(kept.len().saturating_sub(KEPT)).map(serde_json::to_string).collect::<Result<Vec<_>, _>>();
-    files::write(file, (lines.context(doing)?.join("\n") + "\n").as_bytes(), 0o644).context(doing)
 }
 
 /// The same, when it is its turn; the hub does so, and nobody else.
@@ -104,12 +104,16 @@ pub fn find(hub: &ServedDirectory, host: &HostName, number: Sequence) -> Result<
 
 /// The releases of a host, the newest last.
 fn read(file: &Path) -> Result<Vec<Noted>> {
-    if !file.exists() {
-        return Ok(Vec::new());
-    }
-    let text = files::read_foreign(file, LARGE).doing("read", file)?;
+    text(file).map(|text| parse(&text))
+}
+
+fn text(file: &Path) -> Result<Vec<u8>> {
+    files::if_there(files::read_foreign(file, LARGE)).doing("read", file).map(Option::unwrap_or_default)
+}
+
+fn parse(text: &[u8]) -> Vec<Noted> {
     // what is damaged hides no other
-    Ok(text.split(|&byte| byte == b'\n').filter_map(|line| json::parse_foreign(line).ok()).collect())
+    text.split(|&byte| byte == b'\n').filter_map(|line| json::parse_foreign(line).ok()).collect()
 }
 
 /// The releases of these hosts, the newest first.
@@ -174,6 +178,7 @@ mod tests {
         assert_eq!(numbers(), [2, 2]);
         publish(3, json!({}));
         assert_eq!(numbers(), [3, 2, 2]);
+        assert_eq!(fs::read_to_string(file(&hub, &host)).unwrap().lines().count(), 4, "what is damaged stays");
         // at a time of the hub's, and not of the publisher's choice
         let manifest = hub.release(&host).join("manifest.json");
         let text = fs::read_to_string(&manifest).unwrap().replace(r#"\"sequence\":3"#, r#"\"sequence\":4"#);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fleet::LARGE;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::HostName;
@@ -40,7 +40,8 @@ impl Holds {
 
     /// Reads them; fails if that cannot be, since something may be held.
     pub fn read(hub: &ServedDirectory) -> Result<Self> {
-        Ok(files::read_foreign_json(&Self::file(hub), LARGE)?.unwrap_or_default())
+        let found = files::read_foreign_json(&Self::file(hub), LARGE);
+        found.map(Option::unwrap_or_default).map_err(|error| Error::new(format!("{error}; remove it if nothing is to be held")))
     }
 
     /// Changes them: of several who do so at once, nobody's change is lost.

@@ -18,7 +18,7 @@ use ::nix::sys::stat::Mode;
 use ::nix::unistd::geteuid;
 use serde::Serialize;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
 use crate::fleet::hub::host_state::Heard;
 use crate::fleet::hub::remote::{Elsewhere, SCHEME};
@@ -175,9 +175,9 @@ impl ServedDirectory {
         self.received(host).join(RECEIVED)
     }
 
-    /// These reports, the newest last.
-    pub fn index(&self, host: &HostName) -> Result<Received> {
-        Ok(files::read_foreign_json(&self.index_file(host), SMALL)?.unwrap_or_default())
+    /// These reports, the newest last; what is there of them can be listed anew.
+    pub fn index(&self, host: &HostName) -> Received {
+        files::read_foreign_json(&self.index_file(host), SMALL).or_warn().flatten().unwrap_or_default()
     }
 
     /// The turn of who publishes, if nobody has it.

@@ -25,7 +25,7 @@ impl Fleet<'_> {
             RunId::try_from(run).context(doing)?
         } else {
             self.hub.take_in_file(&self.hub.index_file(&host))?;
-            self.hub.index(&host)?.reports.pop().ok_or("no report has arrived").context(doing)?
+            self.hub.index(&host).reports.pop().ok_or("no report has arrived").context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
         self.hub.take_in_file(&path)?;
