@@ -379,6 +379,17 @@ with subtest("a journal or status that makes no sense is set aside"):
         machine.succeed("rm -r /var/lib/ekiben/*/app.json.unreadable")
         assert run(machine, "app")["warnings"] == [] and "keeps aside" not in machine.succeed("ekiben status app")
     machine.succeed("journalctl -u ekiben-app -o cat | grep -F 'Ignoring unreadable journal'")
+    # with what it was to put back
     publish(machine, "app", str(next(COUNT)))
+    hold(machine, "activate: healthy")
+    until_said("Held at activate: healthy.")
+    machine.succeed(
+        "truncate -s 100 /var/lib/ekiben/runs/app.json",
+        "systemctl kill --kill-whom=main --signal=KILL ekiben-app.service; rm /run/ekiben-fault",
+    )
+    wait_until_at_rest(machine, "app")
+    said = machine.fail("ekiben status app")
+    assert "its journal is unreadable; see to that, and remove" in last_run(machine, "app")["error"] and "is deployed; switch to that" in said, said
+    machine.succeed("rm /var/lib/ekiben/runs/app.json.unreadable", "systemctl reset-failed ekiben-app.service")
     assert run(machine, "app")["result"] == "deployed"
     check_deployed(machine, "app")

@@ -172,10 +172,8 @@ impl Status {
             Ok((status, why)) if status.format == FORMAT => (status, why.map(|error| error.to_string())),
             other => (Self::default(), Some(other.err().unwrap_or_else(|| "unsupported format".into()))),
         };
-        if let Some(why) = &why {
-            log::warn!("Ignoring what is unreadable of the status file {}: {why}.", path.display());
-        }
-        Self { unreadable: why, ..status }
+        let unreadable = why.inspect(|why| log::warn!("Ignoring what is unreadable of the status file {}: {why}.", path.display()));
+        Self { unreadable, ..status }
     }
 
     /// Whether the last run has failed.
@@ -326,8 +324,7 @@ impl Status {
         self.format = FORMAT;
         let path = paths.status();
         if self.unreadable.is_some() {
-            let aside = files::keep_aside(&path).doing("keep", &path)?;
-            log::warn!("Kept {} as {}.", path.display(), aside.display());
+            files::keep_aside(&path).doing("keep", &path)?;
             self.unreadable = None;
         }
         files::write_json(&path, self, 0o644)?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::Instance;
 use crate::error::{Error, OrLog, Result};
+use crate::fault;
 use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::notes::run_id;
@@ -14,7 +15,6 @@ use crate::run::{Failure, Outcome, Stage, Trigger, asker, holding, queue, undo};
 use crate::stages::watch::watch;
 use crate::stages::{boot, conclude, cut_off, rollback};
 use crate::system::{boot_id, has_unit, now, service};
-use crate::{fault, files};
 
 /// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
@@ -50,13 +50,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     }
     let mut run = Run::new(paths, run_id()?, instance.clone());
     run.undoes = undoes;
-    for aside in [paths.journal(), paths.trial(), paths.stuck()].iter().map(|journal| files::aside(journal)).filter(|aside| aside.exists())
-    {
-        run.warnings.push(format!(
-            "what an earlier run has changed may still be there, since its journal is unreadable; see to that, and remove {}",
-            aside.display()
-        ));
-    }
+    run.warnings.extend(cut_off::not_undone(paths));
     match rollback::go_back_again(paths) {
         Ok(false) => {}
         Ok(true) => {

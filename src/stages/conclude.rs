@@ -23,7 +23,7 @@ use crate::run::notes::{Notes, run_id};
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger, asker, queue};
 use crate::stages::branch::Fate;
-use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, service_result};
+use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, not_undone, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::{self, Turn, boot_id, service};
 use crate::text::short;
@@ -59,7 +59,10 @@ fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
     let Some(run) = Run::load(paths.journal())? else {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
-            _ => Status::report_unopened(paths, "the run could not start; see the journal of its unit"),
+            _ => {
+                let why = not_undone(paths).next().unwrap_or_else(|| "the run could not start; see the journal of its unit".into());
+                Status::report_unopened(paths, &why)
+            }
         };
     };
     if is_at_work(paths, &run)? {

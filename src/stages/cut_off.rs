@@ -1,5 +1,6 @@
 //! What systemd and the journal say of a run none of whose stages says how it has ended.
 
+use crate::files;
 use crate::paths::Paths;
 use crate::run::journal::{Phase, Run};
 use crate::run::{Failure, Stage, Trigger};
@@ -44,6 +45,15 @@ pub fn cut_off(paths: &Paths, run: &Run) -> Failure {
         _ => "the run was interrupted".into(),
     };
     Failure { stage: reached(run), message, tail: Vec::new(), transient: !took_down }
+}
+
+/// What there is to see to of runs whose journals could not be read.
+pub fn not_undone(paths: &Paths) -> impl Iterator<Item = String> {
+    let asides = [paths.journal(), paths.trial(), paths.stuck()].into_iter().map(|journal| files::aside(&journal));
+    asides.filter(|aside| aside.exists()).map(|aside| {
+        let aside = aside.display();
+        format!("what a run has changed may still be there, since its journal is unreadable; see to that, and remove {aside}")
+    })
 }
 
 /// The stage that a run which was cut off had come to.
