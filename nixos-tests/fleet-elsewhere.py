@@ -403,6 +403,21 @@ with subtest("who has been silent for too long publishes nothing any more"):
     assert manifest()["sequence"] == newer
     follows(content)
 
+with subtest("of two who plan a roll-out at once, one does, and the other is told"):
+    for user in ("alice", "deploy"):
+        desk.succeed(by(user, """jq '.waves = [{"hosts": ["web"]}]' fleet.json > new; mv new fleet.json"""))
+    content, other = change("deploy"), change("alice")
+    begin("alice", "deploy --waves", "create *plan.json*")
+    desk.succeed(fleet("deploy --waves"))
+    planned = hub.succeed(f"cat {HUB}/rollout/plan.json")
+    go_on_as("alice")
+    succeeded, said = ended("alice")
+    assert not succeeded and "another release was published in the meantime; deploy again" in said, said
+    assert hub.succeed(f"cat {HUB}/rollout/plan.json") == planned
+    hub.succeed("systemctl start ekiben-hub-collect")
+    follows(content)
+    desk.succeed(fleet("deploy"))
+
 with subtest("no number is given twice, whoever publishes when"):
     numbers = [manifest()["sequence"]]
     for _ in range(8):

@@ -1,6 +1,7 @@
 //! What is to be rolled out in waves: which host gets what, and when. Whoever publishes writes it; it is read as a stranger's.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Wave;
 use crate::error::{Context, OrLog, Result};
 use crate::files;
+use crate::fleet::hub::publication::PLAN;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, LARGE, Provenance};
 use crate::names::{HostName, Sequence};
@@ -54,7 +56,7 @@ impl Member {
 impl Plan {
     /// Where it is.
     pub fn file(hub: &ServedDirectory) -> PathBuf {
-        hub.rollout().join("plan.json")
+        hub.rollout().join(PLAN)
     }
 
     /// The one that there is; what is no plan is none.
@@ -63,6 +65,16 @@ impl Plan {
         found.filter(|plan| {
             plan.format == FORMAT && !plan.waves.is_empty() && plan.hosts.iter().all(|member| member.wave < plan.waves.len())
         })
+    }
+
+    /// Puts it in the place of the one that there was when the hub was looked at.
+    pub fn replace(&self, hub: &ServedDirectory) -> Result<()> {
+        let file = Self::file(hub);
+        let Some(elsewhere) = hub.elsewhere() else { return files::write_json(&file, self, 0o644) };
+        let new = file.with_extension("new");
+        files::write_json(&new, self, 0o644)?;
+        elsewhere.plan(&new)?;
+        fs::rename(new, &file).doing("write", &file)
     }
 
     /// What a host is to get.

@@ -16,9 +16,10 @@ use crate::system::host_name;
 pub const NEXT: &str = ".next";
 /// The file that exists while somebody publishes, and says who.
 const CLAIM: &str = "publishing";
-/// What is replaced there: of a host's release, and of what is held.
+/// What is replaced there: of a host's release, and of roll-outs.
 pub const MANIFEST: &str = "manifest.json";
 pub const HOLDS: &str = "holds.json";
+pub const PLAN: &str = "plan.json";
 /// The end of the name of what is being sent.
 const SENT: &str = ".sent";
 /// For how long somebody who publishes has to be silent before somebody else does; what the former sent
@@ -146,15 +147,23 @@ impl Publication {
         Ok(there)
     }
 
-    /// Puts the new manifest into its place, on top of what was fetched and of nothing else.
-    pub fn replace(&mut self, archive: &str) -> Result<()> {
+    /// Sends the file `new`, and puts it into its place by this name, on top of what was fetched and of nothing else; there has
+    /// to be what it `needs` besides.
+    pub fn publish(mut self, name: &str, new: &Path, needs: Option<&str>) -> Result<()> {
+        self.send(name, new)?;
+        self.claim()?;
+        let done = self.replace(name, needs);
+        self.end(done)
+    }
+
+    fn replace(&mut self, name: &str, needs: Option<&str>) -> Result<()> {
         let there = self.clear_others()?;
-        let fetched = files::if_there(files::read_foreign(&self.local.join(MANIFEST), LARGE));
-        let fetched = fetched.context(|| format!("read the manifest of {}", self.what))?;
-        if self.read(MANIFEST)? != fetched || !there.iter().any(|name| name == archive) {
+        let place = self.local.join(name);
+        let fetched = files::if_there(files::read_foreign(&place, LARGE)).doing("read", &place)?;
+        if self.read(name)? != fetched || needs.is_some_and(|needs| !there.iter().any(|name| name == needs)) {
             return Err(self.meanwhile());
         }
-        self.rename_sent(MANIFEST)
+        self.rename_sent(name)
     }
 
     /// What a file says now; `None` if it is not there.
@@ -171,7 +180,7 @@ impl Publication {
 fn is_sent(name: &str) -> bool {
     let name = name.strip_suffix(SENT).and_then(|name| name.split_once('.'));
     let is_id = |id: &str| id.len() == 36 && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST, HOLDS].contains(&name) || is_archive(name) || is_next(name)))
+    name.is_some_and(|(id, name)| is_id(id) && ([CLAIM, MANIFEST, HOLDS, PLAN].contains(&name) || is_archive(name) || is_next(name)))
 }
 
 /// Whether it is that of a manifest that is to follow.

@@ -13,9 +13,8 @@ use std::time::Duration;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::publication::{HOLDS, MANIFEST, Publication};
+use crate::fleet::hub::publication::{HOLDS, MANIFEST, PLAN, Publication};
 use crate::fleet::hub::snapshot;
-use crate::fleet::place::Place;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
 use crate::fleet::{KNOWN, REMOVED, ROLLOUT};
@@ -68,9 +67,7 @@ impl Elsewhere {
     /// seconds old; `exactly` is to ask for each.
     pub fn fetch(&self, wanted: &[&str], also: Option<&str>, exactly: bool) -> Result<()> {
         let mut session = self.open(FETCH)?;
-        for (directory, file) in
-            [("hosts", KNOWN), ("hosts", REMOVED), (ROLLOUT, "plan.json"), (ROLLOUT, HOLDS), ("received", "rollout.json")]
-        {
+        for (directory, file) in [("hosts", KNOWN), ("hosts", REMOVED), (ROLLOUT, PLAN), (ROLLOUT, HOLDS), ("received", "rollout.json")] {
             self.fetch_by(&mut session, directory, file)?;
         }
         let mut known = BTreeSet::new();
@@ -112,11 +109,9 @@ impl Elsewhere {
         session.close()
     }
 
-    /// Sends one such file.
-    pub fn send_file(&self, file: &str) -> Result<()> {
-        let mut session = self.open(SEND)?;
-        session.put(&self.place().join(file), file)?;
-        session.close()
+    /// Sends the file `new` as the plan. Fails, and changes nothing, if somebody else has since [`Self::fetch`].
+    pub fn plan(&self, new: &Path) -> Result<()> {
+        self.publication_of(PLAN, ROLLOUT.into(), MEANWHILE)?.publish(PLAN, new, None)
     }
 
     /// Whether a file is there.
@@ -167,10 +162,7 @@ impl Elsewhere {
             release.send(archive, &local)?;
             release.rename_sent(archive)?;
         }
-        release.send(MANIFEST, new)?;
-        release.claim()?;
-        let done = release.replace(archive);
-        release.end(done)
+        release.publish(MANIFEST, new, Some(archive))
     }
 }
 

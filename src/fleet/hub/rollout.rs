@@ -57,7 +57,7 @@ pub fn end(hub: &ServedDirectory, plan: Option<&Plan>) -> Result<()> {
 
 /// Puts a plan in the place of another one.
 fn supersede(hub: &ServedDirectory, plan: &Plan, other: Option<&Plan>) -> Result<()> {
-    hub.write(&Plan::file(hub), plan)?;
+    plan.replace(hub)?;
     for old in other.iter().flat_map(|other| &other.hosts) {
         if plan.get(&old.host).is_none_or(|new| new.release != old.release) {
             hub.forget_next(&old.host, &old.release)?;

@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use ::nix::sys::stat::Mode;
 use ::nix::unistd::geteuid;
-use serde::Serialize;
 
 use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
@@ -89,16 +88,6 @@ impl ServedDirectory {
     /// Where plans and holds are.
     pub fn rollout(&self) -> PathBuf {
         self.directory.join(ROLLOUT)
-    }
-
-    /// Replaces one of the files there.
-    pub fn write(&self, path: &Path, content: &impl Serialize) -> Result<()> {
-        if self.is_elsewhere() {
-            let directory = self.rollout();
-            fs::create_dir_all(&directory).doing("create", &directory)?;
-        }
-        files::write_json(path, content, 0o644)?;
-        self.there(path).map_or(Ok(()), |(elsewhere, file)| elsewhere.send_file(&file))
     }
 
     /// The hosts that the hub serves.
