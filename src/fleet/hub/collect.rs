@@ -145,6 +145,8 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
     let mut path = directory.join(name);
     let name = name.to_str().unwrap_or_default();
     let aside = directory.join(TAKEN);
+    // it could be taken from there, and not kept here
+    let name = if name == TAKEN { HEARTBEAT } else { name };
     // or one that arrives just now would be removed in the place of the one that was read
     if name == HEARTBEAT && fs::rename(&path, &aside).is_ok() {
         path = aside;
@@ -395,6 +397,11 @@ mod tests {
         fixture.send(&format!("{}.json", run(3)), &report("web", &run(3)));
         fixture.collect();
         assert_eq!(fixture.index(), [run(3), run(1)]);
+        // what was cut off between taking and keeping it, or found a full disk
+        fs::remove_file(fixture.got("heartbeat.json")).unwrap();
+        fixture.send(TAKEN, &self::heartbeat("web"));
+        fixture.collect();
+        assert!(fixture.got("heartbeat.json").exists() && fixture.left() == 0);
     }
 
     #[test]
