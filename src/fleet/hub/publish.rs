@@ -257,14 +257,16 @@ impl<'a> Standing<'a> {
     /// Whether more than half of its time is over, or that is not as long as it should be.
     fn is_to_be_renewed(&self, offered: &Manifest) -> bool {
         match (offered.expires, self.manner.lasting) {
-            (Some(expires), Some(lasting)) => expires < self.now + lasting / 2 || expires > self.now + lasting + DAY,
+            (Some(expires), Some(lasting)) => {
+                expires < self.now.saturating_add(lasting / 2) || expires > self.now.saturating_add(lasting).saturating_add(DAY)
+            }
             (expires, lasting) => expires.is_some() != lasting.is_some(),
         }
     }
 
     /// Until when a new release counts as new.
     fn expires(&self) -> Option<u64> {
-        self.manner.lasting.map(|lasting| self.now + lasting)
+        self.manner.lasting.map(|lasting| self.now.saturating_add(lasting))
     }
 
     /// The number for the next release.

@@ -16,6 +16,7 @@ use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::{FORMAT, Manifest, SMALL, Signed, sha256};
 use crate::names::{HostName, Sha256};
 use crate::run::Release;
+use crate::system::now;
 use crate::{files, json, text};
 
 const MANIFEST: &str = "manifest.json";
@@ -54,9 +55,9 @@ impl ServedDirectory {
         manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
     }
 
-    /// Whether all is there for that.
+    /// Whether all is there for that, and its host would take it.
     fn can_follow(&self, host: &HostName, release: &Release) -> bool {
-        self.staged(host, release).is_some_and(|(manifest, _)| self.has_archive(&manifest, false))
+        self.staged(host, release).is_some_and(|(manifest, _)| !manifest.has_expired(now()) && self.has_archive(&manifest, false))
     }
 
     /// Whether something of what was put there is gone, and nobody is at work there.
@@ -179,4 +180,25 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
     }
     let manifest = signed.read().map_err(|error| error.to_string())?;
     if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is for host {}", manifest.host)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::hub::host_state::tests::{manifest, release};
+    use crate::testing::Directory;
+
+    #[test]
+    fn what_has_expired_while_it_waited_is_not_offered() {
+        let place = Directory::new();
+        let hub = ServedDirectory::new(place.path()).unwrap();
+        for (expires, is_offered) in [(Some(1000), false), (Some(now() + 1000), true)] {
+            let next = Manifest { release: release(2), expires, ..manifest() };
+            fs::create_dir_all(hub.release(&next.host)).unwrap();
+            fs::write(hub.release(&next.host).join(next.archive()), vec![0; usize::try_from(next.size).unwrap()]).unwrap();
+            hub.stage(&next, &Signed { manifest: serde_json::to_string(&next).unwrap(), signature: None }).unwrap();
+            assert_eq!(hub.follow(&next.host, &next.release, None).unwrap(), is_offered);
+            assert_eq!(hub.manifest(&next.host).unwrap().is_some(), is_offered);
+        }
+    }
 }
