@@ -50,7 +50,7 @@ def noted():
 
 def wait_until_soaked(machine):
     """Waits until a host that is still healthy has been so for as long as it has to."""
-    hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['since'][machine.name] + 10}")
+    hub.wait_until_succeeds(f"test $(date +%s) -gt {noted()['healthy'][machine.name][1] + 10}")
 
 
 def soak(machine):
@@ -158,6 +158,17 @@ with subtest("what is pushed next takes its place"):
     assert hub.succeed(f"ls {DIRECTORY}/hosts/plain/release | grep -c next").strip() == "1"
     follow_all()
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+
+with subtest("a canary that is given another release by hand proves nothing of the one that is rolled out"):
+    before = numbers()
+    push("bad for the canary, had it tried that", trouble="activation")
+    hub.succeed(fleet(f"deploy --again {before['db']} db"))
+    poll(db)
+    poll(db)
+    collect()
+    assert "0 of 1 healthy; ekiben fleet resume, to go on without" in stands() and renewed(before) == {"db"}, stands()
+    push("as before")
+    follow_all()
 
 with subtest("a canary that dies when it has deployed, or that runs something else after a reboot, stops it, too"):
     before = numbers()
@@ -345,6 +356,25 @@ with subtest("hosts can be held, and the roll-out itself"):
     assert renewed(before) == {"db", "web"}
     follow_all()
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
+    # nobody else can have whoever does so wait for ever
+    hub.fail(f"runuser -u nobody -- flock --nonblock {DIRECTORY}/rollout true")
+    # who is held for longer than all the others take gets it when that is over
+    before = numbers()
+    hub.succeed(fleet("hold web"))
+    content = push("held until the end")
+    poll(db)
+    soak(db)
+    hub.succeed(fleet("resume"))
+    collect()
+    poll(plain)
+    collect()
+    assert "3 of 3: 1 of 1 healthy, 1 silent or held" in (seen := stands()) and renewed(before) == {"db", "plain"}, seen
+    hub.succeed(fleet("resume web"))
+    collect()
+    assert renewed(before) == set(HOSTS), stands()
+    poll(web)
+    collect()
+    assert stands() == "" and {name: shows(machine, "app") for name, machine in HOSTS.items()} == content
     # nor is anything published for them by hand
     hub.succeed(fleet("hold plain"))
     change_hosts(hub, "plain")

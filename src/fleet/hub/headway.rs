@@ -10,7 +10,7 @@ use crate::files;
 use crate::fleet::LARGE;
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
-use crate::names::HostName;
+use crate::names::{HostName, Sequence};
 
 /// Where a roll-out stands.
 #[derive(Default, Deserialize, Serialize)]
@@ -20,8 +20,8 @@ pub struct Headway {
     pub id: String,
     /// The last wave that has begun.
     pub wave: usize,
-    /// Since when hosts have been healthy.
-    pub since: BTreeMap<HostName, u64>,
+    /// On which number hosts have been healthy, and since when.
+    pub healthy: BTreeMap<HostName, (Sequence, u64)>,
     /// Since when the hub hears them without a gap, in seconds since 1970.
     pub hears_since: u64,
     /// How often it has been stopped, and why it is.
@@ -52,7 +52,13 @@ impl Headway {
             return self;
         }
         // who is healthy stays so
-        Self { id: plan.id.clone(), since: self.since, hears_since: self.hears_since, ..Self::default() }
+        Self { id: plan.id.clone(), healthy: self.healthy, hears_since: self.hears_since, ..Self::default() }
+    }
+
+    /// Since when a host has been healthy on this number, by what has arrived by then: a clock that was ahead has noted what is
+    /// yet to come.
+    pub fn since(&self, host: &HostName, offered: Option<Sequence>, arrived: u64) -> Option<u64> {
+        self.healthy.get(host).filter(|(number, since)| Some(*number) == offered && *since <= arrived).map(|(_, since)| *since)
     }
 
     /// What tells its last stop from others, or, if it is not stopped, where it stands.

@@ -675,7 +675,7 @@ in
         # when another user has become the hub's
         "Z ${hub.directory}/received - ${hub.user} - -"
         # what is to be published later, and for whom nothing is
-        "d ${hub.directory}/rollout 0775 ${hub.user} ${publisher} -"
+        "d ${hub.directory}/rollout 0770 ${hub.user} ${publisher} -"
         "d ${directories} 0750 root ${publisher} -"
         # what there is of hosts that were removed a while ago
         "d ${directories}/.removed 0700 root root 0"

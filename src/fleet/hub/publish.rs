@@ -256,11 +256,9 @@ impl<'a> Standing<'a> {
 
     /// Whether more than half of its time is over, or that is not as long as it should be.
     fn is_to_be_renewed(&self, offered: &Manifest) -> bool {
-        match (offered.expires, self.manner.lasting) {
-            (Some(expires), Some(lasting)) => {
-                expires < self.now.saturating_add(lasting / 2) || expires > self.now.saturating_add(lasting).saturating_add(DAY)
-            }
-            (expires, lasting) => expires.is_some() != lasting.is_some(),
+        match offered.expires.zip(self.expires()) {
+            Some((expires, latest)) => expires < latest - (latest - self.now) / 2 || expires > latest.saturating_add(DAY),
+            None => offered.expires.is_some() != self.manner.lasting.is_some(),
         }
     }
 

@@ -88,19 +88,18 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<
     }
     loop {
         let current = headway.wave;
-        let (mut failed, mut pending, mut well) = (vec![Vec::new(); current + 1], 0, 0);
+        let (mut failed, mut pending, mut well, mut left) = (vec![Vec::new(); current + 1], 0, 0, 0);
         for &(member, ref health, arrived, offered) in seen {
             let (host, wave) = (&member.host, member.wave);
-            if wave > current || holds.of(Some(host)).is_some() {
+            if wave > current {
                 continue;
             }
-            // of what it is offered now; a clock that was ahead has noted what is yet to come
-            let since = headway.since.get(host).copied().filter(|since| (offered..=arrived.max(offered)).contains(since));
-            let since = since.or_else(|| (*health == Health::Well).then_some(arrived.max(offered)));
-            headway.since.extend(since.map(|since| (host.clone(), since)));
+            let since = headway.since(host, offered, arrived).or_else(|| (*health == Health::Well).then_some(arrived));
+            headway.healthy.extend(since.zip(offered).map(|(since, number)| (host.clone(), (number, since))));
+            left += usize::from(wave == current && *health != Health::Out);
             let has_soaked = since.is_some_and(|since| arrived >= since.saturating_add(plan.waves[wave].soak));
             let mut fails = |how: String| {
-                headway.since.insert(host.clone(), 0);
+                headway.healthy.remove(host);
                 if is_resumed {
                     headway.forgiven.push(host.clone());
                 }
@@ -113,7 +112,7 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<
                 Health::Lost => fails("can no longer get its release: deploy again".into()),
                 Health::Gone if !has_soaked => fails("has been silent since it has got the release".into()),
                 Health::Well | Health::Gone if has_soaked => well += usize::from(wave == current),
-                Health::Silent if !plan.waves[wave].wait_for_silent => {}
+                Health::Silent | Health::Held if !plan.waves[wave].wait_for_silent => {}
                 Health::Out => {}
                 _ => pending += usize::from(wave == current),
             }
@@ -136,14 +135,17 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<
         if headway.stopped.is_some() || holds.of(None).is_some() {
             return Vec::new();
         }
-        let is_next =
-            |(member, health, ..): &&Seen| *health == Health::Waits && member.wave <= current && holds.of(Some(&member.host)).is_none();
+        let is_next = |(member, health, ..): &&Seen| *health == Health::Waits && member.wave <= current;
         let next: Vec<_> = seen.iter().filter(is_next).map(|seen| seen.0).collect();
-        if !next.is_empty() || pending > 0 || well == 0 && headway.waived <= current {
+        let is_last = current + 1 == plan.waves.len();
+        // of the last one, nobody need be well if all have got something else
+        let is_proved = well > 0 || headway.waived > current || is_last && left == 0;
+        if !next.is_empty() || pending > 0 || !is_proved {
             return next;
         }
-        if current + 1 == plan.waves.len() {
-            headway.done = true;
+        if is_last {
+            // who is held is waited for here: it may have to be offered its release
+            headway.done = !seen.iter().any(|(_, health, ..)| *health == Health::Held);
             return Vec::new();
         }
         headway.wave += 1;
@@ -158,7 +160,7 @@ pub fn advance(hub: &ServedDirectory) -> Result<()> {
     let Some(Rollout { plan, holds, mut headway }) = Rollout::read(hub)?.filter(|rollout| !rollout.headway.done) else { return Ok(()) };
     let was_stopped = headway.stopped.is_some();
     headway.hears_since = snapshot::hears_since(&hub.collected());
-    let seen = seen(hub, &plan, headway.hears_since)?;
+    let seen = seen(hub, &plan, &holds, headway.hears_since)?;
     let next = step(&plan, &holds, &mut headway, &seen);
     if let Some(why) = headway.stopped.as_ref().filter(|_| !was_stopped) {
         log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
@@ -183,15 +185,17 @@ impl Rollout {
             return Ok(None);
         }
         let (wave, all) = (headway.wave, plan.waves.len());
-        let seen = seen(hub, plan, headway.hears_since)?;
+        let seen = seen(hub, plan, holds, headway.hears_since)?;
         let ours = || seen.iter().filter(|(member, ..)| member.wave == wave);
         let count = |wanted: &[Health]| ours().filter(|(_, health, ..)| wanted.contains(health)).count();
-        let ready = ours().filter_map(|(member, ..)| headway.since.get(&member.host)).map(|since| since + plan.waves[wave].soak).max();
+        let since = ours().filter_map(|&(member, _, arrived, offered)| headway.since(&member.host, offered, arrived));
+        let ready = since.map(|since| since.saturating_add(plan.waves[wave].soak)).max();
         let stands = match (&headway.stopped, holds.of(None)) {
             (Some(why), _) => format!("stopped in {why}; ekiben fleet resume, or abort"),
             (None, Some(hold)) => format!("wave {} of {all}: {}; ekiben fleet resume, or abort", wave + 1, said(hold)),
             (None, None) => {
-                let (well, silent) = (count(&[Health::Well]), count(&[Health::Silent, Health::Gone]));
+                let held = seen.iter().filter(|(member, health, ..)| member.wave <= wave && *health == Health::Held).count();
+                let (well, silent) = (count(&[Health::Well]), count(&[Health::Silent, Health::Gone]) + held);
                 let silent = if silent > 0 { format!(", {silent} silent or held") } else { String::new() };
                 let soaks = ready.filter(|ready| *ready > now() && count(&[Health::Waits, Health::Pending]) == 0);
                 let soaks = soaks.map_or(String::new(), |ready| format!("; soaks until {}", moment(ready)));
@@ -235,7 +239,7 @@ mod tests {
         plan: Plan,
         holds: Holds,
         headway: Headway,
-        /// Since when all are offered what they are.
+        /// The number that all are offered.
         offered: u64,
     }
 
@@ -243,14 +247,15 @@ mod tests {
         fn new(waves: &[Wave], hosts: &[(&str, usize)]) -> Self {
             let hosts = hosts.iter().map(|(host, wave)| member(host, *wave)).collect();
             let plan = Plan { format: FORMAT, id: "x".into(), origin: Provenance::default(), waves: waves.to_vec(), hosts };
-            Self { plan, holds: Holds::default(), headway: Headway::default(), offered: 1 }
+            Self { plan, holds: Holds::default(), headway: Headway::default(), offered: 2 }
         }
 
         /// Who is offered something, by how hosts do, and by when that arrived.
         fn step(&mut self, seen: &[(&str, Health, u64)]) -> String {
             let members: Vec<_> = seen.iter().map(|(host, ..)| self.plan.get(&name(host)).unwrap().clone()).collect();
+            let offered = self.offered.try_into().ok();
             let seen: Vec<_> =
-                members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, self.offered)).collect();
+                members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, offered)).collect();
             self.headway = std::mem::take(&mut self.headway).with(&self.plan);
             let next = step(&self.plan, &self.holds, &mut self.headway, &seen);
             next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
@@ -261,7 +266,7 @@ mod tests {
         }
     }
 
-    use Health::{Failed, Gone, Lost, Out, Pending, Silent, Waits, Well};
+    use Health::{Failed, Gone, Held, Lost, Out, Pending, Silent, Waits, Well};
     use HostState::RolledBack;
 
     #[test]
@@ -326,12 +331,18 @@ mod tests {
         assert_eq!(story.stopped(), "wave 1: a is rolled back, b is rolled back");
         for (waits, next) in [(false, "c"), (true, "")] {
             let mut story = Story::new(&[wave(&["a", "b"], 0, 0, waits), wave(&["*"], 0, 0, false)], &hosts);
-            assert_eq!(story.step(&[("a", Silent, 5), ("b", Well, 5), ("c", Waits, 5)]), next);
+            for how in [Silent, Held] {
+                assert_eq!(story.step(&[("a", how, 5), ("b", Well, 5), ("c", Waits, 5)]), next);
+            }
         }
         // somebody has published something else for one, and another could not be built
         let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
         assert_eq!(story.step(&[("a", Out, 5), ("c", Waits, 5)]), "");
-        // that counts for the wave that it was said of
+        // in the last wave, it has nothing to prove to others
+        let mut last = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
+        assert_eq!(last.step(&[("a", Well, 5), ("c", Out, 5)]), "");
+        assert!(last.headway.done);
+        // to go on counts for the wave that it was said of
         for (said, next) in [("x 0 1", ""), ("x 0", ""), ("x 0 0", "c")] {
             let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
             story.holds.resumed = Some(said.into());
@@ -355,10 +366,14 @@ mod tests {
     #[test]
     fn what_is_held_is_passed_over_and_comes_when_that_is_over() {
         let mut story = Story::new(&[wave(&["a", "b"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("b", 0), ("c", 1)]);
-        story.holds.put(Some(&name("b")), hold());
-        assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Waits, 5)]), "c");
-        story.holds.end(Some(&name("b")));
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Held, 5), ("c", Waits, 5)]), "c");
         assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Pending, 5)]), "b");
+        // however late that is
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Held, 5), ("c", Well, 5)]), "");
+        assert!(!story.headway.done);
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Waits, 5), ("c", Well, 5)]), "b");
+        assert_eq!(story.step(&[("a", Well, 5), ("b", Well, 5), ("c", Well, 5)]), "");
+        assert!(story.headway.done);
         let mut story = Story::new(&[wave(&["a"], 0, 0, false), wave(&["*"], 0, 0, false)], &[("a", 0), ("c", 1)]);
         story.holds.put(None, hold());
         assert_eq!(story.step(&[("a", Waits, 5), ("c", Waits, 5)]), "");
@@ -378,12 +393,12 @@ mod tests {
         story.plan.id = "z".into();
         assert_eq!(story.step(&[("a", Well, 30), ("c", Waits, 5)]), "c");
         // by a clock that was ahead
-        story.headway.since.insert(name("a"), 1000);
+        story.headway.healthy.insert(name("a"), (2.try_into().unwrap(), 1000));
         story.plan.id = "after that".into();
         assert_eq!(story.step(&[("a", Well, 31), ("c", Waits, 5)]), "");
         assert_eq!(story.step(&[("a", Well, 41), ("c", Waits, 5)]), "c");
         story.plan.id = "another release".into();
-        story.offered = 45;
+        story.offered = 3;
         assert_eq!(story.step(&[("a", Well, 50), ("c", Waits, 5)]), "");
     }
 }
