@@ -19,10 +19,10 @@ impl Repository {
     pub fn check_forward(&self, commit: &str, instance: &str, scratch: &Path) -> Result<()> {
         let files = self.changed_files(commit)?;
         let savepoint = self.savepoint(instance);
-        // git would overwrite those that it ignores
+        // git would overwrite those that it ignores, and a link in the place of a directory
         let removed: BTreeSet<_> = gather(files.iter().filter(|file| file.before).map(|file| file.path.as_path()));
-        let new = files.iter().filter(|file| !file.before && file.after);
-        if let Some(path) = new.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
+        let written = files.iter().filter(|file| file.after);
+        if let Some(path) = written.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
             let path = path.display();
             return Err(Error::new(format!(
                 "Failed to fast-forward from {} to {commit}: {path} would be overwritten; move or commit it",

@@ -336,6 +336,9 @@ pub fn git(directory: &Path) -> Program {
         .by_ssh()
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_TERMINAL_PROMPT", "0")
+        // an object is what its name says, as it is to Nix and to whoever it is pushed to
+        .env("GIT_NO_REPLACE_OBJECTS", "1")
+        .env("GIT_GRAFT_FILE", "")
         .env("LC_ALL", "C")
         .directory(directory)
 }

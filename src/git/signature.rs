@@ -24,7 +24,7 @@ impl Repository {
             "gpg.openpgp.program=false",
             "gpg.x509.program=false",
         ];
-        let log = self.git().args(settings.iter().flat_map(|setting| ["-c", setting])).env("GIT_NO_REPLACE_OBJECTS", "1");
+        let log = self.git().args(settings.iter().flat_map(|setting| ["-c", setting]));
         let log = log.args(["log", "-1", "--format=%G?", commit, "--"]);
         // as in the section PRETTY FORMATS of git-log(1)
         let what = match log.output(|| format!("verify the signature of {commit}"), None)?.trim_ascii() {

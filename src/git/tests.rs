@@ -225,6 +225,38 @@ fn a_git_that_is_alive_keeps_its_locks() {
 }
 
 #[test]
+fn what_a_user_has_removed_stays_removed_where_a_fast_forward_is_cut_off() {
+    let directory = Directory::new();
+    let before = "mkdir -p d/e gone; echo 1 > file; echo 1 > d/e/x; echo 1 > gone/x";
+    let (repository, to) = repository(&directory, before, "echo 2 > file; echo 2 > d/e/x; rm -r gone");
+    shell(directory.path(), "rm -r file d/e; mv gone away; ln -s away gone");
+    let untouched = snapshot(directory.path());
+    repository.check_forward(&to, "app", Directory::new().path()).unwrap();
+    let (savepoint, _) = begin(&repository, &to);
+    read_tree(&repository, &savepoint, &to);
+    assert!(directory.path().join("file").exists());
+    repository.recover("app").unwrap();
+    assert_eq!(snapshot(directory.path()), untouched);
+}
+
+#[test]
+fn an_object_is_what_its_name_says_whatever_git_is_to_take_it_for() {
+    let directory = Directory::new();
+    let (repository, to) = repository(&directory, "echo 1 > x", "echo 2 > x");
+    let (scratch, head, author) = (Directory::new(), &repository.head, Author { name: "a".into(), mail: "a".into() });
+    shell(directory.path(), &format!("git replace {head} {to}"));
+    let lock = [("flake.lock", &b"{}"[..])];
+    let commit = repository.commit_lock_files(head, lock, "lock", &author, &scratch.path().join("index")).unwrap();
+    assert_eq!(shell(directory.path(), &format!("git --no-replace-objects diff --name-only {head} {commit}")), "flake.lock");
+    let other = shell(directory.path(), "git replace -d HEAD > /dev/null; git commit-tree -m other HEAD^{tree}");
+    for way in ["git replace --graft {other} HEAD", "git replace -d {other}; echo {other} $(git rev-parse HEAD) > .git/info/grafts"] {
+        shell(directory.path(), &way.replace("{other}", &other));
+        shell(directory.path(), &format!("git merge-base --is-ancestor HEAD {other}"));
+        assert!(!repository.contains(&other, head).unwrap());
+    }
+}
+
+#[test]
 fn what_is_in_the_way_is_named() {
     for (before, after, edit, named) in [
         ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig would be overwritten"),
@@ -236,6 +268,8 @@ fn what_is_in_the_way_is_named() {
         ),
         ("true > x", "mkdir d; echo 2 > d/x", "echo mine > d", "d would be overwritten"),
         ("true > x", "mkdir d; echo 2 > d/x", "mkdir away; ln -s away d", "d would be overwritten"),
+        ("mkdir d; echo 1 > d/x", "echo 2 > d/x", "mv d away; ln -s away d", "d would be overwritten"),
+        ("mkdir d; echo 1 > d/x", "echo 2 > d/x", "rm -r d; ln -s away d", "d would be overwritten"),
         ("echo 1 > x", "echo 2 > x", "echo mine > x", "without changing your edits"),
     ] {
         let directory = Directory::new();

@@ -89,7 +89,10 @@ impl Savepoint {
             (path, metadata.map(|metadata| metadata.len()).ok(), modified.unwrap_or_default())
         });
         let reflogs = reflogs.collect();
-        Ok(CutOff { from: from.to_owned(), to: to.to_owned(), files: files.to_vec(), directories, reflogs })
+        // git writes again what the user has removed
+        let is_there = |file: &Changed| Changed { before: file.before && self.at(&file.path).is_some(), ..file.clone() };
+        let files = files.iter().map(is_there).collect();
+        Ok(CutOff { from: from.to_owned(), to: to.to_owned(), files, directories, reflogs })
     }
 
     fn look_below(&self, path: &Path, directories: &mut BTreeMap<PathBuf, u32>) -> io::Result<()> {
@@ -127,7 +130,7 @@ impl Savepoint {
         self.top.join(path).symlink_metadata().ok().filter(|_| reached)
     }
 
-    /// What is in the way of a path that the fast-forward creates; what it removes is not.
+    /// What is in the way of a path that the fast-forward writes; what it replaces or removes is not.
     pub fn in_the_way(&self, path: &Path, removed: &BTreeSet<&Path>) -> Option<PathBuf> {
         let foreign = |path: &Path| !removed.contains(path);
         let above: Vec<_> = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
@@ -140,7 +143,7 @@ impl Savepoint {
         }
         match self.at(path) {
             Some(there) if there.is_dir() => self.first_file(path, &foreign),
-            Some(_) => Some(path.to_owned()),
+            Some(_) => Some(path.to_owned()).filter(|path| foreign(path)),
             None => None,
         }
     }
