@@ -106,14 +106,21 @@ impl Repository {
         if let Some((_, what)) = UNDER_WAY.iter().find(|(file, _)| git_directory.join(file).exists()) {
             return not_now(&format!("a {what} is in progress; finish or abort it"));
         }
+        let commit = || look_for(directory, ["rev-parse", "--verify", "--quiet", "HEAD"], doing);
+        // of a file that is empty, as after a crash, git says no more than of one that is not there
+        let damaged = "what HEAD stands for cannot be read; see git fsck";
         let Some(branch) = look_for(directory, ["symbolic-ref", "HEAD"], doing)? else {
-            return not_now("HEAD is detached; check out a branch");
+            return not_now(if commit()?.is_some() { "HEAD is detached; check out a branch" } else { damaged });
         };
         if branch.contains('\u{fffd}') {
             return not_now("the name of its branch is not UTF-8; rename the branch");
         }
         let Some(head) = look_for(directory, ["rev-parse", "--verify", "--quiet", "HEAD^{commit}"], doing)? else {
-            return not_now("the branch has no commit yet; commit the flake");
+            if commit()?.is_some() {
+                ask(directory, ["rev-list", "--max-count=1", "HEAD"], || format!("start from {place}: {damaged}"))?;
+            }
+            let is_there = git_directory.join(&branch).exists();
+            return not_now(if is_there { damaged } else { "the branch has no commit yet; commit the flake" });
         };
         Ok(Self { prefix: prefix.into(), top, branch, head, git_directory })
     }
@@ -254,9 +261,13 @@ pub fn drop_reference(instance: &Instance, reference: &str, name: &str) -> Resul
     if savepoint.exists() { drop_it() } else { savepoint.guard(reference, drop_it) }
 }
 
-/// Removes the lock of a ref of ours: nobody else writes it.
+/// Removes the lock of a ref of ours, and what has it stand for another ref, which would be changed: nobody else writes it.
 fn unlock(git_directory: &Path, reference: &str) {
+    let file = git_directory.join(reference);
     let _ = files::clear(&git_directory.join(format!("{reference}.lock")));
+    if file.is_symlink() || fs::read(&file).is_ok_and(|text| text.starts_with(b"ref:")) {
+        let _ = files::clear(&file);
+    }
 }
 
 /// The same error, with what mends it where files of somebody else's are the cause.
@@ -289,6 +300,7 @@ fn foreign_file(path: &Path) -> Option<(PathBuf, u32)> {
 fn reason(tail: &[String]) -> Option<String> {
     let end =
         tail.iter().position(|line| line.starts_with("fatal: ")).or_else(|| tail.iter().rposition(|line| line.starts_with("error: ")))?;
+    let end = if tail[end].ends_with(':') { (end + 1).min(tail.len() - 1) } else { end };
     let said = tail[..=end].iter().map(|line| line.trim()).filter(|line| !line.is_empty() && !line.starts_with("hint: "));
     let said: Vec<_> = said.map(|line| line.trim_end_matches(['.', '\r'])).collect();
     Some(said[said.len().saturating_sub(3)..].join("; "))

@@ -131,11 +131,10 @@ impl Repository {
     /// Has what a commit's files are, in a clone that fetches objects as git needs them: nix does not.
     pub fn complete(&self, commit: &str) -> Result<()> {
         let promisors = self.look_for(["config", "--name-only", "--type=bool", "--get-regexp", r"^remote\..*\.promisor$"])?;
-        let Some(promisors) = promisors else {
+        let mut names = promisors.iter().flat_map(|all| all.lines());
+        let Some(remote) = names.find_map(|name| name.strip_prefix("remote.")?.strip_suffix(".promisor")) else {
             return Ok(());
         };
-        let remote = promisors.lines().next().unwrap_or_default();
-        let remote = remote.trim_start_matches("remote.").trim_end_matches(".promisor");
         let doing = || format!("fetch the files of {commit} from {remote}");
         // what is below a tree is known when the tree is there
         loop {

@@ -76,17 +76,40 @@ fn read_tree(repository: &Repository, savepoint: &Savepoint, to: &str) {
     read.output(|| "read".into(), None).unwrap();
 }
 
-#[test]
-fn a_repository_of_our_own_is_made_whatever_is_there() {
-    let directory = Directory::new();
-    let place = directory.path().join("repository");
+/// An instance of a repository.
+fn instance(place: &Path) -> Instance {
     let instance = format!(
         r#"{{"author": "a <a>", "flags": [], "flakePath": "{0}", "flakeRef": "{0}#x", "healthChecks": {{}}, "inputs": [],
         "networkRetries": 0, "onUnitFailure": "rollback", "operation": "switch", "pull": false, "push": false, "rollback": true,
         "timeouts": {{"activate": 1, "build": 1, "prepare": 1}}, "user": "a"}}"#,
         place.display()
     );
-    let instance = serde_json::from_str(&instance).unwrap();
+    serde_json::from_str(&instance).unwrap()
+}
+
+#[test]
+fn a_repository_that_is_damaged_is_not_taken_for_a_new_one() {
+    for (damage, said) in [
+        ("true", ""),
+        ("git checkout -q --detach", "HEAD is detached; check out a branch"),
+        ("git switch -q --orphan new", "the branch has no commit yet; commit the flake"),
+        (": > .git/refs/heads/feature/main", "what HEAD stands for cannot be read; see git fsck"),
+        ("rm -r .git/objects/??", "what HEAD stands for cannot be read; see git fsck: git exited with 128: fatal: bad object HEAD"),
+        ("rm -r .git/objects/??; echo /nowhere > .git/objects/info/alternates", "error: object directory /nowhere does not exist"),
+    ] {
+        let directory = Directory::new();
+        repository(&directory, "true", "echo 1 > x");
+        shell(directory.path(), damage);
+        let opened = Repository::open(&instance(directory.path())).map(drop).map_err(|error| error.to_string());
+        assert_eq!(opened.as_ref().err().is_some_and(|error| error.contains(said)), !said.is_empty(), "{damage}: {opened:?}");
+    }
+}
+
+#[test]
+fn a_repository_of_our_own_is_made_whatever_is_there() {
+    let directory = Directory::new();
+    let place = directory.path().join("repository");
+    let instance = instance(&place);
     for left in [
         "true",
         "mkdir -p repository/.git; touch repository/.git/config.lock repository/.git/HEAD",
@@ -108,6 +131,14 @@ fn a_repository_of_our_own_is_made_whatever_is_there() {
     shell(&place, "git update-ref refs/ekiben/app HEAD; git pack-refs --all");
     drop_reference(&instance, "refs/ekiben/app", "app").unwrap();
     assert_eq!(shell(&place, "git for-each-ref refs/ekiben; ls -d .git/ekiben* .git/refs/ekiben 2> /dev/null || true"), "");
+    // a ref of ours stands for no other
+    for make in ["git symbolic-ref refs/ekiben/app refs/heads/main", "mkdir -p .git/refs/ekiben; ln -sf ../heads/main .git/refs/ekiben/app"]
+    {
+        shell(&place, make);
+        let (branch, new) = (shell(&place, "git rev-parse main"), shell(&place, "git commit-tree -m new main^{tree}"));
+        Repository::open(&instance).unwrap().keep("refs/ekiben/app", &new).unwrap();
+        assert_eq!(shell(&place, "git rev-parse main refs/ekiben/app"), format!("{branch}\n{new}"));
+    }
 }
 
 #[test]
@@ -271,6 +302,14 @@ fn what_is_in_the_way_is_named() {
         ("mkdir d; echo 1 > d/x", "echo 2 > d/x", "mv d away; ln -s away d", "d would be overwritten"),
         ("mkdir d; echo 1 > d/x", "echo 2 > d/x", "rm -r d; ln -s away d", "d would be overwritten"),
         ("echo 1 > x", "echo 2 > x", "echo mine > x", "without changing your edits"),
+        // what git has to look into, since it is as young as the index, by a filter that is not there
+        (
+            "echo 1 > x; echo 1 > y; echo 'y filter=large' > .gitattributes",
+            "echo 2 > x",
+            "touch -d @9 y; git update-index --refresh; touch -d @9 .git/index; \
+             git config filter.large.clean /nowhere; git config filter.large.required true",
+            "cannot exec '/nowhere'",
+        ),
     ] {
         let directory = Directory::new();
         let (repository, to) = repository(&directory, before, after);
@@ -352,6 +391,7 @@ fn the_reason_is_what_git_said_up_to_its_death() {
         "Host key verification failed; fatal: Could not read from remote repository"
     );
     assert_eq!(said("error: insufficient permission for x\nhint: y\nerror: z"), "error: insufficient permission for x; error: z");
+    assert_eq!(said("fatal: unknown repository extension found:\n\tnew"), "fatal: unknown repository extension found:; new");
     assert_eq!(said("no"), "");
 }
 
@@ -445,6 +485,12 @@ fn a_commit_says_what_it_said_and_goes_where_it_shall() {
     shell(&upstream, "git symbolic-ref HEAD refs/heads/main");
     assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
     assert_eq!(shell(place.path(), "git for-each-ref --format='%(refname)' refs/remotes"), "refs/remotes/origin/main");
+    // of a clone that fetches what it needs, whatever its remote is called
+    shell(&upstream, "git config uploadpack.allowFilter true; git config uploadpack.allowAnySHA1InWant true");
+    shell(scratch.path(), &format!("git clone -qn --filter=tree:0 -o remote -b main 'file://{}' partial", upstream.display()));
+    let partial = Repository::open(&instance(&scratch.path().join("partial"))).unwrap();
+    partial.complete(&partial.head).unwrap();
+    assert_eq!(shell(&partial.top, "git rev-list --objects --no-walk --missing=print HEAD | grep '^?' || true"), "");
     // a remote may be a path or an address, too
     for remote in [upstream.display().to_string(), format!("file://{}", upstream.display())] {
         shell(place.path(), &format!("git config branch.feature/main.remote '{remote}'"));

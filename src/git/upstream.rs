@@ -109,14 +109,14 @@ impl Repository {
     }
 
     fn upstream(&self, memory: &Path) -> Result<Upstream> {
-        let name = self.branch.trim_start_matches("refs/heads/");
+        let name = self.branch.strip_prefix("refs/heads/").unwrap_or(&self.branch);
         let setting = |what: &str| self.look_for(["config", "--get", &format!("branch.{name}.{what}")]);
         let found = setting("remote")?.zip(setting("merge")?).ok_or("it has none; set it with git branch --set-upstream-to");
         let (remote, branch) = found.context(|| format!("find the upstream of {name}"))?;
         let known = fs::read_to_string(memory).unwrap_or_default();
         let last = known.strip_prefix(&format!("{remote} {branch} ")).map(String::from);
         let last = match last {
-            None => self.look_for(["rev-parse", "--verify", "--quiet", &format!("{name}@{{upstream}}")])?,
+            None => self.look_for(["rev-parse", "--verify", "--quiet", "@{upstream}"])?,
             last => last,
         };
         Ok(Upstream { remote, branch, last })
