@@ -485,6 +485,10 @@ fn a_commit_says_what_it_said_and_goes_where_it_shall() {
     shell(&upstream, "git symbolic-ref HEAD refs/heads/main");
     assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
     assert_eq!(shell(place.path(), "git for-each-ref --format='%(refname)' refs/remotes"), "refs/remotes/origin/main");
+    shell(&upstream, "git -c user.name=a -c user.email=a tag -am stable stable main");
+    shell(place.path(), "git config branch.feature/main.merge refs/tags/stable");
+    assert_eq!(repository.fetch_upstream("refs/ekiben/app", &scratch.path().join("memory"), "app").unwrap(), repository.head);
+    shell(place.path(), "git config branch.feature/main.merge refs/heads/main");
     // of a clone that fetches what it needs, whatever its remote is called
     shell(&upstream, "git config uploadpack.allowFilter true; git config uploadpack.allowAnySHA1InWant true");
     shell(scratch.path(), &format!("git clone -qn --filter=tree:0 -o remote -b main 'file://{}' partial", upstream.display()));

@@ -59,7 +59,8 @@ impl Repository {
         let fetch = fetch.args(["--no-tags", "--no-prune", "--no-prune-tags", "--recurse-submodules=no", "--no-write-fetch-head"]);
         let fetch = fetch.args(["--refmap=", remote, &format!("+{branch}:{reference}")]);
         self.savepoint(instance).guard(&self.branch, || fetch.run(NETWORK_LIMIT, || format!("fetch {branch} from {remote}"))?.success())?;
-        let theirs = self.ask(["rev-parse", reference])?;
+        // a tag may be followed, too
+        let theirs = self.ask(["rev-parse", &format!("{reference}^{{commit}}")])?;
         let doing = || format!("pull {branch} from {remote}");
         self.check_nothing_withdrawn(&upstream, &theirs, &self.head, doing)?;
         let base = if self.contains(&theirs, &self.head)? {
