@@ -1,3 +1,5 @@
+import re
+
 machine.start()
 install(machine)
 COUNT = iter(range(2, 1000))
@@ -28,6 +30,11 @@ def reboots(*systems):
     assert running(machine) == systems[-1]
 
 
+def shows_boot(options=""):
+    """What status says of all, without how long it has been so."""
+    return re.sub(r"\b\d+ s so far", "0 s so far", machine.execute(f"ekiben {options} status")[1])
+
+
 with subtest("nothing waits: the machine is not rebooted"):
     check_stays()
     awaits("app")
@@ -38,11 +45,14 @@ with subtest("nothing waits: the machine is not rebooted"):
 
 with subtest("what waits for a boot is rebooted into, once, in its window, if its own instance may"):
     awaits("other")
+    assert "other: awaits the next boot, for 0 s so far; reboot to have it deployed\n" in shows_boot(), shows_boot()
     check_stays()
     system = awaits("app")
+    assert "app: awaits the next boot, for 0 s so far; this machine reboots within minutes\n" in shows_boot(), shows_boot()
     now, later = machine.succeed("date +%H:%M").strip(), machine.succeed("date +%H:%M -d '+2 hours'").strip()
     window = f'.instances.app.reboot.window = {{"lower": "{later}", "upper": "{now}"}}'
     machine.succeed(f"jq {shlex.quote(window)} /etc/ekiben/config.json > /root/config.json")
+    assert f"; this machine reboots between {later} and {now}\n" in shows_boot("--config /root/config.json"), shows_boot()
     check_stays("ekiben --config /root/config.json reboot")
     reboots(system)
     assert (seen := last_run(machine, "app"))["result"] == "deployed", seen

@@ -166,6 +166,7 @@ with subtest("the disk of the state directory is full"):
         server.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-app.service | grep -E '^(inactive|failed)$'")
         if server.execute("systemctl is-failed --quiet ekiben-app.service")[0] != 0:
             break
+        assert spare > 0 or "app: the disk of /var/lib/ekiben has no room left; make some" in server.fail("ekiben status")
         server.succeed("systemctl stop ekiben-retry@app.service")
         check_unchanged(before)
     server.succeed("rm /var/lib/ekiben/filler; systemctl start --all 'ekiben-*.path'")
@@ -223,6 +224,7 @@ with subtest("somebody else is switching: waited for"):
     ended_before = runs(server, "app")
     server.succeed("systemctl start --no-block ekiben-app.service")
     server.wait_until_succeeds("journalctl -u ekiben-app -o cat -n 3 | grep -e 'waiting ...' -e 'test ...'")
+    server.wait_until_succeeds("(ekiben status || true) | grep -x 'app: waiting: something else is switching this machine'")
     server.succeed("systemctl stop holder")
     wait_until_idle(server, "app")
     assert (seen := last_run(server, "app"))["result"] == "deployed", seen
@@ -413,10 +415,12 @@ with subtest("the rollback fails, too: reported, tried again by the next runs, a
     assert ended["result"] == "stuck" and "manual intervention is required" in ended["error"], ended
     assert "health check app" in ended["error"], ended
     assert "rollback failed" in server.fail("ekiben status")
+    assert "whose rollback failed; generation" in server.fail("ekiben status")
     server.require_unit_state("ekiben-app.service", "failed")
     assert shows(server, "app") == "sick"
     ended = by_timer()
     assert ended["result"] == "failed" and "known to be bad" in ended["error"], ended
+    assert "whose rollback failed; generation" in server.fail("ekiben status")
     assert "the rollback of an earlier run failed again" in " ".join(ended["warnings"]), ended
     if is_host(server):
         pass_time()

@@ -211,6 +211,26 @@ if is_host(server):
         server.succeed("systemctl restart ekiben-app.path")
         wait_until_at_rest(server, "app")
         server.succeed("ekiben status")
+        # a timer that starts nothing
+        timer = "/run/systemd/system/ekiben-app.timer"
+        server.succeed(f"printf '[Timer]\\nOnCalendar=2020-01-01\\n' > {timer}; systemctl daemon-reload")
+        fails_with("ekiben-app.timer is not active; run systemctl start ekiben-app.timer")
+        server.succeed("systemctl start ekiben-app.timer")
+        fails_with("ekiben-app.timer will not elapse again")
+        server.succeed(f"systemctl stop ekiben-app.timer; rm {timer}; systemctl daemon-reload; ekiben status")
+
+    with subtest("the instance's user is gone: said, tried again, not over and over, and served when the user is there again"):
+        publish(server, "app", "gone")
+        server.succeed("cp /etc/passwd /tmp/passwd; sed -i /^deploy:/d /etc/passwd")
+        began = server.succeed("date +%s.%N").strip()
+        server.succeed("ekiben trigger app")
+        server.wait_until_succeeds(knows("app", '.runs[0].error // "" | contains("user, or a group of that, does not exist")'), timeout=30)
+        server.fail("ekiben status")
+        assert int(server.succeed(f"journalctl -q -o cat -u ekiben-app --since @{began} | grep -c ^Starting")) <= 3
+        server.succeed("cat /tmp/passwd > /etc/passwd")
+        server.wait_until_succeeds("grep -x gone /etc/app", timeout=60)
+        wait_until_at_rest(server, "app")
+        check_deployed(server, "app")
 
     def typed(start, page="README.md"):
         """What a page has one type, from `start` to the end of the block."""

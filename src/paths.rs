@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
+
 use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::program::Program;
@@ -68,6 +70,10 @@ places! {
     /// Which of the hub's files are in their places. Root's only.
     installed: "files/<instance>.json";
 }
+/// What this machine was rebooted for, a line each, the last one at the end.
+pub const REBOOTED: &str = "/var/lib/ekiben/rebooted";
+/// What a run has to write before it begins, in bytes.
+const ROOM: usize = 64 * 1024;
 
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]
@@ -138,8 +144,17 @@ impl Paths {
         let directories = ["", "queue", "runs", "status"].map(|directory| self.root.join(directory));
         directories.into_iter().chain(outbox).try_for_each(|directory| {
             let mut file = files::unnamed(&directory, 0o600)?;
-            file.write_all(&vec![0; 64 * 1024]).and_then(|()| file.sync_all())
+            file.write_all(&vec![0; ROOM]).and_then(|()| file.sync_all())
         })
+    }
+
+    /// Why nothing can be written here, and what to do; for whoever asks.
+    pub fn why_not_written(&self) -> Option<String> {
+        let disk = statvfs(&self.root).ok()?;
+        let is_full = disk.blocks_available() * disk.fragment_size() < ROOM as u64 || disk.files() > 0 && disk.files_available() == 0;
+        let is_read_only = disk.flags().contains(FsFlags::ST_RDONLY);
+        let why = if is_full { "has no room left; make some" } else { "is read-only; remount it" };
+        (is_full || is_read_only).then(|| format!("the disk of {} {why}, and what waits goes on by itself", self.root.display()))
     }
 
     /// The instance.

@@ -8,6 +8,8 @@ use serde_json::Value;
 
 /// How many characters of one line are shown.
 pub const LINE: usize = 1000;
+/// How many seconds a moment that has passed may be ahead, without a word.
+const SKEW: u64 = 60;
 /// Takes the place of a character that is not shown.
 const REPLACEMENT: char = '\u{fffd}';
 /// Takes the place of a secret.
@@ -114,9 +116,13 @@ pub fn times(count: u32) -> String {
     if count == 1 { "once".into() } else { format!("{count} times") }
 }
 
-/// How long ago a moment is.
+/// How long ago a moment is, or, by a clock that was ahead, how far off.
 pub fn ago(then: u64, now: u64) -> String {
-    format!("{} ago", span(now.saturating_sub(then)))
+    if then > now.saturating_add(SKEW) {
+        format!("{} from now", span(then - now))
+    } else {
+        format!("{} ago", span(now.saturating_sub(then)))
+    }
 }
 
 /// A time span in its largest unit.
@@ -138,6 +144,11 @@ pub fn short(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn how_long_ago_a_moment_is_is_said_also_by_a_clock_that_was_ahead() {
+        assert_eq!((ago(40, 100), ago(130, 100), ago(100 + 2 * 86400, 100)), ("1 min ago".into(), "0 s ago".into(), "2 d from now".into()));
+    }
 
     #[test]
     fn what_could_deceive_is_not_shown() {

@@ -3,28 +3,54 @@
 use std::fs;
 use std::path::Path;
 
-use crate::config::Instance;
+use crate::config::{Instance, Reboot, When, Window};
 use crate::nix::profile;
-use crate::paths::Paths;
+use crate::paths::{Paths, REBOOTED};
+use crate::run::Outcome;
 use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
+use crate::text::span;
 
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
 /// deployed.
 pub fn drift(paths: &Paths) -> Option<String> {
     let all = all_deployed(paths).into_iter().filter(Deployed::is_own);
     let Deployed { system: deployed, not_booted_since, .. } = all.max_by_key(|deployed| deployed.number)?;
+    let is_stuck = || paths.with_status().iter().any(|instance| is_stuck(&Status::read(instance)));
     let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
         Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot; deploy another one"),
         None if is_booted => (", chosen at boot", "; reboot to that, or deploy another one"),
+        _ if is_stuck() => (", whose rollback failed", "; switch to that, or deploy another one"),
         _ => (", switched to by hand", "; switch to that, or deploy another one"),
     };
     let name = |system: &Path| {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
     Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+}
+
+/// Whether the last run that has changed what this machine runs could not undo that.
+fn is_stuck(status: &Status) -> bool {
+    let mut results = status.runs.iter().map(|run| run.result);
+    let changed = results.find(|result| matches!(result, Outcome::Deployed | Outcome::RolledBack | Outcome::Restored | Outcome::Stuck));
+    changed == Some(Outcome::Stuck)
+}
+
+/// For how long something has awaited the next boot, and how that comes about; none if nothing does.
+pub fn awaits(status: &Status, policy: &Reboot, now: u64) -> Option<String> {
+    let system = &status.awaiting.as_ref()?.system;
+    let since = status.runs.iter().take_while(|run| run.result == Outcome::AwaitingBoot).last();
+    let since = since.map(|run| format!(", for {} so far", span(now.saturating_sub(run.finished)))).unwrap_or_default();
+    // the machine is not rebooted twice for the same system
+    let was_rebooted = fs::read_to_string(REBOOTED).unwrap_or_default().lines().any(|known| Path::new(known) == system);
+    let how = match (policy.when, &policy.window) {
+        (When::Needed, Some(Window { lower, upper })) if !was_rebooted => format!("this machine reboots between {lower} and {upper}"),
+        (When::Needed, None) if !was_rebooted => "this machine reboots within minutes".into(),
+        _ => "reboot to have it deployed".into(),
+    };
+    Some(format!("{since}; {how}"))
 }
 
 /// What root has found not to be well any more of what was deployed last, on a host of a fleet.

@@ -4,24 +4,32 @@ use std::collections::BTreeMap;
 
 use crate::error::OrLog;
 use crate::gather::gather;
+use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::Stage;
 use crate::run::status::Status;
 use crate::system::properties::Properties;
 use crate::text::ago;
 
-/// After how many seconds a request that no run takes, or a run that nobody ends, is a fault.
+/// After how many seconds a request that no run takes, a run that nobody ends, or a unit that is off, is a fault.
 const PATIENCE: u64 = 60;
 /// The kinds of units that an instance has.
 const KINDS: [&str; 3] = ["path", "service", "timer"];
 /// The units of the webhook.
-const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", "ekiben-webhook.socket", "ekiben-webhook-tokens.service"];
+const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", SOCKET, "ekiben-webhook-tokens.service"];
+const SOCKET: &str = "ekiben-webhook.socket";
 /// What is asked of systemd.
-const PROPERTIES: &str = "--property=Id,ActiveState,StatusText,NextElapseUSecRealtime,ExecStart";
+const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,InactiveEnterTimestamp,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What systemd says of a unit.
 #[derive(Default)]
 pub(super) struct Unit {
     pub(super) state: String,
+    /// Whether systemd knows it: `loaded`, `masked` or `not-found`.
+    load: String,
+    /// Since when it is not active; 0 if it never was.
+    off_since: u64,
+    /// Of a timer: whether it is not to elapse again.
+    is_over: bool,
     /// Of a timer: when it elapses next.
     pub(super) next: Option<u64>,
     /// Of a service: whether it is in the second of the user's stages, which root does not announce, and what it waits for.
@@ -38,26 +46,40 @@ pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
         let runs = |line: &str| !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]") && line.contains(" build ");
         let (state, next) = (unit.of("ActiveState").to_owned(), Some(unit.number("NextElapseUSecRealtime")).filter(|next| *next > 0));
         let waiting = Some(unit.of("StatusText").to_owned()).filter(|text| !text.is_empty());
-        (unit.of("Id").to_owned(), Unit { state, next, is_building: unit.each("ExecStart").any(runs), waiting })
+        let (load, is_over) = (unit.of("LoadState").to_owned(), unit.of("SubState") == "elapsed");
+        let (off_since, is_building) = (unit.number("InactiveEnterTimestamp"), unit.each("ExecStart").any(runs));
+        (unit.of("Id").to_owned(), Unit { state, load, off_since, is_over, next, is_building, waiting })
     };
     gather(Properties::all(&said).map(unit))
 }
 
 /// What there is to see to of the webhook.
-pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>) -> impl Iterator<Item = String> {
+pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>, now: u64) -> impl Iterator<Item = String> {
     let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|unit| unit.state == "failed"));
-    failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"))
+    let failed = failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"));
+    let off = units.get(SOCKET).and_then(|state| off("socket", SOCKET, state, now));
+    failed.chain(off)
 }
 
 /// What there is to see to of an instance, besides how its last run ended.
-pub(super) fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+pub(super) fn problems(paths: &Paths, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+    let name = paths.name();
     let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", |unit| &*unit.state);
-    let is_old = |since: &u64| now.saturating_sub(*since) > PATIENCE;
+    // the clock may have been ahead then
+    let is_old = |since: &u64| now.abs_diff(*since) > PATIENCE;
     let is_idle = matches!(state("service"), "inactive" | "failed");
     // of a run that has failed, there is a report
     let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
-    let failed = failed.map(|kind| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"));
-    let waits = requested.filter(|since| is_idle && is_old(since));
+    let failed = failed.map(|kind| {
+        let why = paths.why_not_written().filter(|_| kind == "service");
+        why.unwrap_or_else(|| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"))
+    });
+    let off = |kind: &str| {
+        let unit = format!("ekiben-{name}.{kind}");
+        units.get(&unit).and_then(|state| off(kind, &unit, state, now))
+    };
+    let off: Vec<String> = KINDS.into_iter().filter_map(off).collect();
+    let waits = requested.filter(|since| off.is_empty() && is_idle && is_old(since));
     let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
     // a boot is judged by another unit
     let cut_off = status.running.as_ref().filter(|running| is_idle && running.stage != Stage::Boot && is_old(&running.started));
@@ -68,7 +90,22 @@ pub(super) fn problems(name: &str, units: &BTreeMap<String, Unit>, status: &Stat
     });
     let unreadable =
         status.unreadable.iter().map(|why| format!("not all that was known of it can be read, which the next run keeps aside: {why}"));
-    failed.chain(waits).chain(cut_off).chain(stale).chain(unreadable).collect()
+    failed.chain(off).chain(waits).chain(cut_off).chain(stale).chain(unreadable).collect()
+}
+
+/// Why a unit will not do what it is there for, and what to do.
+fn off(kind: &str, name: &str, unit: &Unit, now: u64) -> Option<String> {
+    Some(match &*unit.load {
+        "masked" => format!("{name} is masked; enable it in the configuration"),
+        // whoever wants no timer has none
+        "not-found" if kind != "timer" => format!("{name} is missing; run systemctl daemon-reload, or nixos-rebuild"),
+        "loaded" if unit.is_over => format!("{name} will not elapse again; correct the instance's dates"),
+        // a switch may have stopped it, to start it again
+        "loaded" if kind != "service" && unit.state == "inactive" && now.abs_diff(unit.off_since) > PATIENCE => {
+            format!("{name} is not active; run systemctl start {name}")
+        }
+        _ => return None,
+    })
 }
 
 #[cfg(test)]
@@ -87,9 +124,9 @@ mod tests {
         };
         let found = |service: &str, path: &str, status: &Status, requested| {
             let units = [("service", service), ("path", path), ("timer", "active")];
-            let units =
-                units.map(|(kind, state)| (format!("ekiben-app.{kind}"), Unit { state: state.to_owned(), ..Unit::default() })).into();
-            problems("app", &units, status, requested, now).join("; ")
+            let unit = |state: &str| Unit { state: state.to_owned(), load: "loaded".into(), off_since: new, ..Unit::default() };
+            let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), unit(state))).into();
+            problems(&Paths::new("app"), &units, status, requested, now).join("; ")
         };
         let (idle, none) = (Status::default(), "");
         assert_eq!(found("inactive", "active", &idle, None), none);
@@ -103,7 +140,18 @@ mod tests {
                 .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
         );
         assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
+        let off = |kind: &str, load: &str, off_since, is_over| {
+            let unit = Unit { state: "inactive".into(), load: load.into(), off_since, is_over, ..Unit::default() };
+            off(kind, &format!("x.{kind}"), &unit, now).unwrap_or_default()
+        };
+        assert_eq!(off("path", "loaded", new, false) + &off("service", "loaded", old, false) + &off("timer", "not-found", 0, false), none);
+        for since in [0, old] {
+            assert_eq!(off("timer", "loaded", since, false), "x.timer is not active; run systemctl start x.timer");
+        }
+        assert!(off("timer", "loaded", old, true).starts_with("x.timer will not elapse again"));
+        assert!(off("path", "masked", new, false).starts_with("x.path is masked; enable it"));
+        assert!(off("path", "not-found", 0, false).starts_with("x.path is missing; run systemctl daemon-reload"));
         // systemd has not answered
-        assert_eq!(problems("app", &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
+        assert_eq!(problems(&Paths::new("app"), &BTreeMap::new(), &running(old), Some(old), now), Vec::<String>::new());
     }
 }

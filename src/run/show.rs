@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::gather::gather;
 use crate::nix::progress;
 use crate::paths::Paths;
-use crate::run::drift::{drift, unwell};
+use crate::run::drift::{awaits, drift, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::notify::untold;
@@ -62,6 +62,9 @@ struct Details {
     is_building: bool,
     /// What the run under way waits for.
     waiting: Option<String>,
+    /// For how long it has awaited the next boot, and how that comes about.
+    #[serde(skip)]
+    awaits: Option<String>,
     /// What it builds and fetches: n of m.
     progress: Option<String>,
     #[serde(flatten)]
@@ -78,10 +81,10 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     };
     // before all else: what began later is no fault
     let units = unit_states(&names);
-    let is_asked_for =
-        |name: &str| config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
+    // of the machine, not of one of them
+    let drift = drift(&Paths::new(""));
     let shown: BTreeMap<String, Details> =
-        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(name, &units, is_asked_for(name)))));
+        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(config, name, &units, drift.as_deref()))));
     if json {
         return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
     }
@@ -116,7 +119,7 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         });
         let held =
             shown.hold.as_ref().map(|hold| format!("held until {} {}; to end that: ekiben resume {name}", moment(hold.until), hold.why()));
-        let awaiting = shown.status.awaiting.as_ref().map(|_| "awaits the next boot; reboot to have it deployed".to_owned());
+        let awaiting = shown.awaits.as_ref().map(|how| format!("awaits the next boot{how}"));
         let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name, now));
         let waiting = shown.waiting.as_ref().map(|what| format!("waiting: {what}"));
         let known =
@@ -184,8 +187,8 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("log", &format!("ekiben log {name} {}", run.id));
         add("journal", &format!("journalctl {INVOCATION}={}", run.id));
     }
-    if let Some(awaiting) = &shown.status.awaiting {
-        add("awaiting", &format!("the next boot: {}", awaiting.commit));
+    if let (Some(awaiting), Some(how)) = (&shown.status.awaiting, &shown.awaits) {
+        add("awaiting", &format!("the next boot: {}{how}", awaiting.commit));
     }
     for run in shown.status.runs.iter().skip(1).take(EARLIER) {
         let commit = run.commit.as_deref().map(short).unwrap_or_default();
@@ -208,17 +211,18 @@ fn asked(trigger: Trigger, by: &[String]) -> String {
 }
 
 impl Details {
-    fn of(name: &str, units: &BTreeMap<String, Unit>, has_webhook: bool) -> Self {
+    fn of(config: &Config, name: &str, units: &BTreeMap<String, Unit>, drift: Option<&str>) -> Self {
         let paths = Paths::new(name);
+        let has_webhook = config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
         let (request, status) = (paths.request(), Status::read(&paths));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok().map(seconds);
         let service = units.get(&service::unit(name));
         let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
-        let mut problems = problems(name, units, &status, since, now());
+        let mut problems = problems(&paths, units, &status, since, now());
         problems.extend(unwell(&paths, &status).map(|why| format!("not well any more: {why}; see to that, or run ekiben rollback {name}")));
-        problems.extend(drift(&paths));
+        problems.extend(drift.map(String::from));
         problems.extend(untold(&paths, now()));
-        problems.extend(has_webhook.then(|| webhook_problems(units)).into_iter().flatten());
+        problems.extend(has_webhook.then(|| webhook_problems(units, now())).into_iter().flatten());
         Self {
             well: problems.is_empty() && !status.has_failed(),
             problems,
@@ -228,6 +232,7 @@ impl Details {
             looked: paths.last_looked().filter(|looked| status.runs.first().is_some_and(|last| last.finished <= *looked)),
             is_building: service.is_some_and(|service| service.is_building),
             waiting: said.clone().filter(|text| !text.starts_with(progress::BEGIN)),
+            awaits: config.instances.get(name).and_then(|instance| awaits(&status, &instance.reboot, now())),
             progress: said.and_then(|text| text.strip_prefix(progress::BEGIN).map(String::from)),
             status,
             output: fs::read_to_string(paths.output()).unwrap_or_default(),

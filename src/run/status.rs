@@ -12,12 +12,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Error, OrLog, Result};
+use crate::names::RunId;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::bad::Bad;
 use crate::run::ended::Ended;
 use crate::run::journal::{FORMAT, Run};
-use crate::run::notes::{Proposal, run_id};
+use crate::run::notes::Proposal;
 use crate::run::undo::Undone;
 use crate::run::{Outcome, Release, Stage, Trigger, asker};
 use crate::system::{self, now, service};
@@ -266,11 +267,10 @@ impl Status {
         Self { undone: None, ..Self::read(paths) }.write(paths)
     }
 
-    /// Says that this process' run failed before it had a journal, unless it has been reported.
-    pub fn report_unopened(paths: &Paths, why: &str) -> Result<()> {
+    /// Says that a run failed before it had a journal, unless it has been reported.
+    pub fn report_unopened(paths: &Paths, run: &RunId, why: &str) -> Result<()> {
         let mut status = Self { running: None, ..Self::read(paths) };
-        let id = run_id()?.to_string();
-        let mut started = now();
+        let (id, mut started) = (run.to_string(), now());
         if let Some(last) = status.runs.first() {
             if last.id == id {
                 return Ok(());

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::Instance;
 use crate::error::{Error, OrLog, Result};
 use crate::fault;
+use crate::names::RunId;
 use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::notes::run_id;
@@ -44,7 +45,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         Ok(false) => {}
         Ok(true) => return Ok(()),
         Err(error) => {
-            let _ = Status::report_unopened(paths, &error.to_string());
+            let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &error.to_string()));
             return Err(error);
         }
     }
@@ -68,7 +69,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         if paths.journal().exists() {
             run.end(paths)?;
         }
-        let _ = Status::report_unopened(paths, &error.to_string());
+        let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &error.to_string()));
         Err(error)
     })
 }
@@ -76,15 +77,22 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
 /// After a run that has failed: if it could not begin, or has not come to its end, has another one start as soon as it
 /// can. Until then the unit is seen to have failed.
 pub fn retry(paths: &Paths) -> Result<()> {
-    let could_not_begin = cut_off::could_not_begin(&std::env::var("MONITOR_EXIT_STATUS").unwrap_or_default());
-    if !could_not_begin && !paths.journal().exists() {
+    let ended = |what: &str| std::env::var(what).unwrap_or_default();
+    let exit_status = ended("MONITOR_EXIT_STATUS");
+    let could_not_begin = cut_off::could_not_begin(&exit_status, paths.name());
+    if could_not_begin.is_none() && !paths.journal().exists() {
         return Ok(());
     }
     paths.restore();
+    let run = RunId::try_from(ended("MONITOR_INVOCATION_ID")).ok();
+    if let Some((why, run)) = could_not_begin.as_ref().zip(run).filter(|_| exit_status != TRY_AGAIN.to_string()) {
+        // systemd could run nothing at all, so nothing has reported that
+        let _ = Status::report_unopened(paths, &run, why);
+    }
     if paths.check_can_be_written().is_ok() {
         let runs = Status::read(paths).runs;
         let since = runs.first().filter(|run| run.stage == Some(Stage::Begin)).map_or(0, |run| run.started);
-        let longest = if could_not_begin { LONGEST } else { SHORTEST };
+        let longest = if could_not_begin.is_some() { LONGEST } else { SHORTEST };
         thread::sleep(Duration::from_secs(now().saturating_sub(since).clamp(SHORTEST, longest)));
     }
     let unit = service::unit(paths.name());

@@ -36,9 +36,9 @@ const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(paths: &Paths) -> Result<()> {
-    if could_not_begin(&exit_status()) {
+    if let Some(why) = could_not_begin(&exit_status(), paths.name()) {
         // which has tried to end what there was to end
-        let _ = Status::report_unopened(paths, "it could not begin; see the journal of its unit");
+        let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &why));
         return Ok(());
     }
     if !service_result().is_empty() {
@@ -60,8 +60,8 @@ fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
         return match service_result().as_str() {
             "" | "success" => Ok(()),
             _ => {
-                let why = not_undone(paths).next().unwrap_or_else(|| "the run could not start; see the journal of its unit".into());
-                Status::report_unopened(paths, &why)
+                let unknown = || format!("the run could not start; for the reason, see ekiben log {}", paths.name());
+                Status::report_unopened(paths, &run_id()?, &not_undone(paths).next().unwrap_or_else(unknown))
             }
         };
     };

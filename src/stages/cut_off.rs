@@ -6,13 +6,14 @@ use crate::run::journal::{Phase, Run};
 use crate::run::{Failure, Stage, Trigger};
 use crate::system::boot_id;
 
-/// How systemd says that a run could not begin, by the exit status of that stage, or those of systemd.exec(5) where
-/// directories or credentials could not be set up.
-const COULD_NOT_BEGIN: [&str; 4] = ["75", "238", "239", "243"];
-
-/// Whether a run has ended that could not begin, by what systemd says of its end.
-pub fn could_not_begin(exit_status: &str) -> bool {
-    COULD_NOT_BEGIN.contains(&exit_status)
+/// Why a run that has ended could not begin, by what systemd says of its end: the exit status of that stage, or those of
+/// systemd.exec(5) where directories, credentials or the user could not be set up; none if it could.
+pub fn could_not_begin(exit_status: &str, instance: &str) -> Option<String> {
+    match exit_status {
+        "75" | "238" | "239" | "243" => Some(format!("the run could not begin; for the reason, see ekiben log {instance}")),
+        "216" | "217" => Some("the instance's user, or a group of that, does not exist; create it, and the run begins by itself".into()),
+        _ => None,
+    }
 }
 
 /// How the unit's stages have ended, as systemd says to what it runs after them; else empty.

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
 use crate::nix::profile::SYSTEM_PROFILE;
-use crate::paths::Paths;
+use crate::paths::{Paths, REBOOTED};
 use crate::program::Program;
 use crate::run::hold::Hold;
 use crate::run::journal::Run;
@@ -14,8 +14,6 @@ use crate::run::status::Status;
 use crate::system::boot_loader::BootLoader;
 use crate::{files, system};
 
-/// What this machine was rebooted for, a line each, the last one at the end.
-const REBOOTED: &str = "/var/lib/ekiben/rebooted";
 /// How many of them are remembered.
 const REMEMBERED: usize = 100;
 

@@ -21,6 +21,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const RECOVERY: Duration = Duration::from_secs(10);
 /// How often later runs try again to go back.
 const RETURNS: u32 = 3;
+/// What is left to do then.
+const BY_HAND: &str = "manual intervention is required: run nixos-rebuild, or boot an older generation";
 
 /// Puts back what the journal says was before, unless that is switched off; says so if that fails.
 pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
@@ -56,7 +58,7 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
         }
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
-            let message = format!("{first}Failed to roll back: {error}; manual intervention is required");
+            let message = format!("{first}Failed to roll back: {error}; {BY_HAND}");
             run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
             Outcome::Stuck
         }
@@ -179,7 +181,7 @@ pub fn go_back_again(paths: &Paths) -> Result<bool> {
     if !is_by_hand {
         if run.returns >= RETURNS {
             let system = before.system.display();
-            return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); manual intervention is required")));
+            return Err(Error::new(format!("Failed to roll back to {system} ({RETURNS} attempts); {BY_HAND}")));
         }
         run.returns += 1;
         run.save()?;

@@ -56,9 +56,8 @@ impl Turn {
         let file = File::options().append(true).create(true).mode(0o600).open(TURN).context(doing)?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).or_else(|(file, _)| {
             log::info!("Another run is switching this machine; waiting ...");
-            let tell = |what: &str| drop(sd_notify::notify(&[NotifyState::Status(what)]));
-            tell("another run is switching this machine");
-            Flock::lock(file, FlockArg::LockExclusive).inspect(|_| tell(""))
+            show("another run is switching this machine");
+            Flock::lock(file, FlockArg::LockExclusive).inspect(|_| show(""))
         });
         Ok(Self { lock: lock.map_err(|(_, error)| error).context(doing)?, is_used: true })
     }
@@ -98,6 +97,11 @@ impl Drop for Turn {
             let _ = (&*self.lock).write_all(b".");
         }
     }
+}
+
+/// What the run waits for, for `ekiben status`.
+fn show(what: &str) {
+    let _ = sd_notify::notify(&[NotifyState::Status(what)]);
 }
 
 /// Seconds since 1970.
@@ -247,15 +251,21 @@ pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str) -> R
 
 fn switch(system: &Path, action: &str, limit: u64, doing: &str, with_checks: bool) -> Result<Exited> {
     let deadline = Instant::now() + Duration::from_secs(limit);
+    let mut has_waited = false;
     loop {
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
         let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };
         let ended = program.watch_for(WATCHED).run(Duration::from_secs(limit), || doing.into())?;
+        if has_waited {
+            show("");
+        }
         if !ended.is_locked() || Instant::now() > deadline {
             return Ok(ended);
         }
         log::info!("Something else is switching this machine; waiting ...");
+        show("something else is switching this machine");
+        has_waited = true;
         thread::sleep(PAUSE);
     }
 }
