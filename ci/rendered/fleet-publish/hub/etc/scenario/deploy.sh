@@ -9,7 +9,7 @@ while sleep 5; do
     | (if $ARGS.positional == [] then $hosts | keys else $ARGS.positional end) as $wanted
     | [$wanted[] | $hosts[.].state // "failing"] as $states
     | if .served < $request or .running != null then "building"
-      elif .last.result == "failed" or any($states[]; IN("failing", "stopped", "held")) then "failing"
+      elif .last.result == "failed" or $states == [] or any($states[]; IN("failing", "stopped", "held")) then "failing"
       elif all($states[]; . == "deployed") then "deployed"
       elif any($states[]; . == "waiting") then "waiting"
       else "published" end' --args -- "$@")
