@@ -39,23 +39,22 @@ pub fn parse_foreign<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
 /// Parses what Ekiben itself has written, perhaps a newer version: keys that are unknown are ignored, and those that have an
 /// unknown one of several values.
 pub fn parse_own<T: DeserializeOwned>(text: &[u8]) -> Result<T, Invalid> {
-    let mut value = value(text)?;
-    loop {
-        match from_value(&value) {
-            Err(error) if error.is_newer() && has_removed(&mut value, &error) => {}
-            other => return other,
-        }
-    }
+    parse_without(text, Invalid::is_newer).map(|(own, _)| own)
 }
 
 /// The same of what is the better the more of it can be read: whatever makes no sense is ignored. Returns what that was, the
 /// first of it.
 pub fn parse_most<T: DeserializeOwned>(text: &[u8]) -> Result<(T, Option<Invalid>), Invalid> {
+    parse_without(text, |_| true)
+}
+
+/// Parses a text without what is to be ignored. Returns the first that a newer version does not explain, too.
+fn parse_without<T: DeserializeOwned>(text: &[u8], is_ignored: fn(&Invalid) -> bool) -> Result<(T, Option<Invalid>), Invalid> {
     let (mut value, mut first) = (value(text)?, None);
     loop {
         match from_value(&value) {
-            Ok(most) => return Ok((most, first)),
-            Err(error) if !has_removed(&mut value, &error) => return Err(error),
+            Ok(parsed) => return Ok((parsed, first)),
+            Err(error) if !is_ignored(&error) || !has_removed(&mut value, &error) => return Err(error),
             Err(error) => first = first.or(Some(error).filter(|error| !error.is_newer())),
         }
     }
