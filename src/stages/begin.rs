@@ -45,7 +45,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         Ok(false) => {}
         Ok(true) => return Ok(()),
         Err(error) => {
-            let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &error.to_string()));
+            let _ = cut_off::report_unopened(paths, &error.to_string());
             return Err(error);
         }
     }
@@ -69,7 +69,7 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
         if paths.journal().exists() {
             run.end(paths)?;
         }
-        let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &error.to_string()));
+        let _ = cut_off::report_unopened(paths, &error.to_string());
         Err(error)
     })
 }

@@ -23,7 +23,7 @@ use crate::run::notes::{Notes, run_id};
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger, asker, queue};
 use crate::stages::branch::Fate;
-use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, not_undone, service_result};
+use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, not_undone, report_unopened, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::{self, Turn, boot_id, service};
 use crate::text::short;
@@ -38,7 +38,7 @@ const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 pub fn conclude(paths: &Paths) -> Result<()> {
     if let Some(why) = could_not_begin(&exit_status(), paths.name()) {
         // which has tried to end what there was to end
-        let _ = run_id().and_then(|run| Status::report_unopened(paths, &run, &why));
+        let _ = report_unopened(paths, &why);
         return Ok(());
     }
     if !service_result().is_empty() {
@@ -61,7 +61,7 @@ fn conclude_as(paths: &Paths, decision: Option<Decision>) -> Result<()> {
             "" | "success" => Ok(()),
             _ => {
                 let unknown = || format!("the run could not start; for the reason, see ekiben log {}", paths.name());
-                Status::report_unopened(paths, &run_id()?, &not_undone(paths).next().unwrap_or_else(unknown))
+                report_unopened(paths, &not_undone(paths).next().unwrap_or_else(unknown))
             }
         };
     };

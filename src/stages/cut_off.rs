@@ -1,8 +1,11 @@
 //! What systemd and the journal say of a run none of whose stages says how it has ended.
 
+use crate::error::Result;
 use crate::files;
 use crate::paths::Paths;
 use crate::run::journal::{Phase, Run};
+use crate::run::notes::run_id;
+use crate::run::status::Status;
 use crate::run::{Failure, Stage, Trigger};
 use crate::system::boot_id;
 
@@ -14,6 +17,11 @@ pub fn could_not_begin(exit_status: &str, instance: &str) -> Option<String> {
         "216" | "217" => Some("the instance's user, or a group of that, does not exist; create it, and the run begins by itself".into()),
         _ => None,
     }
+}
+
+/// Reports that this process' run failed before it had a journal.
+pub fn report_unopened(paths: &Paths, why: &str) -> Result<()> {
+    Status::report_unopened(paths, &run_id()?, why)
 }
 
 /// How the unit's stages have ended, as systemd says to what it runs after them; else empty.
