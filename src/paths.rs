@@ -70,6 +70,7 @@ places! {
     /// Which of the hub's files are in their places. Root's only.
     installed: "files/<instance>.json";
 }
+
 /// What this machine was rebooted for, a line each, the last one at the end.
 pub const REBOOTED: &str = "/var/lib/ekiben/rebooted";
 /// What a run has to write before it begins, in bytes.
@@ -170,7 +171,7 @@ impl Paths {
 
     /// A file of the user's own.
     pub fn own(&self, file: &str) -> PathBuf {
-        self.root.join("instances").join(&self.name).join(file)
+        self.place("instances/<instance>").join(file)
     }
 
     /// A directory for what nobody needs later, empty: whatever has been left in its place is removed.

@@ -47,13 +47,17 @@ mod tests {
     use serde_json::{Value, json};
     use std::fs;
 
-    #[test]
-    fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
-        let directory = Directory::new();
+    fn paths(directory: &Directory) -> Paths {
         for below in ["queue", "status"] {
             fs::create_dir(directory.path().join(below)).unwrap();
         }
-        let paths = Paths::below(directory.path(), "app");
+        Paths::below(directory.path(), "app")
+    }
+
+    #[test]
+    fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
+        let directory = Directory::new();
+        let paths = paths(&directory);
         let options = json!({
             "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
             "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
@@ -70,10 +74,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_not_deployed() {
         let directory = Directory::new();
-        for below in ["queue", "status"] {
-            fs::create_dir(directory.path().join(below)).unwrap();
-        }
-        let paths = Paths::below(directory.path(), "app");
+        let paths = paths(&directory);
         let result = || -> Result<(u64, Option<String>)> {
             let state: Value = serde_json::from_str(&for_clients(&paths)?).unwrap();
             Ok((state["served"].as_u64().unwrap(), state["last"]["result"].as_str().map(String::from)))
