@@ -149,7 +149,7 @@ with subtest("what has failed, and the first success after it, is told, in the u
               "id -un | curl -fsS -d @- http://127.0.0.1:8000/; "
               "touch /srv/app/x /home/deploy/x; true")
     publish(machine, "app", "5")
-    notified("deployed")
+    quiet = notified("deployed")
     found = told()
     assert found == [], found
     publish(machine, "app", "6", trouble="activation")
@@ -193,6 +193,9 @@ with subtest("a command that goes on failing is a problem, until it succeeds"):
     machine.wait_until_succeeds(f"[ $(journalctl -q -o cat -u '{unit}' | grep -cF ': exited with 1; trying again in 5 s.') = 2 ]")
     assert known not in machine.execute("ekiben status app")[1]
     machine.succeed(f"systemctl stop {unit}")
+    assert known in machine.execute("ekiben status app")[1]
+    # a run that is not told says nothing of the command
+    machine.succeed(f"systemctl start ekiben-notify-app@{quiet['id']}.service")
     assert known in machine.execute("ekiben status app")[1]
     machine.succeed("touch /srv/other/ready", f"systemctl start {unit}", "rm /srv/other/ready")
     assert known not in machine.execute("ekiben status app")[1] and len(told()) == 1

@@ -139,7 +139,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         }
         ["metrics", file] => metrics::write(&config()?, Path::new(file)),
         ["notify", name, run, on, command] => notify::notify(&paths(name)?, run, on, command),
-        ["notified", name, run] => notify::note(&paths(name)?, run),
+        ["notified", name, run, on] => notify::note(&paths(name)?, run, on),
         // after the switch, the configuration may know nothing of the instance any more
         ["deliver", name] => stage(file, name, delivery::deliver),
         ["install", name] => stage(file, name, |paths, instance| instance.hub.as_ref().map_or(Ok(()), |hub| secrets::install(paths, hub))),

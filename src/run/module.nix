@@ -628,7 +628,7 @@ let
     serviceConfig = networkSandbox // {
       Type = "oneshot";
       ExecStart = "${ekiben} notify ${name} %i ${instance.notify.on} ${utils.escapeSystemdExecArg instance.notify.command}";
-      ExecStopPost = "+${ekiben} notified ${name} %i";
+      ExecStopPost = "+${ekiben} notified ${name} %i ${instance.notify.on}";
       SyslogIdentifier = "ekiben";
       # five attempts
       TimeoutStartSec = "40min";

@@ -29,14 +29,9 @@ const PAUSES: [u64; 4] = [5, 15, 40, 120];
 
 /// Runs the command, if the end of the run is to be told by `on`. Fails when the last attempt has.
 pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
-    let runs = Status::read(paths).runs;
-    let runs = runs.iter().skip_while(|ended| ended.id != run).collect::<Vec<_>>();
-    let (ended, earlier) = runs.split_first().ok_or_else(|| Error::new(format!("Failed to find run {run} of {}", paths.name())))?;
-    if !is_told(ended, earlier, on) {
-        return Ok(());
-    }
+    let Some(ended) = to_tell(paths, run, on)? else { return Ok(()) };
     let host = host_name();
-    let told = json!({ "format": FORMAT, "instance": paths.name(), "host": host, "run": ended });
+    let told = json!({ "format": FORMAT, "instance": paths.name(), "host": host, "run": &ended });
     let why = ended.error.as_deref().or(ended.summary.as_deref()).filter(|why| !why.is_empty());
     let title = format!("{} on {host}: {}", paths.name(), ended.result);
     let facts = [
@@ -69,8 +64,12 @@ pub fn notify(paths: &Paths, run: &str, on: &str, command: &str) -> Result<()> {
     attempt()
 }
 
-/// Notes for `ekiben status` whether the command has failed, as systemd says of its unit, which runs this as root.
-pub fn note(paths: &Paths, run: &str) -> Result<()> {
+/// Notes for `ekiben status` whether the command has failed, as systemd says of its unit, which runs this as root. A run whose
+/// end is not to be told says nothing of that.
+pub fn note(paths: &Paths, run: &str, on: &str) -> Result<()> {
+    if to_tell(paths, run, on)?.is_none() {
+        return Ok(());
+    }
     let path = paths.untold();
     if std::env::var("SERVICE_RESULT").is_ok_and(|result| result == "success") {
         return files::remove(&path).doing("remove", &path);
@@ -82,6 +81,14 @@ pub fn note(paths: &Paths, run: &str) -> Result<()> {
 pub fn untold(paths: &Paths, now: u64) -> Option<String> {
     let failed = seconds(paths.untold().metadata().and_then(|file| file.modified()).ok()?);
     Some(format!("notify.command failed {}; see journalctl -u 'ekiben-notify-{}@*'", ago(failed, now), paths.name()))
+}
+
+/// A run, if its end is to be told by `on`.
+fn to_tell(paths: &Paths, run: &str, on: &str) -> Result<Option<Ended>> {
+    let mut runs = Status::read(paths).runs.into_iter().skip_while(|ended| ended.id != run);
+    let ended = runs.next().ok_or_else(|| Error::new(format!("Failed to find run {run} of {}", paths.name())))?;
+    let earlier: Vec<_> = runs.collect();
+    Ok(is_told(&ended, &earlier.iter().collect::<Vec<_>>(), on).then_some(ended))
 }
 
 /// Whether the end of a run is told, by what it is and the runs before it, the last one first.
