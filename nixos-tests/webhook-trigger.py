@@ -219,18 +219,28 @@ if is_host(server):
         fails_with("ekiben-app.timer will not elapse again")
         server.succeed(f"systemctl stop ekiben-app.timer; rm {timer}; systemctl daemon-reload; ekiben status")
 
-    with subtest("the instance's user is gone: said, tried again, not over and over, and served when the user is there again"):
-        publish(server, "app", "gone")
-        server.succeed("cp /etc/passwd /tmp/passwd; sed -i /^deploy:/d /etc/passwd")
-        began = server.succeed("date +%s.%N").strip()
-        server.succeed("ekiben trigger app")
-        server.wait_until_succeeds(knows("app", '.runs[0].error // "" | contains("user, or a group of that, does not exist")'), timeout=30)
-        server.fail("ekiben status")
-        assert int(server.succeed(f"journalctl -q -o cat -u ekiben-app --since @{began} | grep -c ^Starting")) <= 3
-        server.succeed("cat /tmp/passwd > /etc/passwd")
-        server.wait_until_succeeds("grep -x gone /etc/app", timeout=60)
-        wait_until_at_rest(server, "app")
-        check_deployed(server, "app")
+    with subtest("what the unit needs is gone: said, tried again, not over and over, and served when it is there again"):
+        drop_in = "/run/systemd/system/ekiben-app.service.d"
+        for what, removed, restored in (
+            ("user, or a group of that, does not exist", "cp /etc/passwd /tmp/passwd; sed -i /^deploy:/d /etc/passwd", "cat /tmp/passwd > /etc/passwd"),
+            (
+                "the run could not begin; for the reason, see ekiben log app",
+                f"mkdir {drop_in}; printf '[Service]\nBindReadOnlyPaths=/nowhere\n' > {drop_in}/x.conf; systemctl daemon-reload",
+                f"rm -r {drop_in}; systemctl daemon-reload",
+            ),
+        ):
+            content = f"gone-{len(what)}"
+            publish(server, "app", content)
+            server.succeed(removed)
+            began = server.succeed("date +%s.%N").strip()
+            server.succeed("ekiben trigger app")
+            server.wait_until_succeeds(knows("app", f'.runs[0].error // "" | contains("{what}")'), timeout=30)
+            server.fail("ekiben status")
+            assert int(server.succeed(f"journalctl -q -o cat -u ekiben-app --since @{began} | grep -c ^Starting")) <= 3
+            server.succeed(restored)
+            server.wait_until_succeeds(f"grep -x {content} /etc/app", timeout=60)
+            wait_until_at_rest(server, "app")
+            check_deployed(server, "app")
 
     def typed(start, page="README.md"):
         """What a page has one type, from `start` to the end of the block."""

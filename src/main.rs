@@ -40,7 +40,7 @@ use crate::paths::Paths;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch;
-use crate::stages::{activate, begin, boot, build, conclude, prepare, publish, reboot, trial, watch};
+use crate::stages::{activate, begin, boot, build, conclude, cut_off, prepare, publish, reboot, trial, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 use crate::system::service;
@@ -117,7 +117,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         // by another exit status, its unit knows that the request is still there
         ["begin", name] => {
             let begun = stage(file, name, begin::begin).or_error();
-            return Ok(begun.map_or(begin::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
+            return Ok(begun.map_or(cut_off::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
         ["watch", name] => stage(file, name, watch::watch),
         ["look", name] => stage(file, name, prepare::look),

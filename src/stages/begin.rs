@@ -17,8 +17,6 @@ use crate::stages::watch::watch;
 use crate::stages::{boot, conclude, cut_off, rollback};
 use crate::system::{boot_id, has_unit, now, service};
 
-/// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
-pub const TRY_AGAIN: u8 = 75;
 /// Between two looks at a disk that cannot be written; growing.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(800)];
 /// The shortest and the longest time until the next try where nothing is seen to be in the way, in seconds; in between, as
@@ -78,14 +76,16 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
 /// can. Until then the unit is seen to have failed.
 pub fn retry(paths: &Paths) -> Result<()> {
     let ended = |what: &str| std::env::var(what).unwrap_or_default();
-    let exit_status = ended("MONITOR_EXIT_STATUS");
-    let could_not_begin = cut_off::could_not_begin(&exit_status, paths.name());
+    let (run, exit_status) = (ended("MONITOR_INVOCATION_ID"), ended("MONITOR_EXIT_STATUS"));
+    let has_begun = Status::read(paths).runs.first().is_some_and(|last| last.id == run && last.stage != Some(Stage::Begin));
+    let could_not_begin = cut_off::could_not_begin(&exit_status, paths.name()).filter(|_| !has_begun);
     if could_not_begin.is_none() && !paths.journal().exists() {
         return Ok(());
     }
     paths.restore();
-    let run = RunId::try_from(ended("MONITOR_INVOCATION_ID")).ok();
-    if let Some((why, run)) = could_not_begin.as_ref().zip(run).filter(|_| exit_status != TRY_AGAIN.to_string()) {
+    if let Some((why, run)) =
+        could_not_begin.as_ref().zip(RunId::try_from(run).ok()).filter(|_| exit_status != cut_off::TRY_AGAIN.to_string())
+    {
         // systemd could run nothing at all, so nothing has reported that
         let _ = Status::report_unopened(paths, &run, why);
     }

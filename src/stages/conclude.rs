@@ -23,7 +23,7 @@ use crate::run::notes::{Notes, run_id};
 use crate::run::status::Status;
 use crate::run::{Failure, Outcome, Stage, Trigger, asker, queue};
 use crate::stages::branch::Fate;
-use crate::stages::cut_off::{could_not_begin, cut_off, exit_status, not_undone, report_unopened, service_result};
+use crate::stages::cut_off::{TRY_AGAIN, could_not_begin, cut_off, exit_status, not_undone, report_unopened, service_result};
 use crate::stages::{release, rollback, settle, trial, undo};
 use crate::system::{self, Turn, boot_id, service};
 use crate::text::short;
@@ -36,7 +36,8 @@ const LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Ends the run whose journal is there, if there is one.
 pub fn conclude(paths: &Paths) -> Result<()> {
-    if let Some(why) = could_not_begin(&exit_status(), paths.name()) {
+    let has_begun = exit_status() != TRY_AGAIN.to_string() && paths.journal().exists();
+    if let Some(why) = could_not_begin(&exit_status(), paths.name()).filter(|_| !has_begun) {
         // which has tried to end what there was to end
         let _ = report_unopened(paths, &why);
         return Ok(());

@@ -9,12 +9,15 @@ use crate::run::status::Status;
 use crate::run::{Failure, Stage, Trigger};
 use crate::system::boot_id;
 
-/// Why a run that has ended could not begin, by what systemd says of its end: the exit status of that stage, or those of
-/// systemd.exec(5) where directories, credentials or the user could not be set up; none if it could.
+/// The exit status of a run that could not begin: `EX_TEMPFAIL` of sysexits.h.
+pub const TRY_AGAIN: u8 = 75;
+
+/// Why a run that has ended could not begin, by what systemd says of its end: the exit status of that stage, or one of those
+/// of systemd.exec(5), from 200 on, where it could not set up what the unit needs and has run nothing; none if it could.
 pub fn could_not_begin(exit_status: &str, instance: &str) -> Option<String> {
-    match exit_status {
-        "75" | "238" | "239" | "243" => Some(format!("the run could not begin; for the reason, see ekiben log {instance}")),
-        "216" | "217" => Some("the instance's user, or a group of that, does not exist; create it, and the run begins by itself".into()),
+    match exit_status.parse::<u8>().ok()? {
+        216 | 217 => Some("the instance's user, or a group of that, does not exist; create it, and the run begins by itself".into()),
+        TRY_AGAIN | 200.. => Some(format!("the run could not begin; for the reason, see ekiben log {instance}")),
         _ => None,
     }
 }
