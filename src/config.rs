@@ -332,7 +332,7 @@ impl Config {
     /// Reads and checks the file; an error names it, and the key that is wrong.
     pub fn read(path: &Path) -> Result<Self> {
         let text = match fs::read_to_string(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
+            Err(error) if error.kind() == ErrorKind::NotFound && path == Path::new(DEFAULT) => {
                 return Err("it is not there; enable services.ekiben on this machine").doing("read", path);
             }
             found => found.doing("read", path)?,

@@ -90,7 +90,13 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
     let config = || Config::read(file);
     let webhook = || config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"));
     let done = match arguments {
-        [] | ["--help" | "-h" | "help"] => print(HELP),
+        ["fleet", "files", file] => {
+            let config = Config::read(Path::new(file))?;
+            offer::serve(&config.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?)
+        }
+        ["fleet", rest @ ..] => return command::command(rest),
+        // behind a command, too, where it would be taken for a name
+        [] | ["help", ..] | [.., "--help" | "-h"] => print(HELP),
         ["--version"] => print(concat!("ekiben ", env!("CARGO_PKG_VERSION"), "\n")),
         ["check", file] => Config::read(Path::new(file)).and_then(|_| print(&format!("{file} is valid.\n"))),
         ["trigger", name] => trigger::trigger(&config()?, name),
@@ -107,11 +113,6 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["forget-releases", name] => seen::forget(name, config()?.instance(name)?),
         // the module's one instance that has a hub
         ["forget-releases"] => config().and_then(|config| seen::forget("fleet", config.instance("fleet")?)),
-        ["fleet", "files", file] => {
-            let config = Config::read(Path::new(file))?;
-            offer::serve(&config.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?)
-        }
-        ["fleet", rest @ ..] => return command::command(rest),
         ["webhook"] => webhook::webhook(&webhook()?),
         ["tokens"] => webhook::check_tokens(&webhook()?),
         // by another exit status, its unit knows that the request is still there
@@ -165,7 +166,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             let loader = BootLoader::of(config()?.boot_loader).ok_or_else(|| Error::new("Failed to boot once: the boot loader cannot"))?;
             system.first().map_or_else(|| loader.forget(), |system| loader.boot_once(Path::new(system)))
         }
-        _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben --help", arguments.join(" ")))),
+        _ => Err(Error::misunderstood("ekiben", HELP, arguments)),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

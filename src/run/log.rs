@@ -1,7 +1,7 @@
 //! `ekiben log`: what a run has printed, shown by journalctl.
 
 use crate::config::Config;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::names::RunId;
 use crate::paths::Paths;
 use crate::program::Program;
@@ -17,14 +17,15 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     let (run, follow) = match words {
         [] => (None, false),
         ["--follow"] => (None, true),
-        [run] => (Some(*run), false),
+        [run] if !run.starts_with('-') => (Some(*run), false),
         [run, "--follow"] | ["--follow", run] => (Some(*run), true),
         _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
     };
     let runs: Vec<String> = Status::read(&Paths::new(name)).runs.into_iter().map(|run| run.id).collect();
     // its beginning will do
     let known = |word: &str| runs.iter().find(|id| id.starts_with(word)).cloned().unwrap_or(word.into());
-    let run = run.map(|run| RunId::try_from(known(run)).context(|| "find the run".into())).transpose()?;
+    let unknown = |word: &str| format!("Failed to find run {word:?}: for those of {name}, see ekiben status {name}");
+    let run = run.map(|run| RunId::try_from(known(run)).map_err(|_| Error::new(unknown(run)))).transpose()?;
     let unit = format!("--unit={}", service::unit(name));
     let journalctl = Program::new("journalctl").arg("--output=short-iso");
     let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
