@@ -363,6 +363,25 @@ with subtest("status is coloured on a terminal, and on no other, and not where N
     on_terminal = "script --quiet --return --command 'ekiben status' /dev/null"
     assert "\x1b[31mrolled back\x1b[0m" in machine.execute(on_terminal)[1]
     assert "\x1b" not in machine.execute(f"NO_COLOR=1 {on_terminal}")[1] + machine.execute("ekiben status")[1]
+    # wrapped there, too, and nothing is lost; only what has no spaces runs over
+    wrapped, whole = (machine.execute(f"NO_COLOR=1 {words}")[1] for words in ("script -qec 'ekiben status app' /dev/null", "ekiben status app"))
+    assert wrapped.split() == whole.split() and max(map(len, whole.splitlines())) > 100, whole
+    too_long = [line for line in wrapped.splitlines() if len(line) > 80 and line[12:].count(" ") and line[2] != "|"]
+    assert too_long == [], too_long
+
+with subtest("who asks for help gets it, and who errs is told what was expected"):
+    usage = machine.succeed("ekiben --help")
+    for words in ("status", "trigger", "hold app", "check"):
+        assert machine.succeed(f"ekiben {words} --help") == usage, words
+    for words, expected in (
+        ("trigger", "expected ekiben trigger [--wait] INSTANCE"),
+        ("log app zzz", "for those of app, see ekiben status app"),
+        ("log app --folow", "expected ekiben log INSTANCE [RUN] [--follow]"),
+        ("check /nowhere", "/nowhere: No such file"),
+        ("statsu", 'understand "statsu": see ekiben --help'),
+    ):
+        said = machine.fail(f"ekiben {words} 2>&1")
+        assert expected in said, said
 
 with subtest("the manual has all keys of the state as JSON"):
     known = status(machine, "app")
@@ -452,7 +471,7 @@ with subtest("the last deployment is undone, as somebody has asked; it is not de
         assert ended["result"] == "withheld" and state() == {**before, "head": after["head"]}, ended
     assert ended["by"] == ["user root"] and answer()["last"]["result"] == "withheld", ended
     said = machine.fail("ekiben trigger --wait app 2>&1")
-    assert "The run ended: withheld: the branch is ahead on purpose" in said and "s from now" in said, said
+    assert "The run ended: withheld: the branch is ahead on purpose" in said and "or, at least a minute later, run ekiben trigger app" in said, said
     said = machine.fail("ekiben rollback app 2>&1")
     assert "was undone" in said, said
     publish(machine, "app", "22")

@@ -10,24 +10,40 @@ use crate::text::{is_shown, lines};
 
 /// Whether the line on the terminal is for now.
 static IS_FOR_NOW: AtomicBool = AtomicBool::new(false);
-/// One that is longer would not be cleared.
-const COLUMNS: usize = 79;
+/// How many columns a terminal is taken to have.
+const COLUMNS: usize = 80;
 
 /// Shows lines on standard output; a reader that has gone is no error.
 pub fn print(text: &str) -> Result<()> {
     write_out(&lines(text))
 }
 
-/// The same; on a terminal, unless `NO_COLOR` is set, the first of these words that a line has is of its colour.
-pub fn print_marked(text: &str, marks: &[(&str, u8)]) -> Result<()> {
-    if !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty()) {
+/// The same; on a terminal wrapped, with so many columns in front of what is continued, and, unless `NO_COLOR` is set, the
+/// first of these words that a line has is of its colour.
+pub fn print_marked(text: &str, indent: usize, marks: &[(&str, u8)]) -> Result<()> {
+    if !std::io::stdout().is_terminal() {
         return print(text);
     }
+    let marks = if std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty()) { &[] } else { marks };
     let marked = |line: &str| {
-        let mark = marks.iter().find(|(word, _)| line.contains(word));
-        mark.map_or_else(|| line.to_owned(), |(word, colour)| line.replacen(word, &format!("\x1b[{colour}m{word}\x1b[0m"), 1)) + "\n"
+        let (mark, line) = (marks.iter().find(|(word, _)| line.contains(word)), wrapped(line, indent));
+        mark.map_or_else(|| line.clone(), |(word, colour)| line.replacen(word, &format!("\x1b[{colour}m{word}\x1b[0m"), 1))
     };
     write_out(&lines(text).lines().map(marked).collect::<String>())
+}
+
+/// A line as lines that fit on a terminal, unless a word does not.
+pub fn wrapped(text: &str, indent: usize) -> String {
+    let (mut lines, mut line) = (String::new(), String::new());
+    for word in text.split_inclusive(' ') {
+        let columns = line.chars().count() + word.trim_end().chars().count();
+        if columns > COLUMNS && line.chars().count() > indent {
+            lines.extend([line.trim_end(), "\n"]);
+            line = " ".repeat(indent);
+        }
+        line.push_str(word);
+    }
+    lines + &line + "\n"
 }
 
 /// Shows a value as JSON. What may not be shown is escaped, so that nothing is lost.
@@ -48,7 +64,8 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 pub fn print_for_now(text: Option<&str>) {
     let is_shown = IS_FOR_NOW.load(Ordering::Relaxed);
     if std::io::stdout().is_terminal() && (is_shown || text.is_some()) {
-        let line: String = lines(text.unwrap_or_default()).chars().take(COLUMNS).collect();
+        // one that is longer would not be cleared
+        let line: String = lines(text.unwrap_or_default()).chars().take(COLUMNS - 1).collect();
         let _ = write_out(&line);
         IS_FOR_NOW.store(text.is_some(), Ordering::Relaxed);
     }
@@ -60,5 +77,20 @@ fn write_out(text: &str) -> Result<()> {
     match output.write_all(clear.as_bytes()).and_then(|()| output.write_all(text.as_bytes())).and_then(|()| output.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         other => other.context(|| "write to standard output".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_wrapped_between_words_and_nothing_of_it_is_lost() {
+        assert_eq!(wrapped("", 2), "\n");
+        let row = format!("a  {}  b", "x".repeat(74));
+        assert_eq!(wrapped(&row, 2), format!("{row}\n"));
+        assert_eq!(wrapped(&format!("{row} c"), 2), format!("{row}\n  c\n"));
+        let path = "/".repeat(90);
+        assert_eq!(wrapped(&format!("  log       {path} b"), 12), format!("  log       {path}\n            b\n"));
     }
 }

@@ -4,9 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Instance;
 use crate::error::{Error, Result};
+use crate::run::hold::moment;
 use crate::run::notes::Proposal;
 use crate::system::now;
-use crate::text::{ago, times};
+use crate::text::times;
 
 /// How long what is known to be bad is not tried again when it was tried once, in seconds; twice that for each more.
 const FIRST_PAUSE: u64 = 60;
@@ -59,15 +60,16 @@ impl Bad {
         if !self.is(proposal, options) {
             return Ok(());
         }
-        let (now, retry) = (now(), self.retry_after());
-        if is_asked && !self.is_too_early(now) {
+        let is_too_early = self.is_too_early(now());
+        if is_asked && !is_too_early {
             return Ok(());
         }
         let ask = format!("run `ekiben trigger {instance}` to try it again");
-        let wait = if self.is_too_early(now) { format!(", not before {} s from now", retry.saturating_sub(now)) } else { String::new() };
-        let (commit, tries, when) = (&proposal.commit, times(self.tries), ago(self.tried, now));
+        // what is read later, too; a moment has no seconds
+        let wait = if is_too_early { format!(", not before {}", moment(self.retry_after() + 59)) } else { String::new() };
+        let (commit, tries, when) = (&proposal.commit, times(self.tries), moment(self.tried));
         Err(Error::new(format!(
-            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last {when}; {ask}{wait}): {}",
+            "Failed to deploy {commit}: it is known to be bad (tried {tries}, last on {when}; {ask}{wait}): {}",
             self.error
         )))
     }
@@ -107,10 +109,13 @@ mod tests {
         let now = now();
         assert!(try_again(&bad(1, now - 61), true).is_ok());
         let error = try_again(&bad(1, now - 61), false).unwrap_err().to_string();
-        assert!(error.contains("known to be bad (tried once, last 1 min ago; run `ekiben trigger app`"), "{error}");
+        // as true later as now
+        let last = format!("known to be bad (tried once, last on {}; run `ekiben trigger app` to try it again)", moment(now - 61));
+        assert!(error.contains(&last), "{error}");
         assert!(error.ends_with("Failed to pass health check app"), "{error}");
         let error = try_again(&bad(3, now - 61), true).unwrap_err().to_string();
-        assert!(error.contains("not before 179 s from now") || error.contains("not before 178 s from now"), "{error}");
+        let from = moment((now - 61 + 240).next_multiple_of(60));
+        assert!(error.contains(&format!("to try it again, not before {from})")), "{error}");
         assert!(try_again(&bad(3, now - 241), true).is_ok());
         assert!(try_again(&bad(100, now - 3590), true).is_err());
         assert!(try_again(&bad(100, now - 3601), true).is_ok());

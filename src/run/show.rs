@@ -23,7 +23,7 @@ use crate::text::{ago, short, span, times};
 use crate::{output, table};
 
 /// What is of another colour on a terminal, the first of them in a line: red, yellow and green.
-const MARKS: [(&str, u8); 12] = [
+const MARKS: [(&str, u8); 13] = [
     ("ahead", 33),
     ("problem", 31),
     ("rollback failed", 31),
@@ -31,12 +31,15 @@ const MARKS: [(&str, u8); 12] = [
     ("failed", 31),
     ("partly", 31),
     ("drifted", 31),
+    ("withheld", 33),
     ("held", 33),
     ("restored", 33),
     ("awaiting", 33),
     ("deployed", 32),
     ("unchanged", 32),
 ];
+/// How many columns the names of details take.
+const LABEL: usize = 9;
 /// How many changes between systems are shown.
 const CHANGES: usize = 20;
 /// How many earlier runs are shown.
@@ -89,15 +92,19 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
         return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
     }
     if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
-        output::print_marked(&details(name, shown, now()), &MARKS)?;
+        output::print_marked(&details(name, shown, now()), LABEL + 3, &MARKS)?;
+        output::print(&shown.output.lines().flat_map(|line| ["  | ", line, "\n"]).collect::<String>())?;
     } else {
-        output::print_marked(&table(&shown, now()), &MARKS)?;
+        output::print_marked(&table(&shown, now()), 2, &MARKS)?;
     }
     Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A line for each instance; then, for each, what there is to know and to do.
 fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
+    if shown.is_empty() {
+        return "no instances; for those who publish, see ekiben fleet status\n".into();
+    }
     let mut rows = vec![["INSTANCE", "STATE", "LAST RUN", "WHEN", "NEXT", "COMMIT"].map(String::from)];
     for (name, shown) in shown {
         let last = shown.status.runs.first();
@@ -111,6 +118,8 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         ]);
     }
     let mut lines = table::lines(&rows);
+    // what is said of several, such as what is the matter with the whole machine, is said once
+    let mut said: Vec<(String, Vec<&str>)> = Vec::new();
     for (name, shown) in shown {
         let looked = shown.looked.map(|looked| format!("looked {}: nothing new", ago(looked, now)));
         let failure = shown.status.runs.first().filter(|run| run.result.is_failure()).map(|run| {
@@ -120,12 +129,18 @@ fn table(shown: &BTreeMap<String, Details>, now: u64) -> String {
         let held =
             shown.hold.as_ref().map(|hold| format!("held until {} {}; to end that: ekiben resume {name}", moment(hold.until), hold.why()));
         let awaiting = shown.awaits.as_ref().map(|how| format!("awaits the next boot{how}"));
-        let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name, now));
+        let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name));
         let waiting = shown.waiting.as_ref().map(|what| format!("waiting: {what}"));
         let known =
             looked.into_iter().chain(shown.problems.iter().cloned()).chain(failure).chain(waiting).chain(held).chain(awaiting).chain(ahead);
-        lines.extend(known.map(|what| format!("{name}: {what}")));
+        for what in known {
+            match said.iter_mut().find(|(known, _)| *known == what) {
+                Some((_, names)) => names.push(name),
+                None => said.push((what, vec![name])),
+            }
+        }
     }
+    lines.extend(said.into_iter().map(|(what, names)| format!("{}: {what}", names.join(", "))));
     lines.join("\n") + "\n"
 }
 
@@ -134,7 +149,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     let mut lines = vec![format!("{name}: {}", shown.state())];
     let mut add = |what: &str, value: &str| {
         if !value.is_empty() {
-            lines.push(format!("  {what:<9} {value}"));
+            lines.push(format!("  {what:<LABEL$} {value}"));
         }
     };
     for problem in &shown.problems {
@@ -149,7 +164,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
     }
     if let Some(undone) = &shown.status.undone {
-        add("ahead", &undone.notice(name, now));
+        add("ahead", &undone.notice(name));
     }
     add("looked", &shown.looked.map(|looked| format!("{}: nothing new", ago(looked, now))).unwrap_or_default());
     add("next", &shown.next.map(|next| format!("by the timer, {}", moment(next))).unwrap_or_default());
@@ -194,7 +209,6 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         let commit = run.commit.as_deref().map(short).unwrap_or_default();
         add("earlier", &format!("{}, {:<15}  {commit:<8}  {}", moment(run.finished), run.result.to_string(), short(&run.id)));
     }
-    lines.extend(shown.output.lines().map(|line| format!("  | {line}")));
     lines.join("\n") + "\n"
 }
 
@@ -247,5 +261,48 @@ impl Details {
             (None, None, Some(true)) => "queued".into(),
             (None, None, _) => "idle".into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn what_is_the_matter_with_the_machine_is_said_once() {
+        let directory = Directory::new();
+        let of = |name: &str, problems: &[&str]| {
+            let status = Status::read(&Paths::below(directory.path(), name));
+            // of an instance that nothing is known of yet, too
+            assert_eq!(serde_json::to_value(&status).unwrap()["format"], 1);
+            let details = Details {
+                well: problems.is_empty(),
+                problems: problems.iter().map(ToString::to_string).collect(),
+                queued: None,
+                hold: None,
+                next: None,
+                looked: None,
+                is_building: false,
+                waiting: None,
+                awaits: None,
+                progress: None,
+                status,
+                output: String::new(),
+            };
+            (name.to_owned(), details)
+        };
+        let full = "the disk is full";
+        let shown = [of("app", &[full, "ekiben-app.path is masked"]), of("live", &[]), of("web", &[full])];
+        let expected = "\
+INSTANCE  STATE  LAST RUN  WHEN  NEXT  COMMIT
+app       idle   never
+live      idle   never
+web       idle   never
+app, web: the disk is full
+app: ekiben-app.path is masked
+";
+        assert_eq!(table(&shown.into(), 0), expected);
+        assert!(table(&BTreeMap::new(), 0).starts_with("no instances"));
     }
 }

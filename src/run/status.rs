@@ -167,11 +167,12 @@ impl Status {
     /// Reads what is known: as much of it as makes sense.
     pub fn read(paths: &Paths) -> Self {
         let path = paths.status();
-        let Some(text) = files::if_there(fs::read(&path)).transpose() else { return Self::default() };
+        let none = Self { format: FORMAT, ..Self::default() };
+        let Some(text) = files::if_there(fs::read(&path)).transpose() else { return none };
         let text = text.map_err(|error| error.to_string());
         let (status, why) = match text.and_then(|text| json::parse_most::<Self>(&text).map_err(|error| error.to_string())) {
             Ok((status, why)) if status.format == FORMAT => (status, why.map(|error| error.to_string())),
-            other => (Self::default(), Some(other.err().unwrap_or_else(|| "unsupported format".into()))),
+            other => (none, Some(other.err().unwrap_or_else(|| "unsupported format".into()))),
         };
         let unreadable = why.inspect(|why| log::warn!("Ignoring what is unreadable of the status file {}: {why}.", path.display()));
         Self { unreadable, ..status }

@@ -8,10 +8,11 @@ use crate::error::{Context, Result};
 use crate::files;
 use crate::names::ObjectId;
 use crate::paths::Paths;
+use crate::run::hold::moment;
 use crate::run::notes::Proposal;
 use crate::run::{Release, asker};
 use crate::system::now;
-use crate::text::{ago, short};
+use crate::text::short;
 
 /// More than names of a commit and a user take.
 const LIMIT: u64 = 256;
@@ -49,22 +50,18 @@ impl Undone {
     /// Why a candidate that is this one is not deployed, and what to do; none if one of those who ask may have it again:
     /// somebody at this machine, and not at once.
     pub fn withholds(&self, instance: &str, by: &[String], now: u64) -> Option<String> {
-        let wait = PAUSE.saturating_sub(now.abs_diff(self.since));
         let is_asked = by.iter().any(|by| by.starts_with("user "));
-        (!is_asked || wait > 0).then(|| {
-            let wait = if wait > 0 { format!(", not before {wait} s from now") } else { String::new() };
-            format!("{}{wait}", self.notice(instance, now))
-        })
+        (!is_asked || now.abs_diff(self.since) < PAUSE).then(|| self.notice(instance))
     }
 
-    /// What there is to know, and to do.
-    pub fn notice(&self, instance: &str, now: u64) -> String {
+    /// What there is to know, and to do, now and later.
+    pub fn notice(&self, instance: &str) -> String {
         let (what, go_on) = if self.release.is_some() { ("the hub", "publish") } else { ("the branch", "commit") };
-        let (commit, when) = (short(&self.commit), ago(self.since, now));
+        let (commit, when) = (short(&self.commit), moment(self.since));
         format!(
-            "{what} is ahead on purpose: {} had {commit} undone {when}; whatever is new next is made on top of it, unless you run \
-             ekiben hold {instance}; {go_on} something else to go on, \
-             or run ekiben trigger {instance} to deploy {commit} again",
+            "{what} is ahead on purpose: {} had {commit} undone on {when}; whatever is new next is made on top of it, unless you \
+             run ekiben hold {instance}; {go_on} something else to go on, \
+             or, at least a minute later, run ekiben trigger {instance} to deploy {commit} again",
             self.by
         )
     }
@@ -126,14 +123,13 @@ mod tests {
             assert!(withheld(by, 100_000).unwrap().ends_with("run ekiben trigger app to deploy cccccccc again"), "{by}");
         }
         let why = withheld("user bob", 1010).unwrap();
-        assert!(
-            why.starts_with(
-                "the branch is ahead on purpose: alice had cccccccc undone 10 s ago; whatever is new next is made on top of it, \
-                 unless you run ekiben hold app; commit something else to go on"
-            ),
-            "{why}"
+        let begins = format!(
+            "the branch is ahead on purpose: alice had cccccccc undone on {}; whatever is new next is made on top of it, \
+             unless you run ekiben hold app; commit something else to go on",
+            moment(1000)
         );
-        assert!(why.ends_with("again, not before 50 s from now"), "{why}");
+        assert!(why.starts_with(&begins), "{why}");
+        assert!(why.ends_with("or, at least a minute later, run ekiben trigger app to deploy cccccccc again"), "{why}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
 use crate::run::status::Status;
 use crate::stages::rollback;
-use crate::system::{self, Turn, now, service};
+use crate::system::{self, Turn, service};
 
 /// Finds the system to go back to, and what was booted with it; nothing where the run has come to its end already.
 pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
@@ -21,7 +21,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     let Some(undone) = run.undoes.as_mut().filter(|undone| status.last_deployment(name).is_ok_and(|last| last == undone.commit)) else {
         if let Some(known) = status.undone.filter(|known| run.undoes.take_if(|undone| undone.commit == known.commit).is_some()) {
             // somebody else had asked for the same
-            run.warnings.push(known.notice(name, now()));
+            run.warnings.push(known.notice(name));
             return run.decide(Decision::Withheld).map(|()| None);
         }
         Status::read(paths).last_deployment(name)?;

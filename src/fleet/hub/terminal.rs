@@ -13,9 +13,6 @@ use crate::system::now;
 use crate::text::{self, span};
 use crate::{output, table};
 
-/// How many columns a table takes.
-const WIDTH: usize = 80;
-
 /// Shows hosts, all if none are named; as JSON, once, or again whenever something changes.
 pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, once: bool, wide: bool) -> Result<ExitCode> {
     let live = !json && !once && std::io::stdout().is_terminal();
@@ -41,7 +38,10 @@ pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, o
 
 /// How many hosts there are of which state; then a line for each, and what there is to see to.
 fn table(shown: &Shown, wide: bool, terminal: bool, now: u64) -> String {
-    let wrapped = |text: &str, indent: &str| if terminal { wrapped(text, indent) } else { format!("{indent}{text}\n") };
+    let wrapped = |text: &str, indent: &str| {
+        let line = format!("{indent}{text}");
+        if terminal { output::wrapped(&line, indent.len()) } else { line + "\n" }
+    };
     let hosts = gravest_first(shown);
     if hosts.is_empty() {
         return "no hosts: see ekiben fleet bootstrap\n".into();
@@ -89,21 +89,6 @@ fn table(shown: &Shown, wide: bool, terminal: bool, now: u64) -> String {
     text
 }
 
-/// A text in lines that fit on a terminal, unless a word does not.
-fn wrapped(text: &str, indent: &str) -> String {
-    let (mut lines, mut line) = (String::new(), indent.to_owned());
-    for word in text.split(' ') {
-        if line.len() > indent.len() && line.chars().count() + 1 + word.chars().count() > WIDTH {
-            lines.extend([&line, "\n"]);
-            indent.clone_into(&mut line);
-        } else if line.len() > indent.len() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    lines + &line + "\n"
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +96,14 @@ mod tests {
     use crate::fleet::hub::host_state::tests::{heartbeat, last, manifest};
     use crate::fleet::hub::status::{Row, hash};
     use crate::run::Outcome;
+    use serde_json::Value;
+
+    fn assert_documented(value: &Value) {
+        for (key, value) in value.as_object().into_iter().flatten() {
+            assert!(include_str!("../README.md").contains(&format!("`{key}`")), "{key}");
+            assert_documented(value);
+        }
+    }
 
     #[test]
     fn the_table_begins_with_the_gravest_and_fits() {
@@ -139,6 +132,7 @@ mod tests {
         let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();
         let rollout = "roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet resume, or abort";
         let hosts = Shown { rollout: Some(rollout.into()), stopped: true, hosts };
+        hosts.hosts.values().for_each(|row| assert_documented(&serde_json::to_value(row).unwrap()));
         let expected = "\
 roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet
 resume, or abort
