@@ -91,6 +91,7 @@ with subtest("init makes a repository, and changes nothing that is there"):
     hub.succeed(as_deploy("ssh-keygen -q -t ed25519 -N '' -f /home/deploy/key"))
     write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key"}))
     assert "there is no host" in hub.fail(fleet("build web"))
+    assert "see ekiben fleet bootstrap" in hub.succeed(fleet("build"))
 
 with subtest("Flakes of one and of several hosts, and plain configurations are found and built"):
     flake("web", "web")

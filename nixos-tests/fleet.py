@@ -13,6 +13,12 @@ with subtest("a fleet is set up"):
 with subtest("what is published for nobody is said, the others are published"):
     said = hub.fail(fleet("deploy"))
     assert "services.ekiben.hub.hosts" in said, said
+    # why it has failed is the last that is said, and on standard error
+    said = hub.fail(as_deploy(f"cd /srv/fleet; NIX_PATH=nixpkgs={NIXPKGS} ekiben fleet deploy 2>&1 > /dev/null"))
+    assert said.startswith("error: Failed to publish db2: the hub has no key") and said.count("\n") == 1, said
+    # who may not look is told that, and not that there is nothing
+    said = hub.fail("cd /; runuser -u nobody -- ekiben fleet resume 2>&1")
+    assert said.startswith("error: Failed to look into /var/lib/ekiben-hub") and said.count("\n") == 1, said
     assert (seen := states(hub)) == {"db": "new machine", "db2": "no key on the hub", "plain": "new machine", "web": "new machine"}, seen
 
 with subtest("a new host fetches what the hub has built"):

@@ -95,8 +95,8 @@ pub fn bootstrap(settings: &Settings, hub: &ServedDirectory, place: Option<&Path
 
   services.ekiben.hub.hosts.{host}.publicKey = "ssh-ed25519 ...";
 
-3. In the fleet's repository, put the configuration of {host} into hosts/{host}/:
-   what it has in /etc/nixos, Ekiben's module, and this as fleet.nix:
+3. In the fleet's repository, put into hosts/{host}/ the configuration of
+   {host}: what it has in /etc/nixos, Ekiben's module, and this as fleet.nix:
 
   {{
     services.ekiben.fleet = {{
@@ -121,7 +121,8 @@ pub fn bootstrap(settings: &Settings, hub: &ServedDirectory, place: Option<&Path
 
   nixos-rebuild switch {by_hand}
 
-5. From then on it fetches what is published. On {host}, as root, to see it do so:
+5. From then on it fetches what is published. To see it do so, as root on
+   {host}:
 
   ekiben trigger --wait fleet
 "#

@@ -144,7 +144,7 @@ fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
     let own = system::host_name();
     let refuse = |why: String| Err(why).context(|| format!("{what} the configuration"));
     match wanted {
-        [host] if **host != *own => refuse(format!("{host:?} is not this machine, which is {own:?}; use ekiben fleet deploy")),
+        [host] if **host != *own => refuse(format!("{host:?} is not this machine, which is {own:?}; use ekiben fleet deploy, or --target")),
         [_] if !geteuid().is_root() => refuse("must be run as root".into()),
         [_] => Ok(()),
         _ => refuse(format!("expected one host, this machine's own {own:?}")),

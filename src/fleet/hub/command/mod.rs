@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use ::nix::errno::Errno;
 use ::nix::sys::stat::{Mode, umask};
+use ::nix::unistd::{AccessFlags, access};
 
 use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::SMALL;
@@ -146,7 +148,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     // the hosts' own sftp servers have to read what is published
     umask(Mode::from_bits_truncate(0o022));
     let arguments = Arguments::parse(arguments)?;
-    if arguments.has("--help") || arguments.has("-h") || matches!(arguments.words[..], [] | ["help"]) {
+    if arguments.has("--help") || arguments.has("-h") || matches!(arguments.words[..], [] | ["help", ..]) {
         return print(HELP);
     }
     let here = std::env::current_dir().context(|| "find the working directory".into())?;
@@ -169,9 +171,16 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let words = fleet.settings.expand(&arguments.words)?;
     let is_first = |verb: &&str| words.first() == Some(verb);
     let needs_hub = OPTIONS.iter().any(|(verb, _)| is_first(verb)) && !["build", "flake-update", "bootstrap"].iter().any(is_first);
-    if needs_hub && !fleet.hub.is_elsewhere() && !fleet.directory.exists() {
-        let what = "this machine is no hub; run this there, or name another machine's as `directory` in fleet.json";
-        return Err(Error::new(format!("Failed to find {}: {what}", fleet.directory.display())));
+    if needs_hub && !fleet.hub.is_elsewhere() {
+        let place = fleet.directory.display();
+        if !fleet.directory.exists() {
+            let what = "this machine is no hub; run this there, or name another machine's as `directory` in fleet.json";
+            return Err(Error::new(format!("Failed to find {place}: {what}")));
+        }
+        if access(&fleet.directory.join("hosts"), AccessFlags::R_OK) == Err(Errno::EACCES) {
+            let what = "this user may not read it; run this as the user who publishes (services.ekiben.hub.user), or as root";
+            return Err(Error::new(format!("Failed to look into {place}: {what}")));
+        }
     }
     match words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
@@ -195,7 +204,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
         ["flake-update", ref words @ ..] => fleet.flake_update(words),
         ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, &fleet.hub, fleet.place.as_deref(), host)?),
-        _ => Err(Error::new(format!("Failed to understand {:?}: see ekiben fleet --help", arguments.words.join(" ")))),
+        _ => Err(Error::misunderstood("ekiben fleet", HELP, &arguments.words)),
     }
 }
 
@@ -250,6 +259,9 @@ impl Fleet<'_> {
         for (_, error) in &failed {
             log::error!("{error}.");
         }
+        if hosts.is_empty() && failed.is_empty() && wanted.is_empty() {
+            log::warn!("There are no hosts yet: see ekiben fleet bootstrap.");
+        }
         Ok((select(hosts, |host| &host.name, wanted)?, failed.is_empty() || !wanted.is_empty()))
     }
 
@@ -261,7 +273,7 @@ impl Fleet<'_> {
         work: impl Fn(&Host, &dyn Fn(&str)) -> Result<(String, T)> + Sync,
     ) -> Result<Vec<Result<T>>> {
         let board = Board::new(self.arguments.has("--json"));
-        Ok(parallel(hosts, self.arguments.jobs()?, |host| {
+        let done = parallel(hosts, self.arguments.jobs()?, |host| {
             let done = work(host, &|what| board.begin(&host.name, what));
             let said = match &done {
                 Ok((said, _)) => said.clone(),
@@ -273,7 +285,10 @@ impl Fleet<'_> {
             };
             board.end(&host.name, &said);
             done.map(|(_, rest)| rest)
-        }))
+        });
+        // among many that are well
+        done.iter().filter_map(|done| done.as_ref().err()).for_each(|error| log::error!("{error}."));
+        Ok(done)
     }
 }
 

@@ -62,7 +62,8 @@ impl Fleet<'_> {
 
     pub(super) fn rollout(&self) -> Result<Rollout> {
         let rollout = Rollout::read(&self.hub)?.filter(|rollout| !rollout.headway.done);
-        rollout.ok_or_else(|| Error::new("Failed to find a roll-out: none is under way; name hosts, or see ekiben fleet deploy --waves"))
+        let how = if self.arguments.words == ["abort"] { "" } else { "name hosts, or " };
+        rollout.ok_or_else(|| Error::new(format!("Failed to find a roll-out: none is under way; {how}see ekiben fleet deploy --waves")))
     }
 
     /// Ends the roll-out, and publishes again what hosts have run well before it.
