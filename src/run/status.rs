@@ -166,8 +166,7 @@ impl Deployed {
 impl Status {
     /// Reads what is known: as much of it as makes sense.
     pub fn read(paths: &Paths) -> Self {
-        let path = paths.status();
-        let none = Self { format: FORMAT, ..Self::default() };
+        let (none, path) = (Self { format: FORMAT, ..Self::default() }, paths.status());
         let Some(text) = files::if_there(fs::read(&path)).transpose() else { return none };
         let text = text.map_err(|error| error.to_string());
         let (status, why) = match text.and_then(|text| json::parse_most::<Self>(&text).map_err(|error| error.to_string())) {

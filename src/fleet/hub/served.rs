@@ -13,9 +13,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use ::nix::errno::Errno;
 use ::nix::fcntl::{Flock, FlockArg, OFlag, openat};
 use ::nix::sys::stat::Mode;
-use ::nix::unistd::geteuid;
+use ::nix::unistd::{AccessFlags, access, geteuid};
 
 use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
@@ -54,6 +55,23 @@ impl ServedDirectory {
     /// The hub, if it is another machine.
     pub fn elsewhere(&self) -> Option<&Elsewhere> {
         self.elsewhere.as_ref()
+    }
+
+    /// Fails unless it is another machine, or is here and may be read.
+    pub fn check_readable(&self) -> Result<()> {
+        let place = self.directory.display();
+        if self.is_elsewhere() {
+            return Ok(());
+        }
+        if !self.directory.exists() {
+            let why = "this machine is no hub; run this there, or name another machine's as `directory` in fleet.json";
+            return Err(Error::new(format!("Failed to find {place}: {why}")));
+        }
+        if access(&self.directory.join("hosts"), AccessFlags::R_OK) == Err(Errno::EACCES) {
+            let why = "this user may not read it; run this as the user who publishes (services.ekiben.hub.user), or as root";
+            return Err(Error::new(format!("Failed to look into {place}: {why}")));
+        }
+        Ok(())
     }
 
     /// Fails unless this machine is the hub, and this process its user, who alone collects.

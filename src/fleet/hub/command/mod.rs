@@ -9,9 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use ::nix::errno::Errno;
 use ::nix::sys::stat::{Mode, umask};
-use ::nix::unistd::{AccessFlags, access};
 
 use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::SMALL;
@@ -171,16 +169,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let words = fleet.settings.expand(&arguments.words)?;
     let is_first = |verb: &&str| words.first() == Some(verb);
     let needs_hub = OPTIONS.iter().any(|(verb, _)| is_first(verb)) && !["build", "flake-update", "bootstrap"].iter().any(is_first);
-    if needs_hub && !fleet.hub.is_elsewhere() {
-        let place = fleet.directory.display();
-        if !fleet.directory.exists() {
-            let what = "this machine is no hub; run this there, or name another machine's as `directory` in fleet.json";
-            return Err(Error::new(format!("Failed to find {place}: {what}")));
-        }
-        if access(&fleet.directory.join("hosts"), AccessFlags::R_OK) == Err(Errno::EACCES) {
-            let what = "this user may not read it; run this as the user who publishes (services.ekiben.hub.user), or as root";
-            return Err(Error::new(format!("Failed to look into {place}: {what}")));
-        }
+    if needs_hub {
+        fleet.hub.check_readable()?;
     }
     match words[..] {
         ["build", what @ ("dry-build" | "build" | "test" | "switch"), ref hosts @ ..] => fleet.build(what, hosts),
