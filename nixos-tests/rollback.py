@@ -127,6 +127,18 @@ with subtest("the Nix daemon is down"):
     server.succeed("systemctl start nix-daemon.socket")
     works()
 
+if is_host(server):
+    with subtest("Ekiben's own program is gone: it is tried again now and then, and goes on when it is back"):
+        waits = "pgrep -xf 'sleep 20' && systemctl is-failed ekiben-app.service"
+        server.succeed("mv /usr/bin/ekiben /usr/bin/ekiben.away; touch /var/lib/ekiben/queue/app")
+        server.wait_until_succeeds(waits, timeout=20)
+        # its time is up
+        server.succeed("pkill -xf 'sleep 20'")
+        server.wait_until_succeeds(waits, timeout=20)
+        server.succeed("mv /usr/bin/ekiben.away /usr/bin/ekiben; pkill -xf 'sleep 20'")
+        wait_until_at_rest(server, "app")
+        works()
+
 with subtest("the disk of the repository is full"):
     # a disk of its own, with little room
     server.succeed(

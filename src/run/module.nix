@@ -486,7 +486,8 @@ let
     path = [ config.systemd.package ];
     serviceConfig = {
       Type = "oneshot";
-      ExecStart = "${ekiben} retry %i";
+      # where the program is gone, all fail at once: the next start of the run waits for this, but never for ever
+      ExecStart = "/bin/sh -c '${ekiben} retry %i || sleep 20'";
       TimeoutStartSec = "infinity";
       # of the other unit, all is said
       LogLevelMax = "crit";
