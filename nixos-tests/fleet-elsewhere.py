@@ -167,6 +167,15 @@ with subtest("a hub that nobody has vouched for is not published to"):
         desk.succeed(by(user, f"echo {shlex.quote(f'[hub]:2222 {HOST_KEY}')} > ~/.ssh/known_hosts"))
     assert "expected sftp://[user@]host[:port][/path]" in desk.fail(fleet("--directory sftp:///x status"))
 
+with subtest("what answers in the place of the hub's sshd, and is none, is said to be that"):
+    page = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>log in</html>"
+    portal = f"import socket\nserver = socket.create_server(('', 2299))\nwhile True:\n  one = server.accept()[0]; one.recv(99); one.sendall({page.encode()}); one.close()"
+    desk.succeed(f"systemd-run --unit=portal $(readlink -f $(command -v python3)) -c {shlex.quote(portal)}")
+    desk.wait_for_open_port(2299)
+    said = desk.fail(fleet("--directory sftp://localhost:2299 status"))
+    assert "connection closed by what answers there, which may be no sshd" in said, said
+    desk.succeed("systemctl stop portal")
+
 with subtest("from a third machine, without root, a release is published, followed and seen"):
     becomes("not deployed")
     first_number = published(desk.succeed(fleet("deploy")))
@@ -507,7 +516,8 @@ with subtest("the hub tells of all hosts at once: who looks asks for no single o
     for trouble in ("touch -d '1 hour ago' all.json", "echo '{' > all.json", "rm all.json"):
         hub.succeed(f"cd {HUB}/received; {trouble}")
         assert asked("status") == 1, trouble
-        assert json.loads(desk.execute(fleet("status --json 2>/dev/null", "alice"))[1])["web"]["state"] == "rebuild pending"
+        assert json.loads(desk.execute(fleet("status --json 2> /dev/null | cat", "alice"))[1])["web"]["state"] == "rebuild pending"
+        assert desk.execute(fleet("status", "alice"))[1].startswith("the hub has collected nothing for 1 h: ") == ("ago" in trouble)
     hub.succeed("systemctl start ekiben-hub-collect.timer")
 
 with subtest("a job publishes by the script in the manual, and reads what came of each host"):

@@ -184,7 +184,7 @@ with subtest("whatever a server answers: the host says why, stays as it is, and 
         ("return 204;", ("unexpected HTTP status 204",)),
         ("alias /srv/huge;", ("Maximum file size exceeded",)),
         ("proxy_pass http://127.0.0.1:8001; proxy_buffering off;", ("xceeded",)),
-        ("return 200 '<html>';", ("expected value at line 1",)),
+        ("return 200 '<html>';", ("expected value at line 1", "another server has answered")),
     ):
         serve(f"{OF_MANIFEST} {{ {odd} }}")
         said = fails(*words)

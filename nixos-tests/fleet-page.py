@@ -108,3 +108,16 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
         ({f'node_textfile_mtime_seconds{{file="{METRICS}", instance="hub:9100"}}': "0+0x60"},
          [("10m", "EkibenHubStandsStill", []), ("20m", "EkibenHubStandsStill", still)]),
     ])
+
+with subtest("who may only read is told that the hub does not collect, and is not told that all hosts are silent as if that were known"):
+    seen = "cd /; ekiben fleet status db web 2>&1"
+    old = f"touch -d '3 hours ago' {SERVED}/received/all.json {SERVED}/received/*/heartbeat.json"
+    hub.succeed(f"mount --bind {SERVED}/received {SERVED}/received", f"{old}; mount -o remount,bind,ro {SERVED}/received")
+    code, said = hub.execute(seen)
+    assert code == 3 and said.startswith("the hub has collected nothing for 3 h: "), (code, said)
+    code, said = hub.execute(fleet("status web"))
+    assert code == 3 and "\nFailed to collect all that hosts have sent: " in said and "Read-only file system" in said, (code, said)
+    hub.fail("systemctl start ekiben-hub-collect.service")
+    assert "hub: ekiben-hub-collect.service has failed; see systemctl status" in hub.fail("ekiben status")
+    hub.succeed(f"umount {SERVED}/received", "systemctl start ekiben-hub-collect.service ekiben-hub-files.service", "ekiben status")
+    assert "collected" not in hub.execute(seen)[1]

@@ -18,6 +18,8 @@ const KINDS: [&str; 3] = ["path", "service", "timer"];
 /// The units of the webhook.
 const WEBHOOK: [&str; 3] = ["ekiben-webhook.service", SOCKET, "ekiben-webhook-tokens.service"];
 const SOCKET: &str = "ekiben-webhook.socket";
+/// Those of a hub: services that their timers start.
+const HUB: [&str; 2] = ["ekiben-hub-collect", "ekiben-hub-files"];
 /// What is asked of systemd.
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,InactiveEnterTimestamp,StatusText,NextElapseUSecRealtime,ExecStart";
 /// What systemd says of a unit.
@@ -40,6 +42,7 @@ pub(super) struct Unit {
 /// How systemd says that the instances' units are, by their names; nothing if it does not say.
 pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
     let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
+    let units = units.chain(HUB.into_iter().flat_map(|name| ["timer", "service"].map(|kind| format!("{name}.{kind}"))));
     let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
     let said = ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default();
     let unit = |unit: Properties| {
@@ -55,10 +58,21 @@ pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
 
 /// What there is to see to of the webhook.
 pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>, now: u64) -> impl Iterator<Item = String> {
-    let failed = WEBHOOK.into_iter().filter(|unit| units.get(*unit).is_some_and(|unit| unit.state == "failed"));
-    let failed = failed.map(|unit| format!("{unit} has failed; see systemctl status {unit}"));
+    let failed = WEBHOOK.into_iter().filter_map(|name| failed(name, units.get(name)?));
     let off = units.get(SOCKET).and_then(|state| off("socket", SOCKET, state, now));
     failed.chain(off)
+}
+
+/// What there is to see to of the hub that this machine is.
+pub(super) fn hub_problems(units: &BTreeMap<String, Unit>, now: u64) -> Vec<String> {
+    let all = HUB.into_iter().flat_map(|name| [("timer", format!("{name}.timer")), ("service", format!("{name}.service"))]);
+    let known = all.filter_map(|(kind, name)| units.get(&name).map(|unit| (kind, name, unit)));
+    known.filter_map(|(kind, name, unit)| failed(&name, unit).or_else(|| off(kind, &name, unit, now))).collect()
+}
+
+/// That a unit has failed, and what to do.
+fn failed(name: &str, unit: &Unit) -> Option<String> {
+    (unit.state == "failed").then(|| format!("{name} has failed; see systemctl status {name}"))
 }
 
 /// What there is to see to of an instance, besides how its last run ended.

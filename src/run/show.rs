@@ -15,7 +15,7 @@ use crate::run::drift::{awaits, drift, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::notify::untold;
-use crate::run::problems::{Unit, problems, unit_states, webhook_problems};
+use crate::run::problems::{Unit, hub_problems, problems, unit_states, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::system::{now, seconds, service};
@@ -91,13 +91,17 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     if json {
         return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
     }
+    let mut is_well = true;
     if let (Some(name), Some(shown)) = (instance, shown.values().next()) {
         output::print_marked(&details(name, shown, now()), LABEL + 3, &MARKS)?;
         output::print(&shown.output.lines().flat_map(|line| ["  | ", line, "\n"]).collect::<String>())?;
     } else {
-        output::print_marked(&table(&shown, now()), 2, &MARKS)?;
+        let hub: Vec<_> = config.hub.iter().flat_map(|_| hub_problems(&units, now())).collect();
+        let of_hub: String = hub.iter().flat_map(|what| ["hub: ", what, "\n"]).collect();
+        output::print_marked(&(table(&shown, now()) + &of_hub), 2, &MARKS)?;
+        is_well = hub.is_empty();
     }
-    Ok(if shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if is_well && shown.values().all(|shown| shown.well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A line for each instance; then, for each, what there is to know and to do.

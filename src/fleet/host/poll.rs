@@ -233,7 +233,8 @@ fn fetch_archive(place: &mut dyn Place, manifest: &Manifest, tarball: &Path) -> 
 /// Reads a manifest that somebody else wrote.
 fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let doing = || "accept the hub's manifest".to_owned();
-    let signed: Signed = json::parse(&files::read_foreign(place, SMALL).context(doing)?).context(doing)?;
+    let no_manifest = |why| format!("{why}; it is damaged, or another server has answered: see to that, or deploy again");
+    let signed: Signed = json::parse(&files::read_foreign(place, SMALL).context(doing)?).map_err(no_manifest).context(doing)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.as_ref().ok_or("not signed").context(doing)?;
         let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));

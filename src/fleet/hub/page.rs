@@ -17,6 +17,9 @@ pub fn page(shown: &Shown, now: u64) -> String {
     let mut page = HEAD.to_owned();
     let _ = write!(page, "<header>\n<h1>{} host{}</h1>\n", hosts.len(), if hosts.len() == 1 { "" } else { "s" });
     let _ = write!(page, "<p class=\"faint\">as of {}</p>\n</header>\n<main>\n", escaped(&moment(now)));
+    if let Some(line) = &shown.late {
+        let _ = writeln!(page, "<p class=\"bad\">{}</p>", escaped(line));
+    }
     if let Some(line) = &shown.rollout {
         let _ = writeln!(page, "<p class=\"{}\">{}</p>", if shown.stopped { "bad" } else { "doubt" }, escaped(line));
     }

@@ -14,6 +14,7 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::{LARGE, SMALL, Signed};
 use crate::names::HostName;
 use crate::system::{now, seconds};
+use crate::text::span;
 use crate::{files, json};
 
 /// What it is called, among what was collected: no host is called that.
@@ -40,6 +41,13 @@ pub fn note_return(collected: &Path) -> Result<()> {
 /// Since when hosts can be heard without a gap, in seconds since 1970; 0 if since ever.
 pub fn hears_since(collected: &Path) -> u64 {
     files::read_json(&collected.join(RETURN)).or_warn().flatten().unwrap_or_default()
+}
+
+/// What there is to say of all hosts, if the hub has collected nothing for long.
+pub fn stands_still(collected: &Path) -> Option<String> {
+    let age = files::age(&collected.join(FILE)).ok().filter(|age| *age >= LATE)?;
+    let what = "what hosts have said since is not known; run ekiben status on the hub";
+    Some(format!("the hub has collected nothing for {}: {what}", span(age.as_secs())))
 }
 
 /// Writes it among what was collected, of hosts whose manifest and heartbeat are in these directories.

@@ -35,6 +35,8 @@ pub struct Known<'a> {
 
 /// What there is to show.
 pub struct Shown {
+    /// Why the hosts are not as they have said last.
+    pub late: Option<String>,
     /// Where the roll-out stands, if one is under way; and whether it has been stopped.
     pub rollout: Option<String>,
     pub stopped: bool,
@@ -85,7 +87,7 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool, (pla
     // trouble with one host hides no other
     let mut trouble = Vec::new();
     let published = hub.manifest(host).map_err(|error| error.to_string());
-    let published = published.and_then(|found| found.transpose().map_err(|why| format!("Failed to read {why}")));
+    let published = published.and_then(|found| found.transpose().map_err(|why| format!("Failed to read {why}; deploy again")));
     let published = published.map_err(|why| trouble.push(why)).ok().flatten().map(|(manifest, _)| manifest);
     let heard = hub.heartbeat(host).map_err(|error| trouble.push(error.to_string())).ok().flatten();
     let heartbeat = heard.as_ref().map(|(heartbeat, _)| heartbeat);
@@ -160,8 +162,8 @@ pub fn hash(path: &StorePath) -> String {
     path.path().file_name().and_then(|name| name.to_str()).map(short).unwrap_or_default()
 }
 
-/// What there is to show of the hosts of these names, or of all.
-pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Shown> {
+/// What there is to show of the hosts of these names, or of all, and what `late` says of it.
+pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], late: Option<String>) -> Result<Shown> {
     let (served, known) = (hub.hosts()?, hub.known());
     let all: BTreeSet<_> = gather(served.iter().chain(fleet.names.iter().flatten()).cloned());
     let is_known = |host: &HostName| served.contains(host) && known.as_ref().is_none_or(|known| known.contains(host));
@@ -174,13 +176,14 @@ pub fn rows(hub: &ServedDirectory, fleet: &Known, wanted: &[&str]) -> Result<Sho
     let plan = rollout.as_ref().map(|rollout| &rollout.plan);
     let row = |host: HostName| (host.clone(), look(hub, &host, fleet, is_known(&host), (plan, &holds)));
     let stopped = rollout.as_ref().is_some_and(|rollout| rollout.headway.stopped.is_some());
-    Ok(Shown { rollout: line, stopped, hosts: gather(hosts.into_iter().map(row)) })
+    Ok(Shown { late, rollout: line, stopped, hosts: gather(hosts.into_iter().map(row)) })
 }
 
 /// The exit status that says which kind of trouble there is, the gravest of them.
 pub fn exit(shown: &Shown) -> ExitCode {
     let of_rollout = (shown.rollout.is_some() && shown.stopped).then_some(FAILING);
-    let exit = shown.hosts.values().map(|shown| shown.exit).chain(of_rollout).filter(|exit| *exit > 0).min();
+    let late = shown.late.as_ref().map(|_| HostState::Silent.trouble());
+    let exit = shown.hosts.values().map(|shown| shown.exit).chain(of_rollout).chain(late).filter(|exit| *exit > 0).min();
     ExitCode::from(exit.unwrap_or(0))
 }
 

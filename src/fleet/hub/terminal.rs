@@ -18,9 +18,12 @@ pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, o
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
-        take_in_to_show(hub, wanted)?;
-        let shown = rows(hub, fleet, wanted)?;
+        let late = take_in_to_show(hub, wanted)?;
+        let shown = rows(hub, fleet, wanted, late)?;
         if !live {
+            if let (true, Some(late)) = (json, &shown.late) {
+                log::warn!("{late}.");
+            }
             if json { output::print_json(&shown.hosts) } else { output::print(&table(&shown, wide, false, now())) }?;
             return Ok(exit(&shown));
         }
@@ -47,8 +50,7 @@ fn table(shown: &Shown, wide: bool, terminal: bool, now: u64) -> String {
         return "no hosts: see ekiben fleet bootstrap\n".into();
     }
     let totals: Vec<_> = totals(&hosts).into_iter().map(|(count, row)| format!("{count} {}", row.state)).collect();
-    let rollout = shown.rollout.as_ref().map(|line| wrapped(line, ""));
-    let mut text = rollout.unwrap_or_default();
+    let mut text: String = shown.late.iter().chain(&shown.rollout).map(|line| wrapped(line, "")).collect();
     text += &wrapped(&format!("{} host{}: {}", hosts.len(), if hosts.len() == 1 { "" } else { "s" }, totals.join("; ")), "");
     let wide_heads = ["LOCAL", "REMOTE", "RELEASE", "COMMIT", "AUTHOR", "KERNEL", "NIXOS", "NIXPKGS"];
     let mut rows =
@@ -131,9 +133,11 @@ mod tests {
         ];
         let hosts = hosts.into_iter().map(|(name, shown)| (name.try_into().unwrap(), shown)).collect();
         let rollout = "roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet resume, or abort";
-        let hosts = Shown { rollout: Some(rollout.into()), stopped: true, hosts };
+        let late = Some("the hub has collected nothing for 3 h".into());
+        let hosts = Shown { late, rollout: Some(rollout.into()), stopped: true, hosts };
         hosts.hosts.values().for_each(|row| assert_documented(&serde_json::to_value(row).unwrap()));
         let expected = "\
+the hub has collected nothing for 3 h
 roll-out of 3f2a91c04b7d: stopped in wave 1: canary is rolled back; ekiben fleet
 resume, or abort
 5 hosts: 1 failing; 1 not in repository; 1 auto updated; 2 up to date

@@ -161,7 +161,9 @@ impl Transport {
         let said: Vec<String> = String::from_utf8_lossy(&complaint).lines().map(text::line).collect();
         let why = match (error.kind(), read, said.last()) {
             (ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe, Ok(_), Some(line)) => line.trim().trim_end_matches('.').to_owned(),
-            (ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe, ..) => "connection closed".into(),
+            (ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe, ..) => {
+                "connection closed by what answers there, which may be no sshd".into()
+            }
             _ => error.to_string(),
         };
         let refused = REFUSED.iter().find(|(words, _)| said.iter().any(|line| line.contains(words)));

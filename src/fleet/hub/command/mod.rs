@@ -216,8 +216,8 @@ impl Fleet<'_> {
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
-            collect::take_in_to_show(&self.hub, wanted)?;
-            let shown = status::rows(&self.hub, &fleet, wanted)?;
+            let late = collect::take_in_to_show(&self.hub, wanted)?;
+            let shown = status::rows(&self.hub, &fleet, wanted, late)?;
             return self.write(&shown).map(|()| status::exit(&shown));
         }
         terminal::show(&self.hub, &fleet, wanted, has("--json"), has("--once"), has("--wide"))
@@ -227,7 +227,7 @@ impl Fleet<'_> {
     fn collect(&self) -> Result<ExitCode> {
         let collected = collect::collect(&self.hub, true);
         let fleet = status::Known { settings: &self.settings, names: None, memory: Memory::default() };
-        let written = status::rows(&self.hub, &fleet, &[]).and_then(|shown| self.write(&shown));
+        let written = status::rows(&self.hub, &fleet, &[], None).and_then(|shown| self.write(&shown));
         collected.and(written).map(|()| ExitCode::SUCCESS)
     }
 
