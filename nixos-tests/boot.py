@@ -124,7 +124,7 @@ with subtest("a machine that runs something else than what was deployed: said by
     ended = run(machine, "live")
     assert ended["result"] == "drifted", ended
     assert running(machine) == third and generation(machine) == before["generation"]
-    assert "The run ended: drifted" in machine.fail("ekiben trigger --wait live 2>&1")
+    assert "The run ended: drifted: this machine runs generation 1, chosen at boot" in machine.fail("ekiben trigger --wait live 2>&1")
     publish(machine, "app", str(next(COUNT)))
     assert run(machine, "live")["result"] == "deployed"
     check_deployed(machine, "live")

@@ -470,6 +470,7 @@ with subtest("the last deployment is undone, as somebody has asked; it is not de
         ended = last_run(machine, "app")
         assert ended["result"] == "withheld" and state() == {**before, "head": after["head"]}, ended
     assert ended["by"] == ["user root"] and answer()["last"]["result"] == "withheld", ended
+    assert (seen := machine.succeed("ekiben status app")).count("ahead on purpose") == 1, seen
     said = machine.fail("ekiben trigger --wait app 2>&1")
     assert "The run ended: withheld: the branch is ahead on purpose" in said and "or, at least a minute later, run ekiben trigger app" in said, said
     said = machine.fail("ekiben rollback app 2>&1")

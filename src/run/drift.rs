@@ -28,7 +28,7 @@ pub fn drift(paths: &Paths) -> Option<String> {
     let name = |system: &Path| {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
-    Some(format!("runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+    Some(format!("this machine runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
 }
 
 /// Whether the last run that has changed what this machine runs could not undo that.

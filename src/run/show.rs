@@ -167,9 +167,8 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
     if let Some(hold) = &shown.hold {
         add("held", &format!("until {} {}; run ekiben resume {name} to end that", moment(hold.until), hold.why()));
     }
-    if let Some(undone) = &shown.status.undone {
-        add("ahead", &undone.notice(name));
-    }
+    let ahead = shown.status.undone.as_ref().map(|undone| undone.notice(name)).unwrap_or_default();
+    add("ahead", &ahead);
     add("looked", &shown.looked.map(|looked| format!("{}: nothing new", ago(looked, now))).unwrap_or_default());
     add("next", &shown.next.map(|next| format!("by the timer, {}", moment(next))).unwrap_or_default());
     if let Some(deployed) = &shown.status.deployed {
@@ -193,7 +192,7 @@ fn details(name: &str, shown: &Details, now: u64) -> String {
         add("took", &took.join(", "));
         add("stage", &run.stage.map(|stage| stage.to_string()).unwrap_or_default());
         add("error", run.error.as_deref().unwrap_or_default());
-        for warning in &run.warnings {
+        for warning in run.warnings.iter().filter(|warning| **warning != ahead) {
             add("warning", warning);
         }
         if let Some(bad) = shown.status.bad.as_ref().filter(|bad| run.error.as_ref() != Some(&bad.error)) {

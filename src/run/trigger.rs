@@ -20,6 +20,7 @@ use crate::nix::progress;
 use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
+use crate::run::drift::drift;
 use crate::run::ended::Ended;
 use crate::run::hold::{Hold, moment};
 use crate::run::status::{Running, Status};
@@ -104,8 +105,9 @@ fn follow(paths: &Paths, ask: impl FnOnce(&SignalFd) -> Result<Waited>) -> Resul
             Ok(if run.result == Outcome::AwaitingBoot { ExitCode::from(AWAITING_BOOT) } else { ExitCode::SUCCESS })
         }
         Waited::Ended(run) => {
-            let why = run.error.as_ref().or(run.warnings.first()).map_or("", String::as_str);
-            Err(Error::new(format!("The run ended: {}: {why}", run.result)))
+            // of a drifted machine, nobody has said that yet
+            let why = run.error.or(run.warnings.into_iter().next()).or_else(|| drift(paths)).map(|why| format!(": {why}"));
+            Err(Error::new(format!("The run ended: {}{}", run.result, why.unwrap_or_default())))
         }
         Waited::Lost => {
             Err(Error::new(format!("Failed to find the run of the request for {name}: nobody has served it, and it is gone; ask again")))

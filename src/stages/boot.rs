@@ -23,7 +23,7 @@ pub fn boot() -> ExitCode {
     }
     status::note_boot(&paths).or_warn();
     if let Some(drift) = drift(&paths) {
-        log::warn!("This machine {drift}.");
+        log::warn!("After the boot, {drift}.");
     }
     if is_sick { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

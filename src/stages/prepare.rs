@@ -82,9 +82,8 @@ fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
         return Err(needed("all hosts have to be looked at"));
     }
     let status = Status::read(paths);
-    let drift = || drift(paths).map(|what| format!("the machine {what}"));
     let held = || Hold::read(paths).map(|hold| format!("held {}", hold.why()));
-    if let Some(why) = status.unsettled(now()).map(String::from).or_else(held).or_else(drift) {
+    if let Some(why) = status.unsettled(now()).map(String::from).or_else(held).or_else(|| drift(paths)) {
         return Err(needed(&why));
     }
     let turn = files::lock(&paths.own(""), FlockArg::LockExclusiveNonblock)?;
