@@ -6,7 +6,7 @@ in
 {
   # what decides here is what the hub notes of its hosts, and the same everywhere
   onlyHosts = true;
-  nodes.hub = {
+  nodes.hub = { lib, ... }: {
     imports = [
       (hub [
         "db"
@@ -16,12 +16,15 @@ in
     ];
     services.ekiben = {
       hub = {
+        # another user than the one that publishes
+        user = lib.mkForce "ekiben-hub";
         publishers = [ keys.publisher.public ];
         # when the script says so
         reports.interval = "1h";
         metrics = "/var/lib/ekiben-hub-metrics/fleet.prom";
         publish = {
           enable = true;
+          user = "deploy";
           dates = null;
           signingKeyFile = "/root/signer";
           parallel = 1;
