@@ -165,6 +165,15 @@ if is_host(server):
         deploy(server, "git remote set-url origin ssh://deploy@forge/srv/other/config.git")
         server.succeed(f"rm -r {drop_in}; systemctl daemon-reload")
 
+    with subtest("a password that is not taken any more, and another server in the place of upstream, are said to be that"):
+        forge.succeed("mkdir -p /srv/files/x.git/info; printf '<html>log in' > /srv/files/x.git/info/refs")
+        deploy(server, "git remote set-url origin http://forge:8000/x.git")
+        assert "or another server has answered" in (ended := run(server, "follower"))["error"], ended
+        server.succeed(as_deploy("mv ~/.netrc ~/netrc; sed s/secret/old/ ~/netrc > ~/.netrc"))
+        assert "now belongs into ~/.netrc of the instance's user" in (ended := run(server, "follower"))["error"], ended
+        server.succeed(as_deploy("mv ~/netrc ~/.netrc"))
+        deploy(server, "git remote set-url origin ssh://deploy@forge/srv/other/config.git")
+
     with subtest("a filter that is missing is found before the switch"):
         deploy(server, "git config filter.large.smudge 'no-such-program smudge'; git config filter.large.required true")
         push_upstream("echo '*.bin filter=large' > .gitattributes; echo pointer > x.bin")

@@ -30,7 +30,7 @@ impl Repository {
         let what = match log.output(|| format!("verify the signature of {commit}"), None)?.trim_ascii() {
             b"G" => return Ok(()),
             b"N" => "it is not signed",
-            _ => "it is signed by none of `signers`",
+            _ => "it is signed by none of `signers`, or by one whose time is over",
         };
         Err(Error::new(format!("Failed to accept {commit}: {what}; sign it, or a later commit, by git commit -S with one of these keys")))
     }

@@ -35,6 +35,15 @@ use crate::{fault, files, nix, text};
 const PAUSE: Duration = Duration::from_secs(1);
 /// Why a look has a run begin comes after this.
 const NEEDED: &str = "Failed to do without a run: ";
+/// What programs say that cannot fetch, and what there is to see to.
+const ADVICE: [(&str, &str); 5] = [
+    ("could not read Username", PASSWORD),
+    ("Authentication failed for", PASSWORD),
+    ("HTTP error 401", PASSWORD),
+    ("couldn't find remote ref", "it has no such branch, or another server has answered"),
+    ("Host key verification failed; fatal", "see to ~/.ssh/known_hosts of the instance's user"),
+];
+const PASSWORD: &str = "what its server takes as a password now belongs into ~/.netrc of the instance's user";
 
 /// Runs the stage; what comes of it is in the notes.
 pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
@@ -234,9 +243,18 @@ fn update(instance: &Instance, repository: &Repository, base: &str, scratch: &Pa
     Ok(vec![Update { path, old, new, asked: asked.clone() }])
 }
 
+/// The same error with what there is to see to, where that is known, and another try is of no use.
+fn advised(error: Error) -> Error {
+    let message = error.to_string();
+    match ADVICE.iter().find(|(words, _)| message.contains(words)) {
+        Some((_, advice)) if !error.is_transient() => Error::new(format!("{message}; {advice}")).with_tail(error.tail().to_vec()),
+        _ => error,
+    }
+}
+
 /// Tries again what the network failed, with growing pauses.
 fn persist<T>(retries: u32, attempt: impl Fn() -> Result<T>) -> Result<T> {
-    let attempt = || attempt().map_err(Error::of_network);
+    let attempt = || attempt().map_err(Error::of_network).map_err(advised);
     let mut pause = PAUSE;
     for _ in 0..retries {
         match attempt() {
