@@ -169,7 +169,8 @@ with subtest("a hub that nobody has vouched for is not published to"):
 
 with subtest("what answers in the place of the hub's sshd, and is none, is said to be that"):
     page = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>log in</html>"
-    portal = f"import socket\nserver = socket.create_server(('', 2299))\nwhile True:\n  one = server.accept()[0]; one.recv(99); one.sendall({page.encode()}); one.close()"
+    answer = f"one = server.accept()[0]; one.recv(99); one.sendall({page.encode()}); one.close()"
+    portal = f"import socket\nserver = socket.create_server(('', 2299))\nwhile True:\n  {answer}"
     desk.succeed(f"systemd-run --unit=portal $(readlink -f $(command -v python3)) -c {shlex.quote(portal)}")
     desk.wait_for_open_port(2299)
     said = desk.fail(fleet("--directory sftp://localhost:2299 status"))
