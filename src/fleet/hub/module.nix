@@ -574,7 +574,10 @@ in
       interval = mkOption {
         type = timeSpan;
         default = "30s";
-        description = "How often to collect.";
+        description = ''
+          How often to collect. Of what was collected more than ten minutes ago `ekiben fleet status` says so, and a
+          roll-out waits for those who were silent, so five minutes are the longest that are of use.
+        '';
       };
     };
   };
