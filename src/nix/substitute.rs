@@ -19,8 +19,8 @@ use crate::text::span;
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(300)];
 /// What Nix says before it lists what no cache has and nobody can build.
 const UNKNOWN: &str = "don't know how to build these paths";
-/// What it says where it would have to build: other words on that are the configuration's.
-const IDLE: &str = "'--max-jobs'";
+/// What it says where it would have to build, in its older and its newer words (2.26, 2.34): other words on that are the configuration's.
+const IDLE: &[&str] = &["'--max-jobs'", "(max-jobs = 0)"];
 /// What is in the lines that say how many derivations would have to be built, and which, and that a cache cannot be asked.
 const LACKING: &[&str] = &[" will be built:", ".drv", "unable to download"];
 /// The same where a cache cannot be used, or does not have what is accepted.
@@ -86,7 +86,7 @@ fn evaluate(source: &Source, flags: &[String], limit: Duration) -> Result<Option
         let doing = || format!("evaluate {}", source.name());
         let eval = source.give(idle("eval", flags)).args(["--raw", "--apply", "system: \"${system.drvPath} ${system.outPath}\""]);
         let ended = eval.run(limit, doing)?;
-        if !ended.status.success() && ended.tail.iter().any(|line| line.contains(IDLE)) {
+        if !ended.status.success() && would_build(&ended.tail) {
             return Ok(None);
         }
         let said = ended.tail.last().cloned().unwrap_or_default();
@@ -95,6 +95,11 @@ fn evaluate(source: &Source, flags: &[String], limit: Duration) -> Result<Option
         Ok(Some(Wanted { system: system.to_owned(), derivation: Some(format!("{derivation}^out")) }))
     };
     Cache::own()?.used(attempt)
+}
+
+/// Whether Nix has failed because it would have had to build.
+fn would_build(tail: &[String]) -> bool {
+    tail.iter().any(|line| IDLE.iter().any(|words| line.contains(words)))
 }
 
 impl Wanted {
@@ -151,10 +156,21 @@ fn plain(line: &str) -> String {
 mod tests {
     use super::*;
 
+    fn lines(lines: &[&str]) -> Vec<String> {
+        lines.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn that_nothing_is_built_here_is_told_by_each_version_of_nix() {
+        assert!(would_build(&lines(&["error: unable to start any build; either increase '--max-jobs' or enable remote builds."])));
+        let newer = ["       error: Cannot build '/nix/store/x.drv'.", "       Reason: local builds are disabled (max-jobs = 0)"];
+        assert!(would_build(&lines(&newer)));
+        assert!(!would_build(&lines(&["error: Cannot build '/nix/store/x.drv'.", "       Reason: builder failed with exit code 1."])));
+    }
+
     #[test]
     fn what_is_lacking_is_counted_and_named() {
         let path = |name: &str| format!("/nix/store/{}-{name}", "0".repeat(32));
-        let lines = |lines: &[&str]| lines.iter().map(ToString::to_string).collect::<Vec<_>>();
         let system = path("system");
         let tail = lines(&[&format!("  {system}.drv"), "don't know how to build these paths:", &format!("  {system}")]);
         let one = lines(&["this derivation will be built:", &format!("  {system}.drv")]);
