@@ -557,10 +557,13 @@ mod tests {
     #[test]
     fn trouble_with_one_host_is_not_the_others() {
         let fixture = Fixture::new();
-        fs::create_dir_all(fixture.hub.release(&"a".try_into().unwrap())).unwrap();
+        let release = fixture.hub.release(&"a".try_into().unwrap());
+        fs::create_dir_all(&release).unwrap();
         fixture.send("heartbeat.json", &heartbeat("web"));
         let error = collect(&fixture.hub, true).unwrap_err().to_string();
-        assert!(error.starts_with("Failed to collect all that hosts have sent: Failed to collect from "), "{error}");
+        let of_a = format!("Failed to collect from {}: ", release.with_file_name("reports").display());
+        let expected = format!("Failed to collect all that hosts have sent: {of_a}No such file or directory (os error 2)");
+        assert_eq!(error, expected);
         assert!(fixture.got("heartbeat.json").exists());
     }
 }
