@@ -57,7 +57,7 @@ with subtest("so does whatever git is in the middle of"):
     refused("HEAD is detached; check out a branch")
     deploy(machine, "git checkout -q main")
     for name in some(machine, ("HEAD", "refs/heads/main", "index"), 1):
-        deploy(machine, f"touch .git/{name}.lock")
+        deploy(machine, f"touch -d @1 .git/{name}.lock")
         refused(f".git/{name}.lock exists")
         deploy(machine, f"rm .git/{name}.lock")
 

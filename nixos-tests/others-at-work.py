@@ -183,7 +183,7 @@ with subtest("an edit in the very moment of the fast-forward: it stays, whatever
     for edit, look in (
         ("echo >> flake.lock", "sha256sum flake.lock"),
         ("cp flake.lock .new; echo >> .new; mv .new flake.lock", "sha256sum flake.lock"),
-        ("echo staged > staged; git add staged; touch .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
+        ("echo staged > staged; git add staged; touch -d @1 .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
     ):
         before = (running(machine), generation(machine), head(machine))
         begin("accept: branch locked")
@@ -217,7 +217,7 @@ with subtest("a file of root's in the working tree: refused before anything happ
 
 with subtest("git is at work in the repository, or has left its lock behind: refused before anything happens"):
     publish(machine, "app", str(next(COUNT)))
-    deploy(machine, "touch .git/index.lock")
+    deploy(machine, "touch -d @1 .git/index.lock")
     before = (digest(machine), running(machine), generation(machine))
     ended = run(machine, "app")
     assert (ended["result"], ended["stage"]) == ("failed", "prepare") and "index.lock exists" in ended["error"], ended

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::gather::gather;
 use crate::git::savepoint::Savepoint;
 use crate::git::savepoint::cut_off::Changed;
+use crate::git::savepoint::locks::once_free;
 use crate::git::{Repository, reason};
 use crate::{fault, files};
 
@@ -31,7 +33,8 @@ impl Repository {
         }
         for name in ["index", "HEAD", &self.branch] {
             let [file, lock] = [name, &format!("{name}.lock")].map(|name| self.git_directory.join(name));
-            if lock.symlink_metadata().is_ok() {
+            let look = || lock.symlink_metadata().map_or(Ok(()), |_| Err(ErrorKind::AlreadyExists.into()));
+            if once_free(&lock, look).is_err() {
                 let what = "another git process is running, or has left the file behind; in that case remove it";
                 return Err(Error::new(format!("Failed to lock {}: {} exists: {what}", file.display(), lock.display())));
             }

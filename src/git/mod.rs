@@ -324,6 +324,9 @@ pub fn git(directory: &Path) -> Program {
         "core.hooksPath=/dev/null",
         "core.fsmonitor=false",
         "core.fsync=all",
+        // milliseconds, for another git that is at work; that of the index has no such setting
+        "core.filesRefLockTimeout=10000",
+        "core.packedRefsTimeout=10000",
         "gc.auto=0",
         "maintenance.auto=false",
         // what is read is to be the same whatever the user likes to read

@@ -231,7 +231,7 @@ fn locks_of_others_stay() {
     shell(directory.path(), "touch .git/packed-refs.lock");
     begin(&repository, &to);
     // by hand, and then the user's git takes it
-    shell(directory.path(), "rm .git/index.lock; touch .git/index.lock; touch -d @1 .git/HEAD.lock");
+    shell(directory.path(), "rm .git/index.lock; touch -d @1 .git/index.lock .git/HEAD.lock");
     repository.recover("app").unwrap();
     assert_eq!(shell(directory.path(), "ls .git/*.lock"), ".git/index.lock\n.git/packed-refs.lock");
     let refused = repository.check_forward(&to, "app", directory.path()).unwrap_err();
@@ -253,6 +253,36 @@ fn a_git_that_is_alive_keeps_its_locks() {
     repository.recover("app").unwrap();
     user.join().unwrap();
     assert_eq!(shell(directory.path(), "git rev-parse HEAD; ls -d .git/*.lock .git/ekiben* || true"), to);
+}
+
+#[test]
+fn a_git_that_is_at_work_is_waited_for() {
+    let commit = "GIT_EDITOR='sleep 1; false #' git commit -qa --allow-empty 2> /dev/null || true";
+    let update = "{ printf 'start\\nupdate HEAD HEAD\\nprepare\\n'; sleep 1; echo abort; } | git update-ref --stdin > /dev/null";
+    for (lock, work, forward) in [
+        ("index.lock", commit, false),
+        ("index.lock", commit, true),
+        ("HEAD.lock", update, false),
+        ("refs/heads/feature/main.lock", update, true),
+    ] {
+        let directory = Directory::new();
+        let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+        let top = repository.top.clone();
+        let user = std::thread::spawn(move || shell(&top, work));
+        while !directory.path().join(".git").join(lock).exists() && !user.is_finished() {
+            std::thread::yield_now();
+        }
+        assert!(!user.is_finished());
+        if forward {
+            repository.forward(&to, "app").unwrap();
+        } else {
+            repository.check_forward(&to, "app", Directory::new().path()).unwrap();
+        }
+        user.join().unwrap();
+        let now =
+            shell(directory.path(), "git rev-parse HEAD; git status --porcelain; ls -d .git/*.lock .git/ekiben* 2> /dev/null || true");
+        assert_eq!(&now, if forward { &to } else { &repository.head });
+    }
 }
 
 #[test]

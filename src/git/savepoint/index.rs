@@ -7,13 +7,14 @@ use std::path::Path;
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::git::savepoint::locks::once_free;
 use crate::git::savepoint::{Savepoint, is_same, rename_if_there};
 
 impl Savepoint {
-    /// Locks the index: by a file that nobody can take for another's.
+    /// Locks the index, once no other git does: by a file that nobody can take for another's.
     pub fn lock_index(&self) -> Result<()> {
         let lock = self.index_lock();
-        let locked = fs::hard_link(self.lock(), &lock).and_then(|()| files::sync_parent(&lock));
+        let locked = once_free(&lock, || fs::hard_link(self.lock(), &lock)).and_then(|()| files::sync_parent(&lock));
         locked.context(|| format!("lock {}: {}", self.user_index().display(), lock.display()))
     }
 

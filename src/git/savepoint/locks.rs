@@ -1,7 +1,8 @@
 //! What tells the locks of a git of ours that was killed from those of others: the locks that git makes by itself and that
-//! were not there before are noted.
+//! were not there before are noted. Those of a git that is at work are waited for.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -44,13 +45,10 @@ impl Savepoint {
     pub fn remove_locks(&self) -> Result<()> {
         let (directories, files): (Vec<_>, Vec<_>) = self.noted().into_iter().partition(|path| path.is_dir());
         let mut left: Vec<_> = files.into_iter().filter(|path| path.is_file()).map(|path| (index::identity(&path), path)).collect();
-        let is_young =
-            |path: &Path| !path.metadata().and_then(|file| file.modified()).is_ok_and(|made| made.elapsed().is_ok_and(|age| age > OLD));
-        let until = Instant::now() + OLD;
-        while left.iter().any(|(_, path)| is_young(path)) && Instant::now() < until {
-            thread::sleep(PAUSE);
+        wait_while(|| {
             left.retain(|(identity, path)| index::identity(path) == *identity);
-        }
+            left.iter().any(|(_, path)| is_young(path))
+        });
         for (_, path) in left {
             log::warn!("Removing {}, which an earlier git has left.", path.display());
             files::insist(|| files::remove(&path)).doing("remove", &path)?;
@@ -75,4 +73,27 @@ impl Savepoint {
         let noted = fs::read(self.directory.join("locks")).unwrap_or_default();
         split(&noted).map(|path| self.git_directory.join(path)).collect()
     }
+}
+
+/// Makes a lock, or looks for it, once no git which is alive holds it; fails with [`io::ErrorKind::AlreadyExists`] if it stays.
+pub fn once_free(lock: &Path, mut attempt: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let mut done = Ok(());
+    wait_while(|| {
+        done = attempt();
+        done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) && is_young(lock)
+    });
+    done
+}
+
+/// Looks again and again, until what may be held by a git that is alive is free or old.
+fn wait_while(mut is_held: impl FnMut() -> bool) {
+    let until = Instant::now() + OLD;
+    while is_held() && Instant::now() < until {
+        thread::sleep(PAUSE);
+    }
+}
+
+/// Whether a git that is alive may hold a lock.
+fn is_young(lock: &Path) -> bool {
+    !lock.symlink_metadata().and_then(|file| file.modified()).is_ok_and(|made| made.elapsed().is_ok_and(|age| age > OLD))
 }

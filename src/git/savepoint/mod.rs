@@ -9,9 +9,9 @@
 
 pub mod cut_off;
 pub mod index;
+pub mod locks;
 
 mod check;
-mod locks;
 mod restore;
 
 use std::collections::{BTreeMap, BTreeSet};
