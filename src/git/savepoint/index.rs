@@ -2,13 +2,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::locks::once_free;
-use crate::git::savepoint::{Savepoint, is_same, rename_if_there};
+use crate::git::savepoint::{Savepoint, identity, is_same, rename_if_there};
 
 impl Savepoint {
     /// Locks the index, once no other git does: by a file that nobody can take for another's.
@@ -60,11 +59,4 @@ pub fn copy_index(from: &Path, to: &Path) -> Result<()> {
         File::options().append(true).open(to)?.set_modified(modified)
     };
     copy().doing("copy", from)
-}
-
-/// What a file has in common with no other, and with no later one of its name.
-pub fn identity(path: &Path) -> String {
-    // without the device, whose number changes at each boot on some file systems
-    path.symlink_metadata()
-        .map_or("none".into(), |metadata| format!("{} {} {} {}", metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
 }

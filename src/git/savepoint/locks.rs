@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::cut_off::{join, split};
-use crate::git::savepoint::{Savepoint, index};
+use crate::git::savepoint::{Savepoint, identity};
 
 /// How old a lock is that no git which is alive holds; and the time between two looks at a younger one.
 const OLD: Duration = Duration::from_secs(10);
@@ -44,9 +44,9 @@ impl Savepoint {
     /// have made it since: what is young must stay as it is until it is old.
     pub fn remove_locks(&self) -> Result<()> {
         let (directories, files): (Vec<_>, Vec<_>) = self.noted().into_iter().partition(|path| path.is_dir());
-        let mut left: Vec<_> = files.into_iter().filter(|path| path.is_file()).map(|path| (index::identity(&path), path)).collect();
+        let mut left: Vec<_> = files.into_iter().filter(|path| path.is_file()).map(|path| (identity(&path), path)).collect();
         wait_while(|| {
-            left.retain(|(identity, path)| index::identity(path) == *identity);
+            left.retain(|(was, path)| identity(path) == *was);
             left.iter().any(|(_, path)| is_young(path))
         });
         for (_, path) in left {

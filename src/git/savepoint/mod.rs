@@ -114,7 +114,7 @@ impl Savepoint {
 
     /// Says that the saved files are about to be changed. Without it, a savepoint means nothing.
     pub fn begin(&self) -> Result<()> {
-        let identity = index::identity(&self.user_index());
+        let identity = identity(&self.user_index());
         files::write(&self.begun(), identity.as_bytes(), 0o600).doing("write", &self.begun())
     }
 
@@ -226,4 +226,11 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
 /// rename(2) does nothing between two names of the same file.
 fn rename_if_there(from: &Path, to: &Path) -> io::Result<()> {
     files::if_there(fs::rename(from, to))?.map_or(Ok(()), |()| files::sync_parent(to))
+}
+
+/// What a file has in common with no other, and with no later one of its name.
+fn identity(path: &Path) -> String {
+    // without the device, whose number changes at each boot on some file systems
+    path.symlink_metadata()
+        .map_or("none".into(), |metadata| format!("{} {} {} {}", metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
 }
