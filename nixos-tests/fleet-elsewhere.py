@@ -185,6 +185,9 @@ with subtest("from a third machine, without root, a release is published, follow
     becomes("new machine")
     follows(first)
     assert "activating the configuration" in desk.succeed(fleet("log web"))
+    ended, run, result = desk.succeed(fleet("log --list web")).splitlines()[1].split("  ")[:3]
+    assert ended.endswith(" ago") and result == "deployed" and desk.succeed(fleet(f"log web {run}")) == desk.succeed(fleet("log web"))
+    assert "no report of run \"none\" has arrived; see ekiben fleet log --list web" in desk.fail(fleet("log web none"))
     assert "up to date" in desk.succeed(fleet("diff"))
     assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
     assert "on its own" in desk.fail(fleet("collect"))
@@ -391,7 +394,7 @@ with subtest("of two who hold at once, nobody's hold is lost; who is silent for 
     assert held == {"web", "other"}, held
     begin("alice", "resume web", "create *.holds.json.sent")
     said = desk.succeed(fleet("resume other"))
-    assert "has not responded for 30 s" in said and "other: goes on" in said, said
+    assert "has not responded for 30 s" in said and "other: not held" in said, said
     go_on_as("alice")
     succeeded, said = ended("alice")
     assert not succeeded and "somebody else has changed it in the meantime; try again" in said, said

@@ -30,7 +30,8 @@ _ekiben() {
         "fleet status"*) words=$($hosts) options="--json --html --wide --once" ;;
         "fleet history"*) words=$($hosts) options="--json" ;;
         "fleet renew"*) words=$($hosts) options="--jobs" ;;
-        "fleet log" | "fleet resume"* | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
+        "fleet log"*) words=$($hosts) options="--list" ;;
+        "fleet resume"* | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
     esac
     [[ $word != -* ]] || words=$options
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")

@@ -31,7 +31,8 @@ _ekiben() {
         "fleet status"*) found=($($hosts)) options=(--json --html --wide --once) ;;
         "fleet history"*) found=($($hosts)) options=(--json) ;;
         "fleet renew"*) found=($($hosts)) options=(--jobs) ;;
-        "fleet log" | "fleet resume"* | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
+        "fleet log"*) found=($($hosts)) options=(--list) ;;
+        "fleet resume"* | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
     esac
     [[ ${words[CURRENT]} != -* ]] || found=($options)
     compadd -- $found

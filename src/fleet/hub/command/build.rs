@@ -121,11 +121,13 @@ impl Fleet<'_> {
         let manner = self.manner(Provenance::default())?;
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
         let done = parallel(&hosts, self.arguments.jobs()?, |host| {
-            let renewed = publish::renew(&self.hub, &repository, host, &manner).or_error();
-            let said = |number| format!("{host}: release {number} published: renewed\n");
-            renewed.is_some_and(|renewed| print(&renewed.map_or(String::new(), said)).is_ok())
+            let Some(number) = publish::renew(&self.hub, &repository, host, &manner).or_error()? else { return Some(false) };
+            print(&format!("{host}: release {number} published: renewed\n")).ok().map(|()| true)
         });
-        Ok(exit(done.into_iter().all(|well| well)))
+        if done.iter().all(|renewed| *renewed == Some(false)) {
+            print("Nothing expires before long.\n")?;
+        }
+        Ok(exit(done.iter().all(Option::is_some)))
     }
 
     pub(super) fn manner(&self, origin: Provenance) -> Result<Manner<'_>> {

@@ -47,6 +47,7 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
   history [--json] [HOST...]
                      show what has been published, and from which commits
   log HOST [RUN]     show the log of the last run on a host, or of that run
+  log --list HOST    list the runs of a host
   diff [HOST...]     show how running systems and repository differ
   hold [--for DURATION] [--reason TEXT] [HOST...]
                      have nothing new be published for hosts; without hosts,
@@ -80,7 +81,7 @@ const OPTIONS: [(&str, &[&str]); 14] = [
     ("renew", &["--jobs"]),
     ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
-    ("log", &[]),
+    ("log", &["--list"]),
     ("diff", &[]),
     ("flake-update", &[]),
     ("bootstrap", &[]),
@@ -189,6 +190,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["log", ref hosts @ ..] if arguments.words[1..].iter().any(|word| word.starts_with('@')) => {
             hosts.iter().try_fold(ExitCode::SUCCESS, |_, host| print(&format!("{host}:\n")).and_then(|_| fleet.log(host, None)))
         }
+        ["log", host] if arguments.has("--list") => fleet.runs(host),
         ["log", host] => fleet.log(host, None),
         ["log", host, run] => fleet.log(host, Some(run)),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),

@@ -3,29 +3,58 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, ExitCode, Stdio};
 
-use crate::error::{Context, Result};
-use crate::fleet::LARGE;
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::command::{Fleet, exit};
 use crate::fleet::hub::repository::{Host, select};
 use crate::fleet::hub::{collect, history};
-use crate::names::RunId;
+use crate::fleet::{LARGE, Report};
+use crate::names::{HostName, RunId};
 use crate::nix::nix;
 use crate::output::{print, print_json};
 use crate::program::Program;
-use crate::text;
+use crate::system::now;
+use crate::text::{self, ago, short};
+use crate::{files, table};
 
 const LINE_BYTES: u64 = 64 * 1024;
+/// How many runs of a host are listed.
+const LISTED: usize = 30;
 
 impl Fleet<'_> {
-    pub(super) fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
+    /// The host of that name, and its runs of which reports have arrived, the newest last.
+    fn reported(&self, host: &str) -> Result<(HostName, Vec<RunId>)> {
         collect::take_in(&self.hub, &[host], None)?;
         let host = select(self.hub.hosts()?, |name| name, &[host])?.remove(0);
+        self.hub.take_in_file(&self.hub.index_file(&host))?;
+        let runs = self.hub.index(&host).reports;
+        Ok((host, runs))
+    }
+
+    /// Lists the runs of a host, the newest first.
+    pub(super) fn runs(&self, host: &str) -> Result<ExitCode> {
+        let (host, runs) = self.reported(host)?;
+        let mut rows = vec![["ENDED", "RUN", "RESULT", "RELEASE", "ERROR"].map(String::from)];
+        for id in runs.iter().rev().take(LISTED) {
+            let path = self.hub.received(&host).join(format!("{id}.json"));
+            self.hub.take_in_file(&path)?;
+            // old ones are removed
+            if let Some(Report { run, .. }) = files::read_foreign_json(&path, LARGE).or_warn().flatten() {
+                let release = run.release.map(|release| release.sequence.to_string()).unwrap_or_default();
+                rows.push([ago(run.finished, now()), short(id), run.result.to_string(), release, run.error.unwrap_or_default()]);
+            }
+        }
+        print(&(table::lines(&rows).join("\n") + "\n")).map(|()| ExitCode::SUCCESS)
+    }
+
+    /// Shows the log of the last run of a host, or of the one whose identifier is or begins so.
+    pub(super) fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
+        let (host, mut runs) = self.reported(host)?;
         let doing = || format!("show a log of {host}");
         let run = if let Some(run) = run {
-            RunId::try_from(run).context(doing)?
+            let known = runs.into_iter().rfind(|id| id.starts_with(run));
+            known.ok_or_else(|| format!("no report of run {run:?} has arrived; see ekiben fleet log --list {host}")).context(doing)?
         } else {
-            self.hub.take_in_file(&self.hub.index_file(&host))?;
-            self.hub.index(&host).reports.pop().ok_or("no report has arrived").context(doing)?
+            runs.pop().ok_or("no report has arrived").context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
         self.hub.take_in_file(&path)?;

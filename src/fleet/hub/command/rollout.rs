@@ -39,7 +39,8 @@ impl Fleet<'_> {
     /// Ends that; has a roll-out that was stopped go on, whoever has failed until now, and one that was not also without a
     /// host of this wave that is well.
     pub(super) fn resume(&self, wanted: &[&str]) -> Result<ExitCode> {
-        self.change(wanted, "goes on", |holds, host, rollout| {
+        let said = if wanted.is_empty() { "goes on" } else { "not held" };
+        self.change(wanted, said, |holds, host, rollout| {
             holds.end(host);
             // to end a hold is no word on hosts
             let meant = rollout.filter(|rollout| rollout.headway.stopped.is_some() || rollout.holds.of(None).is_none());
