@@ -60,6 +60,19 @@ with subtest("two repositories on one machine at once"):
     assert shows(machine, "app") == content and shows(machine, "revision") in heads
     assert generation(machine).endswith(f" {running(machine)}")
 
+with subtest("what a run of another instance is just switching to is nobody's hand"):
+    publish(machine, "app", str(next(COUNT)))
+    hold(machine, "activate: switched")
+    follow(machine, "second")
+    machine.succeed("ekiben trigger second")
+    wait_until_said(machine, "second", "Held at activate: switched.")
+    assert run(machine, "other")["result"] == "unchanged", last_run(machine, "other")
+    said = machine.succeed("ekiben status other; ekiben status second")
+    assert "by hand" not in said, said
+    go_on(machine, "activate: switched")
+    settle()
+    assert last_run(machine, "second")["result"] == "deployed"
+
 
 # everywhere
 def begin(point):

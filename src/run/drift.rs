@@ -11,9 +11,14 @@ use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
 use crate::text::span;
 
-/// How what this machine runs differs from what was deployed last, in a line; none if it runs that, or nothing has been
-/// deployed.
+/// How what this machine runs differs from what was deployed last, in a line; none if it runs that, nothing has been
+/// deployed, or a run of another instance than this one may just be switching.
 pub fn drift(paths: &Paths) -> Option<String> {
+    let mut others = paths.with_status().into_iter().filter(|other| other.name() != paths.name());
+    let switches = |other: Paths| Status::read(&other).running.is_some_and(|running| running.stage.may_switch());
+    if others.any(switches) {
+        return None;
+    }
     let all = all_deployed(paths).into_iter().filter(Deployed::is_own);
     let Deployed { system: deployed, not_booted_since, .. } = all.max_by_key(|deployed| deployed.number)?;
     let is_stuck = || paths.with_status().iter().any(|instance| is_stuck(&Status::read(instance)));

@@ -55,6 +55,13 @@ pub enum Stage {
     Unknown,
 }
 
+impl Stage {
+    /// Whether another system may run in it than before, and yet be put back.
+    pub fn may_switch(self) -> bool {
+        matches!(self, Self::Activate | Self::Observe | Self::Boot)
+    }
+}
+
 impl fmt::Display for Stage {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         // by the name that it has in JSON
