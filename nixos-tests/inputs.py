@@ -165,6 +165,26 @@ with subtest("what the network fails is tried again"):
     start("git-daemon")
     works("everything")
 
+with subtest("a server whose certificate has expired is to blame, and not what was to be built with what it has"):
+    deploy(server, "sed -i '/other = {/,/url/s#url = .*#url = \"https://github.com/files/other.tar.gz\";#' flake.nix")
+    publish(server, "other", next(COUNT))
+    deploy(server, "nix flake lock; git commit -qam other")
+    source = f"(builtins.getFlake \"git+file://{REPOSITORY}\").inputs.other.outPath"
+    content = renew()
+    server.succeed(
+        f"nix-store --delete {deploy(server, f'nix eval --raw --impure --expr {shlex.quote(source)}')}",
+        "cp -p /srv/certificate /srv/good; openssl req -x509 -key /srv/key -subj /CN=forge -addext subjectAltName=DNS:github.com "
+        "-not_before 20200101000000Z -not_after 20210101000000Z -out /srv/certificate; systemctl stop forge",
+    )
+    start("forge")
+    ended = run(server, "app")
+    assert ended["stage"] == "build" and "was not OK (60)" in status(server, "app")["output"], (ended, status(server, "app")["output"])
+    server.succeed("mv /srv/good /srv/certificate; systemctl stop forge")
+    start("forge")
+    # the timer would refuse what is known to be bad
+    ended = run(server, "app")
+    assert ended["result"] == "deployed" and shows(server, "app") == content, ended
+
 with subtest("what a killed git or a power cut has left in the cache is in nobody's way"):
     locks = "refs/heads/main.lock packed-refs.lock HEAD.lock config.lock shallow.lock"
     server.succeed(f"cd {CACHE}/nix/gitv3; for place in */; do (cd $place; mkdir -p refs/heads; touch {locks}); done; chown -R deploy .")

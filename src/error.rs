@@ -116,7 +116,7 @@ const MACHINE: [&str; 22] = [
 ];
 
 /// What programs say when the network or the other side is at fault, in lower case.
-const NETWORK: [&str; 57] = [
+const NETWORK: [&str; 61] = [
     "broken pipe",
     "bytes missing",
     "closed by remote host",
@@ -162,9 +162,13 @@ const NETWORK: [&str; 57] = [
     "returned error: 5",
     "rpc failed",
     "send failure",
+    "server certificate verification failed",
     "server returned nothing",
+    "server verification failed",
+    "ssl certificate problem",
     "ssl connect error",
     "ssl connection timeout",
+    "ssl peer certificate",
     "ssl_error_syscall",
     "temporary failure in name resolution",
     "timeout was reached",
@@ -266,6 +270,8 @@ mod tests {
             ("fatal: unable to access 'http://h/': The requested URL returned error: 500", false, true),
             ("fatal: unable to access 'http://h/': The requested URL returned error: 404", false, false),
             ("error: unable to download 'http://h/': HTTP error 429", false, true),
+            ("error: unable to download 'https://h/': SSL peer certificate or SSH remote key was not OK (60)", false, true),
+            ("fatal: unable to access 'https://h/': server verification failed: certificate has expired.", false, true),
             ("Host key verification failed.", false, false),
             ("fatal: couldn't find remote ref refs/heads/main", false, false),
             ("error: syntax error, unexpected end of file", false, false),
