@@ -212,7 +212,7 @@ for place in ("runs", "queue", "status"):
         assert times_of("Starting")[-1] - mended < 5
 
 with subtest("a run whose unit fails before it can begin has failed, and is tried again, with growing pauses"):
-    started = starts()
+    started, failed = starts(), status(server, "app")["counts"].get("failed", 0)
     drop_in("ekiben-app.service", "[Service]", "LoadCredential=x:/nowhere")
     number = post()
     server.wait_until_succeeds(HAS_FAILED, timeout=20)
@@ -220,6 +220,7 @@ with subtest("a run whose unit fails before it can begin has failed, and is trie
     server.wait_until_succeeds(HAS_FAILED, timeout=20)
     times = times_of("Starting")[started:]
     pauses = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert status(server, "app")["counts"]["failed"] == failed + 1
     # as long as it has been going on, at least; a machine at work takes longer
     assert pauses[0] > 0.9 and pauses[2] > 1.9, pauses
     undo("ekiben-app.service")

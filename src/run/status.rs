@@ -271,14 +271,13 @@ impl Status {
     pub fn report_unopened(paths: &Paths, run: &RunId, why: &str) -> Result<()> {
         let mut status = Self { running: None, ..Self::read(paths) };
         let (id, mut started) = (run.to_string(), now());
-        if let Some(last) = status.runs.first() {
+        if let Some(last) = status.runs.first_mut() {
             if last.id == id {
                 return Ok(());
             }
             if last.stage == Some(Stage::Begin) {
-                // one of many attempts: since when
-                started = last.started;
-                status.runs.remove(0);
+                // one of many attempts, which count once: since when
+                (started, last.id) = (last.started, id.clone());
             }
         }
         let (result, trigger, stage, error) = (Outcome::Failed, Trigger::Timer, Some(Stage::Begin), Some(why.to_owned()));
@@ -400,6 +399,17 @@ mod tests {
         assert_eq!(fs::read_to_string(files::aside(&paths.status())).unwrap(), text);
         let status = Status::read(&paths);
         assert!(status.unreadable.is_none() && status.runs.len() == 3 && status.held == Some(9));
+    }
+
+    #[test]
+    fn all_attempts_to_begin_are_one_run() {
+        let directory = Directory::new();
+        let paths = paths(&directory);
+        for id in ["a", "a", "b", "c"].map(|id| RunId::try_from(id.repeat(32)).unwrap()) {
+            Status::report_unopened(&paths, &id, "no room").unwrap();
+            let status = Status::read(&paths);
+            assert_eq!((status.runs.len(), &*status.runs[0].id, status.counts["failed"]), (1, &*id, 1));
+        }
     }
 
     #[test]

@@ -32,7 +32,9 @@ pub fn begin(paths: &Paths, instance: &Instance) -> Result<()> {
     let concluded = conclude::conclude(paths);
     boot::end_all(paths);
     if paths.journal().exists() || Run::load(paths.trial())?.is_some_and(|trial| trial.boot != boot_id()) {
-        return concluded.and_then(|()| Err(Error::new("Failed to start the run: the previous run has not ended")));
+        let why = concluded.err().unwrap_or_else(|| Error::new("Failed to start the run: the previous run has not ended"));
+        let _ = cut_off::report_unopened(paths, &why.to_string());
+        return Err(why);
     }
     // that run has been reported; this one is another
     concluded.or_warn();
