@@ -281,7 +281,7 @@ with subtest("a publisher's laptop is lost: another signer goes on, and what the
     assert "signed by none of `signers`" in poll()["error"]
     becomes("refusing", user="alice")
     code, said = status_says("alice")
-    assert code == 2 and "signed by none of `signers`\n" in said, said
+    assert code == 2 and "signed by none of `signers`" in said, said
     content = change(user="alice")
     deploys(user="alice")
     follows(content, user="alice")

@@ -270,6 +270,10 @@ with subtest("what is to be signed is deployed only if one of the signers has si
     refuses_unsigned("it is not signed")
     push_signed("by-another", "git -c gpg.ssh.program=ssh-keygen" + sign.format("other").removeprefix("git"))
     refuses_unsigned("signed by none of `signers`")
+    # that key's time is over: one who has found it says that the commit is older
+    backdated = "GIT_COMMITTER_DATE='1 Jun 2019 12:00' git -c gpg.ssh.program=ssh-keygen" + sign.format("other").removeprefix("git")
+    push_signed("backdated", backdated)
+    refuses_unsigned("signed by none of `signers`, or by one whose time is over")
     # signed by the signer, then changed
     forge_signature = "git cat-file commit HEAD | sed 's/^forged$/other words/' > /tmp/forged; git reset -q --hard $(git hash-object -t commit -w /tmp/forged)"
     push_signed("forged", "git -c gpg.ssh.program=ssh-keygen" + sign.format("signer").removeprefix("git"), forge_signature)

@@ -1,45 +1,59 @@
-//! Who has signed a commit: what a repository that others write to is worth. The keys of those who may are told to
-//! ssh-keygen here, also for what else they sign.
+//! Who has signed something: a commit, which is what a repository is worth that others write to, or a release.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Context, Error, Result};
 use crate::git::Repository;
+use crate::program::Program;
 
-/// Who signs, whichever of the keys it is.
-pub const SIGNER: &str = "signer";
+/// Why a signature is not accepted; ssh-keygen says no more than that.
+pub const BY_NONE: &str = "signed by none of `signers`, or by one whose time is over";
+/// What git has commits signed for, as in the section of `gpg.format` of git-config(1).
+const COMMIT: &str = "git";
 
 impl Repository {
-    /// Fails unless one of `signers`, which are SSH public keys, has signed the commit as `git commit -S` does. The
-    /// settings of the repository and of its user do not count. `scratch` is a directory to write to.
+    /// Fails unless one of `signers`, which are SSH public keys, has signed the commit as `git commit -S` does. Not by
+    /// git, which takes the commit's own word for when that was. `scratch` is a directory to write to.
     pub fn check_signed(&self, commit: &str, signers: &[String], scratch: &Path) -> Result<()> {
-        let allowed = allowed_signers(signers, scratch)?;
-        let settings = [
-            &format!("gpg.ssh.allowedSignersFile={}", allowed.display()),
-            "gpg.ssh.program=ssh-keygen",
-            "gpg.ssh.revocationFile=",
-            // signatures of other kinds are those of other keys
-            "gpg.program=false",
-            "gpg.openpgp.program=false",
-            "gpg.x509.program=false",
-        ];
-        let log = self.git().args(settings.iter().flat_map(|setting| ["-c", setting]));
-        let log = log.args(["log", "-1", "--format=%G?", commit, "--"]);
-        // as in the section PRETTY FORMATS of git-log(1)
-        let what = match log.output(|| format!("verify the signature of {commit}"), None)?.trim_ascii() {
-            b"G" => return Ok(()),
-            b"N" => "it is not signed",
-            _ => "it is signed by none of `signers`, or by one whose time is over",
+        let commit_object = self.git().args(["cat-file", "commit", commit]);
+        let (content, signature) = split(&commit_object.output(|| format!("verify the signature of {commit}"), None)?);
+        let what = if signature.is_empty() {
+            "not signed"
+        } else if is_signed(&content, &signature, COMMIT, signers, scratch)? {
+            return Ok(());
+        } else {
+            BY_NONE
         };
-        Err(Error::new(format!("Failed to accept {commit}: {what}; sign it, or a later commit, by git commit -S with one of these keys")))
+        Err(Error::new(format!(
+            "Failed to accept {commit}: it is {what}; sign it, or a later commit, by git commit -S with one of these keys"
+        )))
     }
 }
 
-/// A file in `scratch` with these SSH public keys, as in the section ALLOWED SIGNERS of ssh-keygen(1).
-pub fn allowed_signers(keys: &[String], scratch: &Path) -> Result<PathBuf> {
-    let file = scratch.join("signers");
-    let lines: Vec<_> = keys.iter().map(|key| format!("{SIGNER} {key}\n")).collect();
-    fs::write(&file, lines.concat()).doing("write", &file)?;
-    Ok(file)
+/// Whether one of `signers`, each as in the section ALLOWED SIGNERS of ssh-keygen(1) but without principals, has signed this
+/// for `namespace`, and may do so now. `scratch` is a directory to write to.
+pub fn is_signed(content: &[u8], signature: &[u8], namespace: &str, signers: &[String], scratch: &Path) -> Result<bool> {
+    let [allowed, file] = ["signers", "signature"].map(|name| scratch.join(name));
+    let lines: Vec<_> = signers.iter().map(|key| format!("signer {key}\n")).collect();
+    fs::write(&allowed, lines.concat()).doing("write", &allowed)?;
+    fs::write(&file, signature).doing("write", &file)?;
+    let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "signer", "-n", namespace, "-f"]).arg(allowed).arg("-s").arg(file);
+    match verify.output(|| "verify a signature".into(), Some(content)) {
+        Err(error) if !error.to_string().contains("exited") => Err(error),
+        verified => Ok(verified.is_ok()),
+    }
+}
+
+/// What was signed of a commit, which is all else, and the signature, which is a header.
+fn split(commit: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let (mut content, mut signature) = (Vec::new(), Vec::new());
+    let (mut is_header, mut is_signature) = (true, false);
+    for line in commit.split_inclusive(|byte| *byte == b'\n') {
+        is_header &= line != b"\n";
+        let part = line.strip_prefix(if is_signature { &b" "[..] } else { b"gpgsig " }).filter(|_| is_header);
+        is_signature = part.is_some();
+        if is_signature { &mut signature } else { &mut content }.extend(part.unwrap_or(line));
+    }
+    (content, signature)
 }

@@ -318,6 +318,31 @@ fn an_object_is_what_its_name_says_whatever_git_is_to_take_it_for() {
 }
 
 #[test]
+fn who_may_sign_now_decides_whatever_a_commit_says_of_its_time() {
+    let directory = Directory::new();
+    let (repository, _) = repository(&directory, "echo 1 > x", "echo 2 > x");
+    let keys = Directory::new();
+    let key = keys.path().join("key");
+    shell(keys.path(), "ssh-keygen -q -t ed25519 -N '' -f key");
+    let public = fs::read_to_string(key.with_extension("pub")).unwrap();
+    let sign = format!("git -c gpg.format=ssh -c user.signingKey={} commit -qS --allow-empty -m", key.display());
+    for (how, valid, accepted) in [
+        (format!("{sign} now"), "", true),
+        (format!("{sign} then"), "valid-before=\"20200101\" ", false),
+        (format!("GIT_COMMITTER_DATE='1 Jun 2019 12:00' {sign} backdated"), "valid-before=\"20200101\" ", false),
+        (format!("GIT_COMMITTER_DATE='1 Jun 2019 12:00' {sign} old"), "", true),
+        (format!("git config i18n.commitEncoding latin1; {sign} $'encoded \\xe4\\n\\ngpgsig no\\n signature'"), "", true),
+        (format!("git tag -am tag tag; git checkout -q HEAD^; {sign} x; git merge -q -m merge tag; {sign} amended --amend"), "", true),
+        ("git commit -q --allow-empty -m unsigned".into(), "", false),
+    ] {
+        shell(directory.path(), &how);
+        let commit = shell(directory.path(), "git rev-parse HEAD");
+        let checked = repository.check_signed(&commit, &[format!("{valid}{public}")], Directory::new().path());
+        assert_eq!(checked.is_ok(), accepted, "{how}: {checked:?}");
+    }
+}
+
+#[test]
 fn what_is_in_the_way_is_named() {
     for (before, after, edit, named) in [
         ("echo .ig > .gitignore", "echo 2 > .ig", "echo mine > .ig", ".ig would be overwritten"),

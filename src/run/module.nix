@@ -156,7 +156,8 @@ let
           example = [ "ssh-ed25519 AAAAC3..." ];
           description = ''
             SSH public keys. If not empty, a commit is deployed only if it is signed by one of them
-            ({command}`git commit -S`), or is the one that has been deployed; updates of
+            ({command}`git commit -S`), or is the one that has been deployed. A key with `valid-before` counts
+            until then, whatever time a commit says that it is from. Updates of
             {file}`flake.lock` are commits of Ekiben's own on top of such a one. Others are refused
             before anything of them is evaluated. This is for a repository or an upstream that others
             may write to, such as a forge that is taken over. It does not protect from {option}`user`,

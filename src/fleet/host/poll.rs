@@ -20,7 +20,7 @@ use crate::fleet::host::peers::{self, Peers};
 use crate::fleet::host::{heartbeat, release, secrets, seen};
 use crate::fleet::place::Place;
 use crate::fleet::{FORMAT, Heartbeat, LARGE, LastRun, Manifest, NAMESPACE, SMALL, Signed, sha256};
-use crate::git::signature::{SIGNER, allowed_signers};
+use crate::git::signature::{BY_NONE, is_signed};
 use crate::git::{Repository, own};
 use crate::json;
 use crate::paths::Paths;
@@ -237,13 +237,8 @@ fn read_manifest(place: &Path, hub: &Hub, scratch: &Path) -> Result<Manifest> {
     let signed: Signed = json::parse(&files::read_foreign(place, SMALL).context(doing)?).map_err(no_manifest).context(doing)?;
     if !hub.signers.is_empty() {
         let signature = signed.signature.as_ref().ok_or("not signed").context(doing)?;
-        let (signers, file) = (allowed_signers(&hub.signers, scratch)?, scratch.join("manifest.sig"));
-        fs::write(&file, signature).context(doing)?;
-        let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", SIGNER, "-n", NAMESPACE, "-f"]).arg(signers);
-        let verified = verify.arg("-s").arg(file).output(|| "verify its signature".into(), Some(signed.manifest.as_bytes()));
-        if let Err(error) = verified {
-            // it says no more than that
-            return if error.to_string().contains("exited") { Err("signed by none of `signers`").context(doing) } else { Err(error) };
+        if !is_signed(signed.manifest.as_bytes(), signature.as_bytes(), NAMESPACE, &hub.signers, scratch)? {
+            return Err(BY_NONE).context(doing);
         }
     }
     let manifest = signed.read().context(doing)?;
