@@ -324,20 +324,22 @@ if STAND_IN:
         assert run(machine, "app")["result"] in ("deployed", "unchanged")
 
 if STAND_IN:
-    with subtest("what a power cut has left empty in the store is made anew"):
-        content = str(next(COUNT))
-        publish(machine, "app", content)
-        hold(machine, "build: noted")
-        until_said("Held at build: noted.")
-        candidate = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
-        recipe = machine.succeed(f"nix-store --query --deriver {candidate}").strip()
-        source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || "
-                                 f"test $(cat +/content) != {content} || echo +'").strip()
-        machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {candidate}/etc/app {source}/content; do truncate -s 0 $file; done")
-        cut_off("crash")
-        assert shows(machine, "app") == content, last_run(machine, "app")
-        check_deployed(machine, "app")
-        machine.succeed("nix-store --verify --check-contents 2>&1 | tee /dev/stderr | { ! grep modified; }")
+    with subtest("what a power cut has left empty in the store is made anew, also if the clock was ahead"):
+        for ahead in (0, 366 * 86400):
+            content = str(next(COUNT))
+            publish(machine, "app", content)
+            hold(machine, "build: noted")
+            until_said("Held at build: noted.")
+            candidate = machine.succeed("readlink -f /var/lib/ekiben/instances/app/candidate").strip()
+            recipe = machine.succeed(f"nix-store --query --deriver {candidate}").strip()
+            source = machine.succeed(f"nix-store --query --references {recipe} | xargs -I+ sh -c 'test ! -e +/content || "
+                                     f"test $(cat +/content) != {content} || echo +'").strip()
+            machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {candidate}/etc/app {source}/content; do truncate -s 0 $file; done")
+            machine.succeed(f"cd /var/lib/ekiben; jq '.started += {ahead}' runs/app.json > x; mv x runs/app.json")
+            cut_off("crash")
+            assert shows(machine, "app") == content, last_run(machine, "app")
+            check_deployed(machine, "app")
+            machine.succeed("nix-store --verify --check-contents 2>&1 | tee /dev/stderr | { ! grep modified; }")
 
 with subtest("what a newer version has begun, and written down, is ended by this one"):
     before, earlier = what_stays(machine), status(machine, "app")

@@ -15,6 +15,7 @@ use crate::gather::gather;
 use crate::names::is_store_path;
 use crate::nix::profile::SYSTEM_PROFILE;
 use crate::program::Program;
+use crate::system::now;
 
 const STORE: &str = "/nix/store";
 /// What is not to be taken away, whatever is wrong with it.
@@ -36,7 +37,8 @@ pub fn sync() -> Result<()> {
 /// Looks at what has come into the store since a time, in seconds since 1970, and takes away, or repairs
 /// if a system in use needs it, what is damaged.
 pub fn mend(since: u64) -> Result<()> {
-    let since = i64::try_from(since.saturating_sub(WRITTEN)).unwrap_or(i64::MAX);
+    // by a clock that has been set back since, everything may have come later
+    let since = if since > now() { 0 } else { i64::try_from(since.saturating_sub(WRITTEN)).unwrap_or(i64::MAX) };
     let entries = fs::read_dir(STORE).doing("list", Path::new(STORE))?.flatten();
     let new = entries.filter(|entry| entry.metadata().is_ok_and(|metadata| metadata.ctime() >= since)).map(|entry| entry.path());
     let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
