@@ -66,7 +66,7 @@ impl Error {
     /// Whether the network or the other side is to blame, by what the failing program said.
     pub fn is_of_network(&self) -> bool {
         // the Nix daemon of this machine is no other side
-        !self.says(&["daemon-socket/"])
+        !self.says(&["daemon-socket/", "remote store 'daemon'"])
             // without a reason, where the connection was closed
             && (self.says(&NETWORK) || self.0.tail.first().is_some_and(|line| line.contains("Could not read from remote repository")))
     }
@@ -258,6 +258,7 @@ mod tests {
             ("error: writing to file: No space left on device", true, false),
             ("error: executing SQLite statement 'insert': database or disk is full", true, false),
             ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, false),
+            ("error: cannot open connection to remote store 'daemon': error: reading from file: Connection reset by peer", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),
             ("kex_exchange_identification: Connection closed by remote host", false, true),

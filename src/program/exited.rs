@@ -46,10 +46,11 @@ impl Exited {
     }
 }
 
-/// The error that a program which did not succeed comes to. If somebody else has ended it, the next may well succeed.
+/// The error that a program which did not succeed comes to. If somebody else has ended it, or a limit of this machine's on
+/// the size of files, the next may well succeed.
 pub(super) fn failed(message: String, status: ExitStatus, tail: Vec<String>) -> Error {
     let error = Error::new(message).with_tail(tail);
-    let by_others = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGTERM].map(|signal| signal as i32);
+    let by_others = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGKILL, Signal::SIGTERM, Signal::SIGXFSZ].map(|signal| signal as i32);
     if status.signal().is_some_and(|signal| by_others.contains(&signal)) { error.transient() } else { error }
 }
 

@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn who_is_ended_by_another_is_not_to_blame() {
-        for (signal, transient) in [("KILL", true), ("TERM", true), ("SEGV", false), ("ABRT", false)] {
+        for (signal, transient) in [("KILL", true), ("TERM", true), ("XFSZ", true), ("SEGV", false), ("ABRT", false)] {
             let script = format!("ulimit -c 0; kill -{signal} $$");
             assert_eq!(run(&script, Duration::from_secs(10)).unwrap().success().unwrap_err().is_transient(), transient, "{signal}");
             assert_eq!(shell(&script).output(|| "count".into(), None).unwrap_err().is_transient(), transient, "{signal}");
