@@ -23,6 +23,7 @@ in
 {
   # of a real NixOS it would show nothing that rollback does not, and takes its time
   onlyHosts = true;
+  debianPackages = [ "libfaketime" ];
   # each sees something else, all at the same time
   nodes = {
     early = machine;

@@ -75,6 +75,17 @@ with subtest("a system that dies on its feet is put back, whatever it dies of an
     assert again.fail("ekiben status app").count("ekiben-webhook-tokens.service has failed") == 1
     again.succeed("mv /etc/scenario/token-away /etc/scenario/token-app; systemctl restart ekiben-webhook-tokens.service")
 
+with subtest("one that lives is deployed, though the clock is set back meanwhile"):
+    library = restarted.succeed("ls /usr/lib/*/faketime/libfaketime.so.1").strip()
+    drop_in = "/run/systemd/system/systemd-journald.service.d"
+    begin(restarted, "alive", trouble="mortal 2 0 always")
+    restarted.succeed(f"mkdir {drop_in}; printf '[Service]\\nEnvironment=LD_PRELOAD={library} FAKETIME=-1d DONT_FAKE_MONOTONIC=1\\n' "
+                      f"> {drop_in}/clock.conf; systemctl daemon-reload; systemctl restart systemd-journald")
+    wait_until_idle(restarted, "app")
+    check_end(last_run(restarted, "app"), "deployed")
+    restarted.succeed("test $(journalctl --lines=1 --output=json | jq -r .__REALTIME_TIMESTAMP) -lt $(($(date +%s) - 3600))000000",
+                      f"rm -r {drop_in}; systemctl daemon-reload; systemctl restart systemd-journald")
+
 with subtest("no time is added where nothing is switched"):
     assert run(again, "app")["result"] == "unchanged"
     publish(again, "app", "later", trouble="reboot")

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, OrLog, Result};
 use crate::gather::gather;
 use crate::program::Program;
 use crate::system::properties::Properties;
@@ -144,14 +144,12 @@ pub fn newly_failed(failed: &BTreeSet<String>, before: &BTreeSet<String>, system
 /// How often systemd has started services again, because they had ended.
 pub struct Restarts {
     counts: BTreeMap<String, u64>,
-    since: u64,
 }
 
 impl Restarts {
     /// Up to now.
     pub fn now() -> Result<Self> {
-        let since = now();
-        Ok(Self { counts: gather(services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts))), since })
+        Ok(Self { counts: gather(services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts))) })
     }
 
     /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
@@ -159,28 +157,26 @@ impl Restarts {
         let mut died = BTreeMap::new();
         for (name, Service { restarts, .. }) in services(&["*.service"])? {
             let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
-            if restarts > self.counts.get(&name).copied().unwrap_or(0)
-                && !is_restless
-                && (brings(old, &name) || brings(new, &name))
-                && !self.has_ended_well(&name)
-            {
+            let times = restarts.saturating_sub(self.counts.get(&name).copied().unwrap_or(0));
+            if times > 0 && !is_restless && (brings(old, &name) || brings(new, &name)) && !has_ended_well(&name, times) {
                 died.insert(name, "died and was restarted".to_owned());
             }
         }
         Ok(died)
     }
+}
 
-    /// Whether a service has ended since then as one that is to be started again whenever it has done its work: what
-    /// systemd knows of that is only in its journal.
-    fn has_ended_well(&self, name: &str) -> bool {
-        let journalctl = || Program::as_root("journalctl").arg("--quiet");
-        let since = format!("--since=@{}", self.since);
-        let ends = [ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}"));
-        let ask = journalctl().args(["--output=json", "--output-fields=MESSAGE_ID", &since, "_PID=1", &format!("UNIT={name}")]).args(ends);
-        let synced = journalctl().arg("--sync").output(|| "flush the journal".into(), None);
-        let said = synced.and_then(|_| ask.said(|| "read the journal".into())).unwrap_or_default();
-        said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
-    }
+/// Whether a service has ended the last so many times as one that is to be started again whenever it has done its work:
+/// what systemd knows of that is only in its journal, whose moments go by a clock that may have been set meanwhile.
+fn has_ended_well(name: &str, times: u64) -> bool {
+    // whatever has become of journald
+    let sync = Program::as_root("timeout").args(["--kill-after=1", "20", "journalctl", "--sync"]);
+    sync.output(|| "flush the journal".into(), None).or_warn();
+    let lines = format!("--lines={times}");
+    let ask = Program::as_root("journalctl").args(["--quiet", "--output=json", "--output-fields=MESSAGE_ID", &lines, "_PID=1"]);
+    let ask = ask.arg(format!("UNIT={name}")).args([ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}")));
+    let said = ask.said(|| "read the journal".into()).unwrap_or_default();
+    said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
 }
 
 /// What systemd knows of a service.
