@@ -199,6 +199,22 @@ if STAND_IN:
             machine.succeed("umount -l /var/lib/ekiben; rm -rf /var/lib/ekiben.away /var/lib/ekiben/runs/app.json")
             works()
 
+    with subtest("there is no inode left in /run: that is no candidate's fault, and it is deployed without a hand when there is"):
+        for point, stage, words in (("begin: journal opened", "prepare", "systemd could not set up the stage (status 2"),
+                                    ("activate: begun", "conclude", "then Failed to roll back: Failed to activate the old system")):
+            before = what_stays(machine)
+            content = begin(point)
+            machine.succeed("mount -o remount,nr_inodes=$(($(df --output=iused /run | tail -n 1))) /run")
+            go_on(machine, point)
+            ended = end_of_run()
+            assert ended["stage"] == stage and words in ended["error"], ended
+            machine.succeed("mount -o remount,nr_inodes=800k /run; systemctl reset-failed")
+            assert ended["result"] == "stuck" or what_stays(machine) == before, ended
+            machine.succeed("systemctl start ekiben-look@app.service")
+            wait_until_at_rest(machine, "app")
+            assert shows(machine, "app") == content, status(machine, "app")["runs"][:2]
+            check_deployed(machine, "app")
+
     with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
         timer = "/run/systemd/system/scenario-once.timer"
         def elapses(unit):

@@ -70,8 +70,7 @@ impl Status {
             // it had waited for a boot to be undone, and stays
             _ if run.undoes.is_some() && run.reboot_needed => status.undone = None,
             (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
-                if failure.is_some_and(|failure| failure.stage != Stage::Prepare)
-                    && (ended.result == Outcome::Stuck || failure.is_some_and(|failure| !failure.transient)) =>
+                if failure.is_some_and(|failure| failure.stage != Stage::Prepare && !failure.transient) =>
             {
                 let tries = 1 + status.bad.as_ref().filter(|bad| bad.is(proposal, &options)).map_or(0, |bad| bad.tries);
                 let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());

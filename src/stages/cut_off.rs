@@ -47,6 +47,10 @@ pub fn cut_off(paths: &Paths, run: &Run) -> Failure {
         "timeout" => "the run took too long".into(),
         "signal" | "core-dump" => format!("the run was terminated by signal {}", exit_status()),
         "oom-kill" => "the machine ran out of memory".into(),
+        // by systemd.exec(5)
+        "exit-code" if could_not_begin(&exit_status(), paths.name()).is_some() => {
+            format!("systemd could not set up the stage (status {}): see journalctl --unit ekiben-{}", exit_status(), paths.name())
+        }
         // with no room for a note
         "exit-code" => format!(
             "the stage exited with {}, and could not write why into {}: see journalctl --unit ekiben-{}",

@@ -59,7 +59,9 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
         Err(error) => {
             let first = run.failure.as_ref().map(|failure| format!("{}; then ", failure.message)).unwrap_or_default();
             let message = format!("{first}Failed to roll back: {error}; {BY_HAND}");
-            run.failure = Some(Failure { message, ..Failure::new(Stage::Conclude, &error) });
+            // what has not failed by this machine's fault alone is the candidate's doing
+            let transient = error.is_transient() && run.failure.as_ref().is_some_and(|failure| failure.transient);
+            run.failure = Some(Failure { message, transient, ..Failure::new(Stage::Conclude, &error) });
             Outcome::Stuck
         }
     }
