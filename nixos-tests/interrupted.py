@@ -352,7 +352,10 @@ if STAND_IN:
                                      f"test $(cat +/content) != {content} || echo +'").strip()
             machine.succeed(f"chmod u+w {recipe}; for file in {recipe} {candidate}/etc/app {source}/content; do truncate -s 0 $file; done")
             machine.succeed(f"cd /var/lib/ekiben; jq '.started += {ahead}' runs/app.json > x; mv x runs/app.json")
+            # more than fit on a command line
+            machine.succeed("cd /nix/store; seq -f %032.0f-$(printf 'x%.0s' {1..150}) 15000 | xargs mkdir")
             cut_off("crash")
+            machine.succeed("find /nix/store -maxdepth 1 -name '0*-xxx*' -delete")
             assert shows(machine, "app") == content, last_run(machine, "app")
             check_deployed(machine, "app")
             machine.succeed("nix-store --verify --check-contents 2>&1 | tee /dev/stderr | { ! grep modified; }")

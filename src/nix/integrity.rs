@@ -22,6 +22,8 @@ const STORE: &str = "/nix/store";
 const SYSTEMS: [&str; 3] = ["/run/current-system", "/run/booted-system", SYSTEM_PROFILE];
 /// What was complete so long before the run began had been written by then, in seconds.
 const WRITTEN: u64 = 120;
+/// Of how many paths nix-store is asked at once: a command line has its limits.
+const AT_ONCE: usize = 1000;
 /// How long to look at what has come into the store, and to repair it, may take.
 const LIMIT: Duration = Duration::from_secs(3600);
 
@@ -44,12 +46,10 @@ pub fn mend(since: u64) -> Result<()> {
     let new: BTreeSet<PathBuf> = gather(new.filter(|path| is_store_path(path)));
     // what is not valid is recreated when it is needed
     let invalid = ask(&["--check-validity", "--print-invalid"], &new)?;
-    let valid: BTreeSet<PathBuf> = gather(new.difference(&invalid).cloned());
-    // all at once, as it mostly is
-    if valid.is_empty() || are_intact(&valid) {
-        return Ok(());
-    }
-    let damaged: BTreeSet<_> = gather(valid.into_iter().filter(|path| !are_intact([path])));
+    let valid: Vec<PathBuf> = new.difference(&invalid).cloned().collect();
+    // many at once, as they mostly are
+    let suspects = valid.chunks(AT_ONCE).filter(|paths| !are_intact(*paths)).flatten();
+    let damaged: BTreeSet<_> = gather(suspects.filter(|path| !are_intact([*path])).cloned());
     if damaged.is_empty() {
         return Ok(());
     }
@@ -67,11 +67,12 @@ pub fn mend(since: u64) -> Result<()> {
 
 /// The paths that nix-store answers with.
 fn ask(question: &[&str], paths: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
-    if paths.is_empty() {
-        return Ok(BTreeSet::new());
+    let mut answer = BTreeSet::new();
+    for paths in paths.iter().collect::<Vec<_>>().chunks(AT_ONCE) {
+        let said = nix_store().args(question).args(paths).said(|| "ask the store".into())?;
+        answer.extend(said.lines().map(PathBuf::from));
     }
-    let said = nix_store().args(question).args(paths).said(|| "ask the store".into())?;
-    Ok(gather(said.lines().map(PathBuf::from)))
+    Ok(answer)
 }
 
 fn are_intact<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> bool {
