@@ -1,5 +1,6 @@
 # What can go wrong between a hub and a host, and with what the hub publishes.
 let
+  inherit (import ./fleet-machines.nix) collectsWhenTold;
   keys = import ./fleet-keys.nix;
   server = {
     host = "hub";
@@ -10,11 +11,10 @@ in
   # holds a run while something else happens: see src/fault.rs
   faultPoints = true;
   nodes.hub = {
+    imports = [ collectsWhenTold ];
     services.ekiben.hub = {
       enable = true;
       hosts.web.publicKey = keys.web.public;
-      # only when the script says so
-      reports.interval = "1h";
     };
     # a hub that is down says so
     networking.firewall.rejectPackets = true;

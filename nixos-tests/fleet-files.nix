@@ -1,6 +1,7 @@
 # What the hub has for a single host besides its configuration, such as secrets, from the hub's disk to
 # the service that needs it; and what a hub in wrong hands can do with that.
 let
+  inherit (import ./fleet-machines.nix) collectsWhenTold;
   keys = import ./fleet-keys.nix;
   app = {
     users.users.app = {
@@ -12,6 +13,7 @@ let
 in
 {
   nodes.hub = {
+    imports = [ collectsWhenTold ];
     services.ekiben.hub = {
       enable = true;
       hosts.web = {
@@ -27,8 +29,6 @@ in
           "/run/fleet-secrets/volatile".source = "/root/secrets/volatile";
         };
       };
-      # only when the script says so
-      reports.interval = "1h";
     };
     environment.etc."scenario/host-key".text = keys.hub.private;
   };

@@ -23,6 +23,12 @@ in
       "scenario/signer".text = keys.signer.private;
     };
   };
+  # a hub that collects when the script says so
+  collectsWhenTold =
+    { lib, ... }:
+    {
+      systemd.timers.ekiben-hub-collect.timerConfig = lib.mkForce { OnBootSec = "1h"; };
+    };
   # where people publish for a hub elsewhere
   desk =
     { config, ... }:

@@ -1,6 +1,6 @@
 # Roll-outs in waves: on a hub that publishes by itself, and by hand, there and from elsewhere.
 let
-  inherit (import ./fleet-machines.nix) host hub;
+  inherit (import ./fleet-machines.nix) collectsWhenTold host hub;
   keys = import ./fleet-keys.nix;
 in
 {
@@ -8,6 +8,7 @@ in
   onlyHosts = true;
   nodes.hub = { lib, ... }: {
     imports = [
+      collectsWhenTold
       (hub [
         "db"
         "plain"
@@ -19,8 +20,6 @@ in
         # another user than the one that publishes
         user = lib.mkForce "ekiben-hub";
         publishers = [ keys.publisher.public ];
-        # when the script says so
-        reports.interval = "1h";
         metrics = "/var/lib/ekiben-hub-metrics/fleet.prom";
         publish = {
           enable = true;

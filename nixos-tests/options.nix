@@ -474,6 +474,9 @@ let
     interval = {
       hub.reports.interval = "every minute";
     };
+    longInterval = {
+      hub.reports.interval = "6min";
+    };
     size = {
       hub.reports.size = "50%";
     };

@@ -31,7 +31,6 @@ let
     ownDirectory
     ownFile
     signer
-    timeSpan
     unitPath
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
@@ -572,12 +571,12 @@ in
         description = "How many files a host may leave before they are collected.";
       };
       interval = mkOption {
-        type = timeSpan;
+        # what is older than ten minutes is not believed any more
+        type = types.strMatching "([1-9][0-9]?|[12][0-9][0-9]|300)s|[1-5]min" // {
+          description = "time span of at most `300s` or `5min`";
+        };
         default = "30s";
-        description = ''
-          How often to collect. Of what was collected more than ten minutes ago `ekiben fleet status` says so, and a
-          roll-out waits for those who were silent, so five minutes are the longest that are of use.
-        '';
+        description = "How often to collect.";
       };
     };
   };
