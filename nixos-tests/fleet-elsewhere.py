@@ -185,8 +185,9 @@ with subtest("from a third machine, without root, a release is published, follow
     becomes("new machine")
     follows(first)
     assert "activating the configuration" in desk.succeed(fleet("log web"))
-    ended, run, result = desk.succeed(fleet("log --list web")).splitlines()[1].split("  ")[:3]
-    assert ended.endswith(" ago") and result == "deployed" and desk.succeed(fleet(f"log web {run}")) == desk.succeed(fleet("log web"))
+    when, identifier, how = desk.succeed(fleet("log --list web")).splitlines()[1].split("  ")[:3]
+    assert when.endswith(" ago") and how == "deployed"
+    assert desk.succeed(fleet(f"log web {identifier}")) == desk.succeed(fleet("log web"))
     assert "no report of run \"none\" has arrived; see ekiben fleet log --list web" in desk.fail(fleet("log web none"))
     assert "up to date" in desk.succeed(fleet("diff"))
     assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
