@@ -193,16 +193,16 @@ with subtest("an edit by hand of what the run changes: the edit stays, and the o
     check_deployed(machine, "app")
 
 with subtest("an edit in the very moment of the fast-forward: it stays, whatever it is, and the old system comes back"):
-    for edit, look in (
-        ("echo >> flake.lock", "sha256sum flake.lock"),
-        ("cp flake.lock .new; echo >> .new; mv .new flake.lock", "sha256sum flake.lock"),
-        ("echo staged > staged; git add staged; touch -d @1 .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
+    for point, edit, look in (
+        ("accept: branch locked", "echo >> flake.lock", "sha256sum flake.lock"),
+        ("accept: branch locked", "cp flake.lock .new; echo >> .new; mv .new flake.lock", "sha256sum flake.lock"),
+        ("accept: saved", "echo staged > staged; git add staged; touch -d @1 .git/index.lock", "git ls-files --stage; ls .git/index.lock"),
     ):
         before = (running(machine), generation(machine), head(machine))
-        begin("accept: branch locked")
+        begin(point)
         deploy(machine, edit)
         edited = deploy(machine, look)
-        ended = end("accept: branch locked")
+        ended = end(point)
         assert ended["result"] == "rolledBack", ended
         assert (running(machine), generation(machine), head(machine)) == before
         assert deploy(machine, look) == edited

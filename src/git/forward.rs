@@ -67,17 +67,17 @@ impl Repository {
     }
 
     /// Fast-forwards the branch, the index and the working tree from HEAD to `commit`, or changes
-    /// nothing. While the files change, the branch is locked at HEAD, so nobody can commit between.
+    /// nothing. While the files change, the index and the branch are locked, so nobody can commit between.
     pub fn forward(&self, commit: &str, instance: &str) -> Result<()> {
         let savepoint = self.savepoint(instance);
         let files = self.changed_files(commit)?;
         let made = savepoint.note_locks(&self.branch).and_then(|()| savepoint.make(&self.head, commit, &self.branch, &files));
         fault::point("accept: saved");
         let mut begun = false;
-        let forwarded = made.and_then(|()| {
+        // in this order, as git's own commit does it: one that has locked the index is to get the branch
+        let forwarded = made.and_then(|()| savepoint.lock_index()).and_then(|()| {
             self.update_branch(commit, &savepoint, || {
                 fault::point("accept: branch locked");
-                savepoint.lock_index()?;
                 savepoint.copy_index()?;
                 savepoint.begin()?;
                 self.refresh(&savepoint.index());

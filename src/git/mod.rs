@@ -9,6 +9,7 @@ pub mod lockfile;
 mod forward;
 mod objects;
 pub mod own;
+pub mod patience;
 mod savepoint;
 pub mod signature;
 #[cfg(test)]

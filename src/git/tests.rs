@@ -3,6 +3,7 @@
 use super::*;
 use crate::config::Author;
 use crate::git::own::{create, take_as_it_is};
+use crate::git::patience::patiently;
 use crate::git::savepoint::cut_off::Changed;
 use crate::testing::{Directory, git as shell};
 use std::os::unix::fs::PermissionsExt;
@@ -283,6 +284,60 @@ fn a_git_that_is_at_work_is_waited_for() {
             shell(directory.path(), "git rev-parse HEAD; git status --porcelain; ls -d .git/*.lock .git/ekiben* 2> /dev/null || true");
         assert_eq!(&now, if forward { &to } else { &repository.head });
     }
+}
+
+#[test]
+fn a_commit_that_is_at_work_gets_the_branch() {
+    let directory = Directory::new();
+    let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+    let top = repository.top.clone();
+    let user = std::thread::spawn(move || shell(&top, "GIT_EDITOR='sleep 1; echo x >' git commit -qa --allow-empty; git rev-parse HEAD"));
+    while !directory.path().join(".git/index.lock").exists() && !user.is_finished() {
+        std::thread::yield_now();
+    }
+    assert!(repository.forward(&to, "app").is_err());
+    let commit = user.join().unwrap();
+    let now = "git rev-parse HEAD; git status --porcelain; cat file; ls -d .git/*.lock .git/ekiben* 2> /dev/null || true";
+    assert_eq!(shell(directory.path(), now), format!("{commit}\n1"));
+}
+
+#[test]
+fn somebody_who_does_one_thing_after_the_other_is_waited_for() {
+    for (work, begun) in [
+        ("echo 3 > flake.lock; sleep 1; git commit -qam x", "flake.lock"),
+        (
+            "git checkout -qb side; git commit -q --allow-empty -m x; GIT_SEQUENCE_EDITOR='sleep 1; true' git rebase -qi HEAD^",
+            ".git/rebase-merge",
+        ),
+    ] {
+        let directory = Directory::new();
+        let (repository, _) = repository(&directory, "echo 1 > flake.lock", "true > file");
+        let (instance, top) = (instance(directory.path()), repository.top.clone());
+        let is_quiet = || Repository::open(&instance)?.check_lock_file_is_clean(Directory::new().path());
+        // as if long ago
+        let age = "touch -d @1 . flake.lock .git .git/objects/pack";
+        shell(&top, age);
+        let user = std::thread::spawn(move || shell(&top, work));
+        while is_quiet().is_ok() && !user.is_finished() {}
+        patiently(&instance, is_quiet).unwrap_or_else(|error| panic!("{begun}: {error}"));
+        user.join().unwrap();
+        shell(directory.path(), &format!("git bisect start; {age}"));
+        assert!(patiently(&instance, is_quiet).is_err());
+    }
+}
+
+#[test]
+fn what_a_gc_takes_away_that_began_earlier_is_missed() {
+    let directory = Directory::new();
+    let (repository, to) = repository(&directory, "echo 1 > file", "echo 2 > file");
+    let top = repository.top.clone();
+    let hook = "-c gc.recentObjectsHook='touch begun; sleep 1'";
+    let user = std::thread::spawn(move || shell(&top, &format!("git reflog expire --expire=now --all; git {hook} gc -q --prune=now")));
+    while !directory.path().join("begun").exists() && !user.is_finished() {}
+    repository.keep("refs/ekiben/app", &to).unwrap();
+    assert!(repository.check_is_whole(&to).unwrap_err().to_string().contains(&to));
+    user.join().unwrap();
+    repository.check_is_whole(&repository.head).unwrap();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Instance;
 use crate::error::{Error, OrLog, Result};
+use crate::git::patience::patiently;
 use crate::git::{self, Repository};
 use crate::paths::Paths;
 use crate::run::notes::Proposal;
@@ -37,7 +38,8 @@ impl fmt::Display for Fate {
 
 /// Does it. Without a proposal there is nothing but to drop it.
 pub fn candidate(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
-    carry_out(fate, paths, instance, proposal).map_err(|error| git::explain(instance, error))
+    let carry_out = || carry_out(fate, paths, instance, proposal);
+    patiently(instance, carry_out).map_err(|error| git::explain(instance, error))
 }
 
 fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {

@@ -19,6 +19,7 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::poll;
 use crate::fleet::hub::candidate;
 use crate::git::lockfile::{LockFile, Update};
+use crate::git::patience::patiently;
 use crate::git::{self, Repository, own};
 use crate::names::{Branch, ObjectId};
 use crate::nix::cache::Cache;
@@ -142,10 +143,15 @@ fn propose_from_head(paths: &Paths, instance: &Instance, notes: &mut Notes) -> R
     if instance.hub.is_some() {
         own::create(instance)?;
     }
-    loop {
+    let open = || {
         let repository = Repository::open(instance)?;
+        repository.recover(paths.name())?;
+        repository.check_lock_file_is_clean(&scratch).map(|()| repository)
+    };
+    loop {
+        let repository = patiently(instance, open)?;
         match propose(paths, instance, &repository, &scratch, notes) {
-            Err(error) if Repository::open(instance)?.has_moved_from(&repository.branch, &repository.head) => {
+            Err(error) if patiently(instance, || Repository::open(instance))?.has_moved_from(&repository.branch, &repository.head) => {
                 log::info!("{error}; starting over.");
             }
             other => return other,
@@ -154,8 +160,6 @@ fn propose_from_head(paths: &Paths, instance: &Instance, notes: &mut Notes) -> R
 }
 
 fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch: &Path, notes: &mut Notes) -> Result<Proposal> {
-    repository.recover(paths.name())?;
-    repository.check_lock_file_is_clean(scratch)?;
     let index = scratch.join("index");
     let reference = paths.reference();
     let retries = instance.network_retries;
@@ -189,25 +193,34 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
         changes.extend(changed.into_iter().filter(|change| !changes.contains(change)).collect::<Vec<_>>());
     }
 
-    let commit = if locks.is_empty() {
-        base.clone()
-    } else {
-        repository.commit_lock_files(&base, locks, &message(&changes), &instance.author, &index)?
+    let propose = || {
+        let commit = if locks.is_empty() {
+            base.clone()
+        } else {
+            repository.commit_lock_files(&base, locks.iter().copied(), &message(&changes), &instance.author, &index)?
+        };
+        // what already waits for the next boot is the same when it is proposed again
+        let awaiting = awaiting.as_ref().filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
+        let commit = awaiting.map_or(commit, |awaiting| awaiting.commit.clone());
+        fault::point("prepare: committed");
+        if commit == repository.head {
+            git::drop_reference(instance, &reference, paths.name()).or_warn();
+        } else {
+            repository.check_forward(&commit, paths.name(), scratch)?;
+            repository.rehearse_forward(&commit, scratch)?;
+            repository.keep(&reference, &commit)?;
+            repository.check_is_whole(&commit)?;
+        }
+        Ok(commit)
     };
-    // what already waits for the next boot is the same when it is proposed again
-    let awaiting = awaiting.filter(|awaiting| repository.is_same(&awaiting.commit, &commit));
-    let commit = awaiting.map_or(commit, |awaiting| awaiting.commit);
-    fault::point("prepare: committed");
+    let has_moved = || Repository::open(instance).is_ok_and(|now| now.has_moved_from(&repository.branch, &repository.head));
+    let commit = patiently(instance, || match propose() {
+        Err(error) if has_moved() => Ok(Err(error)),
+        other => other.map(Ok),
+    })??;
     // what hosts can fetch is known when all of them have been looked at
     let unchanged = instance.publish.is_none() && is_deployed(paths, &commit, instance);
     let tree = repository.tree(&commit)?;
-    if commit == repository.head {
-        git::drop_reference(instance, &reference, paths.name()).or_warn();
-    } else {
-        repository.check_forward(&commit, paths.name(), scratch)?;
-        repository.rehearse_forward(&commit, scratch)?;
-        repository.keep(&reference, &commit)?;
-    }
     let summary = summary(&repository.head, &base, &changes, notes.release.as_ref());
     let last =
         deployed.map(|deployed| deployed.commit).filter(|last| repository.contains(&base, last).is_ok_and(|comes_after| comes_after));

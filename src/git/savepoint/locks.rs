@@ -93,7 +93,7 @@ fn wait_while(mut is_held: impl FnMut() -> bool) {
     }
 }
 
-/// Whether a git that is alive may hold a lock.
-fn is_young(lock: &Path) -> bool {
+/// Whether a git that is alive may hold a lock, or somebody may be at work on another file.
+pub fn is_young(lock: &Path) -> bool {
     !lock.symlink_metadata().and_then(|file| file.modified()).is_ok_and(|made| made.elapsed().is_ok_and(|age| age > OLD))
 }
