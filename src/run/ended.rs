@@ -18,6 +18,8 @@ pub struct Ended {
     pub trigger: Trigger,
     /// Who or what has asked for it.
     pub by: Vec<String>,
+    /// The highest number of a request that it was for.
+    pub request: Option<u64>,
     /// When it began, in seconds since 1970.
     pub started: u64,
     /// When it ended.
@@ -59,6 +61,7 @@ impl Ended {
             result,
             trigger: run.trigger,
             by: run.by.clone(),
+            request: run.request,
             started: run.started,
             finished: now(),
             commit: proposal.map(|proposal| proposal.commit.to_string()),
@@ -82,6 +85,11 @@ impl Ended {
     }
 }
 
+/// The run that has served a request: of these, the last one first, the first that was for it and has come to its end.
+pub fn serving(runs: &[Ended], number: u64) -> Option<&Ended> {
+    runs.iter().rfind(|run| run.request >= Some(number) && run.result != Outcome::StartedOver)
+}
+
 /// How long the stages took that have begun then; when the build has, the user's notes say.
 pub fn durations(mut begun: Vec<(Stage, u64)>, run: &Run, finished: u64) -> Vec<(Stage, u64)> {
     let end = begun.get(1).map_or(finished, |(_, next)| *next);
@@ -91,4 +99,24 @@ pub fn durations(mut begun: Vec<(Stage, u64)>, run: &Run, finished: u64) -> Vec<
     }
     let ends: Vec<_> = begun.iter().skip(1).map(|(_, next)| *next).chain([finished]).collect();
     begun.iter().zip(ends).map(|((stage, began), end)| (*stage, end.saturating_sub(*began))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_served_by_one_run_whatever_follows() {
+        let run = |id: &str, request, result| Ended { id: id.into(), request, result, ..Ended::default() };
+        let runs = [
+            run("timer", None, Outcome::Unchanged),
+            run("next", Some(7), Outcome::Failed),
+            run("it", Some(5), Outcome::Deployed),
+            run("over", Some(4), Outcome::StartedOver),
+            run("earlier", Some(3), Outcome::Failed),
+        ];
+        for (number, id) in [(3, Some("earlier")), (4, Some("it")), (5, Some("it")), (6, Some("next")), (8, None)] {
+            assert_eq!(serving(&runs, number).map(|run| &*run.id), id, "{number}");
+        }
+    }
 }

@@ -21,7 +21,7 @@ use crate::output;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::drift::drift;
-use crate::run::ended::Ended;
+use crate::run::ended::{Ended, serving};
 use crate::run::hold::{Hold, moment};
 use crate::run::status::{Running, Status};
 use crate::run::{Outcome, Stage, Trigger, asker, queue, undo};
@@ -55,7 +55,7 @@ pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
     let paths = paths(config, name, "trigger", Paths::request)?;
     follow(&paths, |interrupt| {
         let number = request(&paths)?;
-        Ok(wait(&paths, interrupt, false, |status| status.runs.first().filter(|_| status.served >= number).cloned()))
+        Ok(wait(&paths, interrupt, false, |status| serving(&status.runs, number).cloned()))
     })
 }
 
@@ -136,7 +136,7 @@ fn wait(paths: &Paths, interrupt: &SignalFd, is_rollback: bool, ended: impl Fn(&
     let asks = if is_rollback { paths.rollback() } else { paths.request() };
     for look in 0.. {
         let status = Status::read(paths);
-        if let Some(run) = ended(&status).filter(|_| status.running.is_none()) {
+        if let Some(run) = ended(&status) {
             return Waited::Ended(Box::new(run));
         }
         let is_somewhere = status.running.is_some() || !is_rollback && status.held.is_some() || asks.symlink_metadata().is_ok();
