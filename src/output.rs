@@ -1,6 +1,6 @@
 //! Standard output: what is printed there has passed [`crate::text`], and a reader may stop reading at any point.
 
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IsTerminal, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
@@ -12,10 +12,22 @@ use crate::text::{is_shown, lines};
 static IS_FOR_NOW: AtomicBool = AtomicBool::new(false);
 /// How many columns a terminal is taken to have.
 const COLUMNS: usize = 80;
+/// How much of what is read may be shown at once, in bytes.
+const PIECE: u64 = 64 * 1024;
 
 /// Shows lines on standard output; a reader that has gone is no error.
 pub fn print(text: &str) -> Result<()> {
     write_out(&lines(text))
+}
+
+/// The same for all that is read, as it comes, piece by piece.
+pub fn print_all(from: impl Read) -> Result<()> {
+    let (mut from, mut piece) = (BufReader::new(from), Vec::new());
+    while (&mut from).take(PIECE).read_until(b'\n', &mut piece).context(|| "read what is to be shown".into())? > 0 {
+        print(&String::from_utf8_lossy(&piece))?;
+        piece.clear();
+    }
+    Ok(())
 }
 
 /// The same; on a terminal wrapped, with so many columns in front of what is continued, and, unless `NO_COLOR` is set, the

@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use crate::config::Hub;
 use crate::error::{Context, Result};
 use crate::files;
-use crate::fleet::SMALL;
 use crate::fleet::place::Place;
+use crate::fleet::{MANIFEST, SMALL};
 use crate::program::Program;
 
-/// The one file that is ever replaced; kept with what the server calls it.
-const MANIFEST: &str = "manifest.json";
+/// The manifest is the one file that is ever replaced; it is kept with what the server calls it.
 const ETAG: &str = "manifest.etag";
 /// What curl ends with where the network, the other side or a disk is to blame.
 const TRANSIENT: [i32; 14] = [5, 6, 7, 16, 18, 23, 28, 35, 52, 55, 56, 92, 95, 96];

@@ -56,6 +56,12 @@ use crate::run::{Outcome, Release};
 pub const FORMAT: u32 = 1;
 /// What signatures are made for, as in `ssh-keygen -Y sign -n`.
 pub const NAMESPACE: &str = "ekiben";
+/// What a host is offered, how it is, as it says itself, and which of its reports have arrived, by the names of the files.
+pub const MANIFEST: &str = "manifest.json";
+pub const HEARTBEAT: &str = "heartbeat.json";
+pub const RECEIVED: &str = "received.json";
+/// How far the number of a release may be ahead of the clock of who publishes it, and of its host, in seconds.
+pub const DAY: u64 = 24 * 60 * 60;
 /// The file beside the hosts' directories that says which of them have a key.
 pub const KNOWN: &str = "known.json";
 /// The file beside it that says of which hosts without one what there is of them is removed, and when.

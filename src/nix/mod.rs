@@ -22,6 +22,8 @@ use crate::text;
 /// Where root keeps systems from being collected as garbage while a run needs them.
 const GC_ROOTS: &str = "/nix/var/nix/gcroots/ekiben";
 const STORE: &str = "/nix/store/";
+/// How long it may take to compare two systems.
+const COMPARISON: Duration = Duration::from_secs(60);
 
 /// What Nix says when it goes on with what it has fetched earlier, though it was to fetch it now; or with
 /// another branch than was meant.
@@ -77,14 +79,19 @@ fn reason(tail: &[String]) -> Option<String> {
 /// What a system can be built from.
 pub enum Source<'a> {
     /// A flake, and the name of one of its configurations.
-    Flake(&'a str, &'a str),
+    Flake(String, &'a str),
     /// A directory with a `configuration.nix`, for the Nixpkgs that `NIX_PATH` names.
     Directory(&'a Path),
     /// It has been built elsewhere: some substituter has it.
     Store(&'a Path),
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// What is in a directory by itself: a flake with this configuration, or, if none is named, a `configuration.nix`.
+    pub fn of(directory: &'a Path, configuration: Option<&'a str>) -> Self {
+        configuration.map_or(Self::Directory(directory), |name| Self::Flake(format!("path:{}", directory.display()), name))
+    }
+
     /// What people call it.
     fn name(&self) -> String {
         match self {
@@ -95,10 +102,11 @@ impl Source<'_> {
     }
 
     /// Has nix evaluate or build it.
-    fn give(&self, nix: Program) -> Program {
+    pub fn give(&self, nix: Program) -> Program {
         match self {
             Self::Flake(flake, configuration) => {
                 let attribute = format!("{flake}#nixosConfigurations.\"{configuration}\".config.system.build.toplevel");
+                // one that would change here would change elsewhere, too, and not to the same
                 nix.arg("--no-update-lock-file").arg(attribute)
             }
             // as nixos-rebuild does it
@@ -132,8 +140,8 @@ fn not_the_candidate(error: Error) -> Error {
 
 /// Which packages of two systems are of other versions, or other sizes, a line each; of many, the first `most`.
 pub fn differences(old: &Path, new: &Path, most: usize) -> Result<Vec<String>> {
-    let program = Program::new("timeout").args(["60", "nix", "--extra-experimental-features", "nix-command", "store", "diff-closures"]);
-    let said = program.arg(old).arg(new).said(|| format!("compare with {}", old.display()))?;
+    let program = nix().args(["store", "diff-closures"]).arg(old).arg(new).within(COMPARISON);
+    let said = program.said(|| format!("compare with {}", old.display()))?;
     let mut lines: Vec<_> = said.lines().map(|line| text::line(&without_colours(line))).collect();
     let more = lines.len().saturating_sub(most);
     lines.truncate(most);

@@ -10,7 +10,7 @@ mod limited;
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
@@ -268,14 +268,7 @@ impl Program {
     pub fn show(mut self) -> Result<Child> {
         let mut child = self.command.stdout(Stdio::piped()).spawn().context(|| format!("run {}", self.name))?;
         if let Some(output) = child.stdout.take() {
-            std::thread::spawn(move || {
-                let (mut output, mut line) = (BufReader::new(output), Vec::new());
-                while (&mut output).take(LINE_BYTES as u64).read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                    // the reader may be gone
-                    let _ = output::print(&format!("{}\n", String::from_utf8_lossy(&line).trim_end_matches('\n')));
-                    line.clear();
-                }
-            });
+            std::thread::spawn(move || output::print_all(output));
         }
         Ok(child)
     }

@@ -42,7 +42,7 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         if instance.hub.is_some() {
             return release::build(&repository, &commit, &paths.own("source"), instance.build == Build::Substitute, build);
         }
-        build(&Source::Flake(&repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
+        build(&Source::Flake(repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });
     // what systemd knows of it is past
     let _ = sd_notify::notify(&[NotifyState::Status("")]);

@@ -9,18 +9,17 @@ use crate::error::{Context, OrLog, Result};
 use crate::files;
 use crate::fleet::host::peers::{self, Peers};
 use crate::fleet::host::{heartbeat, outbox};
-use crate::fleet::{Heartbeat, Received, SMALL};
+use crate::fleet::{HEARTBEAT, Heartbeat, RECEIVED, Received, SMALL};
 use crate::paths::Paths;
 
 /// How long reports may take.
 const DELIVERY: Duration = Duration::from_secs(300);
-/// The heartbeat that the hub has taken last.
-const TOLD: &str = "heartbeat.json";
 
 /// Tells the hub how the instance is, after a run; asks nothing of it if there is nothing to tell.
 pub fn deliver(paths: &Paths, instance: &Instance) -> Result<()> {
     let Some(hub) = &instance.hub else { return Ok(()) };
-    let told = fs::read(paths.own(TOLD)).unwrap_or_default();
+    // what the hub has taken last
+    let told = fs::read(paths.own(HEARTBEAT)).unwrap_or_default();
     let is_told = outbox::waiting(paths)?.is_empty() && told == text(&heartbeat::now(paths, hub, false))?;
     if is_told { Ok(()) } else { send(paths, hub) }
 }
@@ -48,13 +47,13 @@ fn send(paths: &Paths, hub: &Hub) -> Result<()> {
 pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, heartbeat: &Heartbeat) -> Result<()> {
     let Some(place) = peers.reports(hub) else { return Ok(()) };
     let mut waiting = outbox::waiting(paths)?;
-    let (file, known, keeps) = (scratch.join("received.json"), paths.own("received.json"), place.keeps_reports());
+    let (file, known, keeps) = (scratch.join(RECEIVED), paths.own(RECEIVED), place.keeps_reports());
     // what the hub has, root removes with the next run
     let mut received: Received = files::read_json(&known).ok().flatten().unwrap_or_default();
     received.reports.retain(|run| waiting.contains(run));
     waiting.retain(|run| !received.reports.contains(run));
     // who has sent nothing need not ask what has arrived
-    if !keeps && !waiting.is_empty() && place.get("release/received.json", &file, SMALL)? {
+    if !keeps && !waiting.is_empty() && place.get(&format!("release/{RECEIVED}"), &file, SMALL)? {
         received = files::read_foreign_json(&file, SMALL)?.unwrap_or_default();
         files::write_json(&known, &received, 0o644)?;
         waiting.retain(|run| !received.reports.contains(run));
@@ -68,9 +67,9 @@ pub fn deliver_by(peers: &mut Peers, paths: &Paths, hub: &Hub, scratch: &Path, h
         received.reports.extend(waiting.into_iter().zip(&reports).filter(|(_, sent)| sent.is_ok()).map(|(run, _)| run));
         files::write_json(&known, &received, 0o644)?;
     }
-    let beat = scratch.join(TOLD);
+    let beat = scratch.join(HEARTBEAT);
     fs::write(&beat, text(heartbeat)?).doing("write", &beat)?;
     send(&beat)?;
-    fs::rename(&beat, paths.own(TOLD)).doing("write", &paths.own(TOLD))?;
+    fs::rename(&beat, paths.own(HEARTBEAT)).doing("write", &paths.own(HEARTBEAT))?;
     reports.into_iter().collect()
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use crate::config::Hub;
 use crate::error::{Context, OrLog, Result};
 use crate::files;
-use crate::fleet::{FORMAT, Received, Report, SMALL, reports_in};
+use crate::fleet::{FORMAT, RECEIVED, Received, Report, SMALL, reports_in};
 use crate::gather::gather;
 use crate::names::RunId;
 use crate::paths::Paths;
@@ -64,7 +64,7 @@ pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
 /// whatever else is no report.
 fn tidy(paths: &Paths) -> Result<()> {
     let doing = || format!("clean up {}", paths.outbox().display());
-    let received: Received = files::read_foreign_json(&paths.own("received.json"), SMALL).ok().flatten().unwrap_or_default();
+    let received: Received = files::read_foreign_json(&paths.own(RECEIVED), SMALL).ok().flatten().unwrap_or_default();
     let mut kept = waiting(paths)?;
     kept.retain(|run| !received.reports.contains(run));
     kept.drain(..kept.len().saturating_sub(MOST));
@@ -116,7 +116,7 @@ mod tests {
         fs::create_dir_all(outbox.join(format!("{}.json/deep", "b".repeat(32)))).unwrap();
         File::create(outbox.join("x.json")).unwrap();
         File::create(paths.trouble_with_files()).unwrap();
-        files::write_json(&paths.own("received.json"), &Received { reports: vec![run(20), run(MOST + 9)] }, 0o644).unwrap();
+        files::write_json(&paths.own(RECEIVED), &Received { reports: vec![run(20), run(MOST + 9)] }, 0o644).unwrap();
 
         tidy(&paths).unwrap();
         let expected: Vec<_> = (8..MOST + 9).filter(|number| *number != 20).map(run).collect();
@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(expected.len(), MOST);
         assert_eq!(fs::read_dir(&outbox).unwrap().count(), 2 * MOST + 1);
         // what the user says makes no sense: nothing counts as received
-        fs::write(paths.own("received.json"), r#"{"reports": ["../../status/fleet"]}"#).unwrap();
+        fs::write(paths.own(RECEIVED), r#"{"reports": ["../../status/fleet"]}"#).unwrap();
         tidy(&paths).unwrap();
         assert_eq!(waiting(&paths).unwrap(), expected);
     }

@@ -37,9 +37,6 @@ pub fn build(repository: &Repository, commit: &str, directory: &Path, only: bool
     }
     files::make_directory(directory).doing("create", directory)?;
     repository.export(commit, directory)?;
-    let result = match &manifest.attr {
-        Some(attr) => build(&Source::Flake(&format!("path:{}", directory.display()), attr)),
-        None => build(&Source::Directory(directory)),
-    };
+    let result = build(&Source::of(directory, manifest.attr.as_deref()));
     files::clear(directory).doing("remove", directory).and(result)
 }

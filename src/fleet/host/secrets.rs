@@ -10,7 +10,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::unistd::{Group, User};
 use serde_json::Value;
@@ -62,8 +62,7 @@ pub fn fetch(session: &mut Session, paths: &Paths, scratch: &Path) -> Result<()>
                 }
             }
             let known = paths.own(INDEX);
-            let age = || SystemTime::now().duration_since(known.metadata()?.modified()?).map_err(io::Error::other);
-            let is_same = fs::read(&known).is_ok_and(|known| known == contents) && age().is_ok_and(|age| age < AGAIN);
+            let is_same = fs::read(&known).is_ok_and(|known| known == contents) && files::age(&known).is_ok_and(|age| age < AGAIN);
             // what could not be put in its place before may be possible now
             let is_done = is_same && !paths.trouble_with_files().exists();
             return if is_done { Ok(()) } else { files::write(&known, &contents, 0o600).context(doing) };

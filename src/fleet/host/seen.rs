@@ -9,6 +9,7 @@ use nix::unistd::geteuid;
 use crate::config::Instance;
 use crate::error::{Context, Error, Result};
 use crate::files;
+use crate::fleet::DAY;
 use crate::fleet::host::release;
 use crate::git::Repository;
 use crate::json;
@@ -22,8 +23,6 @@ use crate::run::status::Status;
 const SEEN: &str = "seen.json";
 /// How many the user's part of forgetting knows: that one, and the one in the repository.
 const OWN: usize = 2;
-/// How far the clocks of those who publish and of hosts may be apart, in seconds.
-const DAY: u64 = 24 * 60 * 60;
 /// How long a cache may keep what has been replaced, in seconds.
 const HOUR: u64 = 60 * 60;
 /// A clock that says less, in seconds since 1970, has not been set since the machine was started.

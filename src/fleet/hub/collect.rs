@@ -20,7 +20,7 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::{history, rollout, snapshot, standing};
-use crate::fleet::{FORMAT, Heartbeat, LARGE, Received, Report, SMALL, reports_in};
+use crate::fleet::{FORMAT, HEARTBEAT, Heartbeat, LARGE, Received, Report, SMALL, reports_in};
 use crate::gather::{gather, sorted};
 use crate::names::{HostName, RunId};
 use crate::{files, json};
@@ -32,8 +32,7 @@ const KEPT_BYTES: u64 = 4 * LARGE;
 const REMEMBERED: usize = 1000;
 /// How many files are looked at in one go.
 const AT_ONCE: usize = 10_000;
-/// A heartbeat's name, and what it is called when it is taken.
-const HEARTBEAT: &str = "heartbeat.json";
+/// What a heartbeat is called when it is taken.
 const TAKEN: &str = "heartbeat.json.taken";
 /// What comes after a run's identifier in the names of its report and its log.
 const REPORT: &str = ".json";
@@ -64,20 +63,12 @@ pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     failed.first().map_or(Ok(()), |error| Err(all(error)))
 }
 
-/// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them, with one more of its files.
-pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>) -> Result<()> {
-    match hub.elsewhere() {
-        Some(elsewhere) => elsewhere.fetch(wanted, also, true),
-        // a user who may only read sees what was collected before
-        None => collect(hub, false).or(Ok(())),
-    }
-}
-
-/// The same for who only looks: as the hub elsewhere has collected it last, where it says so of all hosts at once. Returns why
-/// what there is to show is not what hosts have said last.
-pub fn take_in_to_show(hub: &ServedDirectory, wanted: &[&str]) -> Result<Option<String>> {
+/// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them, with one more of its files:
+/// `exactly`, or as it has collected it last, where it says so of all hosts at once. Returns why what there is to show then
+/// is not what hosts have said last.
+pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>, exactly: bool) -> Result<Option<String>> {
     let failed = match hub.elsewhere() {
-        Some(elsewhere) => elsewhere.fetch(wanted, None, false).map(|()| None)?,
+        Some(elsewhere) => elsewhere.fetch(wanted, also, exactly).map(|()| None)?,
         // a user who may only read sees what was collected before
         None => hub.check_ours().is_ok().then(|| collect(hub, false)).and_then(Result::err),
     };
@@ -456,7 +447,7 @@ mod tests {
         fs::remove_dir(&received).unwrap();
         assert!(collect(&fixture.hub, true).is_err() && !received.exists());
         symlink("/proc/1", &received).unwrap();
-        take_in(&fixture.hub, &[], None).unwrap();
+        take_in(&fixture.hub, &[], None, true).unwrap();
         assert_eq!(fixture.left(), 1);
     }
 

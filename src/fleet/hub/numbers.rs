@@ -1,11 +1,9 @@
 //! The numbers of releases: each is higher than all that are known of its host, and none is far ahead of the clock, or a
 //! wrong one could leave no room for later ones.
 
+use crate::fleet::DAY;
 use crate::names::{HostName, Sequence};
 use crate::run::Release;
-
-/// How far a number may be ahead of the clock, in seconds.
-pub const DAY: u64 = 24 * 60 * 60;
 
 /// Those of a host that are known to have been published, by the clock of now.
 pub struct Numbers {

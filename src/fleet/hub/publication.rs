@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::files;
-use crate::fleet::LARGE;
 use crate::fleet::sftp::Session;
+use crate::fleet::{LARGE, MANIFEST};
 use crate::names::Sha256;
 use crate::system::host_name;
 
@@ -16,8 +16,7 @@ use crate::system::host_name;
 pub const NEXT: &str = ".next";
 /// The file that exists while somebody publishes, and says who.
 const CLAIM: &str = "publishing";
-/// What is replaced there: of a host's release, and of roll-outs.
-pub const MANIFEST: &str = "manifest.json";
+/// What is replaced there besides a host's release: of roll-outs.
 pub const HOLDS: &str = "holds.json";
 pub const PLAN: &str = "plan.json";
 /// The end of the name of what is being sent.

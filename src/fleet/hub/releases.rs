@@ -13,13 +13,12 @@ use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::publication::NEXT;
 use crate::fleet::hub::remote::MEANWHILE;
 use crate::fleet::hub::served::ServedDirectory;
-use crate::fleet::{FORMAT, Manifest, SMALL, Signed, sha256};
+use crate::fleet::{FORMAT, MANIFEST, Manifest, SMALL, Signed, sha256};
 use crate::names::{HostName, Sha256};
 use crate::run::Release;
 use crate::system::now;
 use crate::{files, json, text};
 
-const MANIFEST: &str = "manifest.json";
 /// For how long a file that nothing refers to may be about to be.
 const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 /// For how long somebody may be about to replace what is to follow.
@@ -62,7 +61,7 @@ impl ServedDirectory {
 
     /// Whether something of what was put there is gone, and nobody is at work there.
     pub fn has_lost(&self, host: &HostName, release: &Release) -> bool {
-        !self.is_elsewhere() && !self.can_follow(host, release) && files::age(&self.release(host)).is_ok_and(|age| age > AT_WORK)
+        self.elsewhere().is_none() && !self.can_follow(host, release) && files::age(&self.release(host)).is_ok_and(|age| age > AT_WORK)
     }
 
     /// Has hosts see what was put there, if they see `before` now. Returns whether they do see it.
@@ -146,7 +145,7 @@ impl ServedDirectory {
     /// that is what the host says.
     pub fn has_archive(&self, manifest: &Manifest, thorough: bool) -> bool {
         let path = self.release(&manifest.host).join(manifest.archive());
-        if self.is_elsewhere() {
+        if self.elsewhere().is_some() {
             return !thorough;
         }
         let is_there = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_file() && metadata.len() == manifest.size);

@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::hub::publication::{HOLDS, MANIFEST, PLAN, Publication};
+use crate::fleet::hub::publication::{HOLDS, PLAN, Publication};
 use crate::fleet::hub::snapshot;
 use crate::fleet::sftp::Session;
 use crate::fleet::temporary::Temporary;
-use crate::fleet::{KNOWN, REMOVED, ROLLOUT};
+use crate::fleet::{HEARTBEAT, KNOWN, MANIFEST, REMOVED, ROLLOUT};
 use crate::names::HostName;
 use crate::system;
 
@@ -80,7 +80,7 @@ impl Elsewhere {
             let (release, received) = (format!("hosts/{host}/release"), format!("received/{host}"));
             if (wanted.is_empty() || wanted.contains(&&*host)) && !known.contains(&host) {
                 for (directory, file) in
-                    [(&release, MANIFEST), (&received, "heartbeat.json")].into_iter().chain(also.map(|also| (&received, also)))
+                    [(&release, MANIFEST), (&received, HEARTBEAT)].into_iter().chain(also.map(|also| (&received, also)))
                 {
                     self.fetch_by(&mut session, directory, file)?;
                 }

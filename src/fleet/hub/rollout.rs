@@ -42,7 +42,7 @@ pub fn propose(hub: &ServedDirectory, old: Option<&Plan>, origin: &Provenance, w
     let plan = Plan { format: FORMAT, id: uuid()?, origin: origin.clone(), waves, hosts };
     supersede(hub, &plan, old)?;
     let holds = Holds::read(hub)?;
-    if !hub.is_elsewhere() && holds.of(None).is_none() {
+    if hub.elsewhere().is_none() && holds.of(None).is_none() {
         for member in plan.hosts.iter().filter(|member| member.wave == 0 && holds.of(Some(&member.host)).is_none()) {
             offer(hub, &plan, member)?;
         }

@@ -22,11 +22,9 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
 use crate::fleet::hub::host_state::Heard;
 use crate::fleet::hub::remote::{Elsewhere, SCHEME};
-use crate::fleet::{Heartbeat, KNOWN, LARGE, REMOVED, ROLLOUT, Received, SMALL};
+use crate::fleet::{HEARTBEAT, Heartbeat, KNOWN, LARGE, RECEIVED, REMOVED, ROLLOUT, Received, SMALL};
 use crate::gather::sorted;
 use crate::names::HostName;
-
-const RECEIVED: &str = "received.json";
 
 /// The served directory.
 pub struct ServedDirectory {
@@ -47,11 +45,6 @@ impl ServedDirectory {
         Ok(Self { directory, elsewhere })
     }
 
-    /// Whether it is another machine.
-    pub fn is_elsewhere(&self) -> bool {
-        self.elsewhere.is_some()
-    }
-
     /// The hub, if it is another machine.
     pub fn elsewhere(&self) -> Option<&Elsewhere> {
         self.elsewhere.as_ref()
@@ -60,7 +53,7 @@ impl ServedDirectory {
     /// Fails unless it is another machine, or is here and may be read.
     pub fn check_readable(&self) -> Result<()> {
         let place = self.directory.display();
-        if self.is_elsewhere() {
+        if self.elsewhere().is_some() {
             return Ok(());
         }
         if !self.directory.exists() {
@@ -76,7 +69,7 @@ impl ServedDirectory {
 
     /// Fails unless this machine is the hub, and this process its user, who alone collects.
     pub fn check_ours(&self) -> Result<()> {
-        if self.is_elsewhere() {
+        if self.elsewhere().is_some() {
             return Err(Error::new("Failed to collect: the hub collects on its own"));
         }
         let received = self.collected();
@@ -166,7 +159,7 @@ impl ServedDirectory {
 
     /// What a host said last, and when that arrived.
     pub fn heartbeat(&self, host: &HostName) -> Result<Option<Heard>> {
-        let path = self.received(host).join("heartbeat.json");
+        let path = self.received(host).join(HEARTBEAT);
         let Some(heartbeat) = files::read_foreign_json::<Heartbeat>(&path, SMALL)? else { return Ok(None) };
         let arrived = fs::symlink_metadata(&path).and_then(|metadata| metadata.modified()).doing("read", &path)?;
         if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").doing("read", &path) }

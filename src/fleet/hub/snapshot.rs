@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, OrLog, Result};
 use crate::fleet::hub::memory::Memory;
-use crate::fleet::{LARGE, SMALL, Signed};
+use crate::fleet::{HEARTBEAT, LARGE, MANIFEST, SMALL, Signed};
 use crate::names::HostName;
 use crate::system::{now, seconds};
 use crate::text::span;
@@ -55,7 +55,7 @@ pub fn keep(collected: &Path, hosts: impl Iterator<Item = (HostName, PathBuf, Pa
     let text = |path: &Path| files::read_foreign(path, SMALL).ok().and_then(|text| String::from_utf8(text).ok());
     let mut all = BTreeMap::new();
     for (host, release, received) in hosts {
-        let (manifest, heartbeat) = (release.join("manifest.json"), received.join("heartbeat.json"));
+        let (manifest, heartbeat) = (release.join(MANIFEST), received.join(HEARTBEAT));
         let arrived = heartbeat.metadata().and_then(|metadata| metadata.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
         all.insert(host, KnownHost { manifest: text(&manifest), heartbeat: text(&heartbeat), arrived: seconds(arrived) });
     }
@@ -84,7 +84,7 @@ pub fn lay_out(file: &Path, place: &Path, memory: &Memory) -> io::Result<BTreeSe
         }
         let arrived = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(arrived)).unwrap_or(SystemTime::UNIX_EPOCH);
         for (directory, name, text) in
-            [(format!("hosts/{host}/release"), "manifest.json", manifest), (format!("received/{host}"), "heartbeat.json", heartbeat)]
+            [(format!("hosts/{host}/release"), MANIFEST, manifest), (format!("received/{host}"), HEARTBEAT, heartbeat)]
         {
             let directory = place.join(directory);
             fs::create_dir_all(&directory)?;

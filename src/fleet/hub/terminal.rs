@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::error::{Context, Result};
-use crate::fleet::hub::collect::take_in_to_show;
+use crate::fleet::hub::collect;
 use crate::fleet::hub::host_state::HostState;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::status::{Known, Shown, exit, gravest_first, rows, totals};
@@ -18,7 +18,7 @@ pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, o
     let live = !json && !once && std::io::stdout().is_terminal();
     let mut before = String::new();
     loop {
-        let late = take_in_to_show(hub, wanted)?;
+        let late = collect::take_in(hub, wanted, None, false)?;
         let shown = rows(hub, fleet, wanted, late)?;
         if !live {
             if let (true, Some(late)) = (json, &shown.late) {
@@ -35,7 +35,7 @@ pub fn show(hub: &ServedDirectory, fleet: &Known, wanted: &[&str], json: bool, o
             before = text;
         }
         // before that, another look is not worth the while
-        std::thread::sleep(Duration::from_secs(if hub.is_elsewhere() { 10 } else { 1 }));
+        std::thread::sleep(Duration::from_secs(if hub.elsewhere().is_some() { 10 } else { 1 }));
     }
 }
 

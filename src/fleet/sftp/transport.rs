@@ -87,12 +87,12 @@ impl Transport {
         let defaults = ["ServerAliveInterval=5", "ServerAliveCountMax=2", "LogLevel=ERROR"];
         // as sftp(1) has them
         let only = ["ForwardX11=no", "ForwardAgent=no", "PermitLocalCommand=no", "ClearAllForwardings=yes"];
-        let ssh = Program::new("timeout")
-            .args(["--kill-after=5", &limit.as_secs().to_string(), "ssh"])
+        let ssh = Program::new("ssh")
             .args(only.into_iter().flat_map(|option| ["-o", option]))
             .args(arguments)
             .args(defaults.into_iter().flat_map(|option| ["-o", option]))
             .args(["-s", "--", destination, "sftp"])
+            .within(limit)
             .talk(Some(file))?;
         Ok(Self { ssh, errors, is_pinned: false, server, sent: 0, is_greeted: false, later: Vec::new() })
     }

@@ -60,7 +60,7 @@ impl Fleet<'_> {
     pub(super) fn deploy(&self, wanted: &[&str]) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         // what is known to have arrived counts for the sequence numbers
-        collect::take_in(&self.hub, wanted, None)?;
+        collect::take_in(&self.hub, wanted, None, true)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let manner = self.manner(repository.commit())?;
@@ -116,7 +116,7 @@ impl Fleet<'_> {
     /// Renews what is published, whatever is in the repository.
     pub(super) fn renew(&self, wanted: &[&str]) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
-        collect::take_in(&self.hub, wanted, None)?;
+        collect::take_in(&self.hub, wanted, None, true)?;
         let repository = self.repository()?;
         let manner = self.manner(Provenance::default())?;
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;

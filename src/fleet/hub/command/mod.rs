@@ -218,7 +218,7 @@ impl Fleet<'_> {
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
-            let late = collect::take_in_to_show(&self.hub, wanted)?;
+            let late = collect::take_in(&self.hub, wanted, None, false)?;
             let shown = status::rows(&self.hub, &fleet, wanted, late)?;
             return self.write(&shown).map(|()| status::exit(&shown));
         }

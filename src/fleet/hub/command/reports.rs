@@ -1,6 +1,6 @@
 //! What a host has reported, and in what it differs.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::process::{Command, ExitCode, Stdio};
 
 use crate::error::{Context, OrLog, Result};
@@ -10,20 +10,19 @@ use crate::fleet::hub::{collect, history};
 use crate::fleet::{LARGE, Report};
 use crate::names::{HostName, RunId};
 use crate::nix::nix;
-use crate::output::{print, print_json};
+use crate::output::{print, print_all, print_json};
 use crate::program::Program;
 use crate::system::now;
-use crate::text::{self, ago, short};
+use crate::text::{ago, short};
 use crate::{files, table};
 
-const LINE_BYTES: u64 = 64 * 1024;
 /// How many runs of a host are listed.
 const LISTED: usize = 30;
 
 impl Fleet<'_> {
     /// The host of that name, and its runs of which reports have arrived, the newest last.
     fn reported(&self, host: &str) -> Result<(HostName, Vec<RunId>)> {
-        collect::take_in(&self.hub, &[host], None)?;
+        collect::take_in(&self.hub, &[host], None, true)?;
         let host = select(self.hub.hosts()?, |name| name, &[host])?.remove(0);
         self.hub.take_in_file(&self.hub.index_file(&host))?;
         let runs = self.hub.index(&host).reports;
@@ -62,34 +61,25 @@ impl Fleet<'_> {
             return Err(format!("no log of run {run} has arrived")).context(doing);
         }
         let mut gzip = Command::new("gzip").arg("-dc").arg(path).stdout(Stdio::piped()).spawn().context(doing)?;
-        // piece by piece, and not for ever: a small file can be a long log
-        let mut lines = BufReader::new(gzip.stdout.take().ok_or("gzip has no output").context(doing)?);
-        let (mut piece, mut left, mut output) = (Vec::new(), LARGE, std::io::stdout().lock());
-        while (&mut lines).take(LINE_BYTES).read_until(b'\n', &mut piece).context(doing)? > 0 {
-            let (line, end) = piece.strip_suffix(b"\n").map_or((&piece[..], ""), |line| (line, "\n"));
-            if write!(output, "{}{end}", text::line(&String::from_utf8_lossy(line))).is_err() {
-                break;
-            }
-            left = left.saturating_sub(piece.len() as u64);
-            if left == 0 {
-                log::warn!("The log has more than {LARGE} bytes; the rest is left out.");
-                break;
-            }
-            piece.clear();
+        // not for ever: a small file can be a long log
+        let mut log = gzip.stdout.take().ok_or("gzip has no output").context(doing)?.take(LARGE);
+        print_all(&mut log)?;
+        if log.limit() == 0 {
+            log::warn!("The log has more than {LARGE} bytes; the rest is left out.");
         }
-        drop(lines);
+        drop(log);
         gzip.wait().context(doing)?;
         Ok(ExitCode::SUCCESS)
     }
 
     pub(super) fn history(&self, wanted: &[&str]) -> Result<ExitCode> {
-        collect::take_in(&self.hub, wanted, Some(history::FILE))?;
+        collect::take_in(&self.hub, wanted, Some(history::FILE), true)?;
         let all = history::of(&self.hub, &select(self.hub.hosts()?, |name| name, wanted)?)?;
         if self.arguments.has("--json") { print_json(&all) } else { print(&history::lines(&all)) }.map(|()| ExitCode::SUCCESS)
     }
 
     pub(super) fn diff(&self, wanted: &[&str]) -> Result<ExitCode> {
-        collect::take_in(&self.hub, wanted, None)?;
+        collect::take_in(&self.hub, wanted, None, true)?;
         let repository = self.repository()?;
         let (hosts, found) = self.hosts(&repository, wanted)?;
         let nvd = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|place| place.join("nvd").is_file()));

@@ -50,7 +50,7 @@ impl Fleet<'_> {
 
     /// Changes what is held of hosts, or of the roll-out if none are named; says so in these words.
     fn change(&self, wanted: &[&str], said: &str, change: impl Fn(&mut Holds, Option<&HostName>, Option<&Rollout>)) -> Result<ExitCode> {
-        collect::take_in(&self.hub, wanted, None)?;
+        collect::take_in(&self.hub, wanted, None, true)?;
         if wanted.is_empty() {
             let rollout = self.rollout()?;
             Holds::change(&self.hub, |holds| change(holds, None, Some(&rollout)))?;
@@ -70,7 +70,7 @@ impl Fleet<'_> {
     /// Ends the roll-out, and publishes again what hosts have run well before it.
     pub(super) fn abort(&self) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
-        collect::take_in(&self.hub, &[], Some(history::FILE))?;
+        collect::take_in(&self.hub, &[], Some(history::FILE), true)?;
         let plan = self.rollout()?.plan;
         let manner = self.manner(Provenance::default())?;
         // before anything is published: what is cut off in between is done by the next one, and no wave begins meanwhile
@@ -96,7 +96,7 @@ impl Fleet<'_> {
         let number = number.parse::<u64>().map_err(|_| format!("expected a number, found {number:?}"));
         let number = number.and_then(Sequence::try_from).context(|| "understand --again".into())?;
         let _turn = self.hub.turn()?;
-        collect::take_in(&self.hub, wanted, Some(history::FILE))?;
+        collect::take_in(&self.hub, wanted, Some(history::FILE), true)?;
         let manner = self.manner(Provenance::default())?;
         let mut hosts = select(self.hub.hosts()?, |name| name, wanted)?;
         if wanted.is_empty() {

@@ -3,7 +3,7 @@
 //! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::error::{Context, Result};
 use crate::fleet::hub::repository::{FleetRepository, Host, Packed, label};
 use crate::names::{HostName, StorePath};
 use crate::nix::cache::Cache;
-use crate::nix::{nix, updated_lock_file};
+use crate::nix::{Source, nix, updated_lock_file};
 use crate::program::Program;
 use crate::{files, json};
 
@@ -39,7 +39,10 @@ struct Remembered {
 impl FleetRepository {
     /// The hosts of a flake.
     pub(super) fn names_in(&self, source: &Packed) -> Result<Vec<HostName>> {
-        let names = self.ask(source, &label(&source.place), "nixosConfigurations", NAMES, false)?;
+        let names = self.ask(source, &label(&source.place), "", NAMES, false, |directory, nix| {
+            // what would change in the lock file says nothing of names
+            nix.args(["--no-write-lock-file", &format!("path:{}#nixosConfigurations", directory.display())])
+        })?;
         json::from_value(&names).context(|| format!("find the hosts of {}", source.place))
     }
 
@@ -51,10 +54,10 @@ impl FleetRepository {
 
     /// Evaluates a host's configuration.
     pub fn evaluate(&self, host: &Host) -> Result<System> {
-        let quoted = host.attr.as_ref().map(|attr| format!("nixosConfigurations.\"{attr}\".")).unwrap_or_default();
-        let attribute = format!("{quoted}config.system.build.toplevel");
+        let attr = host.attr.as_deref();
         let ask = |again| -> Result<System> {
-            let answer = self.ask(&host.source, &host.name, &attribute, SYSTEM, again)?;
+            let give = |directory: &Path, nix| Source::of(directory, attr).give(nix);
+            let answer = self.ask(&host.source, &host.name, attr.unwrap_or_default(), SYSTEM, again, give)?;
             json::from_value(&answer).context(|| format!("evaluate {}", host.name))
         };
         let system = ask(false)?;
@@ -91,10 +94,18 @@ impl FleetRepository {
         self.state.join("evaluated").join(format!("{name}.json"))
     }
 
-    /// Evaluates `function` of an attribute, and keeps what nix says as the log `name`.
-    fn ask(&self, source: &Packed, name: &str, attribute: &str, function: &str, again: bool) -> Result<Value> {
+    /// Evaluates `function` of what `give` has nix evaluate, which is of `attr`, and keeps what nix says as the log `name`.
+    fn ask(
+        &self,
+        source: &Packed,
+        name: &str,
+        attr: &str,
+        function: &str,
+        again: bool,
+        give: impl Fn(&Path, Program) -> Program,
+    ) -> Result<Value> {
         let file = self.answer(name);
-        let question = [&[source.sha256.to_string(), attribute.to_owned(), function.to_owned()], &self.flags[..]].concat();
+        let question = [&[source.sha256.to_string(), attr.to_owned(), function.to_owned()], &self.flags[..]].concat();
         // of these arguments, the same may mean something else tomorrow
         let lasting = source.is_flake && !self.flags.iter().any(|flag| flag == "--impure" || flag.starts_with("--override-"));
         let known: Option<Remembered> = files::read_json(&file).ok().flatten().filter(|_| lasting && !again);
@@ -105,15 +116,7 @@ impl FleetRepository {
         files::remove(&log).doing("remove", &log)?;
         let answer = self.with_unpacked(source, name, |directory| {
             let eval = nix().args(["eval", "--json", "--option", "eval-cache", "false"]).args(&self.flags).args(["--apply", function]);
-            let eval = if source.is_flake {
-                // a lock file that would change here would change there, too, and not to the same; names are not that particular
-                let strict = if function == NAMES { "--no-write-lock-file" } else { "--no-update-lock-file" };
-                eval.arg(strict).arg(format!("path:{}#{attribute}", directory.display()))
-            } else {
-                let configuration = format!("nixos-config={}", directory.join("configuration.nix").display());
-                eval.args(["-I", &configuration, "--file", "<nixpkgs/nixos>", attribute])
-            };
-            self.within(eval).logged(|| format!("evaluate {}", source.place), &log)
+            self.within(give(directory, eval)).logged(|| format!("evaluate {}", source.place), &log)
         })?;
         let answer = json::parse(&answer).context(|| format!("evaluate {}", source.place))?;
         let answer = Remembered { question, answer };
