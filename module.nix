@@ -59,7 +59,7 @@ in
       systemPackages = [ cfg.package ];
     };
     users.groups = lib.mkIf cfg.enable { ekiben = { }; };
-    # as in src/layout.rs
+    # as in src/paths.rs
     systemd.tmpfiles.rules = lib.mkIf cfg.enable [
       "d /var/lib/ekiben 0755 root root -"
       "d /var/lib/ekiben/queue 2770 root ekiben -"

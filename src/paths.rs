@@ -71,10 +71,15 @@ places! {
     installed: "files/<instance>.json";
 }
 
-/// What this machine was rebooted for, a line each, the last one at the end.
+/// What this machine was rebooted for, a line each, the last one at the end: see [`rebooted_for`].
 pub const REBOOTED: &str = "/var/lib/ekiben/rebooted";
 /// What a run has to write before it begins, in bytes.
 const ROOM: usize = 64 * 1024;
+
+/// What this machine was rebooted for: it is not rebooted twice for the same.
+pub fn rebooted_for() -> Vec<String> {
+    fs::read_to_string(REBOOTED).unwrap_or_default().lines().map(String::from).collect()
+}
 
 /// The places that belong to one instance.
 #[derive(Clone, Debug)]

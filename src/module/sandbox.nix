@@ -35,6 +35,9 @@ rec {
     }
   );
 
+  # a plain configuration.nix is for the Nixpkgs of this machine
+  nixPath = lib.filterAttrs (name: _: name == "NIX_PATH") config.environment.sessionVariables;
+
   # + is root without the sandbox, but not without TemporaryFileSystem=, BindReadOnlyPaths= and PrivateIPC=
   asRoot = "+${lib.getExe' pkgs.util-linux "nsenter"} --target 1 --mount --root --wd --ipc ${lib.getExe config.services.ekiben.package}";
 
@@ -73,6 +76,10 @@ rec {
     RestrictSUIDSGID = true;
     SystemCallArchitectures = "native";
     SystemCallErrorNumber = "EPERM";
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+    ];
   };
 
   # for what fetches as the user
@@ -109,10 +116,6 @@ rec {
       "AF_INET6"
       "AF_NETLINK"
     ];
-    SystemCallFilter = [
-      "@system-service"
-      "~@privileged"
-    ];
   };
 
   # for oneshot services that need no network
@@ -123,10 +126,6 @@ rec {
     ProtectHome = true;
     # not even systemd's own socket, or root would be root
     RestrictAddressFamilies = "none";
-    SystemCallFilter = [
-      "@system-service"
-      "~@privileged"
-    ];
     TimeoutStartSec = "10min";
   };
 }

@@ -1,6 +1,6 @@
 //! How far a build of nix has come, by the lines that it prints: for systemd, which shows it to whoever asks.
 
-use sd_notify::NotifyState;
+use crate::system::show;
 
 /// What the text begins with that systemd has.
 pub const BEGIN: &str = "progress: ";
@@ -46,7 +46,7 @@ impl Progress {
         let mut progress = Self::default();
         move |line| {
             if progress.hear(line) {
-                let _ = sd_notify::notify(&[NotifyState::Status(&format!("{BEGIN}{}", progress.text()))]);
+                show(&format!("{BEGIN}{}", progress.text()));
             }
         }
     }

@@ -7,12 +7,11 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sd_notify::NotifyState;
-
 use crate::error::{Context, Error, Result};
 use crate::nix::cache::Cache;
 use crate::nix::{STORE, Source, locked_out, nix, not_the_candidate};
 use crate::program::Program;
+use crate::system::show;
 use crate::text::span;
 
 /// The first pause before the caches are asked again, and the longest; each is twice as long as the one before.
@@ -68,11 +67,6 @@ pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Durat
         }
         pause = (pause * 2).min(PAUSES[1]);
     }
-}
-
-/// Has systemd know what is waited for, for `ekiben status`.
-fn show(lacking: &str) {
-    let _ = sd_notify::notify(&[NotifyState::Status(lacking)]);
 }
 
 /// Nix that builds nothing, whatever the flags are.

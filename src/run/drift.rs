@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::{Instance, Reboot, When, Window};
 use crate::nix::profile;
-use crate::paths::{Paths, REBOOTED};
+use crate::paths::{Paths, rebooted_for};
 use crate::run::Outcome;
 use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
@@ -48,8 +48,7 @@ pub fn awaits(status: &Status, policy: &Reboot, now: u64) -> Option<String> {
     let system = &status.awaiting.as_ref()?.system;
     let since = status.runs.iter().take_while(|run| run.result == Outcome::AwaitingBoot).last();
     let since = since.map(|run| format!(", for {} so far", span(now.saturating_sub(run.finished)))).unwrap_or_default();
-    // the machine is not rebooted twice for the same system
-    let was_rebooted = fs::read_to_string(REBOOTED).unwrap_or_default().lines().any(|known| Path::new(known) == system);
+    let was_rebooted = rebooted_for().iter().any(|known| Path::new(known) == system);
     let how = match (policy.when, &policy.window) {
         (When::Needed, Some(Window { lower, upper })) if !was_rebooted => format!("this machine reboots between {lower} and {upper}"),
         (When::Needed, None) if !was_rebooted => "this machine reboots within minutes".into(),

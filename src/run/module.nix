@@ -495,7 +495,7 @@ let
     };
   };
   # of another name, an assertion says what it is
-  retriesOf = name: lib.optional (isName name) "ekiben-retry@${name}.service";
+  helper = kind: name: lib.optional (isName name) "ekiben-${kind}@${name}.service";
 
   # the run knows that it is the timer's; nor may that be told for another's
   due = {
@@ -515,7 +515,6 @@ let
     }
     // growingPauses "1s" "10s";
   };
-  duesOf = name: lib.optional (isName name) "ekiben-due@${name}.service";
 
   # a look has found something; or a request waits, which the look may not see, and whose path unit may be dead
   found = due // {
@@ -529,7 +528,6 @@ let
     };
     serviceConfig = removeAttrs due.serviceConfig [ "ExecStartPre" ];
   };
-  foundsOf = name: lib.optional (isName name) "ekiben-found@${name}.service";
 
   service = name: instance: {
     description = "Deployment by Ekiben's instance ${name}";
@@ -539,10 +537,12 @@ let
       "network-online.target"
       "ekiben-boot.service"
     ]
-    ++ retriesOf name
-    ++ duesOf name
-    ++ foundsOf name;
-    onFailure = retriesOf name;
+    ++ lib.concatMap (kind: helper kind name) [
+      "retry"
+      "due"
+      "found"
+    ];
+    onFailure = helper "retry" name;
     # it survives the switch that it makes
     restartIfChanged = false;
     stopIfChanged = false;
@@ -594,8 +594,8 @@ let
       "network-online.target"
       "ekiben-boot.service"
     ];
-    onFailure = duesOf name;
-    onSuccess = foundsOf name;
+    onFailure = helper "due" name;
+    onSuccess = helper "found" name;
     restartIfChanged = false;
     startLimitIntervalSec = 0;
     inherit (config.systemd.services."ekiben-${name}") path;

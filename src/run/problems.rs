@@ -65,9 +65,13 @@ pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>, now: u64) -> impl
 
 /// What there is to see to of the hub that this machine is.
 pub(super) fn hub_problems(units: &BTreeMap<String, Unit>, now: u64) -> Vec<String> {
-    let all = HUB.into_iter().flat_map(|name| [("timer", format!("{name}.timer")), ("service", format!("{name}.service"))]);
-    let known = all.filter_map(|(kind, name)| units.get(&name).map(|unit| (kind, name, unit)));
-    known.filter_map(|(kind, name, unit)| failed(&name, unit).or_else(|| off(kind, &name, unit, now))).collect()
+    let all = HUB.into_iter().flat_map(|name| known(units, name, &["timer", "service"]));
+    all.filter_map(|(kind, name, unit)| failed(name, unit).or_else(|| off(kind, name, unit, now))).collect()
+}
+
+/// Of a unit's kinds, those that systemd has told of, with their names.
+fn known<'a>(units: &'a BTreeMap<String, Unit>, name: &'a str, kinds: &'a [&str]) -> impl Iterator<Item = (&'a str, &'a str, &'a Unit)> {
+    kinds.iter().filter_map(move |kind| units.get_key_value(&format!("{name}.{kind}")).map(|(name, unit)| (*kind, &**name, unit)))
 }
 
 /// That a unit has failed, and what to do.
@@ -78,21 +82,17 @@ fn failed(name: &str, unit: &Unit) -> Option<String> {
 /// What there is to see to of an instance, besides how its last run ended.
 pub(super) fn problems(paths: &Paths, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
     let name = paths.name();
-    let state = |kind: &str| units.get(&format!("ekiben-{name}.{kind}")).map_or("", |unit| &*unit.state);
+    let (unit, has_failed) = (format!("ekiben-{name}"), status.has_failed());
+    let own: Vec<_> = known(units, &unit, &KINDS).collect();
     // the clock may have been ahead then
     let is_old = |since: &u64| now.abs_diff(*since) > PATIENCE;
-    let is_idle = matches!(state("service"), "inactive" | "failed");
+    let is_idle = own.iter().any(|(kind, _, unit)| *kind == "service" && matches!(&*unit.state, "inactive" | "failed"));
     // of a run that has failed, there is a report
-    let failed = KINDS.into_iter().filter(|kind| state(kind) == "failed" && (*kind != "service" || !status.has_failed()));
-    let failed = failed.map(|kind| {
-        let why = paths.why_not_written().filter(|_| kind == "service");
-        why.unwrap_or_else(|| format!("ekiben-{name}.{kind} has failed; see systemctl status ekiben-{name}.{kind}"))
+    let failed = own.iter().filter(|(kind, ..)| *kind != "service" || !has_failed).filter_map(|(kind, name, unit)| {
+        let said = failed(name, unit)?;
+        Some(paths.why_not_written().filter(|_| *kind == "service").unwrap_or(said))
     });
-    let off = |kind: &str| {
-        let unit = format!("ekiben-{name}.{kind}");
-        units.get(&unit).and_then(|state| off(kind, &unit, state, now))
-    };
-    let off: Vec<String> = KINDS.into_iter().filter_map(off).collect();
+    let off: Vec<String> = own.iter().filter_map(|(kind, name, unit)| off(kind, name, unit, now)).collect();
     let waits = requested.filter(|since| off.is_empty() && is_idle && is_old(since));
     let waits = waits.map(|since| format!("no run takes the request of {}; run systemctl restart ekiben-{name}.path", ago(since, now)));
     // a boot is judged by another unit

@@ -4,8 +4,6 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use sd_notify::NotifyState;
-
 use crate::config::{Build, Instance};
 use crate::error::{Context, OrLog, Result};
 use crate::fault;
@@ -45,7 +43,7 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         build(&Source::Flake(repository.flake_at(&commit, instance)?, &instance.flake_ref.configuration))
     });
     // what systemd knows of it is past
-    let _ = sd_notify::notify(&[NotifyState::Status("")]);
+    system::show("");
     fault::point("build: built");
     match result {
         Ok(()) => {

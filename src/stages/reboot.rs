@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::config::{Config, Instance, LoaderKind, Reboot, When, Window};
 use crate::error::{Context, Result};
 use crate::nix::profile::SYSTEM_PROFILE;
-use crate::paths::{Paths, REBOOTED};
+use crate::paths::{Paths, REBOOTED, rebooted_for};
 use crate::program::Program;
 use crate::run::hold::Hold;
 use crate::run::journal::Run;
@@ -69,16 +69,15 @@ pub fn reboot(config: &Config) -> Result<()> {
         Way::Forward => (next.display().to_string(), &next),
         Way::Back => (format!("from {}", running.display()), &running),
     };
-    let rebooted = fs::read_to_string(REBOOTED).unwrap_or_default();
-    if rebooted.lines().any(|line| line == mark) {
+    let rebooted = rebooted_for();
+    if rebooted.contains(&mark) {
         log::info!("This machine was already rebooted for {}; not rebooting again.", system.display());
         return Ok(());
     }
-    let mut lines: Vec<_> = rebooted.lines().rev().take(REMEMBERED - 1).collect();
-    lines.reverse();
-    lines.push(&mark);
-    let remember = |lines: &str| files::write(Path::new(REBOOTED), lines.as_bytes(), 0o644).doing("write", Path::new(REBOOTED));
-    remember(&lines.join("\n"))?;
+    let remember =
+        |marks: &[String]| files::write(Path::new(REBOOTED), marks.join("\n").as_bytes(), 0o644).doing("write", Path::new(REBOOTED));
+    let marks = [&rebooted[..], &[mark]].concat();
+    remember(&marks[marks.len().saturating_sub(REMEMBERED)..])?;
     match way {
         Way::Forward => log::warn!("Rebooting into the deployed system."),
         Way::Back => log::warn!("Rebooting into the previous system: the deployed one is not well."),

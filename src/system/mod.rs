@@ -9,7 +9,6 @@ pub mod units;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -99,8 +98,8 @@ impl Drop for Turn {
     }
 }
 
-/// What the run waits for, for `ekiben status`.
-fn show(what: &str) {
+/// Has systemd know what the run does or waits for, for `ekiben status`.
+pub fn show(what: &str) {
     let _ = sd_notify::notify(&[NotifyState::Status(what)]);
 }
 
@@ -165,20 +164,9 @@ pub fn is_stopping() -> Result<bool> {
     Ok(state()? == "stopping")
 }
 
-/// Whether it has come up since it was booted; systemd is asked until it has.
+/// Whether it has come up since it was booted, and is not on its way down.
 pub fn has_come_up() -> Result<bool> {
-    let known = Path::new(RUNTIME).join("up");
-    // a soft-reboot leaves what is in /run, but starts this unit anew
-    let boot = fs::read_link("/run/systemd/units/invocation:ekiben-boot.service").unwrap_or_default();
-    let boot = boot.as_os_str().as_bytes();
-    if fs::read(&known).is_ok_and(|known| known == boot) {
-        return Ok(true);
-    }
-    let is_up = ["running", "degraded"].contains(&&*state()?);
-    if is_up {
-        make_runtime_directory().and_then(|()| fs::write(&known, boot)).doing("write", &known)?;
-    }
-    Ok(is_up)
+    Ok(["running", "degraded"].contains(&&*state()?))
 }
 
 fn state() -> Result<String> {

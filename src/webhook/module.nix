@@ -192,11 +192,7 @@ let
         ProcSubset = "pid";
         ProtectHome = true;
         DevicePolicy = "closed";
-        SystemCallFilter = [
-          "@system-service"
-          "~@privileged"
-          "~@resources"
-        ];
+        SystemCallFilter = sandbox.SystemCallFilter ++ [ "~@resources" ];
         LimitCORE = 0;
         # of the queue's disk, a file of its own must take no more
         LimitFSIZE = "4K";

@@ -29,6 +29,7 @@ let
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     networkSandbox
+    nixPath
     offlineSandbox
     programs
     ;
@@ -196,11 +197,7 @@ let
         "/var/lib/ekiben/outbox/fleet"
       ]
       ++ map (directory: "-${directory}") fleet.fileDirectories;
-      SystemCallFilter = [
-        "@system-service"
-        "~@privileged"
-        "@chown"
-      ];
+      SystemCallFilter = offlineSandbox.SystemCallFilter ++ [ "@chown" ];
     };
   };
 
@@ -410,10 +407,7 @@ in
       services = {
         ekiben-deliver = deliver;
         ekiben-fleet = mkIf cfg.enable {
-          # a plain configuration.nix is for the Nixpkgs of this machine
-          environment = mkIf (config.environment.sessionVariables ? NIX_PATH) {
-            inherit (config.environment.sessionVariables) NIX_PATH;
-          };
+          environment = nixPath;
           serviceConfig = credentials;
         };
         # what the hub is told of

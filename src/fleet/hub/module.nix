@@ -35,6 +35,7 @@ let
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
+    nixPath
     offlineSandbox
     programs
     ;
@@ -53,6 +54,16 @@ let
   forHosts =
     function: mapAttrs' (name: host: nameValuePair "fleet-${name}" (function name host)) hosts;
   keysOf = host: lib.optional (host.publicKey != null) host.publicKey ++ host.publicKeys;
+
+  # a user who logs in by a key, for SFTP only
+  sftpUser = name: keys: {
+    isSystemUser = true;
+    group = name;
+    # no password, and yet not locked, which sshd without PAM takes for a refusal
+    hashedPassword = "*";
+    initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
+    openssh.authorizedKeys.keys = map (key: "restrict ${key}") keys;
+  };
 
   hostOptions = types.submodule {
     options = {
@@ -611,17 +622,13 @@ in
     // forHosts (_: host: { gid = host.uid; });
     users.users =
       forHosts (
-        name: host: {
-          isSystemUser = true;
+        name: host:
+        sftpUser "fleet-${name}" (keysOf host)
+        // {
           inherit (host) uid;
           description = "Host ${name} of Ekiben's fleet";
-          group = "fleet-${name}";
           extraGroups = [ "ekiben-hosts" ];
           home = "${directories}/${name}";
-          # no password, and yet not locked, which sshd without PAM takes for a refusal
-          hashedPassword = "*";
-          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
-          openssh.authorizedKeys.keys = map (key: "restrict ${key}") (keysOf host);
         }
       )
       // optionalAttrs (hub.user == account) {
@@ -633,14 +640,9 @@ in
         };
       }
       // optionalAttrs (hub.publishers != [ ]) {
-        ${publisher} = {
-          isSystemUser = true;
+        ${publisher} = sftpUser publisher hub.publishers // {
           description = "Publishers of Ekiben's fleet, from elsewhere";
-          group = publisher;
           home = hub.directory;
-          hashedPassword = "*";
-          initialHashedPassword = mkIf config.systemd.sysusers.enable "*";
-          openssh.authorizedKeys.keys = map (key: "restrict ${key}") hub.publishers;
         };
       };
     systemd = {
@@ -652,10 +654,7 @@ in
           environment = {
             XDG_STATE_HOME = "/var/lib/ekiben/instances/publish";
           }
-          # a plain configuration.nix is for the Nixpkgs of this machine
-          // optionalAttrs (config.environment.sessionVariables ? NIX_PATH) {
-            inherit (config.environment.sessionVariables) NIX_PATH;
-          };
+          // nixPath;
           serviceConfig.ExecStart = lib.mkForce [
             "${asRoot} begin publish"
             "${ekiben} prepare publish"
