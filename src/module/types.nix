@@ -86,6 +86,27 @@ rec {
   # as in src/config.rs, which checks it again
   isName = name: builtins.match "[A-Za-z0-9_][A-Za-z0-9_-]{0,63}" name != null;
 
+  # options of some shapes: on or off, with a value or none, with any number of them
+  whether =
+    default: description:
+    mkOption {
+      type = types.bool;
+      inherit default description;
+    };
+  orNull =
+    type: example: description:
+    mkOption {
+      type = types.nullOr type;
+      default = null;
+      inherit example description;
+    };
+  manyOf =
+    type: example: description:
+    mkOption {
+      type = types.listOf type;
+      default = [ ];
+      inherit example description;
+    };
   seconds =
     default: description:
     mkOption {
@@ -199,33 +220,21 @@ rec {
 
   healthCheck = types.submodule {
     options = {
-      command = mkOption {
-        type = types.nullOr types.str;
-        default = null;
-        example = "curl -fsS http://localhost/";
-        description = "A shell command that has to succeed. It runs as root, with the programs of the running system.";
-      };
-      units = mkOption {
-        type = types.listOf types.str;
-        default = [ ];
-        example = [ "postgresql.service" ];
-        description = "Units that have to be active.";
-      };
+      command =
+        orNull types.str "curl -fsS http://localhost/"
+          "A shell command that has to succeed. It runs as root, with the programs of the running system.";
+      units = manyOf types.str [ "postgresql.service" ] "Units that have to be active.";
       timeout = seconds 30 "How long one attempt may take, in seconds.";
       retries = mkOption {
         type = types.ints.unsigned;
         default = 5;
         description = "How often to retry the check, a second apart.";
       };
-      remote = mkOption {
-        type = types.bool;
-        default = false;
-        description = ''
-          Whether the check asks another machine, which may fail by itself. It then has the time of all
-          attempts together, and is repeated with the old system: if it fails there, too, the new
-          one is deployed after all.
-        '';
-      };
+      remote = whether false ''
+        Whether the check asks another machine, which may fail by itself. It then has the time of all
+        attempts together, and is repeated with the old system: if it fails there, too, the new
+        one is deployed after all.
+      '';
     };
   };
 }

@@ -30,13 +30,16 @@ let
     flags
     healthCheck
     isName
+    manyOf
     observe
     operation
+    orNull
     ownFile
     reboot
     rebootAliases
     seconds
     signer
+    whether
     ;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -125,50 +128,29 @@ let
             {manpage}`systemd.time(7)`; `null` for never.
           '';
         };
-        persistent = mkOption {
-          type = types.bool;
-          default = true;
-          description = "Whether to catch up on a run that was due while the machine was off.";
-        };
+        persistent = whether true "Whether to catch up on a run that was due while the machine was off.";
         randomizedDelaySec = mkOption {
           type = types.str;
           default = "0";
           example = "45min";
           description = "Delay each run of the timer by a random time of up to this.";
         };
-        fixedRandomDelay = mkOption {
-          type = types.bool;
-          default = false;
-          description = "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
-        };
+        fixedRandomDelay = whether false "Whether {option}`randomizedDelaySec` leads to the same delay every time.";
         inherit build operation flags;
-        pull = mkOption {
-          type = types.bool;
-          default = false;
-          description = ''
-            Whether to start from the upstream of the branch that is checked out, if that is ahead.
-            A branch and an upstream that both have commits of their own are an error.
-          '';
-        };
-        signers = mkOption {
-          type = types.listOf signer;
-          default = [ ];
-          example = [ "ssh-ed25519 AAAAC3..." ];
-          description = ''
-            SSH public keys. If not empty, a commit is deployed only if it is signed by one of them
-            ({command}`git commit -S`), or is the one that has been deployed. A key with `valid-before` counts
-            until then, whatever time a commit says that it is from. Updates of
-            {file}`flake.lock` are commits of Ekiben's own on top of such a one. Others are refused
-            before anything of them is evaluated. This is for a repository or an upstream that others
-            may write to, such as a forge that is taken over. It does not protect from {option}`user`,
-            nor from what the inputs become.
-          '';
-        };
-        push = mkOption {
-          type = types.bool;
-          default = false;
-          description = "Whether to push to the upstream what has been deployed. Nothing is ever forced.";
-        };
+        pull = whether false ''
+          Whether to start from the upstream of the branch that is checked out, if that is ahead.
+          A branch and an upstream that both have commits of their own are an error.
+        '';
+        signers = manyOf signer [ "ssh-ed25519 AAAAC3..." ] ''
+          SSH public keys. If not empty, a commit is deployed only if it is signed by one of them
+          ({command}`git commit -S`), or is the one that has been deployed. A key with `valid-before` counts
+          until then, whatever time a commit says that it is from. Updates of
+          {file}`flake.lock` are commits of Ekiben's own on top of such a one. Others are refused
+          before anything of them is evaluated. This is for a repository or an upstream that others
+          may write to, such as a forge that is taken over. It does not protect from {option}`user`,
+          nor from what the inputs become.
+        '';
+        push = whether false "Whether to push to the upstream what has been deployed. Nothing is ever forced.";
         author = mkOption {
           type = types.strMatching "[^<>\n]+ <[^<>\n]+>";
           default = "ekiben <ekiben@${hostName}>";
@@ -200,14 +182,10 @@ let
             system and report a warning.
           '';
         };
-        rollback = mkOption {
-          type = types.bool;
-          default = true;
-          description = ''
-            Whether to roll back to the old system if the new one fails. If not, the new one keeps running,
-            but the old one may still be the one to boot.
-          '';
-        };
+        rollback = whether true ''
+          Whether to roll back to the old system if the new one fails. If not, the new one keeps running,
+          but the old one may still be the one to boot.
+        '';
         inherit observe reboot;
         networkRetries = mkOption {
           type = types.ints.unsigned;
@@ -215,17 +193,14 @@ let
           description = "How often to retry a fetch if the network fails, after 1 s, 2 s, 4 s and so on.";
         };
         notify = {
-          command = mkOption {
-            type = types.nullOr types.lines;
-            default = null;
-            example = "curl -fsS -d \"$EKIBEN_MESSAGE\" https://ntfy.example.org/my-machines";
-            description = ''
-              A shell command that tells somebody how a run has ended. It runs as {option}`user`, in the same sandbox and
-              with the programs of the running system, and gets the run as JSON on its standard input and the main facts
-              in `EKIBEN_TITLE`, `EKIBEN_MESSAGE`, `EKIBEN_RESULT` and others: see {file}`src/run/README.md`. One that
-              fails is tried again up to four times, and changes nothing else.
-            '';
-          };
+          command =
+            orNull types.lines "curl -fsS -d \"$EKIBEN_MESSAGE\" https://ntfy.example.org/my-machines"
+              ''
+                A shell command that tells somebody how a run has ended. It runs as {option}`user`, in the same sandbox and
+                with the programs of the running system, and gets the run as JSON on its standard input and the main facts
+                in `EKIBEN_TITLE`, `EKIBEN_MESSAGE`, `EKIBEN_RESULT` and others: see {file}`src/run/README.md`. One that
+                fails is tried again up to four times, and changes nothing else.
+              '';
           on = mkOption {
             type = types.enum [
               "failure"
@@ -250,12 +225,9 @@ let
           default = { };
           description = "How long the stages of a run may take.";
         };
-        extraPackages = mkOption {
-          type = types.listOf types.package;
-          default = [ ];
-          example = literalExpression "[ pkgs.git-crypt ]";
-          description = "More programs for {option}`user`'s stages, such as the repository's git filters.";
-        };
+        extraPackages =
+          manyOf types.package (literalExpression "[ pkgs.git-crypt ]")
+            "More programs for {option}`user`'s stages, such as the repository's git filters.";
       };
     }
   );

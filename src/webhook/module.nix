@@ -18,7 +18,12 @@ let
     nameValuePair
     types
     ;
-  inherit (import ../module/types.nix { inherit lib; }) asDefaults isName unitPath;
+  inherit (import ../module/types.nix { inherit lib; })
+    asDefaults
+    isName
+    orNull
+    unitPath
+    ;
   inherit (import ../module/sandbox.nix { inherit config lib pkgs; })
     growingPauses
     insistent
@@ -278,27 +283,16 @@ in
       default = 8787;
       description = "The port to listen on.";
     };
-    socket = mkOption {
-      type = types.nullOr unitPath;
-      default = null;
-      example = "/run/ekiben.sock";
-      description = "A Unix socket to listen on, for a proxy, instead of {option}`host` and {option}`port`.";
-    };
-    nginx = mkOption {
-      type = types.nullOr types.str;
-      default = null;
-      example = "deploy.example.org";
-      description = ''
-        A virtual host of {option}`services.nginx` that passes requests on to the webhook, over a Unix
-        socket. TLS is that virtual host's business.
-      '';
-    };
-    caddy = mkOption {
-      type = types.nullOr types.str;
-      default = null;
-      example = "deploy.example.org";
-      description = "As {option}`nginx`, for a virtual host of {option}`services.caddy`.";
-    };
+    socket =
+      orNull unitPath "/run/ekiben.sock"
+        "A Unix socket to listen on, for a proxy, instead of {option}`host` and {option}`port`.";
+    nginx = orNull types.str "deploy.example.org" ''
+      A virtual host of {option}`services.nginx` that passes requests on to the webhook, over a Unix
+      socket. TLS is that virtual host's business.
+    '';
+    caddy =
+      orNull types.str "deploy.example.org"
+        "As {option}`nginx`, for a virtual host of {option}`services.caddy`.";
     path = mkOption {
       type = types.strMatching "/[^?#%\" \\]*";
       default = "/ekiben";

@@ -18,8 +18,10 @@ let
     build
     flags
     healthCheck
+    manyOf
     observe
     operation
+    orNull
     plainPath
     publicKey
     reboot
@@ -44,48 +46,32 @@ let
 
   server = types.submodule {
     options = {
-      host = mkOption {
-        type = types.nullOr types.str;
-        default = null;
-        example = "hub.example.org";
-        description = "Name or address of the hub's sshd; `null` if there is only a {option}`url`.";
-      };
+      host =
+        orNull types.str "hub.example.org"
+          "Name or address of the hub's sshd; `null` if there is only a {option}`url`.";
       port = mkOption {
         type = types.port;
         default = 22;
         description = "The port of the hub's sshd.";
       };
-      hostKey = mkOption {
-        type = types.nullOr publicKey;
-        default = null;
-        example = "ssh-ed25519 AAAAC3...";
-        description = "The public host key of the hub. Nothing is fetched from a hub with another one.";
-      };
+      hostKey =
+        orNull publicKey "ssh-ed25519 AAAAC3..."
+          "The public host key of the hub. Nothing is fetched from a hub with another one.";
       user = mkOption {
         type = types.str;
         default = "fleet-${fleet.name}";
         defaultText = literalExpression ''"fleet-''${config.services.ekiben.fleet.name}"'';
         description = "The user to log in as.";
       };
-      url = mkOption {
-        type = types.nullOr https;
-        default = null;
-        example = "https://releases.example.org";
-        description = ''
-          Where releases are fetched from by {command}`curl`, instead of over SFTP: any web server, store or network of
-          caches that has `hosts/<name>/release/` of the hub's directory. Releases have to be signed
-          ({option}`services.ekiben.fleet.signers`). Files for this host, and reports, need {option}`host` besides.
-        '';
-      };
-      reportsUrl = mkOption {
-        type = types.nullOr https;
-        default = null;
-        example = "https://hub.example.org";
-        description = ''
-          Where reports are sent to by `PUT`, below `hosts/<name>/reports/`, if there is no {option}`host`. Without
-          either, the host is silent to its hub.
-        '';
-      };
+      url = orNull https "https://releases.example.org" ''
+        Where releases are fetched from by {command}`curl`, instead of over SFTP: any web server, store or network of
+        caches that has `hosts/<name>/release/` of the hub's directory. Releases have to be signed
+        ({option}`services.ekiben.fleet.signers`). Files for this host, and reports, need {option}`host` besides.
+      '';
+      reportsUrl = orNull https "https://hub.example.org" ''
+        Where reports are sent to by `PUT`, below `hosts/<name>/reports/`, if there is no {option}`host`. Without
+        either, the host is silent to its hub.
+      '';
     };
   };
 
@@ -282,36 +268,23 @@ in
         {option}`url`, from which releases then come.
       '';
     };
-    netrcFile = mkOption {
-      type = types.nullOr unitPath;
-      default = null;
-      example = "/root/ekiben-netrc";
-      description = ''
-        A file with the passwords for {option}`services.ekiben.fleet.hub.url` and `reportsUrl`, as in
-        {manpage}`netrc(5)`: `machine releases.example.org login web password …`. It is read by systemd, so it can be
-        readable by root only.
-      '';
-    };
+    netrcFile = orNull unitPath "/root/ekiben-netrc" ''
+      A file with the passwords for {option}`services.ekiben.fleet.hub.url` and `reportsUrl`, as in
+      {manpage}`netrc(5)`: `machine releases.example.org login web password …`. It is read by systemd, so it can be
+      readable by root only.
+    '';
     identityFile = mkOption {
       type = unitPath;
       default = "/var/lib/ekiben-identity/key";
       description = "The private SSH key to log in with. It is read by systemd, so it can be readable by root only.";
     };
-    signers = mkOption {
-      type = types.listOf signer;
-      default = [ ];
-      example = [ "ssh-ed25519 AAAAC3..." ];
-      description = ''
-        The public keys of the publishers. If not empty, only releases that one of them has signed are
-        accepted: a hub that is taken over can withhold releases, but not make them.
-      '';
-    };
-    sshOptions = mkOption {
-      type = types.listOf types.singleLineStr;
-      default = [ ];
-      example = [ "ProxyJump=gate@example.org" ];
-      description = "More options for {command}`ssh -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
-    };
+    signers = manyOf signer [ "ssh-ed25519 AAAAC3..." ] ''
+      The public keys of the publishers. If not empty, only releases that one of them has signed are
+      accepted: a hub that is taken over can withhold releases, but not make them.
+    '';
+    sshOptions = manyOf types.singleLineStr [
+      "ProxyJump=gate@example.org"
+    ] "More options for {command}`ssh -o`, as in {manpage}`ssh_config(5)`. The host key stays pinned.";
     user = mkOption {
       type = types.str;
       default = "ekiben-fleet";
@@ -338,12 +311,7 @@ in
     };
     selfUpdate = {
       enable = mkEnableOption "updates of flake inputs also where the hub has nothing new";
-      inputs = mkOption {
-        type = types.listOf types.str;
-        default = [ ];
-        example = [ "nixpkgs" ];
-        description = "The flake inputs to update; all if empty.";
-      };
+      inputs = manyOf types.str [ "nixpkgs" ] "The flake inputs to update; all if empty.";
     };
     healthChecks = mkOption {
       type = types.attrsOf healthCheck;

@@ -28,10 +28,13 @@ let
     externalPath
     flags
     isKey
+    manyOf
+    orNull
     ownDirectory
     ownFile
     signer
     unitPath
+    whether
     ;
   inherit (import ../../module/sandbox.nix { inherit config lib pkgs; })
     asRoot
@@ -67,23 +70,17 @@ let
 
   hostOptions = types.submodule {
     options = {
-      publicKey = mkOption {
-        type = types.nullOr types.singleLineStr;
-        default = null;
-        example = "ssh-ed25519 AAAAC3... root@web";
-        description = "The key that the host logs in with.";
-      };
+      publicKey =
+        orNull types.singleLineStr "ssh-ed25519 AAAAC3... root@web"
+          "The key that the host logs in with.";
       publicKeys = mkOption {
         type = types.listOf types.singleLineStr;
         default = [ ];
         description = "More such keys, to change the key without a gap.";
       };
-      uid = mkOption {
-        type = types.nullOr types.ints.positive;
-        default = null;
-        example = 31000;
-        description = "The uid of the host's user on the hub, and the gid of its group. NixOS allocates uids for about 500 hosts.";
-      };
+      uid =
+        orNull types.ints.positive 31000
+          "The uid of the host's user on the hub, and the gid of its group. NixOS allocates uids for about 500 hosts.";
       files = mkOption {
         type = types.attrsOf fileOptions;
         default = { };
@@ -270,12 +267,7 @@ let
         example = 2;
         description = "How many of its hosts may fail, roll back or refuse the release before that stops the roll-out.";
       };
-      waitForSilent = mkOption {
-        type = types.bool;
-        default = false;
-        example = true;
-        description = "Whether hosts that have been silent since before, or are held, hold up the next wave.";
-      };
+      waitForSilent = whether false "Whether hosts that have been silent since before, or are held, hold up the next wave.";
     };
   };
 
@@ -406,15 +398,10 @@ in
         Of a host that is removed here, everything but its files stays for 30 days.
       '';
     };
-    repository = mkOption {
-      type = types.nullOr externalPath;
-      default = null;
-      example = "/var/fleet";
-      description = ''
-        The fleet's repository, for {command}`ekiben fleet` in other directories. It belongs to
-        {option}`user`.
-      '';
-    };
+    repository = orNull externalPath "/var/fleet" ''
+      The fleet's repository, for {command}`ekiben fleet` in other directories. It belongs to
+      {option}`user`.
+    '';
     directory = mkOption {
       type = ownDirectory;
       default = "/var/lib/ekiben-hub";
@@ -429,16 +416,11 @@ in
       example = "alice";
       description = "The user who may publish here and read what hosts report. The default one is created.";
     };
-    publishers = mkOption {
-      type = types.listOf types.singleLineStr;
-      default = [ ];
-      example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
-      description = ''
-        SSH keys that may publish and read what hosts report from other machines, as the user
-        `ekiben-publisher`, who can do nothing else. Set `directory` in `fleet.json` to
-        `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if needed.
-      '';
-    };
+    publishers = manyOf types.singleLineStr [ "ssh-ed25519 AAAAC3... alice@desk" ] ''
+      SSH keys that may publish and read what hosts report from other machines, as the user
+      `ekiben-publisher`, who can do nothing else. Set `directory` in `fleet.json` to
+      `"sftp://ekiben-publisher@<this machine>"`, with `:<port>` if needed.
+    '';
     publish = {
       enable = mkEnableOption ''
         the instance `publish`, which publishes the fleet's repository by itself: by its timer, {command}`ekiben trigger
@@ -457,36 +439,16 @@ in
         example = "fleet";
         description = "The unprivileged user who owns the repository. Fetching, evaluating, building and publishing are done as this user.";
       };
-      inputs = mkOption {
-        type = types.nullOr (types.listOf types.str);
-        default = null;
-        example = [ "nixpkgs" ];
-        description = ''
-          The inputs to update in each run, in all flakes of the repository that have them; `[ ]` for all inputs, `null`
-          for none. A run fails if any other input would change.
-        '';
-      };
-      pull = mkOption {
-        type = types.bool;
-        default = false;
-        example = true;
-        description = "Whether to start from the upstream of the branch, as {option}`services.ekiben.instances.<name>.pull`.";
-      };
-      push = mkOption {
-        type = types.bool;
-        default = false;
-        example = true;
-        description = "Whether to push updates of inputs to the upstream when they have been published. Nothing is ever forced.";
-      };
-      signers = mkOption {
-        type = types.listOf signer;
-        default = [ ];
-        example = [ "ssh-ed25519 AAAAC3... alice@desk" ];
-        description = ''
-          SSH public keys. If not empty, nothing is published but commits that one of them has signed, and updates of inputs
-          on top of those: see {option}`services.ekiben.instances.<name>.signers`.
-        '';
-      };
+      inputs = orNull (types.listOf types.str) [ "nixpkgs" ] ''
+        The inputs to update in each run, in all flakes of the repository that have them; `[ ]` for all inputs, `null`
+        for none. A run fails if any other input would change.
+      '';
+      pull = whether false "Whether to start from the upstream of the branch, as {option}`services.ekiben.instances.<name>.pull`.";
+      push = whether false "Whether to push updates of inputs to the upstream when they have been published. Nothing is ever forced.";
+      signers = manyOf signer [ "ssh-ed25519 AAAAC3... alice@desk" ] ''
+        SSH public keys. If not empty, nothing is published but commits that one of them has signed, and updates of inputs
+        on top of those: see {option}`services.ekiben.instances.<name>.signers`.
+      '';
       author = mkOption {
         type = types.strMatching "[^<>\n]+ <[^<>\n]+>";
         default = "ekiben <ekiben@${config.networking.hostName}>";
@@ -503,43 +465,36 @@ in
           never. It also renews what is about to expire.
         '';
       };
-      signingKeyFile = mkOption {
-        type = types.nullOr unitPath;
-        default = null;
-        example = literalExpression "config.age.secrets.fleet-signer.path";
-        description = ''
-          The private key, without a passphrase, that signs releases; {option}`services.ekiben.fleet.signers` of the hosts
-          has the public one. It is read by systemd, so it can be readable by root only, and is seen by the unit that
-          publishes alone: not by what evaluates and builds.
-        '';
-      };
+      signingKeyFile = orNull unitPath (literalExpression "config.age.secrets.fleet-signer.path") ''
+        The private key, without a passphrase, that signs releases; {option}`services.ekiben.fleet.signers` of the hosts
+        has the public one. It is read by systemd, so it can be readable by root only, and is seen by the unit that
+        publishes alone: not by what evaluates and builds.
+      '';
       parallel = mkOption {
         type = types.ints.positive;
         default = 2;
         example = 8;
         description = "How many hosts to evaluate and build at once.";
       };
-      waves = mkOption {
-        type = types.listOf waveOptions;
-        default = [ ];
-        example = literalExpression ''
-          [
-            {
-              hosts = [
-                "canary"
-                "@laptops-early"
-              ];
-              soak = "1h";
-            }
-            { hosts = [ "*" ]; }
-          ]
-        '';
-        description = ''
-          Which hosts get a release first, and which later: a wave begins when the hosts of the one before have been healthy for
-          its {option}`soak`. All is built and signed at the beginning. Hosts that are in no wave come last, together. If there
-          are none, all hosts get a release at once.
-        '';
-      };
+      waves =
+        manyOf waveOptions
+          (literalExpression ''
+            [
+              {
+                hosts = [
+                  "canary"
+                  "@laptops-early"
+                ];
+                soak = "1h";
+              }
+              { hosts = [ "*" ]; }
+            ]
+          '')
+          ''
+            Which hosts get a release first, and which later: a wave begins when the hosts of the one before have been healthy for
+            its {option}`soak`. All is built and signed at the beginning. Hosts that are in no wave come last, together. If there
+            are none, all hosts get a release at once.
+          '';
       inherit flags;
       notify = mkOption {
         type = types.attrsOf types.str;
@@ -548,25 +503,15 @@ in
         description = "Whom to tell how a run has ended: as {option}`services.ekiben.instances.<name>.notify`.";
       };
     };
-    metrics = mkOption {
-      type = types.nullOr ownFile;
-      default = null;
-      example = "/var/lib/ekiben-hub-metrics/fleet.prom";
-      description = ''
-        A text file for Prometheus' node exporter (its `textfile` collector) with the state of each host and when it was heard
-        of last, replaced in one step whenever reports are collected. Its directory belongs to {option}`user`, and is another
-        than that of {option}`services.ekiben.metrics`.
-      '';
-    };
-    statusPage = mkOption {
-      type = types.nullOr ownFile;
-      default = null;
-      example = "/var/lib/ekiben-hub-page/index.html";
-      description = ''
-        An HTML page that shows the same as {command}`ekiben fleet status`, replaced in one step whenever reports are collected.
-        Its directory belongs to {option}`user`.
-      '';
-    };
+    metrics = orNull ownFile "/var/lib/ekiben-hub-metrics/fleet.prom" ''
+      A text file for Prometheus' node exporter (its `textfile` collector) with the state of each host and when it was heard
+      of last, replaced in one step whenever reports are collected. Its directory belongs to {option}`user`, and is another
+      than that of {option}`services.ekiben.metrics`.
+    '';
+    statusPage = orNull ownFile "/var/lib/ekiben-hub-page/index.html" ''
+      An HTML page that shows the same as {command}`ekiben fleet status`, replaced in one step whenever reports are collected.
+      Its directory belongs to {option}`user`.
+    '';
     reports = {
       size = mkOption {
         type = types.strMatching "[1-9][0-9]*[kMG]";
