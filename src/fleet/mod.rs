@@ -237,14 +237,13 @@ pub struct Report {
 
 /// The runs of which there are reports in a directory, by the times of these, the oldest first.
 pub fn reports_in(directory: &Path) -> Result<Vec<RunId>> {
-    let doing = || format!("read {}", directory.display());
     let mut runs = Vec::new();
-    for file in fs::read_dir(directory).context(doing)? {
-        let file = file.context(doing)?;
+    for file in fs::read_dir(directory).doing("read", directory)? {
+        let file = file.doing("read", directory)?;
         let run = file.file_name().to_str().and_then(|name| RunId::try_from(name.strip_suffix(".json")?).ok());
         if let (Some(run), Ok(metadata)) = (run, file.metadata()) {
             if metadata.is_file() {
-                runs.push((metadata.modified().context(doing)?, run));
+                runs.push((metadata.modified().doing("read", directory)?, run));
             }
         }
     }

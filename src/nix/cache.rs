@@ -39,10 +39,9 @@ pub struct Cache {
 impl Cache {
     /// The cache in a directory, which is made if need be.
     pub fn open(directory: &Path) -> Result<Self> {
-        let doing = || format!("use {}", directory.display());
-        fs::create_dir_all(directory).context(doing)?;
-        let file = File::open(directory).context(doing)?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).context(doing)?;
+        fs::create_dir_all(directory).doing("use", directory)?;
+        let file = File::open(directory).doing("use", directory)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).doing("use", directory)?;
         Ok(Self { directory: directory.join("nix"), _lock: lock })
     }
 

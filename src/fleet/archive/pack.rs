@@ -42,23 +42,21 @@ pub fn identity(file: &Metadata) -> String {
 impl Origin {
     /// The repository in this directory, whose releases are signed with this key.
     pub fn new(repository: &Path, key: Option<&Path>) -> Result<Self> {
-        let doing = || format!("read {}", repository.display());
         let which = key.and_then(|key| key.metadata().ok()).map_or(String::new(), |metadata| identity(&metadata));
-        Ok(Self { repository: repository.canonicalize().context(doing)?, key: key.and_then(|key| fs::read(key).ok()), which })
+        Ok(Self { repository: repository.canonicalize().doing("read", repository)?, key: key.and_then(|key| fs::read(key).ok()), which })
     }
 
     /// Fails unless what a path leads to is in the repository, and not what git keeps there.
     fn check_inside(&self, path: &Path) -> Result<()> {
-        let doing = || format!("pack {}", path.display());
         let target = match path.canonicalize() {
             Err(error) if error.kind() == ErrorKind::NotFound && path.is_symlink() => {
-                return Err(format!("dangling link to {}", fs::read_link(path).unwrap_or_default().display())).context(doing);
+                return Err(format!("dangling link to {}", fs::read_link(path).unwrap_or_default().display())).doing("pack", path);
             }
-            other => other.context(doing)?,
+            other => other.doing("pack", path)?,
         };
         let inside = target.strip_prefix(&self.repository).is_ok_and(|below| below.iter().all(|part| !part.eq_ignore_ascii_case(".git")));
         let why = || format!("link to {}, outside of the repository {}", target.display(), self.repository.display());
-        if inside { Ok(()) } else { Err(why()).context(doing) }
+        if inside { Ok(()) } else { Err(why()).doing("pack", path) }
     }
 
     /// Fails unless a file may be published, and can be read where it is unpacked. Returns whether there is nothing to say of it.

@@ -121,9 +121,8 @@ fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Built> 
     let archive = archives.join(&source.sha256);
     // hosts may share it
     if !archive.exists() {
-        let doing = || format!("write {}", archive.display());
         fleet.provide(source)?;
-        files::write(&archive, &fs::read(&source.archive).context(doing)?, 0o600).context(doing)?;
+        files::write(&archive, &fs::read(&source.archive).doing("write", &archive)?, 0o600).doing("write", &archive)?;
     }
     Ok(Built::of(host, &system))
 }
@@ -131,10 +130,9 @@ fn make(fleet: &FleetRepository, host: &Host, archives: &Path) -> Result<Built> 
 /// Publishes what a run has built; its own unit does so, with the key that signs releases.
 pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
     let path = paths.own("built.json");
-    let doing = || format!("read {}", path.display());
-    let handover: Handover = files::read_json(&path)?.ok_or("nothing has been built").context(doing)?;
+    let handover: Handover = files::read_json(&path)?.ok_or("nothing has been built").doing("read", &path)?;
     if handover.run != *run {
-        return Err("it belongs to another run").context(doing);
+        return Err("it belongs to another run").doing("read", &path);
     }
     let key = std::env::var_os("CREDENTIALS_DIRECTORY").map(|directory| PathBuf::from(directory).join("signing-key"));
     let hub = ServedDirectory::new(&publish.directory)?;

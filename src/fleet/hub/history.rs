@@ -56,7 +56,6 @@ pub fn file(hub: &ServedDirectory, host: &HostName) -> PathBuf {
 /// the host's turn. `plan` is what is rolled out; `others` may be about to publish at the same time.
 pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others: bool) -> Result<()> {
     let file = file(hub, host);
-    let doing = || format!("write {}", file.display());
     let Some(changed) = hub.changed(host)? else { return Ok(()) };
     let age = SystemTime::now().duration_since(changed).unwrap_or_default();
     // whoever publishes cannot choose that time, but may publish twice within one tick
@@ -68,11 +67,11 @@ pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others:
     let mut kept = parse(&text);
     if kept.last().is_none_or(|last| last.manifest != manifest) {
         let noted = Noted { seen: now(), manifest, signature: signed.signature.map(|text| text.lines().map(String::from).collect()) };
-        let line = serde_json::to_vec(&noted).context(doing)?;
+        let line = serde_json::to_vec(&noted).doing("write", &file)?;
         // what is damaged, or of a newer version, stays
         let lines: Vec<_> = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).chain([&*line]).collect();
         let contents = lines[lines.len().saturating_sub(KEPT)..].join(&b'\n');
-        files::write(&file, &[&contents[..], b"\n"].concat(), 0o644).context(doing)?;
+        files::write(&file, &[&contents[..], b"\n"].concat(), 0o644).doing("write", &file)?;
         kept.push(noted);
     }
     let mut archives = Vec::new();
@@ -83,7 +82,7 @@ pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others:
     }
     archives.extend(plan.and_then(|plan| plan.get(host)).map(|member| member.release.id.clone()));
     hub.tidy(host, &archives, others)?;
-    File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).context(doing)
+    File::options().append(true).open(&file).and_then(|file| file.set_modified(changed)).doing("write", &file)
 }
 
 /// The same, when it is its turn; the hub does so, and nobody else.

@@ -110,17 +110,16 @@ impl ServedDirectory {
     /// What is published for a host; the error says why it is of no use to it.
     pub fn manifest(&self, host: &HostName) -> Result<Option<Result<(Manifest, Signed), String>>> {
         let path = self.release(host).join(MANIFEST);
-        let doing = || format!("read {}", path.display());
         let parsed = match files::if_there(files::read_foreign(&path, SMALL)) {
             Err(error) if matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::FileTooLarge) => Err(error.to_string()),
-            other => match other.context(doing)? {
+            other => match other.doing("read", &path)? {
                 Some(text) => parse(&text, host),
                 None => return Ok(None),
             },
         };
         match parsed {
             Ok((Some(manifest), signed)) => Ok(Some(Ok((manifest, signed)))),
-            Ok((None, _)) => Err("unsupported format").context(doing),
+            Ok((None, _)) => Err("unsupported format").doing("read", &path),
             Err(why) => Ok(Some(Err(format!("{}: {}", path.display(), text::line(&why))))),
         }
     }

@@ -188,14 +188,13 @@ impl ServedDirectory {
     /// Waits until nobody else publishes, and keeps others waiting until it is dropped.
     pub fn turn(&self) -> Result<Flock<File>> {
         let directory = self.collected();
-        let doing = || format!("create {}", directory.display());
         if !directory.exists() {
             // or the hub's user could not write there ever after
-            let above = fs::metadata(&self.directory).context(doing)?;
+            let above = fs::metadata(&self.directory).doing("create", &directory)?;
             if above.uid() != geteuid().as_raw() {
-                return Err(format!("{} does not belong to this user", self.directory.display())).context(doing);
+                return Err(format!("{} does not belong to this user", self.directory.display())).doing("create", &directory);
             }
-            fs::create_dir(&directory).context(doing)?;
+            fs::create_dir(&directory).doing("create", &directory)?;
         }
         if let Some(turn) = self.turn_if_free()? {
             return Ok(turn);

@@ -59,15 +59,14 @@ impl Settings {
     /// they have to be this user's own, as the directory that they are in.
     pub fn read(repository: &Path) -> Result<Self> {
         let path = repository.join("fleet.json");
-        let doing = || format!("read {}", path.display());
-        let mut file = File::open(&path).context(doing)?;
-        check_owner(&path, &file.metadata().context(doing)?)?;
-        check_owner(repository, &fs::metadata(repository).context(doing)?)?;
+        let mut file = File::open(&path).doing("read", &path)?;
+        check_owner(&path, &file.metadata().doing("read", &path)?)?;
+        check_owner(repository, &fs::metadata(repository).doing("read", &path)?)?;
         let mut text = String::new();
-        file.by_ref().take(SMALL).read_to_string(&mut text).context(doing)?;
-        let mut settings: Self = json::parse(text.as_bytes()).context(doing)?;
+        file.by_ref().take(SMALL).read_to_string(&mut text).doing("read", &path)?;
+        let mut settings: Self = json::parse(text.as_bytes()).doing("read", &path)?;
         if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
-            return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).context(doing);
+            return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).doing("read", &path);
         }
         // of several who publish, each has a key of their own
         settings.signing_key = settings.signing_key.map(|key| match (key.strip_prefix("~"), std::env::var_os("HOME")) {

@@ -109,14 +109,13 @@ impl Session {
     /// Appends what a file has beyond the length of the local one, until that has `limit` bytes. Returns the open file
     /// there, if there is one.
     fn receive(&mut self, remote: &str, local: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
-        let doing = || format!("write {}", local.display());
         let handle = match self.transport.ask(Packet::open(&self.path(remote)))? {
             Reply::Handle(handle) => handle,
             Reply::Code(Code::NOT_FOUND) => return Ok(None),
             other => return Err(self.refused("open", remote, &other)),
         };
-        let mut file = File::options().append(true).create(true).open(local).context(doing)?;
-        let mut size = file.metadata().context(doing)?.len();
+        let mut file = File::options().append(true).create(true).open(local).doing("write", local)?;
+        let mut size = file.metadata().doing("write", local)?.len();
         // most files are small
         let mut count = 2;
         loop {
@@ -128,7 +127,7 @@ impl Session {
                     Reply::Data(data) if is_whole => {
                         let written = io::copy(&mut data.take(limit.saturating_sub(size)), &mut file).or_else(|error| {
                             // a disk that is full of it would not hold what is to be said of that
-                            files::clear(local).and(Err(error)).context(doing)
+                            files::clear(local).and(Err(error)).doing("write", local)
                         })?;
                         size += written;
                         is_whole = written == u64::from(CHUNK);
@@ -151,16 +150,15 @@ impl Session {
     }
 
     fn write(&mut self, local: &Path, remote: &str, sync: bool) -> Result<()> {
-        let doing = || format!("read {}", local.display());
-        let mut file = File::open(local).context(doing)?;
-        let mode = file.metadata().context(doing)?.permissions().mode() & 0o777;
+        let mut file = File::open(local).doing("read", local)?;
+        let mode = file.metadata().doing("read", local)?.permissions().mode() & 0o777;
         let handle = self.opened("create", remote, Packet::create(&self.path(remote), mode))?;
         let (mut offset, mut is_end) = (0, false);
         while !is_end {
             let mut requests = Vec::new();
             for _ in 0..AT_ONCE {
                 let mut chunk = Vec::new();
-                (&mut file).take(CHUNK.into()).read_to_end(&mut chunk).context(doing)?;
+                (&mut file).take(CHUNK.into()).read_to_end(&mut chunk).doing("read", local)?;
                 is_end = chunk.len() < usize::from(CHUNK);
                 requests.push(Packet::write(&handle, offset, &chunk));
                 offset += chunk.len() as u64;

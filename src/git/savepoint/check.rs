@@ -16,8 +16,7 @@ use crate::git::savepoint::cut_off::Changed;
 impl Savepoint {
     /// Fails if this user may not move the branch, or if there would be no way back.
     pub fn check(&self, branch: &str, files: &[Changed]) -> Result<()> {
-        let doing = || format!("save files to {}", self.directory.display());
-        let refuse = |path: &Path, why: &str| Err(format!("{}: {why}", path.display())).context(doing);
+        let refuse = |path: &Path, why: &str| Err(format!("{}: {why}", path.display())).doing("save files to", &self.directory);
         let explain = |path: &Path, error| match error {
             Errno::EPERM => refuse(path, "it is immutable; remove that by chattr -i"),
             error => refuse(path, error.desc()),
