@@ -176,6 +176,7 @@ with subtest("who may not trigger a run is told who may, and who says nothing ho
     assert server.succeed("ekiben fleet") == server.succeed("ekiben fleet --help")
 
 if is_host(server):
+    drop_in = "/run/systemd/system/ekiben-app.service.d"
 
     def fails_with(problem, instance="app"):
         """Checks that status fails for this reason, and not for an instance that is well."""
@@ -198,12 +199,11 @@ if is_host(server):
         assert run(server, "app")["result"] in ("deployed", "unchanged")
         server.succeed("ekiben status")
         # a run that cannot even say that it has failed
-        place = "/run/systemd/system/ekiben-app.service.d"
-        server.succeed(f"mkdir -p {place}; printf '%s\\n' [Service] ExecStart= ExecStart=false ExecStopPost= > {place}/odd.conf; "
+        server.succeed(f"mkdir -p {drop_in}; printf '%s\\n' [Service] ExecStart= ExecStart=false ExecStopPost= > {drop_in}/odd.conf; "
                        "systemctl daemon-reload")
         server.fail("systemctl start ekiben-app")
         fails_with("ekiben-app.service has failed; see systemctl status ekiben-app.service")
-        server.succeed(f"rm -r {place}; systemctl daemon-reload; systemctl reset-failed ekiben-app; ekiben status")
+        server.succeed(f"rm -r {drop_in}; systemctl daemon-reload; systemctl reset-failed ekiben-app; ekiben status")
         # a request that nobody serves
         server.succeed("systemctl stop ekiben-app.path; ekiben trigger app; ekiben status")
         server.succeed("touch -d '5 minutes ago' /var/lib/ekiben/queue/app")
@@ -220,12 +220,11 @@ if is_host(server):
         server.succeed(f"systemctl stop ekiben-app.timer; rm {timer}; systemctl daemon-reload; ekiben status")
 
     with subtest("what the unit needs is gone: said, tried again, not over and over, and served when it is there again"):
-        drop_in = "/run/systemd/system/ekiben-app.service.d"
         for what, removed, restored in (
             ("user, or a group of that, does not exist", "cp /etc/passwd /tmp/passwd; sed -i /^deploy:/d /etc/passwd", "cat /tmp/passwd > /etc/passwd"),
             (
                 "the run could not begin; for the reason, see ekiben log app",
-                f"mkdir {drop_in}; printf '[Service]\nBindReadOnlyPaths=/nowhere\n' > {drop_in}/x.conf; systemctl daemon-reload",
+                f"mkdir -p {drop_in}; printf '[Service]\nBindReadOnlyPaths=/nowhere\n' > {drop_in}/x.conf; systemctl daemon-reload",
                 f"rm -r {drop_in}; systemctl daemon-reload",
             ),
         ):
