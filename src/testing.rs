@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::config::Instance;
+
 /// A directory that is gone with its value.
 pub struct Directory(PathBuf);
 
@@ -22,6 +24,17 @@ impl Directory {
     pub fn path(&self) -> &Path {
         &self.0
     }
+}
+
+/// An instance of the repository at `place`.
+pub fn instance(place: &Path) -> Instance {
+    let instance = format!(
+        r#"{{"author": "a <a>", "flags": [], "flakePath": "{0}", "flakeRef": "{0}#x", "healthChecks": {{}}, "inputs": [],
+        "networkRetries": 0, "onUnitFailure": "rollback", "operation": "switch", "pull": false, "push": false, "rollback": true,
+        "timeouts": {{"activate": 1, "build": 1, "prepare": 1}}, "user": "a"}}"#,
+        place.display()
+    );
+    serde_json::from_str(&instance).unwrap()
 }
 
 /// Runs a script of a user of git who has configured nothing; returns what it prints.

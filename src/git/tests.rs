@@ -5,7 +5,7 @@ use crate::config::Author;
 use crate::git::own::{create, take_as_it_is};
 use crate::git::patience::patiently;
 use crate::git::savepoint::cut_off::Changed;
-use crate::testing::{Directory, git as shell};
+use crate::testing::{Directory, git as shell, instance};
 use std::os::unix::fs::PermissionsExt;
 use std::time::SystemTime;
 
@@ -75,17 +75,6 @@ fn begin(repository: &Repository, to: &str) -> (Savepoint, Vec<Changed>) {
 fn read_tree(repository: &Repository, savepoint: &Savepoint, to: &str) {
     let read = repository.by(&savepoint.index()).args(["read-tree", "-m", "-u", &repository.head, to]);
     read.output(|| "read".into(), None).unwrap();
-}
-
-/// An instance of a repository.
-fn instance(place: &Path) -> Instance {
-    let instance = format!(
-        r#"{{"author": "a <a>", "flags": [], "flakePath": "{0}", "flakeRef": "{0}#x", "healthChecks": {{}}, "inputs": [],
-        "networkRetries": 0, "onUnitFailure": "rollback", "operation": "switch", "pull": false, "push": false, "rollback": true,
-        "timeouts": {{"activate": 1, "build": 1, "prepare": 1}}, "user": "a"}}"#,
-        place.display()
-    );
-    serde_json::from_str(&instance).unwrap()
 }
 
 #[test]

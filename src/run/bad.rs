@@ -83,15 +83,13 @@ impl Bad {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
+
+    use crate::testing::instance;
 
     fn bad(tries: u32, tried: u64) -> Bad {
-        let options = serde_json::json!({
-            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
-            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
-            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
-        });
         let (hash, error) = ("0".repeat(40), "Failed to pass health check app".into());
-        let options = serde_json::from_value(options).unwrap();
+        let options = instance(Path::new("/srv/x"));
         Bad { base: hash.clone(), tree: hash.clone(), options, commit: hash, error, tries, tried }
     }
 

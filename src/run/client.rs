@@ -43,9 +43,10 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Directory;
+    use crate::testing::{Directory, instance};
     use serde_json::{Value, json};
     use std::fs;
+    use std::path::Path;
 
     fn paths(directory: &Directory) -> Paths {
         for below in ["queue", "status"] {
@@ -58,11 +59,7 @@ mod tests {
     fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
         let directory = Directory::new();
         let paths = paths(&directory);
-        let options = json!({
-            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "switch", "flags": [],
-            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "rollback",
-            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
-        });
+        let options = instance(Path::new("/srv/x"));
         let bad =
             json!({ "base": "0", "tree": "0", "options": options, "commit": "0".repeat(40), "error": "x", "tries": 2, "tried": 1_000_000 });
         let status = json!({ "format": crate::run::journal::FORMAT, "bad": bad });

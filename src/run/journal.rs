@@ -265,17 +265,12 @@ impl Run {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Directory;
+    use crate::testing::{Directory, instance};
     use serde_json::{Value, json};
 
     fn journal(directory: &Directory) -> (PathBuf, Value) {
-        let options = json!({
-            "flakePath": "/srv/x", "flakeRef": "/srv/x#machine", "user": "deploy", "inputs": [], "operation": "boot", "flags": [],
-            "pull": false, "push": false, "author": "a <a@example.org>", "healthChecks": {}, "onUnitFailure": "keep",
-            "rollback": true, "networkRetries": 0, "timeouts": { "prepare": 1, "build": 1, "activate": 1 },
-        });
         let (paths, id) = (Paths::below(directory.path(), "app"), RunId::try_from("0".repeat(32)).unwrap());
-        let run = Run::new(&paths, id, serde_json::from_value(options).unwrap());
+        let run = Run::new(&paths, id, instance(Path::new("/srv/x")));
         fs::create_dir(directory.path().join("runs")).unwrap();
         (paths.journal(), serde_json::to_value(run).unwrap())
     }
