@@ -126,7 +126,7 @@ with subtest("the hub serves nothing that somebody else could have chosen"):
                 "chown -h nobody /srv/theirs")
     for source in ("/srv/nobody/plain", "/srv/nobody/dir/plain", "/srv/link", "/srv/theirs", "/srv/nobody/own/../plain", "/srv/agenix/plain"):
         hub.succeed(f"jq '.hub.files.web[\"{SECRETS}/plain\"].source = \"{source}\"' /etc/ekiben/config.json > /root/config.json")
-        code, said = hub.execute("ekiben fleet files /root/config.json 2>&1")
+        code, said = hub.execute("ekiben --config /root/config.json fleet files 2>&1")
         hub.fail(f"grep -rs ^root: {HOST}/files")
         if source == "/srv/agenix/plain":
             assert code == 0, said
@@ -141,7 +141,7 @@ with subtest("the hub serves nothing that somebody else could have chosen"):
 with subtest("what the hub has no more is removed; not what somebody has changed"):
     hub.succeed("jq '.hub.files.web |= del(.[\"/var/lib/secrets/plain\"], .[\"/run/fleet-secrets/volatile\"])' /etc/ekiben/config.json > /root/config.json")
     web.succeed("echo mine > /run/fleet-secrets/volatile")
-    hub.succeed("systemctl stop ekiben-hub-files.timer; ekiben fleet files /root/config.json")
+    hub.succeed("systemctl stop ekiben-hub-files.timer; ekiben --config /root/config.json fleet files")
     ask()
     web.fail(f"test -e {SECRETS}/plain")
     assert web.succeed("cat /run/fleet-secrets/volatile") == "mine\n"

@@ -256,13 +256,13 @@ with subtest("who is taken out of the repository, or loses the key at the hub, i
     hub.succeed("systemctl stop ekiben-hub-files.timer", f"echo '[\"db\", \"plain\"]' > {hosts}/known.json")
     assert states(hub)["web"] == "removed" and hub.execute(fleet("status web"))[0] == 0
     # as the hub's own unit does it, of the same system
-    hub.succeed("jq 'del(.hub.files.web)' /etc/ekiben/config.json > /run/scenario-hub.json; ekiben fleet files /run/scenario-hub.json")
+    hub.succeed("jq 'del(.hub.files.web)' /etc/ekiben/config.json > /run/scenario-hub.json; ekiben --config /run/scenario-hub.json fleet files")
     said = hub.succeed(fleet("status --once web"))
     date = hub.succeed("date -d '30 days' '+%a %F'").strip()
     assert f"what the hub has of it is removed on {date}" in " ".join(said.split()), said
     hub.succeed(f"cp -a /var/lib/ekiben-hub/{{hosts,received}} /root; "
                 f"jq '.web = 1000' {hosts}/removed.json > /root/removed.json; cat /root/removed.json > {hosts}/removed.json")
-    hub.succeed(f"umount {hosts}/web/reports; ekiben fleet files /run/scenario-hub.json; "
+    hub.succeed(f"umount {hosts}/web/reports; ekiben --config /run/scenario-hub.json fleet files; "
                 "systemctl start ekiben-hub-collect.service; systemd-tmpfiles --clean")
     assert hub.succeed(f"ls -A {hosts}/.removed") == ""
     assert "web" not in states(hub) and hub.succeed(f"ls {hosts} /var/lib/ekiben-hub/received").split().count("web") == 0

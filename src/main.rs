@@ -90,10 +90,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
     let config = || Config::read(file);
     let webhook = || config()?.webhook.ok_or_else(|| Error::new("Failed to listen: no webhook is configured"));
     let done = match arguments {
-        ["fleet", "files", file] => {
-            let config = Config::read(Path::new(file))?;
-            offer::serve(&config.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?)
-        }
+        ["fleet", "files"] => offer::serve(&config()?.hub.ok_or_else(|| Error::new("Failed to serve files: no hub is configured"))?),
         ["fleet", rest @ ..] => return command::command(rest),
         // behind a command, too, where it would be taken for a name
         [] | ["help", ..] | [.., "--help" | "-h"] => print(HELP),

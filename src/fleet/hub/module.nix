@@ -200,7 +200,7 @@ let
     # whoever starts it often, as its timer does, must not end it
     startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
-      ExecStart = "${ekiben} fleet files /etc/ekiben/config.json";
+      ExecStart = "${ekiben} fleet files";
       # root, to read the sources; not to write where root otherwise may
       CapabilityBoundingSet = "CAP_DAC_READ_SEARCH";
       ProtectHome = "read-only";
