@@ -32,15 +32,6 @@ impl Error {
         Self(Box::new(Told { message: text::line(message), tail: Vec::new(), transient: false }))
     }
 
-    /// That the words of a command line make no sense, and which would: as `help` has their first one, or else where to look.
-    pub fn misunderstood(program: &str, help: &str, words: &[&str]) -> Self {
-        let is_meant = |line: &&str| words.first().is_some_and(|word| !word.is_empty() && line.split(' ').next() == Some(word));
-        let usages: Vec<_> = help.lines().filter_map(|line| line.strip_prefix("  ")).filter(is_meant).collect();
-        let usages: Vec<_> = usages.iter().map(|line| format!("{program} {}", line.split("  ").next().unwrap_or_default())).collect();
-        let expected = if usages.is_empty() { String::new() } else { format!("expected {}; ", usages.join(", or ")) };
-        Self::new(format!("Failed to understand {:?}: {expected}see {program} --help", words.join(" ")))
-    }
-
     /// The same error, as one that has to do with this moment rather than with what was asked for.
     pub fn transient(mut self) -> Self {
         self.0.transient = true;
@@ -242,15 +233,6 @@ fn failed(doing: &str, cause: &dyn fmt::Display) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_command_takes_is_said_if_there_is_one() {
-        let help = "Usage: ekiben\n\n  log HOST [RUN] [--follow]   show\n                  more\n  logs\n";
-        let said = |words: &[&str]| Error::misunderstood("ekiben", help, words).to_string();
-        assert_eq!(said(&["log"]), r#"Failed to understand "log": expected ekiben log HOST [RUN] [--follow]; see ekiben --help"#);
-        assert_eq!(said(&["lo", "x"]), r#"Failed to understand "lo x": see ekiben --help"#);
-        assert_eq!(said(&[""]), r#"Failed to understand "": see ekiben --help"#);
-    }
 
     #[test]
     fn who_is_to_blame_is_told_by_what_was_said() {

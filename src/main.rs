@@ -8,6 +8,7 @@ mod files;
 mod fleet;
 mod gather;
 mod git;
+mod help;
 mod json;
 mod names;
 mod nix;
@@ -34,6 +35,7 @@ use crate::config::{Config, Instance};
 use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::{delivery, poll, secrets, seen};
 use crate::fleet::hub::{candidate, command, offer};
+use crate::help::{HELP, misunderstood};
 use crate::names::RunId;
 use crate::output::print;
 use crate::paths::Paths;
@@ -44,35 +46,6 @@ use crate::stages::{activate, begin, boot, build, conclude, cut_off, prepare, pu
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 use crate::system::service;
-
-const HELP: &str = "\
-Keeps a NixOS machine up to date from the inside.
-
-Usage: ekiben [--config FILE] COMMAND
-
-  trigger [--wait] INSTANCE   ask for a run; with --wait, show it, and fail if
-                              it fails (75: what is new awaits the next boot)
-  status [--json] [INSTANCE]  show the state of all instances, or of one in
-                              detail; without --json, fail if one is not well
-  log INSTANCE [RUN] [--follow]
-                              show the log of the last run, or of that one
-  hold INSTANCE [DURATION] [--reason TEXT]
-                              deploy nothing for so long (default: 1d);
-                              requests are kept
-  resume INSTANCE             end that before its time
-  rollback INSTANCE           have what ran before the last deployment run again
-  check FILE                  check a configuration file
-  forget-releases [INSTANCE]  accept the next release of the fleet's hub,
-                              whatever its number is
-  fleet COMMAND               publish to a fleet: see ekiben fleet --help
-
-Options:
-  --config FILE   the configuration (default: /etc/ekiben/config.json)
-  --help          this text
-  --version       the version
-
-The units run the other commands: see man ekiben.
-";
 
 fn main() -> ExitCode {
     start_logging();
@@ -163,7 +136,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             let loader = BootLoader::of(config()?.boot_loader).ok_or_else(|| Error::new("Failed to boot once: the boot loader cannot"))?;
             system.first().map_or_else(|| loader.forget(), |system| loader.boot_once(Path::new(system)))
         }
-        _ => Err(Error::misunderstood("ekiben", HELP, arguments)),
+        _ => Err(misunderstood("ekiben", HELP, arguments)),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

@@ -7,7 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::config::{Config, instance_name};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
+use crate::help::{HELP, misunderstood};
 use crate::paths::Paths;
 use crate::run::hold::{Hold, moment};
 use crate::run::status::Status;
@@ -31,7 +32,7 @@ pub fn hold(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         ["--reason", reason] => (DEFAULT, *reason),
         [span, "--reason", reason] | ["--reason", reason, span] => (*span, *reason),
         [span] if !span.starts_with('-') => (*span, ""),
-        _ => return Err(Error::new("Failed to understand the hold: expected ekiben hold INSTANCE [DURATION] [--reason TEXT]")),
+        _ => return Err(misunderstood("ekiben", HELP, &[&["hold", name], words].concat())),
     };
     let paths = trigger::paths(config, name, "hold", Paths::hold)?;
     let since = now();

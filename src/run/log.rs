@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::help::{HELP, misunderstood};
 use crate::names::RunId;
 use crate::paths::Paths;
 use crate::program::Program;
@@ -19,7 +20,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
         ["--follow"] => (None, true),
         [run] if !run.starts_with('-') => (Some(*run), false),
         [run, "--follow"] | ["--follow", run] => (Some(*run), true),
-        _ => return Err(Error::new("Failed to understand the log: expected ekiben log INSTANCE [RUN] [--follow]")),
+        _ => return Err(misunderstood("ekiben", HELP, &[&["log", name], words].concat())),
     };
     let runs: Vec<String> = Status::read(&Paths::new(name)).runs.into_iter().map(|run| run.id).collect();
     // its beginning will do

@@ -20,6 +20,7 @@ use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::{Settings, find};
 use crate::fleet::hub::status::{self, Shown};
 use crate::fleet::hub::{collect, guide, metrics, page, terminal};
+use crate::help::misunderstood;
 use crate::system::now;
 use crate::{files, output};
 
@@ -196,7 +197,7 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
         ["flake-update", ref words @ ..] => fleet.flake_update(words),
         ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, &fleet.hub, fleet.place.as_deref(), host)?),
-        _ => Err(Error::misunderstood("ekiben fleet", HELP, &arguments.words)),
+        _ => Err(misunderstood("ekiben fleet", HELP, &arguments.words)),
     }
 }
 
@@ -213,8 +214,7 @@ impl Fleet<'_> {
 
     fn status(&self, wanted: &[&str]) -> Result<ExitCode> {
         // who only looks need not have a repository, nor one that can be read
-        let names = self.place.as_ref().map(|_| self.repository().and_then(|repository| repository.names()));
-        let names = names.and_then(OrLog::or_warn);
+        let names = self.place.as_ref().and_then(|_| self.repository().and_then(|repository| repository.names()).or_warn());
         let has = |option| self.arguments.has(option);
         let fleet = status::Known { settings: &self.settings, names, memory: Memory::new(&self.directory) };
         if has("--html") {
