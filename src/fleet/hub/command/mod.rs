@@ -1,18 +1,19 @@
 //! `ekiben fleet`: which words lead to which function, on the hub.
 
+mod arguments;
 mod build;
 mod reports;
 mod rollout;
 mod update;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ::nix::sys::stat::{Mode, umask};
 
-use crate::error::{Context, Error, OrLog, Result};
+use crate::error::{Context, OrLog, Result};
 use crate::fleet::SMALL;
+use crate::fleet::hub::command::arguments::{Arguments, HELP, OPTIONS};
 use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
@@ -23,115 +24,6 @@ use crate::fleet::hub::{collect, guide, metrics, page, terminal};
 use crate::help::misunderstood;
 use crate::system::now;
 use crate::{files, output};
-
-const HELP: &str = "\
-Publishes NixOS configurations to a fleet of hosts, and shows their state.
-
-Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
-
-  init               create a fleet repository
-  bootstrap HOST     print how to add a host
-  build [dry-build|build|test|switch] [--jobs N] [--target [USER@]ADDRESS]
-        [HOST...]    evaluate, or build; test and switch activate the system of
-                     one host, on this machine or over SSH
-  deploy [--waves] [--no-build] [--unsigned] [--json] [--jobs N] [HOST...]
-                     build what has changed, and publish it; with --waves, in
-                     those of fleet.json; with --unsigned, have releases without
-                     a signature follow those that have one
-  deploy --again NUMBER [HOST...]
-                     publish that release again, as it was
-  renew [HOST...]    publish again, as it is, what expires before long
-  status [--json|--html FILE] [--wide] [--once] [HOST...]
-                     show the state of the hosts, trouble first; exit with 2 if
-                     one is failing, 3 if one is silent or stale, 4 if hub and
-                     repository do not agree
-  history [--json] [HOST...]
-                     show what has been published, and from which commits
-  log HOST [RUN]     show the log of the last run on a host, or of that run
-  log --list HOST    list the runs of a host
-  diff [HOST...]     show how running systems and repository differ
-  hold [--for DURATION] [--reason TEXT] [HOST...]
-                     have nothing new be published for hosts; without hosts,
-                     have no further wave begin
-  resume [HOST...]   end that; without hosts, have a stopped roll-out go on
-  abort [--unsigned]
-                     end the roll-out, and publish again what ran before it
-  flake-update [INPUT...] [HOST...]
-                     update the inputs of the flakes
-  collect [--html FILE] [--metrics FILE]
-                     collect the reports of the hosts; write a page, and metrics
-
-@GROUP in the place of HOST means the hosts of one of the groups in fleet.json.
-
-Options:
-  --repository DIR   the fleet's repository (default: $EKIBEN_FLEET, or that of
-                     the working directory)
-  --directory DIR    what the hub serves (default: as fleet.json says, or
-                     /var/lib/ekiben-hub); sftp://[user@]host[:port][/path] for
-                     a hub elsewhere, with the ssh configuration of this user
-";
-
-/// The options that each command takes besides those that all take.
-const OPTIONS: [(&str, &[&str]); 14] = [
-    ("init", &[]),
-    ("build", &["--jobs", "--target"]),
-    ("deploy", &["--again", "--jobs", "--json", "--no-build", "--unsigned", "--waves"]),
-    ("hold", &["--for", "--reason"]),
-    ("resume", &[]),
-    ("abort", &["--unsigned"]),
-    ("renew", &["--jobs"]),
-    ("status", &["--html", "--json", "--once", "--wide"]),
-    ("history", &["--json"]),
-    ("log", &["--list"]),
-    ("diff", &[]),
-    ("flake-update", &[]),
-    ("bootstrap", &[]),
-    ("collect", &["--html", "--metrics"]),
-];
-/// A command line, in parts.
-struct Arguments<'a> {
-    words: Vec<&'a str>,
-    options: BTreeMap<&'a str, &'a str>,
-}
-
-impl<'a> Arguments<'a> {
-    fn parse(arguments: &[&'a str]) -> Result<Self> {
-        let (mut words, mut options) = (Vec::new(), BTreeMap::new());
-        let mut rest = arguments.iter();
-        while let Some(&word) = rest.next() {
-            let value = match word {
-                "--repository" | "--directory" | "--jobs" | "--target" | "--html" | "--metrics" | "--again" | "--for" | "--reason" => {
-                    rest.next().ok_or("value missing").context(|| format!("understand {word}"))?
-                }
-                _ => "",
-            };
-            if word.starts_with('-') {
-                options.insert(word, value);
-            } else {
-                words.push(word);
-            }
-        }
-        let command = words.first().copied().unwrap_or_default();
-        let taken = OPTIONS.iter().find(|(name, _)| *name == command).map_or(&[][..], |(_, taken)| taken);
-        let all = ["--repository", "--directory", "--help", "-h"];
-        match options.keys().find(|option| !all.contains(option) && !taken.contains(option)) {
-            Some(option) => Err(Error::new(format!("Failed to understand {option:?}: see ekiben fleet --help"))),
-            None => Ok(Self { words, options }),
-        }
-    }
-
-    fn has(&self, option: &str) -> bool {
-        self.options.contains_key(option)
-    }
-
-    fn jobs(&self) -> Result<usize> {
-        let number = |text: &&str| text.parse().ok().filter(|number| *number > 0);
-        match self.options.get("--jobs") {
-            Some(text) => number(text).ok_or(format!("expected a number, found {text:?}")).context(|| "understand --jobs".into()),
-            None => Ok(std::thread::available_parallelism().map_or(2, usize::from)),
-        }
-    }
-}
 
 /// Where the fleet is.
 struct Fleet<'a> {
