@@ -221,6 +221,17 @@ with subtest("the disk of the store is full"):
     server.succeed("umount -l /nix/store; rm -rf /nix/store.away; systemctl restart nix-daemon.service")
     works()
 
+with subtest("the disk of Nix's own files is read-only: no daemon asks itself again and again"):
+    publish(server, "app", next(COUNT))
+    place = "/nix/var/nix"
+    server.succeed("systemctl stop nix-daemon.socket nix-daemon.service",
+                   f"cp -a {place} /root/away; mount -t tmpfs -o mode=755 tmpfs {place}; cp -a /root/away/. {place}/",
+                   f"systemctl start nix-daemon.socket; mount -o remount,ro {place}")
+    ended = run(server, "app")
+    assert ended["result"] == "failed" and f"Failed to use Nix: the disk of {place} is read-only; remount it" in ended["error"], ended
+    server.succeed("systemctl stop nix-daemon.socket nix-daemon.service", f"umount -l {place}; rm -r /root/away", "systemctl start nix-daemon.socket")
+    works()
+
 # everywhere
 with subtest("the system profile cannot be written"):
     publish(server, "app", next(COUNT))

@@ -12,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::error::{Context, Error, Result};
 use crate::git::git;
 use crate::git::own::remove_leftovers;
+use crate::nix::read_only;
 use crate::program::Program;
 
 /// Where refs are set aside.
@@ -83,6 +84,7 @@ impl Cache {
     /// Does what uses the cache, once it is fit; once more, without what was in it, if that fails and says
     /// that it is damaged.
     pub fn used<T>(&self, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+        read_only::check()?;
         self.make_fit()?;
         match attempt() {
             Err(error) if self.is_emptied_for(&error)? => attempt(),

@@ -5,6 +5,7 @@ pub mod cache;
 pub mod integrity;
 pub mod profile;
 pub mod progress;
+mod read_only;
 pub mod substitute;
 
 use std::fs;
