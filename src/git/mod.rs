@@ -1,4 +1,4 @@
-//! The only caller of git, always as the owner of the repository.
+//! How git is called: always as the owner of the repository, whoever has it called.
 //!
 //! Nothing here touches the working tree, the index or a branch, [`Repository::forward`] apart.
 //! Hooks, the file system monitor and prompts are off, optional locks are not taken, and what

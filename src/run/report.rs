@@ -1,6 +1,5 @@
 //! What the end of a run changes in what is known of its instance.
 
-use crate::config::Instance;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::paths::Paths;
@@ -24,60 +23,18 @@ impl Status {
             status.served = status.served.max(run.request.unwrap_or(0));
         }
         status.accepted = run.accepted.clone().or(status.accepted);
-        let options = run.instance.clone();
         let failure = run.failure.as_ref();
         if let Some(notes) = run.notes.as_ref().filter(|notes| notes.release.is_some()) {
             status.expires = notes.expires;
         }
         // not tried at all, because of what came of it before: that is what there is to know
         let is_refusal = failure.is_some_and(|failure| failure.stage == Stage::Prepare)
-            && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &options));
+            && run.proposal().zip(status.bad.as_ref()).is_some_and(|(proposal, bad)| bad.is(proposal, &run.instance));
         ended.refused = is_refusal;
         // the rest of an earlier report has failed, and that counts once
         let is_again = status.runs.iter().any(|known| (&known.id, known.result) == (&ended.id, ended.result));
-        match (ended.result, run.proposal()) {
-            _ if is_again => {}
-            (Outcome::Deployed, Some(Proposal { commit, base, tree, .. })) => {
-                let Instance { flake_ref, flags, .. } = options;
-                let earlier = status.deployed.take().map(|deployed| Deployed { before: None, ..deployed });
-                let before = run.before.clone().map(|Before { system, generation, units, .. }| {
-                    let (unwell, passed) = (Some(&units.failed | &units.restless), run.passed.clone());
-                    Earlier { system, generation, deployed: earlier, unwell, passed }
-                });
-                let (base, tree, before) = (base.to_string(), tree.to_string(), before.map(Box::new));
-                let (commit, system) = (commit.to_string(), run.candidate.clone().unwrap_or_default());
-                let (release, summary) = (ended.release.clone(), ended.summary.clone());
-                let not_booted_since = (!run.reboot_needed).then(system::boot_id);
-                status.deployed =
-                    Some(Deployed { commit, system, flake_ref, flags, number, release, summary, not_booted_since, base, tree, before });
-                (status.bad, status.undone) = (None, None);
-            }
-            (Outcome::Unchanged | Outcome::Drifted, proposal) => {
-                status.bad = None;
-                // another instance has gone on
-                status.undone = status.undone.filter(|_| {
-                    let commit = proposal.map(|proposal| &*proposal.commit);
-                    commit == status.deployed.as_ref().map(|deployed| &*deployed.commit)
-                });
-            }
-            (Outcome::Restored, _) if run.undoes.is_some() => {
-                status.undone.clone_from(&run.undoes);
-                if run.phase == Phase::Persisted {
-                    status.deployed = status.deployed.and_then(|deployed| deployed.before?.deployed);
-                }
-            }
-            (Outcome::AwaitingBoot, _) if run.undoes.is_some() => status.undone.clone_from(&run.undoes),
-            // it had waited for a boot to be undone, and stays
-            _ if run.undoes.is_some() && run.reboot_needed => status.undone = None,
-            (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
-                if failure.is_some_and(|failure| failure.stage != Stage::Prepare && !failure.transient) =>
-            {
-                let tries = 1 + status.bad.as_ref().filter(|bad| bad.is(proposal, &options)).map_or(0, |bad| bad.tries);
-                let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());
-                let error = ended.error.clone().unwrap_or_default();
-                status.bad = Some(Bad { base, tree, options, commit, error, tries, tried: now() });
-            }
-            _ => {}
+        if !is_again {
+            status.follow(run, &ended, number);
         }
         let awaiting = run.candidate.clone().map(|system| Awaiting { commit: ended.commit.clone().unwrap_or_default(), system });
         status.awaiting = match ended.result {
@@ -100,6 +57,63 @@ impl Status {
             tell(paths, &run.id);
         }
         if is_refusal { Ok(()) } else { keep_output(paths, failure.map_or(&[][..], |failure| &failure.tail)) }
+    }
+
+    /// What is deployed, undone, or bad, after a run that has ended so; `number` is that of its deployment.
+    fn follow(&mut self, run: &Run, ended: &Ended, number: u64) {
+        let failure = run.failure.as_ref();
+        match (ended.result, run.proposal()) {
+            (Outcome::Deployed, Some(proposal)) => {
+                let earlier = self.deployed.take().map(|deployed| Deployed { before: None, ..deployed });
+                self.deployed = Some(deployed(run, ended, proposal, number, earlier));
+                (self.bad, self.undone) = (None, None);
+            }
+            (Outcome::Unchanged | Outcome::Drifted, proposal) => {
+                self.bad = None;
+                // another instance has gone on
+                let deployed = self.deployed.as_ref().map(|deployed| &*deployed.commit);
+                self.undone.take_if(|_| proposal.map(|proposal| &*proposal.commit) != deployed);
+            }
+            (Outcome::Restored, _) if run.undoes.is_some() => {
+                self.undone.clone_from(&run.undoes);
+                if run.phase == Phase::Persisted {
+                    self.deployed = self.deployed.take().and_then(|deployed| deployed.before?.deployed);
+                }
+            }
+            (Outcome::AwaitingBoot, _) if run.undoes.is_some() => self.undone.clone_from(&run.undoes),
+            // it had waited for a boot to be undone, and stays
+            _ if run.undoes.is_some() && run.reboot_needed => self.undone = None,
+            (Outcome::Failed | Outcome::RolledBack | Outcome::Stuck, Some(proposal))
+                if failure.is_some_and(|failure| failure.stage != Stage::Prepare && !failure.transient) =>
+            {
+                let tries = 1 + self.bad.as_ref().filter(|bad| bad.is(proposal, &run.instance)).map_or(0, |bad| bad.tries);
+                let (base, tree, commit) = (proposal.base.to_string(), proposal.tree.to_string(), proposal.commit.to_string());
+                let (error, options) = (ended.error.clone().unwrap_or_default(), run.instance.clone());
+                self.bad = Some(Bad { base, tree, options, commit, error, tries, tried: now() });
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What a run has deployed, after what had been deployed `earlier`.
+fn deployed(run: &Run, ended: &Ended, proposal: &Proposal, number: u64, earlier: Option<Deployed>) -> Deployed {
+    let before = run.before.clone().map(|Before { system, generation, units, .. }| {
+        let (unwell, passed) = (Some(&units.failed | &units.restless), run.passed.clone());
+        Box::new(Earlier { system, generation, deployed: earlier, unwell, passed })
+    });
+    Deployed {
+        commit: proposal.commit.to_string(),
+        system: run.candidate.clone().unwrap_or_default(),
+        flake_ref: run.instance.flake_ref.clone(),
+        flags: run.instance.flags.clone(),
+        number,
+        release: ended.release.clone(),
+        summary: ended.summary.clone(),
+        not_booted_since: (!run.reboot_needed).then(system::boot_id),
+        base: proposal.base.to_string(),
+        tree: proposal.tree.to_string(),
+        before,
     }
 }
 

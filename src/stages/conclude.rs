@@ -212,17 +212,7 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     if run.failure.is_none() && run.decision.is_none() && !accepted {
         run.failure = run.notes.as_ref().and_then(|notes| notes.failure.clone()).or_else(|| Some(cut_off(paths, run)));
     }
-    let mut result = match run.decision {
-        _ if accepted && is_rollback => Outcome::Restored,
-        _ if accepted && run.left_out.is_some() => Outcome::Partly,
-        _ if accepted => Outcome::Deployed,
-        Some(Decision::Withdraw | Decision::Restored) => Outcome::Restored,
-        Some(Decision::Withheld) => Outcome::Withheld,
-        Some(Decision::Unchanged) if run.instance.publish.is_none() && drift(paths).is_some() => Outcome::Drifted,
-        Some(Decision::Unchanged) => Outcome::Unchanged,
-        Some(Decision::StartOver) => Outcome::StartedOver,
-        None => Outcome::Failed,
-    };
+    let mut result = outcome(paths, run, accepted);
     if result == Outcome::Partly {
         run.failure.clone_from(&run.left_out);
     }
@@ -234,19 +224,40 @@ fn come_to_an_end(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Resu
     if !matches!(result, Outcome::Deployed | Outcome::Partly | Outcome::Unchanged | Outcome::Drifted) {
         // what the user's git does keeps nobody else waiting
         *turn = None;
-        // what waits for a boot goes on to be kept
-        let trial = if run.reboot_needed { None } else { Run::load(paths.trial())?.filter(|trial| trial.trigger != Trigger::Rollback) };
-        // a ref that is left over is overwritten by the next run
-        match trial {
-            Some(mut trial) => settle::settle(paths, &mut trial, Fate::Keep).or_warn(),
-            None => settle::settle(paths, run, Fate::Drop).or_warn(),
-        };
+        forget_candidate(paths, run)?;
     }
     if result == Outcome::StartedOver {
         // or else this run has not come to its end: it is ended again
         queue::request(paths, run.request.unwrap_or(0), asker::NOBODY).or_else(|error| run.save().and(Err(error)))?;
     }
     Ok(result)
+}
+
+/// What a run has come to, before anything is put back for that.
+fn outcome(paths: &Paths, run: &Run, accepted: bool) -> Outcome {
+    match run.decision {
+        _ if accepted && run.trigger == Trigger::Rollback => Outcome::Restored,
+        _ if accepted && run.left_out.is_some() => Outcome::Partly,
+        _ if accepted => Outcome::Deployed,
+        Some(Decision::Withdraw | Decision::Restored) => Outcome::Restored,
+        Some(Decision::Withheld) => Outcome::Withheld,
+        Some(Decision::Unchanged) if run.instance.publish.is_none() && drift(paths).is_some() => Outcome::Drifted,
+        Some(Decision::Unchanged) => Outcome::Unchanged,
+        Some(Decision::StartOver) => Outcome::StartedOver,
+        None => Outcome::Failed,
+    }
+}
+
+/// Has the candidate go, but for one that waits for a boot, which goes on to be kept.
+fn forget_candidate(paths: &Paths, run: &mut Run) -> Result<()> {
+    let trial = if run.reboot_needed { None } else { Run::load(paths.trial())?.filter(|trial| trial.trigger != Trigger::Rollback) };
+    let settled = match trial {
+        Some(mut trial) => settle::settle(paths, &mut trial, Fate::Keep),
+        None => settle::settle(paths, run, Fate::Drop),
+    };
+    // a ref that is left over is overwritten by the next run
+    settled.or_warn();
+    Ok(())
 }
 
 /// Reports how a run has ended, to the status and to the hub.

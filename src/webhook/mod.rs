@@ -40,7 +40,7 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
     signals.thread_block().context(|| "block signals".into())?;
     let end = SignalFd::new(&signals).context(|| "wait for signals".into())?;
 
-    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects);
+    let tokens = Tokens::read(&credentials()?, &webhook.projects);
     let listener = inherited_listener()?;
     let pulse = sd_notify::watchdog_enabled().map_or(PULSE, |period| period / 3);
     let mut state = format!("Listening for {} projects on {}.", webhook.projects.len(), webhook.path);
@@ -66,14 +66,15 @@ pub fn webhook(webhook: &Webhook) -> Result<()> {
 
 /// Fails if a token is not fit for use: the webhook goes on for the others, and its unit cannot have failed then.
 pub fn check_tokens(webhook: &Webhook) -> Result<()> {
-    let tokens = Tokens::read(&directory("CREDENTIALS_DIRECTORY")?, &webhook.projects);
+    let tokens = Tokens::read(&credentials()?, &webhook.projects);
     let said: Vec<String> = tokens.unfit().iter().map(ToString::to_string).collect();
     if said.is_empty() { Ok(()) } else { Err(Error::new(format!("{}; clients with it are answered 503", said.join("; ")))) }
 }
 
-fn directory(variable: &str) -> Result<PathBuf> {
-    let directory = std::env::var_os(variable).map(PathBuf::from);
-    directory.ok_or_else(|| Error::new(format!("Failed to find ${variable}: run this as ekiben-webhook.service")))
+/// Where systemd has put the tokens.
+fn credentials() -> Result<PathBuf> {
+    let directory = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    directory.ok_or_else(|| Error::new("Failed to find $CREDENTIALS_DIRECTORY: run this as ekiben-webhook.service"))
 }
 
 fn notify(states: &[NotifyState]) {
