@@ -215,6 +215,22 @@ if STAND_IN:
             assert shows(machine, "app") == content, status(machine, "app")["runs"][:2]
             check_deployed(machine, "app")
 
+    with subtest("the disk of Nix's own files becomes read-only when a system has just been built: nothing hangs"):
+        place = "/nix/var/nix"
+        machine.succeed("systemctl stop nix-daemon.socket nix-daemon.service",
+                        f"cp -a {place} /root/away; mount -t tmpfs -o mode=755 tmpfs {place}; cp -a /root/away/. {place}/",
+                        "systemctl start nix-daemon.socket")
+        before = what_stays(machine)
+        begin("build: noted")
+        machine.succeed(f"mount -o remount,ro {place}")
+        go_on(machine, "build: noted")
+        ended = end_of_run()
+        assert ended["result"] == "failed" and "Read-only file system" in ended["error"], ended
+        assert what_stays(machine) == before
+        machine.succeed("systemctl stop nix-daemon.socket nix-daemon.service", f"umount -l {place}; rm -r /root/away",
+                        "systemctl start nix-daemon.socket")
+        works()
+
     with subtest("a timer that elapses while a run is under way has another one follow, unless that was stopped"):
         timer = "/run/systemd/system/scenario-once.timer"
         def elapses(unit):

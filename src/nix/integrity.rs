@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::error::{Context, Result};
 use crate::gather::gather;
 use crate::names::is_store_path;
+use crate::nix::as_root;
 use crate::nix::profile::SYSTEM_PROFILE;
 use crate::program::Program;
 use crate::system::now;
@@ -80,7 +81,7 @@ fn are_intact<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> bool {
 }
 
 fn nix_store() -> Program {
-    Program::as_root("nix-store")
+    as_root("nix-store")
 }
 
 fn names(paths: &BTreeSet<PathBuf>) -> String {

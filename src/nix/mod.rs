@@ -182,6 +182,11 @@ pub fn nix() -> Program {
     }
 }
 
+/// One of Nix's programs for root, who needs no daemon: see [`read_only`].
+fn as_root(program: &str) -> Program {
+    Program::as_root(program).env("NIX_REMOTE", "local")
+}
+
 /// Reads a link that somebody else made, once, and returns the system it names: a valid path of
 /// the store that is a NixOS system, kept from being collected as garbage until [`unroot`].
 pub fn trusted_system(link: &Path, root: &str) -> Result<PathBuf> {
@@ -196,7 +201,7 @@ pub fn check_system(target: &Path, root: &str) -> Result<()> {
     if !is_store_path(target) {
         return refuse("not a store path");
     }
-    let valid = Program::as_root("nix-store").arg("--check-validity").arg(target);
+    let valid = as_root("nix-store").arg("--check-validity").arg(target);
     if let Err(error) = valid.output(|| "ask the store".into(), None) {
         return refuse(&error.to_string());
     }
@@ -206,7 +211,7 @@ pub fn check_system(target: &Path, root: &str) -> Result<()> {
 
 /// Keeps a system from being collected as garbage until [`unroot`].
 pub fn keep(system: &Path, root: &str) -> Result<()> {
-    let keep = Program::as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
+    let keep = as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
     keep.arg(system).output(|| format!("keep {}", system.display()), None).map(drop)
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::nix::as_root;
 use crate::program::Program;
 
 /// Where NixOS keeps its generations.
@@ -118,5 +119,5 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
 }
 
 fn profile() -> Program {
-    Program::as_root("nix-env").args(["--profile", SYSTEM_PROFILE])
+    as_root("nix-env").args(["--profile", SYSTEM_PROFILE])
 }
