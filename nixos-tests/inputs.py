@@ -230,6 +230,9 @@ with subtest("an input that follows another is updated by updating that"):
         ended = run(server, instance)
         assert ended["result"] == "deployed", ended
         assert deploy(server, locked).split() == [new, old[1]]
+    server.succeed(as_deploy("echo edited > /srv/lib/content"))
+    fails("git+file:///srv/lib has uncommitted changes; commit them", "alias")
+    server.succeed(as_deploy("git -C /srv/lib checkout -q ."))
 
 with subtest("no secret of an input's URL, and no access token, is shown"):
     use("git+http://me:geheim@forge:8000/git/app?ref=main")

@@ -27,13 +27,17 @@ const STORE: &str = "/nix/store/";
 const COMPARISON: Duration = Duration::from_secs(60);
 
 /// What Nix says when it goes on with what it has fetched earlier, though it was to fetch it now; or with
-/// another branch than was meant.
+/// another branch than was meant, or because no revision names what it has fetched.
 const STALE: &[&str] = &[
+    UNLOCKED,
     "; using cached version",
     "; using expired cached ref",
     "; continuing with the most recent version",
     "could not read HEAD ref from repo",
 ];
+
+/// What Nix says where it has written no lock file, before the input.
+const UNLOCKED: &str = "because it has an unlocked input ('";
 
 /// Updates the inputs of a flake, all if none are named, and returns its new lock file; the flake
 /// itself is not written to. None if the flake has no inputs. `scratch` is a file to write to. Fails if
@@ -49,14 +53,17 @@ pub fn updated_lock_file(cache: &Cache, flake: &str, inputs: &[String], scratch:
 fn update(cache: &Cache, flake: &str, inputs: &[String], scratch: &Path, limit: Duration) -> Result<()> {
     let doing = || format!("update {}", if inputs.is_empty() { "all inputs".into() } else { inputs.join(", ") });
     let update = cache.give(nix()).reason(reason).args(["flake", "update"]).args(inputs).args(["--flake", flake]);
-    let update = update.arg("--output-lock-file").arg(scratch).watch_for(STALE);
+    // it is not to keep silent about that
+    let update = update.args(["--option", "warn-dirty", "true", "--output-lock-file"]).arg(scratch).watch_for(STALE);
     // a server that does not answer may answer another time
     let ended = update.run(limit, doing).map_err(Error::transient)?;
     match ended.seen.first().cloned() {
         Some(stale) if ended.status.success() => {
             // it shows all of the answer, too
             let download = ended.tail.iter().find(|line| line.contains("unable to download")).cloned();
-            let why = download.or_else(|| ended.reason()).unwrap_or(stale);
+            let unlocked = stale.split_once(UNLOCKED).and_then(|(_, input)| input.split_once('\''));
+            let edited = unlocked.map(|(input, _)| format!("{input} has uncommitted changes; commit them"));
+            let why = edited.or(download).or_else(|| ended.reason()).unwrap_or(stale);
             Err(Error::new(format!("Failed to {}: {}", doing(), why.trim_start_matches("warning: "))).with_tail(ended.tail))
         }
         _ => ended.success().map_err(|error| locked_out(&error).unwrap_or(error)),
