@@ -2,6 +2,7 @@
 //! people, here or elsewhere; read as a stranger's.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use ::nix::fcntl::FlockArg;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,14 @@ impl Holds {
     pub fn read(hub: &ServedDirectory) -> Result<Self> {
         let found = files::read_foreign_json(&Self::file(hub), LARGE);
         found.map(Option::unwrap_or_default).map_err(|error| Error::new(format!("{error}; remove it if nothing is to be held")))
+    }
+
+    /// The same of a hub that is elsewhere, too, as they are now.
+    pub fn now(hub: &ServedDirectory) -> Result<Self> {
+        // several hosts are published for at once
+        static TURN: Mutex<()> = Mutex::new(());
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        hub.take_in_file(&Self::file(hub)).and_then(|()| Self::read(hub))
     }
 
     /// Changes them: of several who do so at once, nobody's change is lost.

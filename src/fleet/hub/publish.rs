@@ -113,7 +113,7 @@ struct Standing<'a> {
 pub fn deploy(hub: &ServedDirectory, repository: &FleetRepository, host: &Host, manner: &Manner, say: impl Fn(&str)) -> Result<Placed> {
     let scratch = repository.scratch(&host.name);
     let before = Standing::that_may_be_replaced(hub, &host.name, manner, &scratch)?;
-    if let Some(held) = before.held() {
+    if let Some(held) = before.held(&manner.holds) {
         return Ok(held);
     }
     say("evaluating");
@@ -131,7 +131,7 @@ pub fn deploy(hub: &ServedDirectory, repository: &FleetRepository, host: &Host, 
 /// Publishes what was built for a host, unless it is published already, signed as it should be; `scratch` is a file for it.
 pub fn offer(hub: &ServedDirectory, built: &Built, archive: &Path, manner: &Manner, scratch: &Path) -> Result<Placed> {
     let before = Standing::that_may_be_replaced(hub, &built.name, manner, scratch)?;
-    before.held().map_or_else(|| before.replace(built, archive, &|| Ok(())), Ok)
+    before.held(&manner.holds).map_or_else(|| before.replace(built, archive, &|| Ok(())), Ok)
 }
 
 /// Publishes a release of a host's again, by another number, as it was: `noted` is of the hub, and has to be signed as it
@@ -217,8 +217,8 @@ impl<'a> Standing<'a> {
     }
 
     /// That nothing is published, since the host is held; what waits for its wave can be signed meanwhile.
-    fn held(&self) -> Option<Placed> {
-        self.manner.holds.said(self.host).filter(|_| !self.manner.waves).map(|said| self.as_before(said))
+    fn held(&self, holds: &Holds) -> Option<Placed> {
+        holds.said(self.host).filter(|_| !self.manner.waves).map(|said| self.as_before(said))
     }
 
     /// What there is already: it is published, or waits for its wave; or what there is to say of a new release.
@@ -285,22 +285,24 @@ impl<'a> Standing<'a> {
             Err(what) => what,
         };
         make_ready()?;
-        let Built { attr, sha256, size, toplevel, .. } = built;
+        // somebody may have held it while it was built
+        if let Some(held) = self.held(&Holds::now(self.hub)?) {
+            return Ok(held);
+        }
         let manifest = Manifest {
             format: FORMAT,
             host: self.host.clone(),
-            release: Release { id: id(sha256, attr.as_ref(), Some(toplevel))?, sequence: self.next()? },
-            sha256: sha256.clone(),
-            size: *size,
-            attr: attr.clone(),
-            toplevel: Some(toplevel.clone()),
+            release: Release { id: id(&built.sha256, built.attr.as_ref(), Some(&built.toplevel))?, sequence: self.next()? },
+            sha256: built.sha256.clone(),
+            size: built.size,
+            attr: built.attr.clone(),
+            toplevel: Some(built.toplevel.clone()),
             published: self.now,
             expires: self.expires(),
             origin: self.manner.origin.clone(),
         };
-        let contents = fs::read(archive).doing("read", archive)?;
         let place = self.hub.release(self.host).join(manifest.archive());
-        files::write(&place, &contents, 0o644).doing("write", &place)?;
+        files::write(&place, &fs::read(archive).doing("read", archive)?, 0o644).doing("write", &place)?;
         let release = manifest.release.clone();
         // what contains nothing new can do no harm
         let (verb, member) = if self.manner.waves && what.is_empty() {
@@ -327,5 +329,47 @@ impl<'a> Standing<'a> {
         let noted = memory.note(host, number).and_then(|()| memory.vouch(host, &new, *key));
         noted.and_then(|()| history::note_in_turn(hub, host, plan.as_ref())).or_warn();
         Ok(number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::hold::Hold;
+    use crate::testing::Directory;
+
+    #[test]
+    fn a_host_that_is_held_while_it_is_built_gets_nothing() {
+        let place = Directory::new();
+        let hub = ServedDirectory::new(place.path()).unwrap();
+        let host = HostName::try_from("web").unwrap();
+        let archive = place.path().join("archive");
+        fs::create_dir_all(hub.release(&host)).unwrap();
+        fs::create_dir_all(hub.rollout()).unwrap();
+        fs::write(&archive, "x").unwrap();
+        let built = Built {
+            name: host.clone(),
+            attr: None,
+            sha256: Sha256::try_from("0".repeat(64)).unwrap(),
+            size: 1,
+            toplevel: serde_json::from_value(format!("/nix/store/{}-x", "0".repeat(32)).into()).unwrap(),
+            wave: 0,
+            silent_after: 0,
+        };
+        let (origin, memory) = (Provenance::default(), Memory::default());
+        let (holds, plan) = (Holds::default(), None);
+        let manner =
+            Manner { build: true, key: None, unsigned: false, no_key: "", lasting: None, origin, memory, holds, plan, waves: false };
+        let publish = |hold: Option<Hold>| {
+            let scratch = place.path().join("scratch");
+            let before = Standing::that_may_be_replaced(&hub, &host, &manner, &scratch).unwrap();
+            let build = || hold.as_ref().map_or(Ok(()), |hold| Holds::change(&hub, |holds| holds.put(Some(&host), hold.clone())));
+            before.replace(&built, &archive, &build).unwrap()
+        };
+        let held = publish(Some(Hold { since: 0, until: u64::MAX, by: "alice".into(), reason: String::new() }));
+        assert_eq!((held.new, &*held.said), (false, "held by alice"));
+        assert!(hub.valid_manifest(&host).unwrap().is_none());
+        Holds::change(&hub, |holds| holds.end(Some(&host))).unwrap();
+        assert!(publish(None).new);
     }
 }
