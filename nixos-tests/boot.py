@@ -225,6 +225,25 @@ def held(point, unit):
     machine.succeed(f"rm -f {FAULT} /run/ekiben-fault")
 
 
+with subtest("what waits for a boot is superseded while its own instance has a run under way: that run comes to its end"):
+    awaits()
+    publish(machine, "app", str(next(COUNT)))
+    hold(machine, "prepare: committed")
+    machine.succeed("systemctl start --no-block ekiben-app.service")
+    held("prepare: committed", "ekiben-app")
+    awaits("other")
+    under_way = status(machine, "app")
+    assert under_way["running"]["stage"] == "prepare" and "superseded" in under_way["runs"][0]["error"], under_way
+    go_on(machine, "prepare: committed")
+    wait_until_at_rest(machine, "app")
+    assert last_run(machine, "app")["result"] == "awaitingBoot", last_run(machine, "app")
+    boot()
+    assert status(machine, "app")["deployed"]["commit"] == head(machine), last_run(machine, "app")
+    assert run(machine, "other")["result"] == "awaitingBoot", last_run(machine, "other")
+    boot()
+    check_deployed(machine, "other")
+
+
 for way, point in itertools.product(("kill", "stop", "crash"), [point for point in POINTS if point.startswith(("activate: p", "activate: b", "conclude: r"))]):
     if point == "activate: begun":
         continue

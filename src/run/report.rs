@@ -16,7 +16,9 @@ impl Status {
     pub fn report(paths: &Paths, run: &Run, mut ended: Ended) -> Result<()> {
         let number = 1 + all_deployed(paths).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self::read(paths);
-        let running = status.running.take();
+        // what has waited for a boot ends also while another run of the instance is under way
+        let is_over = |_: &mut _| !Run::load(paths.journal()).is_ok_and(|run_now| run_now.is_some_and(|now| now.id != run.id));
+        let running = status.running.take_if(is_over);
         ended.stages = ended::durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
         // a run that has to be started over has served nobody
         if ended.result != Outcome::StartedOver {

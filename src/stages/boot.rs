@@ -66,7 +66,9 @@ pub fn supersede(instance: &Paths) -> Result<()> {
             let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
             trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
             conclude::report(&paths, &trial, Outcome::Failed)?;
-            nix::unroot(&paths)?;
+            if !paths.journal().exists() {
+                nix::unroot(&paths)?;
+            }
         }
     }
     Ok(())
