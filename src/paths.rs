@@ -1,9 +1,10 @@
 //! What is kept where: all of it below one directory that root owns, `/var/lib/ekiben`.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use crate::error::{Context, OrLog, Result};
@@ -130,6 +131,11 @@ impl Paths {
         if !files.iter().all(|file| file.parent().is_some_and(Path::exists)) {
             self.make();
         }
+    }
+
+    /// Keeps other processes of root's from changing what is known of any instance, until it is dropped.
+    pub fn alone(&self) -> Option<Flock<File>> {
+        self.journal().parent().and_then(|directory| files::lock(directory, FlockArg::LockExclusive).or_warn()).flatten()
     }
 
     /// Has the directories made that are missing, for root only.

@@ -2,18 +2,20 @@
 
 use crate::error::{Context, Result};
 use crate::files;
+use crate::names::RunId;
 use crate::paths::Paths;
 use crate::run::bad::Bad;
 use crate::run::ended::{self, Ended};
 use crate::run::journal::{Before, Phase, Run};
 use crate::run::notes::Proposal;
-use crate::run::status::{Awaiting, Deployed, Earlier, Status, Tried, all_deployed, tell};
-use crate::run::{Outcome, Stage};
-use crate::system::{self, now};
+use crate::run::status::{Awaiting, Deployed, Earlier, Status, Tried, all_deployed};
+use crate::run::{Outcome, Stage, Trigger};
+use crate::system::{self, now, service};
 
 impl Status {
     /// Says how a run ended, and draws the conclusions for the next.
     pub fn report(paths: &Paths, run: &Run, mut ended: Ended) -> Result<()> {
+        let _alone = paths.alone();
         let number = 1 + all_deployed(paths).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self::read(paths);
         // what has waited for a boot ends also while another run of the instance is under way
@@ -61,6 +63,29 @@ impl Status {
         if is_refusal { Ok(()) } else { keep_output(paths, failure.map_or(&[][..], |failure| &failure.tail)) }
     }
 
+    /// Says that a run failed before it had a journal, unless it has been reported.
+    pub fn report_unopened(paths: &Paths, run: &RunId, why: &str) -> Result<()> {
+        let _alone = paths.alone();
+        let mut status = Self::read(paths);
+        status.running = None;
+        let (id, mut started) = (run.to_string(), now());
+        if let Some(last) = status.runs.first_mut() {
+            if last.id == id {
+                return Ok(());
+            }
+            if last.stage == Some(Stage::Begin) {
+                // one of many attempts, which count once: since when
+                (started, last.id) = (last.started, id.clone());
+            }
+        }
+        let (result, trigger, stage, error) = (Outcome::Failed, Trigger::Timer, Some(Stage::Begin), Some(why.to_owned()));
+        status.remember(Ended { id: id.clone(), result, trigger, started, finished: now(), stage, error, ..Ended::default() });
+        // what is kept for the report of a run that has begun stays
+        status.write_plainly(paths)?;
+        tell(paths, &id);
+        Ok(())
+    }
+
     /// What is deployed, undone, or bad, after a run that has ended so; `number` is that of its deployment.
     fn follow(&mut self, run: &Run, ended: &Ended, number: u64) {
         let failure = run.failure.as_ref();
@@ -96,6 +121,12 @@ impl Status {
             _ => {}
         }
     }
+}
+
+/// Has whoever wants to know be told of the end of a run.
+fn tell(paths: &Paths, run: &str) {
+    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
+    service::start_if_there(&unit(run), &unit(""));
 }
 
 /// What a run has deployed, after what had been deployed `earlier`.

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{FlakeRef, Instance};
 use crate::error::{Context, Error, OrLog, Result};
-use crate::names::RunId;
 use crate::nix::profile::Generation;
 use crate::paths::Paths;
 use crate::run::bad::Bad;
@@ -233,6 +232,7 @@ impl Status {
 
     /// Says that a run is in one of root's stages.
     pub fn announce(paths: &Paths, run: &Run, stage: Stage) -> Result<()> {
+        let _alone = paths.alone();
         let status = Self::read(paths);
         let mut stages = status.running.filter(|running| running.started == run.started).map_or(Vec::new(), |running| running.stages);
         stages.push((stage, now()));
@@ -254,6 +254,7 @@ impl Status {
 
     /// Keeps the number of a request, if one waits, until a hold ends; no run is under way.
     pub fn keep_request(paths: &Paths, number: Option<u64>, by: Vec<String>) -> Result<()> {
+        let _alone = paths.alone();
         let mut status = Self::read(paths);
         if number <= status.held && status.running.is_none() {
             return Ok(());
@@ -264,28 +265,8 @@ impl Status {
 
     /// What the next boot was to undo stays.
     pub fn keep_undone(paths: &Paths) -> Result<()> {
+        let _alone = paths.alone();
         Self { undone: None, ..Self::read(paths) }.write(paths)
-    }
-
-    /// Says that a run failed before it had a journal, unless it has been reported.
-    pub fn report_unopened(paths: &Paths, run: &RunId, why: &str) -> Result<()> {
-        let mut status = Self { running: None, ..Self::read(paths) };
-        let (id, mut started) = (run.to_string(), now());
-        if let Some(last) = status.runs.first_mut() {
-            if last.id == id {
-                return Ok(());
-            }
-            if last.stage == Some(Stage::Begin) {
-                // one of many attempts, which count once: since when
-                (started, last.id) = (last.started, id.clone());
-            }
-        }
-        let (result, trigger, stage, error) = (Outcome::Failed, Trigger::Timer, Some(Stage::Begin), Some(why.to_owned()));
-        status.remember(Ended { id: id.clone(), result, trigger, started, finished: now(), stage, error, ..Ended::default() });
-        // what is kept for the report of a run that has begun stays
-        status.write_plainly(paths)?;
-        tell(paths, &id);
-        Ok(())
     }
 
     /// Keeps room for a report on a disk that is full then.
@@ -319,7 +300,7 @@ impl Status {
         })
     }
 
-    fn write_plainly(&mut self, paths: &Paths) -> Result<()> {
+    pub(super) fn write_plainly(&mut self, paths: &Paths) -> Result<()> {
         self.format = FORMAT;
         let path = paths.status();
         if self.unreadable.is_some() {
@@ -334,6 +315,7 @@ impl Status {
 
 /// Notes, after a boot, that what was deployed has booted.
 pub fn note_boot(paths: &Paths) -> Result<()> {
+    let _alone = paths.alone();
     let running = system::current()?;
     for paths in paths.with_status() {
         let mut status = Status::read(&paths);
@@ -345,12 +327,6 @@ pub fn note_boot(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Has whoever wants to know be told of the end of a run.
-pub(super) fn tell(paths: &Paths, run: &str) {
-    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
-    service::start_if_there(&unit(run), &unit(""));
-}
-
 /// What each of this machine's instances deployed last.
 pub fn all_deployed(paths: &Paths) -> Vec<Deployed> {
     paths.with_status().iter().filter_map(|instance| Status::read(instance).deployed).collect()
@@ -359,6 +335,7 @@ pub fn all_deployed(paths: &Paths) -> Vec<Deployed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::RunId;
     use crate::testing::Directory;
     use serde_json::{Value, json};
 
