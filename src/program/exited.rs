@@ -54,9 +54,10 @@ pub(super) fn failed(message: String, status: ExitStatus, tail: Vec<String>) -> 
     if status.signal().is_some_and(|signal| by_others.contains(&signal)) { error.transient() } else { error }
 }
 
-/// The line that says best why a program failed.
+/// The line that says best why a program failed; those that install boot loaders are of Python and Perl.
 pub(super) fn reason(tail: &[String]) -> Option<String> {
-    let said = tail.iter().rev().map(|line| line.trim()).find(|line| ["error: ", "fatal: "].iter().any(|word| line.contains(word)))?;
+    let last = |words: &[&str]| tail.iter().rev().map(|line| line.trim()).find(|line| words.iter().any(|word| line.contains(word)));
+    let said = last(&["error: ", "fatal: "]).or_else(|| last(&["Error: ", "No space left on device"]))?;
     Some(said.trim_end_matches(['.', ';']).to_owned())
 }
 

@@ -319,6 +319,22 @@ mod tests {
     }
 
     #[test]
+    fn the_reason_is_found_whatever_a_program_is_written_in() {
+        for (said, reason) in [
+            ("Traceback:\nOSError: [Errno 30] Read-only file system: '/boot/x'", ": OSError: [Errno 30] Read-only file system: '/boot/x'"),
+            (
+                "cannot copy a to b: No space left on device at i.pl line 5.\nbye",
+                ": cannot copy a to b: No space left on device at i.pl line 5",
+            ),
+            ("SomeError: x\nerror: no\nbye", ": error: no"),
+            ("bye", ""),
+        ] {
+            let ended = run(&format!("echo \"{said}\" >&2; exit 1"), Duration::from_secs(10)).unwrap();
+            assert_eq!(ended.success().unwrap_err().to_string(), format!("Failed to count: exited with 1{reason}"));
+        }
+    }
+
+    #[test]
     fn the_end_of_the_output_is_kept() {
         let ended = run("seq 1 100; echo problem >&2; exit 3", Duration::from_secs(10)).unwrap();
         assert_eq!(ended.status.code(), Some(3));
