@@ -17,21 +17,21 @@ pub fn watch(paths: &Paths, instance: &Instance) -> Result<()> {
         return Ok(());
     }
     let path = paths.unwell();
-    let has_come_up = system::has_come_up()?;
     let trouble = match Status::read(paths).deployed {
-        Some(deployed) => trouble(instance, &deployed, has_come_up)?.map(|why| format!("{} {why}", deployed.number)),
+        Some(deployed) => trouble(instance, &deployed)?.map(|why| format!("{} {why}", deployed.number)),
         None => None,
     };
     match trouble {
         Some(known) if fs::read_to_string(&path).is_ok_and(|noted| noted == known) => Ok(()),
         Some(trouble) => files::write(&path, trouble.as_bytes(), 0o644).doing("write", &path),
-        None if has_come_up => files::remove(&path).doing("remove", &path),
+        // systemd is asked only where its answer counts: there are many polls
+        None if path.exists() && system::has_come_up()? => files::remove(&path).doing("remove", &path),
         None => Ok(()),
     }
 }
 
 /// What is not well any more of what was deployed, if it still runs; health checks are for a machine that has come up.
-fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Result<Option<Error>> {
+fn trouble(instance: &Instance, deployed: &Deployed) -> Result<Option<Error>> {
     let current = system::current()?;
     let before = deployed.before.as_ref().filter(|_| system::is_of(&deployed.system, &current));
     let Some((before, unwell)) = before.and_then(|before| Some((before, before.unwell.as_ref()?))) else { return Ok(None) };
@@ -41,9 +41,9 @@ fn trouble(instance: &Instance, deployed: &Deployed, has_come_up: bool) -> Resul
             return Ok(Some(failed_to("keep up", &failed)));
         }
     }
-    if !has_come_up {
+    let (_, local) = health::by_place(&instance.health_checks, &before.passed);
+    if local.is_empty() || !system::has_come_up()? {
         return Ok(None);
     }
-    let (_, local) = health::by_place(&instance.health_checks, &before.passed);
     Ok(health::verify(&instance.health_checks, &local).err())
 }

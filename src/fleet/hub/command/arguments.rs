@@ -21,7 +21,8 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
                      a signature follow those that have one
   deploy --again NUMBER [HOST...]
                      publish that release again, as it was
-  renew [HOST...]    publish again, as it is, what expires before long
+  renew [--jobs N] [HOST...]
+                     publish again, as it is, what expires before long
   status [--json|--html FILE] [--wide] [--once] [HOST...]
                      show the state of the hosts, trouble first; exit with 2 if
                      one is failing, 3 if one is silent or stale, 4 if hub and
