@@ -406,6 +406,7 @@ with subtest("abort has all who got the new release go back to what they ran bef
     assert "a roll-out is under way" in hub.fail(fleet("deploy --waves web"))
     write(hub, "/srv/fleet/fleet.json", json.dumps(settings))
     said = hub.succeed(fleet("abort"))
+    assert said.endswith("roll-out: ended\n"), said
     assert f"{before['web']} again" in said and "plain" not in said.replace("plain: release", ""), said
     after = numbers()
     assert stands() == "" and after["web"] > new["web"] and after["db"] > new["db"], after

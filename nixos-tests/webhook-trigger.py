@@ -275,6 +275,17 @@ if is_host(server):
                 publish(server, "app", shlex.quote(content), trouble=trouble)
             ends(ci("a job that waits", "\\n"))
             assert trouble != "none" or shows(server, "app") == content
+        # whatever another run has come to before it looks
+        publish(server, "app", "theirs")
+        command = ci("a job that waits", "")
+        client.succeed("sed -i 's/^while /touch \\/tmp\\/asked; until [ -e \\/tmp\\/look ]; do sleep 1; done; &/' /tmp/script; rm -f /tmp/asked /tmp/look",
+                       f"systemd-run --unit=job --remain-after-exit bash -c {shlex.quote(command)}")
+        client.wait_for_file("/tmp/asked")
+        wait_until_at_rest(server, "app")
+        publish(server, "app", "of-others", trouble="build")
+        assert run(server, "app")["result"] == "failed"
+        client.succeed("touch /tmp/look")
+        client.wait_until_succeeds("systemctl show --property SubState --value job | grep -x exited", timeout=60)
 
     with subtest("the pages' lines for CI do not wait for ever, and show the token to nobody"):
         # accepts connections, and says nothing

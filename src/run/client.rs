@@ -8,6 +8,9 @@ use crate::run::hold::Hold;
 use crate::run::published::Published;
 use crate::run::status::{Running, Status};
 
+/// Of how many runs a client is told: more than there are between two looks of a job.
+const TOLD: usize = 10;
+
 /// How an instance is, as JSON, for a client of the webhook.
 pub fn for_clients(paths: &Paths) -> Result<String> {
     let path = paths.request();
@@ -15,8 +18,9 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
     let queued = path.try_exists().doing("look for", &path)?;
     let Status { running, served, held, runs, bad, .. } = Status::read(paths);
     let hosts = Published::standings(paths, running.is_some())?;
-    let last = runs.first().map(|run| {
+    let runs = runs.iter().take(TOLD).map(|run| {
         json!({
+            "request": run.request,
             "result": run.result,
             "stage": run.stage,
             "commit": run.commit,
@@ -25,12 +29,14 @@ pub fn for_clients(paths: &Paths) -> Result<String> {
             "rebootNeeded": run.reboot_needed,
         })
     });
+    let runs: Vec<_> = runs.collect();
     let mut state = json!({
         "queued": queued || held.is_some(),
         "hold": Hold::read(paths),
         "running": running.map(|running| Running { by: Vec::new(), ..running }),
         "served": served,
-        "last": last,
+        "last": runs.first(),
+        "runs": runs,
         "bad": bad.map(|bad| json!({ "commit": bad.commit, "tries": bad.tries, "retryAfter": bad.retry_after() })),
     });
     // only a fleet that is published has any

@@ -87,6 +87,7 @@ impl Fleet<'_> {
         if well {
             rollout::end(&self.hub, Some(&plan))?;
             Holds::change(&self.hub, |holds| holds.end(None))?;
+            print("roll-out: ended\n")?;
         }
         Ok(exit(well))
     }
