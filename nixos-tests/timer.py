@@ -11,7 +11,8 @@ def wait_until_looked():
 
 
 # before there is anything to deploy
-machine.succeed("systemctl stop ekiben-often.timer")
+machine.succeed("systemctl stop ekiben-often.timer ekiben-look@often.service")
+wait_until_at_rest(machine, "often")
 install(machine)
 
 with subtest("what is new is deployed without being asked for"):

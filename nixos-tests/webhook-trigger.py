@@ -106,7 +106,7 @@ with subtest("a request that cannot be written is refused"):
 
 with subtest("the state is that of the token's instance, and tells how it is, not why"):
     state = json.loads(client.succeed(f"curl -fsS {token('app')} {URL}"))
-    assert sorted(state) == ["bad", "hold", "last", "queued", "running", "served"], state
+    assert sorted(state) == ["bad", "hold", "last", "queued", "running", "runs", "served"], state
     assert state["last"]["result"] == "deployed" and state["last"]["commit"] == head(server), state
     assert (state["queued"], state["running"]) == (False, None), state
     assert json.loads(client.succeed(f"curl -fsS {token('other')} {URL}"))["served"] < state["served"]
@@ -286,6 +286,8 @@ if is_host(server):
         assert run(server, "app")["result"] == "failed"
         client.succeed("touch /tmp/look")
         client.wait_until_succeeds("systemctl show --property SubState --value job | grep -x exited", timeout=60)
+        publish(server, "app", "ours")
+        assert run(server, "app")["result"] == "deployed", last_run(server, "app")
 
     with subtest("the pages' lines for CI do not wait for ever, and show the token to nobody"):
         # accepts connections, and says nothing
