@@ -19,8 +19,8 @@ impl Status {
         let number = 1 + all_deployed(paths).iter().map(|deployed| deployed.number).max().unwrap_or(0);
         let mut status = Self::read(paths);
         // what has waited for a boot ends also while another run of the instance is under way
-        let is_over = |_: &mut _| !Run::load(paths.journal()).is_ok_and(|run_now| run_now.is_some_and(|now| now.id != run.id));
-        let running = status.running.take_if(is_over);
+        let another = Run::load(paths.journal()).ok().flatten().filter(|other| other.id != run.id);
+        let running = if another.is_some() { None } else { status.running.take() };
         ended.stages = ended::durations(running.map(|running| running.stages).unwrap_or_default(), run, ended.finished);
         // a run that has to be started over has served nobody
         if ended.result != Outcome::StartedOver {
