@@ -3,10 +3,13 @@ set_up(machine)
 wanted = os.environ.get("TRIALS")
 if wanted is None:
     with subtest("git changes the files, and cannot write the index"):
-        failed = make(("update", "git", 2, act, "read-tree -m -u", "index.lock") for act in ("ENOSPC", "EIO"))
+        failed = make(("update", "git", 2, act, "read-tree -m -u", "ekiben-app/index.lock") for act in ("ENOSPC", "EIO"))
         assert not failed, failed
     with subtest("a generation's link, or the profile's, cannot be made, or brought to its place"):
         failed = make(("update", "nix-env", number, "EIO", "--set", "profiles/system") for number in range(1, 4))
+        assert not failed, failed
+    with subtest("Nix cannot remove its lock of the profile, which it takes for removed from then on"):
+        failed = make(("back", "nix-env", number, "EIO", "--switch-generation", "profiles/system.lock") for number in (1, 2, 3))
         assert not failed, failed
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
@@ -31,9 +34,9 @@ if wanted is None:
             assert what_stays(machine) == before
         machine.succeed(f"rm -r /opt/killed {drop_in}; systemctl daemon-reload")
         succeed_after(" afterwards")
-    failed = make(sample(operations(), ACTS, 100))
+    failed = make(sample(operations(), ACTS, 100), may_miss=True)
     assert not failed, f"{len(failed)} trials failed: {failed}"
 elif wanted == "":
     operations()
 else:
-    make((kind, program, int(number), act) for kind, program, number, act in map(str.split, wanted.splitlines()))
+    make(((kind, program, int(number), act) for kind, program, number, act in map(str.split, wanted.splitlines())), may_miss=True)

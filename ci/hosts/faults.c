@@ -65,14 +65,15 @@ static int fails(const char *name, const char *path)
     if (!strncmp(path, "/dev/", 5) || !strncmp(path, "/proc/", 6) || !strstr(path, page->path))
         return 0;
     int before = errno;
-    char words[800];
+    char words[4096];
     command_line(words, sizeof words);
     errno = before;
     if (!strstr(words, page->words))
         return 0;
     if (__atomic_add_fetch(&page->count, 1, __ATOMIC_SEQ_CST) != page->number)
         return 0;
-    snprintf(page->report, sizeof page->report, "%s %.180s (%.800s)", name, path, words);
+    size_t length = strlen(words);
+    snprintf(page->report, sizeof page->report, "%s %.180s (%s)", name, path, words + (length > 800 ? length - 800 : 0));
     int act = page->act;
     __atomic_store_n(&page->process, getpid(), __ATOMIC_SEQ_CST);
     if (act < 0)

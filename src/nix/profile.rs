@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::nix::as_root;
-use crate::program::Program;
 
 /// Where NixOS keeps its generations.
 pub const SYSTEM_PROFILE: &str = "/nix/var/nix/profiles/system";
@@ -75,8 +74,8 @@ pub fn last_generation() -> Result<Option<u64>> {
 
 /// Makes a new generation of the system profile, unless it already points to this system.
 pub fn set_profile(system: &Path) -> Result<()> {
-    let set = profile().arg("--set").arg(system);
-    set.output(|| format!("set the system profile to {}", system.display()), None).map(drop)
+    let doing = || format!("set the system profile to {}", system.display());
+    nix_env(&["--set".as_ref(), system.as_ref()], doing)
 }
 
 /// Points the system profile back to where it was, also if that generation has been deleted meanwhile.
@@ -90,7 +89,7 @@ pub fn restore_profile(old: Option<&Generation>) -> Result<()> {
     if fs::symlink_metadata(&link).is_err() {
         std::os::unix::fs::symlink(&old.system, &link).and_then(|()| files::sync_parent(&link)).context(doing)?;
     }
-    profile().args(["--switch-generation", &old.number.to_string()]).output(doing, None)?;
+    nix_env(&["--switch-generation".as_ref(), old.number.to_string().as_ref()], doing)?;
     if current_generation()?.as_ref() != Some(old) {
         return Err(format!("it is no longer {}", old.system.display())).context(doing);
     }
@@ -118,6 +117,19 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-fn profile() -> Program {
-    as_root("nix-env").args(["--profile", SYSTEM_PROFILE])
+/// Has Nix change the system profile.
+fn nix_env(arguments: &[&OsStr], doing: impl Fn() -> String) -> Result<()> {
+    remove_dead_lock()?;
+    let done = as_root("nix-env").args(["--profile", SYSTEM_PROFILE]).args(arguments).output(doing, None).map(drop);
+    done.and(remove_dead_lock())
+}
+
+/// Removes the lock of the system profile if Nix could not. That has written into it then, at which every other Nix takes
+/// it for removed, and looks without end for the one in its place.
+fn remove_dead_lock() -> Result<()> {
+    let lock = PathBuf::from(format!("{SYSTEM_PROFILE}.lock"));
+    match fs::metadata(&lock) {
+        Ok(found) if found.len() > 0 => files::remove(&lock).doing("remove", &lock),
+        _ => Ok(()),
+    }
 }
