@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{Context, Error, Result};
-use crate::git::Repository;
+use crate::git::{Repository, line};
 use crate::program::Program;
 
 /// Why a signature is not accepted; ssh-keygen says no more than that.
@@ -35,14 +35,20 @@ impl Repository {
 /// for `namespace`, and may do so now. `scratch` is a directory to write to.
 pub fn is_signed(content: &[u8], signature: &[u8], namespace: &str, signers: &[String], scratch: &Path) -> Result<bool> {
     let [allowed, file] = ["signers", "signature"].map(|name| scratch.join(name));
-    let lines: Vec<_> = signers.iter().map(|key| format!("signer {key}\n")).collect();
+    let lines: Vec<_> = signers.iter().map(|key| format!("* {key}\n")).collect();
     fs::write(&allowed, lines.concat()).doing("write", &allowed)?;
     fs::write(&file, signature).doing("write", &file)?;
-    let verify = Program::new("ssh-keygen").args(["-Y", "verify", "-I", "signer", "-n", namespace, "-f"]).arg(allowed).arg("-s").arg(file);
-    match verify.output(|| "verify a signature".into(), Some(content)) {
-        Err(error) if !error.to_string().contains("exited") => Err(error),
-        verified => Ok(verified.is_ok()),
-    }
+    let ask = |question: &[&str], input| {
+        let program = Program::new("ssh-keygen").arg("-Y").args(question).arg("-f").arg(&allowed).arg("-s").arg(&file);
+        match program.output(|| "verify a signature".into(), input) {
+            Err(error) if !error.to_string().contains("exited") => Err(error),
+            answer => Ok(answer.ok().map(|answer| line(&answer))),
+        }
+    };
+    // a key may be anybody's, a certificate is for those only whom it names
+    let Some(names) = ask(&["find-principals"], None)? else { return Ok(false) };
+    let name = names.lines().next().unwrap_or_default();
+    Ok(ask(&["verify", "-n", namespace, "-I", name], Some(content))?.is_some())
 }
 
 /// What was signed of a commit, which is all else, and the signature, which is a header.

@@ -384,6 +384,25 @@ fn who_may_sign_now_decides_whatever_a_commit_says_of_its_time() {
         let checked = repository.check_signed(&commit, &[format!("{valid}{public}")], Directory::new().path());
         assert_eq!(checked.is_ok(), accepted, "{how}: {checked:?}");
     }
+    // by a certificate
+    shell(keys.path(), "ssh-keygen -q -t ed25519 -N '' -f ca; ssh-keygen -q -t ed25519 -N '' -f other");
+    let authority = fs::read_to_string(keys.path().join("ca.pub")).unwrap();
+    let sign = sign.replace("/key ", "/key-cert.pub ");
+    for (issued, how, accepted) in [
+        ("ca -n me@example.org,us", format!("{sign} now"), true),
+        ("ca -n me -V 20190101:20200101", format!("{sign} then"), false),
+        ("ca -n me -V 20190101:20200101", format!("GIT_COMMITTER_DATE='1 Jun 2019 12:00' {sign} backdated"), false),
+        ("other -n me", format!("{sign} other"), false),
+        ("ca -h -n me", format!("{sign} host"), false),
+        ("ca", format!("{sign} nobody"), false),
+    ] {
+        shell(keys.path(), &format!("ssh-keygen -q -I id -s {issued} key.pub"));
+        shell(directory.path(), &how);
+        let commit = shell(directory.path(), "git rev-parse HEAD");
+        let signers = [format!("cert-authority {authority}")];
+        let checked = repository.check_signed(&commit, &signers, Directory::new().path());
+        assert_eq!(checked.is_ok(), accepted, "{issued}, {how}: {checked:?}");
+    }
 }
 
 #[test]

@@ -33,6 +33,8 @@ const OUTPUT_BYTES: u64 = 64 * 1024 * 1024;
 /// A program about to be run.
 pub struct Program {
     command: Command,
+    /// Without the environment of this process.
+    bare: bool,
     name: String,
     watched: &'static [&'static str],
     quiet: bool,
@@ -63,13 +65,13 @@ impl Program {
             command.env_remove(name);
         }
         let name = path.as_ref().to_string_lossy().into_owned();
-        Self { command, name, watched: &[], quiet: false, heard: None, reason, limit: None }
+        Self { command, bare: false, name, watched: &[], quiet: false, heard: None, reason, limit: None }
     }
 
     /// A program for root, by path or found by PATH. systemd sets HOME and the like to the
     /// instance's user even for the lines that run as root; nothing of that home may count here.
     pub fn as_root(path: impl AsRef<OsStr>) -> Self {
-        let mut program = Self::new(path);
+        let mut program = Self { bare: true, ..Self::new(path) };
         program.command.env_clear().env("HOME", "/root").env("USER", "root");
         program.keep_env("PATH").keep_env("LOCALE_ARCHIVE")
     }
@@ -152,6 +154,12 @@ impl Program {
     /// Has it end, with its children, when that has passed; what is set already is handed on.
     pub fn within(mut self, limit: Duration) -> Self {
         let mut command = Command::new("timeout");
+        if self.bare {
+            command.env_clear();
+        }
+        if let Some(directory) = self.command.get_current_dir() {
+            command.current_dir(directory);
+        }
         command.stdin(Stdio::null()).args(["--kill-after=5", &limit.as_secs().to_string()]);
         command.arg(self.command.get_program()).args(self.command.get_args());
         for (name, value) in self.command.get_envs() {
@@ -371,6 +379,8 @@ mod tests {
         assert!(before.elapsed() < Duration::from_secs(60));
         assert_eq!(run("echo $WORD", 60).unwrap(), b"on my way\n");
         assert_eq!(run("exit 3", 60).unwrap_err().to_string(), "Failed to count: sh exited with 3");
+        let root = Program::as_root("/bin/sh").args(["-c", "echo $PWD ${CARGO_MANIFEST_DIR-nothing}"]).directory(Path::new("/"));
+        assert_eq!(root.within(Duration::from_secs(60)).logged(|| "look".into(), &log).unwrap(), b"/ nothing\n");
     }
 
     #[test]

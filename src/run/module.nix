@@ -142,7 +142,8 @@ let
           A branch and an upstream that both have commits of their own are an error.
         '';
         signers = manyOf signer [ "ssh-ed25519 AAAAC3..." ] ''
-          SSH public keys. If not empty, a commit is deployed only if it is signed by one of them
+          SSH public keys, with options as in {manpage}`ssh-keygen(1)` such as `cert-authority` or
+          `valid-before`. If not empty, a commit is deployed only if it is signed by one of them
           ({command}`git commit -S`), or is the one that has been deployed. A key with `valid-before` counts
           until then, whatever time a commit says that it is from. Updates of
           {file}`flake.lock` are commits of Ekiben's own on top of such a one. Others are refused

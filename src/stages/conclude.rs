@@ -272,5 +272,5 @@ pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
         ended.release = undone.release.clone().filter(|_| result == Outcome::Restored);
     }
     Status::report(paths, run, ended)?;
-    run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add_last(paths, hub))
+    run.instance.hub.as_ref().map_or(Ok(()), |hub| outbox::add(paths, hub, &run.id))
 }

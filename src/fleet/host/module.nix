@@ -279,7 +279,7 @@ in
       description = "The private SSH key to log in with. It is read by systemd, so it can be readable by root only.";
     };
     signers = manyOf signer [ "ssh-ed25519 AAAAC3..." ] ''
-      The public keys of the publishers. If not empty, only releases that one of them has signed are
+      The public keys of the publishers, with options as in {manpage}`ssh-keygen(1)`. If not empty, only releases that one of them has signed are
       accepted: a hub that is taken over can withhold releases, but not make them.
     '';
     sshOptions = manyOf types.singleLineStr [

@@ -26,19 +26,20 @@ const MOST: usize = 32;
 const LINES: &str = "5000";
 const LOG: &str = "4194304";
 
-/// Adds the report of the run that ended last, with what the journal has of it; not if that had nothing to do, could
+/// Adds the report of a run that has ended, with what the journal has of it; not if that had nothing to do, could
 /// not begin for the same reason as the one before, or waits for a boot as that one did. Removes what the hub has.
-pub fn add_last(paths: &Paths, hub: &Hub) -> Result<()> {
+pub fn add(paths: &Paths, hub: &Hub, run: &str) -> Result<()> {
     tidy(paths).or_warn();
     let status = Status::read(paths);
-    let Some(run) = status.runs.first().filter(|run| run.release.is_some() && !run.is_idle()) else {
+    let mut runs = status.runs.iter().skip_while(|ended| ended.id != run);
+    let Some(run) = runs.next().filter(|run| run.release.is_some() && !run.is_idle()) else {
         return Ok(());
     };
     let again = |before: &Ended| match run.result {
         Outcome::AwaitingBoot => (before.result, &before.commit) == (run.result, &run.commit),
         _ => run.stage == Some(Stage::Prepare) && (before.stage, &before.error) == (run.stage, &run.error),
     };
-    if status.runs.get(1).is_some_and(again) {
+    if runs.next().is_some_and(again) {
         return Ok(());
     }
     let doing = || format!("write the report of run {}", run.id);
