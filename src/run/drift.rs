@@ -14,26 +14,28 @@ use crate::text::span;
 /// How what this machine runs differs from what was deployed last, in a line; none if it runs that, nothing has been
 /// deployed, or a run of another instance than this one may just be switching.
 pub fn drift(paths: &Paths) -> Option<String> {
-    let mut others = paths.with_status().into_iter().filter(|other| other.name() != paths.name());
-    let switches = |other: Paths| Status::read(&other).running.is_some_and(|running| running.stage.may_switch());
-    if others.any(switches) {
-        return None;
+    let mut all = Vec::new();
+    for instance in paths.with_status() {
+        let status = Status::read(&instance);
+        if instance.name() != paths.name() && status.running.as_ref().is_some_and(|running| running.stage.may_switch()) {
+            return None;
+        }
+        all.push(status);
     }
-    let all = all_deployed(paths).into_iter().filter(Deployed::is_own);
-    let Deployed { system: deployed, not_booted_since, .. } = all.max_by_key(|deployed| deployed.number)?;
-    let is_stuck = || paths.with_status().iter().any(|instance| is_stuck(&Status::read(instance)));
-    let running = system::current().ok().filter(|running| !system::is_of(&deployed, running))?;
+    let deployed = all.iter().filter_map(|status| status.deployed.as_ref()).filter(|deployed| deployed.is_own());
+    let Deployed { system: deployed, not_booted_since, .. } = deployed.max_by_key(|deployed| deployed.number)?;
+    let running = system::current().ok().filter(|running| !system::is_of(deployed, running))?;
     let is_booted = system::named_by("/run/booted-system").is_ok_and(|booted| booted == running);
     let (how, but) = match not_booted_since {
-        Some(since) if is_booted && since != system::boot_id() => ("", ", but did not boot; deploy another one"),
+        Some(since) if is_booted && *since != system::boot_id() => ("", ", but did not boot; deploy another one"),
         None if is_booted => (", chosen at boot", "; reboot to that, or deploy another one"),
-        _ if is_stuck() => (", whose rollback failed", "; switch to that, or deploy another one"),
+        _ if all.iter().any(is_stuck) => (", whose rollback failed", "; switch to that, or deploy another one"),
         _ => (", switched to by hand", "; switch to that, or deploy another one"),
     };
     let name = |system: &Path| {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
-    Some(format!("this machine runs {}{how}; {} is deployed{but}", name(&running), name(&deployed)))
+    Some(format!("this machine runs {}{how}; {} is deployed{but}", name(&running), name(deployed)))
 }
 
 /// Whether the last run that has changed what this machine runs could not undo that.
