@@ -102,11 +102,14 @@ fn is_old(path: &Path) -> bool {
     changed.is_ok_and(|time| system::seconds(time).abs_diff(now()) > PATIENCE)
 }
 
-/// Ends a hold, and has the request that was kept be served; whether there was one.
+/// Ends a hold, and has the request that was kept be served; whether there was one. Its file goes last: whatever goes wrong
+/// before, [`end_in_time`] finds a hold that is over.
 fn lift(paths: &Paths) -> Result<bool> {
-    Hold::remove(paths)?;
-    let kept = Status::read(paths).held;
-    kept.map_or(Ok(false), |number| queue::request(paths, number, asker::NOBODY).map(|_| true))
+    if let Some(hold) = Hold::read(paths) {
+        Hold { until: now(), ..hold }.write(paths)?;
+    }
+    let kept = Status::read(paths).held.map(|number| queue::request(paths, number, asker::NOBODY)).transpose()?;
+    Hold::remove(paths).map(|()| kept.is_some())
 }
 
 /// A time span as in systemd.time(7), in seconds.
@@ -115,4 +118,25 @@ pub fn seconds(span: &str) -> Result<u64> {
     count
         .ok_or("expected a time span of at most a year, as in systemd.time(7), such as 2h or 3d")
         .context(|| format!("understand the duration {span:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn a_hold_whose_request_cannot_be_asked_for_again_is_over_and_is_ended_later() {
+        let directory = Directory::new();
+        let paths = Paths::below(directory.path(), "app");
+        for below in ["holds", "status"] {
+            fs::create_dir(directory.path().join(below)).unwrap();
+        }
+        Hold { since: 0, until: now() + 60, by: "alice".into(), reason: String::new() }.write(&paths).unwrap();
+        fs::write(paths.status(), r#"{"format": 1, "held": 5}"#).unwrap();
+        lift(&paths).unwrap_err();
+        assert!(Hold::read(&paths).is_none() && paths.hold().exists());
+        fs::create_dir(directory.path().join("queue")).unwrap();
+        assert!(lift(&paths).unwrap() && paths.request().exists() && !paths.hold().exists());
+    }
 }
