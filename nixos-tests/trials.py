@@ -9,8 +9,10 @@ import time
 # kind of run -> the programs whose operations go wrong in it; the first succeeds, the second goes back when
 # all but the boot loader is changed
 KINDS = {"update": ("ekiben", "git", "nix", "nix-env", "nix-daemon"), "back": ("ekiben", "git", "nix-env")}
-# all but the first three befall the machine while the program is held
-ACTS = ("kill", "ENOSPC", "EIO", "stop", "kill-all", "crash")
+# what happens to one operation; what the disk is from then on; what befalls the machine while the program is held
+OF_ONE = ("kill", "ENOSPC", "EIO")
+OF_THE_DISK = ("full", "read-only")
+ACTS = (*OF_ONE, *OF_THE_DISK, "stop", "kill-all", "crash")
 COUNT = iter(range(2, 100000))
 
 def prepare_trial(content, kind="update"):
@@ -57,25 +59,29 @@ def befall(act):
 
 def faulty_run(program, number, act, words="", path=""):
     """Has a run with the fault; returns the request's number, and what went wrong."""
-    held = act not in ("kill", "ENOSPC", "EIO")
+    held = act not in OF_ONE + OF_THE_DISK
     if act == "power-cut":
         # what others had written before
         machine.succeed("sync --file-system /")
     machine.fault(program, number, "hold" if held else act, words, path)
     asked = ask()
     met = ""
-    if held:
+    if act not in OF_ONE:
         retry("a fault, or the end", lambda: machine.fault_met() or machine.execute(at_rest("app"))[0] == 0, 60)
         met = machine.fault_met()
-        if met:
-            befall(act)
+    if held and met:
+        befall(act)
+    elif met:
+        # as far as it comes; then somebody sees to the disk
+        machine.wait_until_succeeds("systemctl show --property ActiveState ekiben-app.service | grep -E 'inactive|failed'", timeout=60)
+        machine.no_fault()
     wait_until_at_rest(machine, "app", timeout=60)
     met = met or machine.fault_met()
     machine.no_fault()
     return asked, met
 
 
-def judge(kind, content, before, asked):
+def judge(kind, content, before, asked, act):
     """Which end it is; fails if it is neither, or is reported wrongly."""
     after = what_stays(machine)
     known = status(machine, "app")
@@ -84,8 +90,10 @@ def judge(kind, content, before, asked):
     machine.succeed("systemctl reset-failed ekiben-app.service")
     assert known["served"] >= asked, f"lost: the request {asked}, {known['served']} is served"
     assert known["running"] is None, f"misreported: {known['running']} is running"
-    left = machine.execute("cd /var/lib/ekiben; ls -A runs queue | grep -v ':$' | grep . ; ls /nix/var/nix/gcroots/ekiben/* 2>/dev/null; "
-                           "find . -name '*.lock' ! -name flake.lock -o -name '*.new'")[1].split()
+    # what cannot be removed goes when the same file is written again
+    new = "" if act == "read-only" else "-o -name '*.new'"
+    left = machine.execute("cd /var/lib/ekiben; ls -A runs queue | grep -vE '^$|:$|[.]new$'; ls /nix/var/nix/gcroots/ekiben/* 2>/dev/null; "
+                           f"find . -name '*.lock' ! -name flake.lock {new}")[1].split()
     assert not left, f"left behind: {left}"
     if after == before:
         assert ended["started"] >= asked // 1000 and ended["result"] in ("failed", "rolledBack") and ended["error"], f"misreported: {ended}"
@@ -136,7 +144,7 @@ def trial(kind, program, number, act, words="", path=""):
         asked, met = faulty_run(program, number, act, words, path)
         if not met:
             return "unmet", ""
-        end = judge(kind, content, before, asked)
+        end = judge(kind, content, before, asked, act)
         if end == "old":
             succeed_after(" afterwards")
         return end, ""

@@ -2,7 +2,8 @@
  *
  * All of them share a page, `/dev/shm/faults`, in which `Machine.fault` writes what is to happen, and to
  * what. Operations that fit are counted there; at the one with the wanted number the program is
- * sent a signal (SIGKILL; SIGSTOP, which holds it until SIGCONT), or the operation fails.
+ * sent a signal (SIGKILL; SIGSTOP, which holds it until SIGCONT), or the operation fails, or that and
+ * all that follow.
  *
  * What the C library does inside of itself (the writes of stdio, for one) and programs that are linked statically
  * are not seen; of the programs that a run uses, none is.
@@ -22,11 +23,13 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define LASTING 1000
+
 /* its layout is also that of PAGE in machine.py */
 static struct page {
     uint32_t count;     /* how many fitting operations there were */
     uint32_t number;    /* which of them goes wrong; none: 0 */
-    int32_t act;        /* a signal, negative; or an error's number */
+    int32_t act;        /* a signal, negative; or an error's number; or that and LASTING, if it is the disk's from then on */
     int32_t process;    /* whose operation went wrong; none yet: 0 */
     char program[32];   /* how the program is called; nothing happens if it is empty */
     char words[128];    /* a part of its command line */
@@ -57,9 +60,35 @@ static void command_line(char *text, size_t size)
     text[length < 0 ? 0 : length] = 0;
 }
 
+static int is_one_of(const char *text, const char *const *beginnings)
+{
+    for (; *beginnings; beginnings++)
+        if (!strncmp(text, *beginnings, strlen(*beginnings)))
+            return 1;
+    return 0;
+}
+
+/* Whether the disk, on which all programs but systemd's work, is full or read-only since the fault was met. */
+static int lasts(const char *name, const char *path)
+{
+    static const char *const elsewhere[] = {"/dev/", "/proc/", "/run/", "/sys/", "/tmp/", "/var/run/", NULL};
+    static const char *const systemd[] = {"systemd", "(", "dbus", NULL};
+    static const char *const frugal[] = {"unlink", "rmdir", "remove", "rename", "truncate", "ftruncate", "chmod", "fchmod",
+                                         "utime", "futime", "fsync", "fdatasync", NULL};
+    if (!page || page->act < LASTING || !page->process || !path || is_one_of(path, elsewhere))
+        return 0;
+    int error = page->act - LASTING;
+    if (is_one_of(program_invocation_short_name, systemd) || (error == ENOSPC && is_one_of(name, frugal)))
+        return 0;
+    errno = error;
+    return 1;
+}
+
 /* Whether an operation fails; `errno` says how then. */
 static int fails(const char *name, const char *path)
 {
+    if (lasts(name, path))
+        return 1;
     if (!page || !page->program[0] || !path || strcmp(page->program, program_invocation_short_name))
         return 0;
     if (!strncmp(path, "/dev/", 5) || !strncmp(path, "/proc/", 6) || !strstr(path, page->path))
@@ -78,7 +107,7 @@ static int fails(const char *name, const char *path)
     __atomic_store_n(&page->process, getpid(), __ATOMIC_SEQ_CST);
     if (act < 0)
         raise(-act);
-    errno = act > 0 ? act : before;
+    errno = act >= LASTING ? act - LASTING : act > 0 ? act : before;
     return act > 0;
 }
 

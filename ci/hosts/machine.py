@@ -29,6 +29,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SOON, LATER = 0.05, 0.5
 # what a fault does to the program whose operation it is; else it is the name of the error that the operation ends with
 SIGNALS = {"kill": signal.SIGKILL, "hold": signal.SIGSTOP}
+# what the disk is from then on: LASTING of faults.c, and the error that all operations end with
+LASTING = {"full": 1000 + errno.ENOSPC, "read-only": 1000 + errno.EROFS}
 # what makes a file system of a file, without a question
 MKFS = {"btrfs": ["-qf"], "ext4": ["-qF"], "xfs": ["-qf"]}
 # the page of faults.c
@@ -234,9 +236,9 @@ class Machine:
 
     def fault(self, program, number, act, words="", path=""):
         """Has the `number`th file operation of a program from now on (0: none; they are counted) go wrong: the program
-        is killed ("kill") or held ("hold"), or the operation fails (an error's name). `words` are a part of the
-        program's command line, `path` a part of the operation's."""
-        act = -SIGNALS[act] if act in SIGNALS else getattr(errno, act)
+        is killed ("kill") or held ("hold"), or the operation fails (an error's name), or the disk is "full" or "read-only"
+        from then on. `words` are a part of the program's command line, `path` a part of the operation's."""
+        act = -SIGNALS[act] if act in SIGNALS else LASTING.get(act) or getattr(errno, act)
         self._write_faults(PAGE.pack(0, number, act, 0, program.encode(), words.encode(), path.encode(), b""))
 
     def no_fault(self):
