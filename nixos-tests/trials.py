@@ -63,6 +63,7 @@ def faulty_run(program, number, act, words="", path=""):
     if act == "power-cut":
         # what others had written before
         machine.succeed("sync --file-system /")
+    machine.succeed("journalctl -q -n 1 -o cat --output-fields= --show-cursor | sed -n 's/^-- cursor: //p' > /tmp/asked")
     machine.fault(program, number, "hold" if held else act, words, path)
     asked = ask()
     met = ""
@@ -72,8 +73,9 @@ def faulty_run(program, number, act, words="", path=""):
     if held and met:
         befall(act)
     elif met:
-        # as far as it comes; then somebody sees to the disk
-        machine.wait_until_succeeds("systemctl show --property ActiveState ekiben-app.service | grep -E 'inactive|failed'", timeout=60)
+        # as far as it comes, which may be that it tries again and again; then somebody sees to the disk
+        machine.wait_until_succeeds("systemctl show --property ActiveState ekiben-app.service | grep -E 'inactive|failed' || "
+                                    "journalctl -q -u ekiben-app -o cat --after-cursor=$(cat /tmp/asked) | grep -F 'trying again in 4 s'", timeout=60)
         machine.no_fault()
     wait_until_at_rest(machine, "app", timeout=60)
     met = met or machine.fault_met()
