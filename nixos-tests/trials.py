@@ -77,7 +77,7 @@ def faulty_run(program, number, act, words="", path=""):
         machine.wait_until_succeeds("systemctl show --property ActiveState ekiben-app.service | grep -E 'inactive|failed' || "
                                     "journalctl -q -u ekiben-app -o cat --after-cursor=$(cat /tmp/asked) | grep -F 'trying again in 4 s'", timeout=60)
         machine.no_fault()
-    wait_until_at_rest(machine, "app", timeout=60)
+    wait_until_at_rest(machine, "app", timeout=120)
     met = met or machine.fault_met()
     machine.no_fault()
     return asked, met
@@ -155,7 +155,7 @@ def trial(kind, program, number, act, words="", path=""):
         said = machine.execute("journalctl -q -u ekiben-app -o cat -n 12")[1]
         problem = f"{failure}\n  at: {met}\n  journal: {said}".replace("\n", "\n    ")
         machine.execute("systemctl kill --kill-whom=all --signal=KILL ekiben-app.service")
-        wait_until_at_rest(machine, "app", timeout=60)
+        wait_until_at_rest(machine, "app", timeout=120)
         repair()
         return "FAILED", problem
 
