@@ -11,6 +11,10 @@ if wanted is None:
     with subtest("Nix cannot remove its lock of the profile, which it takes for removed from then on"):
         failed = make(("back", "nix-env", number, "EIO", "--switch-generation", "profiles/system.lock") for number in (1, 2, 3))
         assert not failed, failed
+    with subtest("Nix cannot open what it locks, and says something else"):
+        cases = (("nix-env", 1, "--set"), ("nix-daemon", 2, ""))
+        failed = make(("update", program, number, "EIO", words, "nix/var/nix/gc.lock") for program, number, words in cases)
+        assert not failed, failed
     with subtest("what the user's stages write cannot be written"):
         trials = (("ekiben", "EIO", "prepare app"), ("git", "ENOSPC", "commit-tree"), ("nix", "kill", "flake update"))
         failed = make(("update", program, 1, act, words) for program, act, words in trials)

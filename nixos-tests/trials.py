@@ -100,6 +100,8 @@ def judge(kind, content, before, asked, act):
     if after == before:
         assert ended["started"] >= asked // 1000 and ended["result"] in ("failed", "rolledBack") and ended["error"], f"misreported: {ended}"
         assert known["deployed"] is None or known["deployed"]["commit"] == head(machine), f"misreported: {known['deployed']}"
+        # what was bad before that is forgotten by then, and what takes the machine down is not tried again
+        assert kind == "back" or not known["bad"] or "went down" in ended["error"], f"blamed: {known['bad']}"
         return "old"
     assert after["shows"].split()[0] == content and kind == "update", "neither end: {}\n{}".format(ended, "\n".join(differences(before, after)))
     check_deployed(machine, "app")

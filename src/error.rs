@@ -81,7 +81,9 @@ impl Error {
 }
 
 /// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
-const MACHINE: [&str; 22] = [
+const MACHINE: [&str; 23] = [
+    // Nix could not open the file
+    "acquiring/releasing lock",
     "attempt to write a readonly database",
     "cannot allocate memory",
     "cannot connect to socket",

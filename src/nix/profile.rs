@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::files;
 use crate::nix::as_root;
 
@@ -117,10 +117,11 @@ pub fn remove_generations(system: &Path, last: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// Has Nix change the system profile.
+/// Has Nix change the system profile. Where it cannot, that is no system's fault.
 fn nix_env(arguments: &[&OsStr], doing: impl Fn() -> String) -> Result<()> {
     remove_dead_lock()?;
-    let done = as_root("nix-env").args(["--profile", SYSTEM_PROFILE]).args(arguments).output(doing, None).map(drop);
+    let done =
+        as_root("nix-env").args(["--profile", SYSTEM_PROFILE]).args(arguments).output(doing, None).map(drop).map_err(Error::transient);
     done.and(remove_dead_lock())
 }
 
