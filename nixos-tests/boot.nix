@@ -30,6 +30,8 @@ in
   onlyHosts = true;
   # holds a run between two steps: see src/fault.rs
   faultPoints = true;
+  # the same between two file operations
+  fileFaults = true;
   nodes = {
     inherit machine;
     # the same, with a boot loader that boots a system once

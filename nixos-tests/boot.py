@@ -175,7 +175,7 @@ with subtest("one proposal waits at a time"):
     # another instance's, too
     third = awaits("other")
     ended = last_run(machine, "app")
-    assert ended["result"] == "failed" and "superseded before it had booted: other has deployed another system" in ended["error"], ended
+    assert ended["result"] == "failed" and "superseded before it had booted: other deploys another system" in ended["error"], ended
     assert status(machine, "app")["awaiting"] is None and status(machine, "app")["bad"]["commit"] != ended["commit"]
     assert machine.succeed("ls -A /var/lib/ekiben/runs") == "other.trial\n"
     boot()
@@ -526,6 +526,34 @@ with subtest("one that is withdrawn, or superseded, is not booted any more"):
             assert run(machine, "app")["result"] == "unchanged"
         boot()
         assert state() == before and system not in machine.boots
+
+# the boot loader knows of it no more, the profile does; nothing of it is left but what is known of its instance
+FORGOTTEN, REPORT = ("nix-env", "--switch-generation", ""), ("ekiben", "activate other", "status/app.json")
+for way, what, (program, *where) in (("crash", "withdrawn by hand", FORGOTTEN), ("crash", "superseded", FORGOTTEN),
+                                     ("crash", "superseded", REPORT), ("kill", "superseded", REPORT)):
+    with subtest(f"{way} of {program} while one is {what}: that is completed, and it was not bad"):
+        before = state()
+        awaits()
+        supersede = what == "superseded"
+        if supersede:
+            publish(machine, "other", str(next(COUNT)))
+        machine.fault(program, 1, "hold" if way == "crash" else way, *where)
+        machine.succeed(f"systemd-run --quiet {'systemctl start ekiben-other.service' if supersede else 'ekiben rollback app'}")
+        retry(f"{program} to be at it", machine.fault_met, 60)
+        if way == "crash":
+            boot()
+        for instance in ("app", "other"):
+            wait_until_at_rest(machine, instance)
+        known = status(machine, "app")
+        assert (running(machine), head(machine)) == (before["running"], before["head"]) and not known["bad"] and not known["awaiting"], known
+        results = [run["result"] for run in known["runs"][:3]]
+        assert "superseded" in known["runs"][0]["error"] if supersede else results == ["withheld", "restored", "rolledBack"], known
+        if supersede and way == "crash":
+            assert last_run(machine, "other")["result"] == "awaitingBoot", last_run(machine, "other")
+            boot()
+            check_deployed(machine, "other")
+        else:
+            assert state() == before
 
 for way, point in itertools.product(("kill", "crash"), [point for point in POINTS if point.startswith(("activate: pe", "activate: pr", "activate: bo"))]):
     with subtest(f"{way} at {point}, in a run whose system is to be booted once"):

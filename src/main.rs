@@ -121,7 +121,11 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["conclude"] => conclude::conclude_all(&config()?),
         ["due", name] => paths(name).and_then(|paths| service::start_as_due(paths.name(), "start")),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
-        ["conclude", name] => paths(name).and_then(|paths| conclude::conclude(&paths)),
+        ["conclude", name] => paths(name).and_then(|paths| {
+            let ended = conclude::conclude(&paths);
+            boot::end_all(&paths);
+            ended
+        }),
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),
         ["candidate", fate, name, about] => {

@@ -233,6 +233,11 @@ impl Run {
         self.candidate.as_ref().is_some_and(|candidate| is_of(candidate, running))
     }
 
+    /// Whether the candidate waits for the next boot, and is not being withdrawn.
+    pub fn waits(&self) -> bool {
+        self.phase == Phase::AwaitingBoot && self.boot == boot_id()
+    }
+
     /// What has the candidate boot once, if it is booted so.
     pub fn booted_by(&self) -> Option<BootLoader> {
         BootLoader::of(self.boot_loader).filter(|_| self.boots_once)

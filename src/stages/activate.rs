@@ -61,9 +61,10 @@ fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Optio
         return run.decide(Decision::Withheld).map(|()| None);
     }
     if proposal.unchanged {
-        if let Some(trial) = Run::load(paths.trial())? {
+        if let Some(mut trial) = Run::load(paths.trial())? {
             let turn = Turn::take()?;
-            rollback::withdraw(paths, &trial)?;
+            rollback::withdraw(paths, &mut trial, "withdrawn before it had booted: another system is to run")?;
+            trial.end(paths)?;
             drop(turn);
             run.warnings.push("the system that awaited the next boot has been withdrawn: another one is to run".into());
         }
@@ -170,7 +171,7 @@ fn specialised(run: &mut Run, system: &Path, before: &Before) -> Result<PathBuf>
 
 /// Whether the system already waits for the next boot, by this instance's doing: then there is nothing to change.
 fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
-    let waits = |trial: &Run| trial.candidate.as_deref() == Some(system);
+    let waits = |trial: &Run| trial.waits() && trial.candidate.as_deref() == Some(system);
     let Some(trial) = Run::load(paths.trial())?.filter(waits) else { return Ok(false) };
     if profile::current_generation()?.is_none_or(|next| next.system != system) {
         return Ok(false);

@@ -2,13 +2,13 @@
 
 use std::process::ExitCode;
 
-use crate::error::{Error, OrLog, Result};
+use crate::error::{OrLog, Result};
 use crate::nix;
 use crate::paths::Paths;
+use crate::run::Outcome;
 use crate::run::drift::drift;
-use crate::run::journal::Run;
+use crate::run::journal::{Phase, Run};
 use crate::run::status::{self, Status};
-use crate::run::{Failure, Outcome, Stage};
 use crate::stages::{conclude, rollback};
 use crate::system::{self, Turn, boot_id, service};
 
@@ -45,7 +45,9 @@ pub fn end_all(paths: &Paths) -> bool {
 pub fn end_trial(paths: &Paths) -> Result<()> {
     let waiting = || -> Result<Option<Run>> {
         let (journal, trial) = (Run::load(paths.journal())?, Run::load(paths.trial())?);
-        Ok([journal, trial].into_iter().flatten().find(|run| run.reboot_needed && run.boot != boot_id()))
+        let has_waited = |run: &Run| run.reboot_needed && run.boot != boot_id();
+        // or is withdrawn by somebody who was cut off
+        Ok(journal.filter(has_waited).or(trial.filter(|trial| has_waited(trial) || trial.phase == Phase::Returning)))
     };
     if waiting()?.is_none() {
         return Ok(());
@@ -61,15 +63,15 @@ pub fn supersede(instance: &Paths) -> Result<()> {
     for paths in instance.with_trial() {
         let Some(mut trial) = Run::load(paths.trial())? else { continue };
         log::warn!("Withdrawing the system of {} that awaits the next boot ...", paths.name());
-        rollback::withdraw(&paths, &trial)?;
+        let why = format!("superseded before it had booted: {} deploys another system", instance.name());
+        rollback::withdraw(&paths, &mut trial, &why)?;
         if paths.name() != instance.name() {
-            let why = format!("superseded before it had booted: {} has deployed another system", instance.name());
-            trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
             conclude::report(&paths, &trial, Outcome::Failed)?;
             if !paths.journal().exists() {
                 nix::unroot(&paths)?;
             }
         }
+        trial.end(&paths)?;
     }
     Ok(())
 }

@@ -91,7 +91,7 @@ fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> 
     let status = Status::read(&paths);
     let deployed = status.deployed.is_some_and(|deployed| deployed.system == next);
     // what has waited for this boot is yet to be judged
-    let trial = Run::load(paths.trial()).ok().flatten().filter(|trial| trial.boot == system::boot_id());
+    let trial = Run::load(paths.trial()).ok().flatten().filter(Run::waits);
     Part {
         policy: &instance.reboot,
         waits: trial.is_some_and(|trial| trial.candidate.as_deref() == Some(next)),

@@ -161,15 +161,15 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
     Ok(worse)
 }
 
-/// Takes what waits for a boot out of the profile and the boot loader; whoever does so has the turn.
-pub fn withdraw(paths: &Paths, trial: &Run) -> Result<()> {
+/// Takes what waits for a boot out of the profile and the boot loader; whoever does so has the turn, and ends the trial then.
+/// Where that is cut off, the next boot does both: the trial has not failed.
+pub fn withdraw(paths: &Paths, trial: &mut Run, why: &str) -> Result<()> {
+    trial.failure = Some(Failure::new(Stage::Boot, &Error::new(why).transient()));
+    trial.enter(Phase::Returning)?;
     if let Some(before) = &trial.before {
         put_back(paths, trial, before, true)?;
     }
-    if trial.trigger == Trigger::Rollback {
-        Status::keep_undone(paths)?;
-    }
-    trial.end(paths)
+    if trial.trigger == Trigger::Rollback { Status::keep_undone(paths) } else { Ok(()) }
 }
 
 /// Tries again to go back from a system that the last run could not be put back from, a few times at most; whether

@@ -79,10 +79,12 @@ pub fn set_profile(system: &Path, generation: Option<&Generation>) -> Result<()>
 
 /// Withdraws what awaits the next boot. Fails if that has booted meanwhile, and so become what is deployed.
 pub fn withdraw(paths: &Paths, run: &Run) -> Result<()> {
-    if let Some(trial) = Run::load(paths.trial())? {
-        return rollback::withdraw(paths, &trial);
+    if let Some(mut trial) = Run::load(paths.trial())? {
+        rollback::withdraw(paths, &mut trial, "withdrawn before it had booted, as somebody had asked")?;
+        return trial.end(paths);
     }
-    // done before this was cut off
-    let still_waits = Status::read(paths).awaiting.zip(run.undoes.as_ref()).is_some_and(|(waits, undone)| waits.commit == undone.commit);
-    if still_waits { Ok(()) } else { Err(Error::new("Failed to withdraw what awaited the next boot: that has booted")) }
+    // else done before this was cut off, or by the boot since
+    let deployed = Status::read(paths).deployed;
+    let has_booted = deployed.zip(run.undoes.as_ref()).is_some_and(|(deployed, undone)| deployed.commit == undone.commit);
+    if has_booted { Err(Error::new("Failed to withdraw what awaited the next boot: that has booted")) } else { Ok(()) }
 }
