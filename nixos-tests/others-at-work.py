@@ -73,6 +73,28 @@ with subtest("what a run of another instance is just switching to is nobody's ha
     settle()
     assert last_run(machine, "second")["result"] == "deployed"
 
+with subtest("what runs after a rollback is told by its own commit, whoever has deployed it"):
+    for name in ("app", "other", "app"):
+        publish(machine, name, str(next(COUNT)))
+        assert run(machine, name)["result"] == "deployed", last_run(machine, name)
+    machine.succeed("ekiben rollback app")
+    known, commit = status(machine, "app"), shows(machine, "revision")
+    assert known["runs"][0]["result"] == "restored" and commit == status(machine, "other")["deployed"]["commit"], known
+    assert (known["runs"][0]["commit"], known["undone"]["before"]) == (commit, commit), known
+    # what another hand had switched to is no deployment
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    deploy(machine, "git commit -q --allow-empty -m 'by hand'")
+    rebuild(machine)
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    machine.succeed("ekiben rollback app")
+    known = status(machine, "app")
+    assert (known["runs"][0]["commit"], known["undone"]["before"]) == (None, None), known
+    publish(machine, "app", str(next(COUNT)))
+    assert run(machine, "app")["result"] == "deployed", last_run(machine, "app")
+    check_deployed(machine, "app")
+
 
 # everywhere
 def begin(point):

@@ -8,7 +8,7 @@ use crate::nix;
 use crate::nix::profile::{self, Generation};
 use crate::paths::Paths;
 use crate::run::journal::{Decision, Run};
-use crate::run::status::Status;
+use crate::run::status::{Deployed, Status, all_deployed};
 use crate::stages::rollback;
 use crate::system::{self, Turn, service};
 
@@ -27,13 +27,13 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
         Status::read(paths).last_deployment(name)?;
         return Err(fail(&format!("something else has been deployed since that was asked for; see ekiben status {name}")));
     };
-    undone.before = status.deployed.as_ref().map(|deployed| deployed.commit.clone());
     if let Some(trial) = Run::load(paths.trial())? {
         if let Some(proposal) = trial.proposal() {
             (undone.base, undone.tree) = (proposal.base.to_string(), proposal.tree.to_string());
             undone.summary = Some(proposal.summary.clone());
         }
         undone.release = trial.notes.and_then(|notes| notes.release);
+        undone.before = commit_of(&system::current()?, all_deployed(paths));
         return run.decide(Decision::Withdraw).map(|()| None);
     }
     let Some((deployed, before)) = status.deployed.and_then(|deployed| deployed.before.clone().map(|before| (deployed, before))) else {
@@ -41,7 +41,8 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     };
     (undone.base, undone.tree) = (deployed.base, deployed.tree);
     (undone.summary, undone.release) = (deployed.summary, deployed.release);
-    undone.before = before.deployed.map(|deployed| deployed.commit);
+    let earlier = all_deployed(paths).into_iter().filter(|other| other.number < deployed.number);
+    undone.before = commit_of(&before.system, earlier.chain(before.deployed));
     for other in paths.with_status() {
         if Status::read(&other).deployed.is_some_and(|other| other.is_own() && other.number > deployed.number) {
             let other = other.name();
@@ -69,6 +70,12 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     run.generation = generation;
     run.save()?;
     Ok(Some(system))
+}
+
+/// The commit that a system was built from, as one of these deployments says, of whichever instance.
+fn commit_of(system: &Path, deployed: impl IntoIterator<Item = Deployed>) -> Option<String> {
+    let known = deployed.into_iter().filter(|deployed| system::is_of(&deployed.system, system));
+    known.max_by_key(|deployed| deployed.number).map(|deployed| deployed.commit)
 }
 
 /// Makes the system what is booted: by the generation that it was, if that still is it.
