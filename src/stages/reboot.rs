@@ -142,9 +142,9 @@ fn is_time(window: Option<&Window>) -> Result<bool> {
     Ok(is_between(&window.lower, &window.upper, now.trim()))
 }
 
-/// Whether it is that time of day; midnight may lie between the two.
+/// Whether it is that time of day; midnight may lie between the two, and between a time and itself lies a whole day.
 fn is_between(lower: &str, upper: &str, now: &str) -> bool {
-    if lower <= upper { lower <= now && now < upper } else { lower <= now || now < upper }
+    if lower < upper { lower <= now && now < upper } else { lower <= now || now < upper }
 }
 
 #[cfg(test)]
@@ -157,6 +157,8 @@ mod tests {
         assert!(!is_between("01:00", "05:00", "05:00") && !is_between("01:00", "05:00", "00:59"));
         assert!(is_between("22:00", "02:00", "23:59") && is_between("22:00", "02:00", "00:00"));
         assert!(!is_between("22:00", "02:00", "02:00") && !is_between("22:00", "02:00", "21:59"));
+        // as `system.autoUpgrade` has it
+        assert!(is_between("03:00", "03:00", "03:00") && is_between("00:00", "00:00", "12:00"));
     }
 
     #[test]
