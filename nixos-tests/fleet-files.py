@@ -241,6 +241,10 @@ with subtest("a hub that has much to be told of does not keep itself from being 
     ask()
     tells("Failed to install")
     assert int(hub.succeed(f"stat -c %s {HOST}/reports/heartbeat.json")) < 262144
+    # in words that can be read
+    hub.succeed("systemctl start ekiben-hub-collect.service")
+    shown = hub.fail("cd /srv/status; ekiben fleet status --once")
+    assert shown.count("Failed to install") > 1 and "\N{REPLACEMENT CHARACTER}" not in shown, shown
 
 with subtest("directories that were made for a file go with it; others, and what is in them, stay"):
     offer({"path": f"{SECRETS}/made/for/evil"}, {"path": f"{SECRETS}/directory/made/evil"})

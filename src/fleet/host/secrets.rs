@@ -133,7 +133,7 @@ pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
     }
     files::write_json(&paths.installed(), &installed, 0o600)?;
     let trouble = paths.trouble_with_files();
-    let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("\n");
+    let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("; ");
     let told = if failed.is_empty() { files::remove(&trouble) } else { files::write(&trouble, text.as_bytes(), 0o640) };
     told.doing("write", &trouble)?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to install {} of the hub's files", failed.len()))) }

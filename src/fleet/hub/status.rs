@@ -124,9 +124,9 @@ fn look(hub: &ServedDirectory, host: &HostName, fleet: &Known, known: bool, (pla
     let exit = if files.is_some() && state != HostState::Removed { FAILING } else { state.trouble() };
     if let Some(heartbeat) = heartbeat.filter(|_| state.trouble() == FAILING || state == HostState::Silent) {
         let error = heartbeat.refused.as_ref().or(heartbeat.unwell.as_ref()).or_else(|| heartbeat.last.as_ref()?.error.as_ref());
-        trouble.extend(error.into_iter().flat_map(|said| said.lines()).map(String::from));
+        trouble.extend(error.cloned());
     }
-    trouble.extend(files.into_iter().flat_map(|said| said.lines()).map(String::from));
+    trouble.extend(files.cloned());
     let held = heartbeat.and_then(|heartbeat| heartbeat.held.as_ref()).filter(|hold| now() < hold.until);
     trouble.extend(held.map(said));
     let held_here = holds.said(host);
