@@ -13,7 +13,7 @@ pub struct Numbers {
 
 impl Numbers {
     /// Those of these that later ones can exceed.
-    pub fn known(host: &HostName, heard: [Option<Sequence>; 3], now: u64) -> Result<Self, String> {
+    pub fn known(host: &HostName, heard: [Option<Sequence>; 4], now: u64) -> Result<Self, String> {
         let highest = Sequence::try_from(now + DAY)?;
         let (known, far): (Vec<_>, Vec<_>) = heard.into_iter().flatten().partition(|number| *number < highest);
         if let Some(number) = far.iter().max() {

@@ -185,8 +185,9 @@ impl<'a> Standing<'a> {
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let of = |release: fn(&Heartbeat) -> &Option<Release>| Some(release(heartbeat.as_ref()?).as_ref()?.sequence);
         let (seen, deployed) = (of(|said| &said.seen), of(|said| &said.deployed));
-        let now = now();
-        let numbers = Numbers::known(host, [seen, deployed, memory.last(host)], now).context(|| format!("publish {host}"))?;
+        // of several who publish, each may have a key of their own
+        let (now, others) = (now(), old.as_ref().filter(|_| !is_ours).map(|(old, _)| old.release.sequence));
+        let numbers = Numbers::known(host, [seen, deployed, memory.last(host), others], now).context(|| format!("publish {host}"))?;
         let refused = heartbeat.and_then(|heartbeat| heartbeat.refused);
         Ok(Self { hub, host, manner, scratch, old, is_ours, refused, numbers, deployed, now })
     }
@@ -335,6 +336,8 @@ impl<'a> Standing<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::MANIFEST;
+    use crate::fleet::hub::host_state::tests::manifest;
     use crate::run::hold::Hold;
     use crate::testing::Directory;
 
@@ -371,5 +374,11 @@ mod tests {
         assert!(hub.valid_manifest(&host).unwrap().is_none());
         Holds::change(&hub, |holds| holds.end(Some(&host))).unwrap();
         assert!(publish(None).new);
+        // what another one has published, whose clock is ahead, is followed by a higher number
+        let release = Release { sequence: (now() + 100).try_into().unwrap(), ..manifest().release };
+        let others = Manifest { release, ..manifest() };
+        files::write_json(&hub.release(&host).join(MANIFEST), &signed(&others, None).unwrap(), 0o644).unwrap();
+        assert!(publish(None).new);
+        assert!(hub.valid_manifest(&host).unwrap().unwrap().0.release.sequence > others.release.sequence);
     }
 }
