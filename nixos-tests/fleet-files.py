@@ -239,7 +239,7 @@ with subtest("a hub that has much to be told of does not keep itself from being 
     hub.succeed("rm /root/evil")
     offer(*[{"path": f"/etc/{'evil' * 50}/{number}"} for number in range(256)])
     ask()
-    tells("Failed to install")
+    tells("Failed to install", "/etc/evil")
     assert int(hub.succeed(f"stat -c %s {HOST}/reports/heartbeat.json")) < 262144
     # in words that can be read
     hub.succeed("systemctl start ekiben-hub-collect.service")
