@@ -49,6 +49,11 @@ with subtest("what waits for a boot is rebooted into, once, in its window, if it
     check_stays()
     system = awaits("app")
     assert "app: awaits the next boot, for 0 s so far; this machine reboots within minutes\n" in shows_boot(), shows_boot()
+    machine.succeed("ekiben hold other 1h")
+    assert "; this machine reboots within minutes, once nothing is held\n" in shows_boot(), shows_boot()
+    check_stays()
+    machine.succeed("ekiben resume other")
+    wait_until_at_rest(machine, "other")
     now, later = machine.succeed("date +%H:%M").strip(), machine.succeed("date +%H:%M -d '+2 hours'").strip()
     window = f'.instances.app.reboot.window = {{"lower": "{later}", "upper": "{now}"}}'
     machine.succeed(f"jq {shlex.quote(window)} /etc/ekiben/config.json > /root/config.json")

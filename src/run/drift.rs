@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use crate::config::{Instance, Reboot, When, Window};
+use crate::config::{Config, Instance, Reboot, When, Window};
 use crate::nix::profile;
 use crate::paths::{Paths, rebooted_for};
 use crate::run::Outcome;
+use crate::run::hold::Hold;
 use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
 use crate::text::span;
@@ -46,14 +47,19 @@ fn is_stuck(status: &Status) -> bool {
 }
 
 /// For how long something has awaited the next boot, and how that comes about; none if nothing does.
-pub fn awaits(status: &Status, policy: &Reboot, now: u64) -> Option<String> {
+pub fn awaits(config: &Config, status: &Status, policy: &Reboot, now: u64) -> Option<String> {
     let system = &status.awaiting.as_ref()?.system;
     let since = status.runs.iter().take_while(|run| run.result == Outcome::AwaitingBoot).last();
     let since = since.map(|run| format!(", for {} so far", span(now.saturating_sub(run.finished)))).unwrap_or_default();
     let was_rebooted = rebooted_for().iter().any(|known| Path::new(known) == system);
+    let once = match &status.running {
+        _ if Hold::is_any(config) => ", once nothing is held",
+        Some(_) => ", once no run is under way",
+        None => "",
+    };
     let how = match (policy.when, &policy.window) {
-        (When::Needed, Some(Window { lower, upper })) if !was_rebooted => format!("this machine reboots between {lower} and {upper}"),
-        (When::Needed, None) if !was_rebooted => "this machine reboots within minutes".into(),
+        (When::Needed, Some(Window { lower, upper })) if !was_rebooted => format!("this machine reboots between {lower} and {upper}{once}"),
+        (When::Needed, None) if !was_rebooted => format!("this machine reboots within minutes{once}"),
         _ => "reboot to have it deployed".into(),
     };
     Some(format!("{since}; {how}"))

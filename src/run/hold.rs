@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use nix::unistd::User;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
 use crate::error::{Context, Result};
 use crate::paths::Paths;
 use crate::program::Program;
@@ -41,6 +42,11 @@ impl Hold {
             hold.by = user.name;
         }
         (now() < hold.until).then_some(hold)
+    }
+
+    /// Whether one is in force of any of this machine's instances.
+    pub fn is_any(config: &Config) -> bool {
+        config.instances.keys().any(|name| Self::read(&Paths::new(name)).is_some())
     }
 
     /// Has it be in force, in the place of an earlier one.

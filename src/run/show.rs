@@ -249,7 +249,7 @@ impl Details {
             looked: paths.last_looked().filter(|looked| status.runs.first().is_some_and(|last| last.finished <= *looked)),
             is_building: service.is_some_and(|service| service.is_building),
             waiting: said.clone().filter(|text| !text.starts_with(progress::BEGIN)),
-            awaits: config.instances.get(name).and_then(|instance| awaits(&status, &instance.reboot, now())),
+            awaits: config.instances.get(name).and_then(|instance| awaits(config, &status, &instance.reboot, now())),
             progress: said.and_then(|text| text.strip_prefix(progress::BEGIN).map(String::from)),
             status,
             output: fs::read_to_string(paths.output()).unwrap_or_default(),

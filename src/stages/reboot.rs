@@ -59,10 +59,7 @@ pub fn reboot(config: &Config) -> Result<()> {
     let running = system::current()?;
     let parts: Vec<_> = config.instances.iter().map(|(name, instance)| part(name, instance, &running, &next)).collect();
     let Some((way, policy)) = decide(&parts, system::is_of(&next, &running), boots_another(&next)) else { return Ok(()) };
-    if config.instances.keys().any(|name| Hold::read(&Paths::new(name)).is_some())
-        || !Paths::new("").with_journal().is_empty()
-        || !is_time(policy.window.as_ref())?
-    {
+    if Hold::is_any(config) || !Paths::new("").with_journal().is_empty() || !is_time(policy.window.as_ref())? {
         return Ok(());
     }
     let (mark, system) = match way {
