@@ -19,13 +19,17 @@ if wanted is None:
         trials = (("ekiben", "EIO", "prepare app"), ("git", "ENOSPC", "commit-tree"), ("nix", "kill", "flake update"))
         failed = make(("update", program, 1, act, words) for program, act, words in trials)
         assert not failed, failed
+    with subtest("a link of Nix's cannot be brought to its place, or the store cannot be asked: no root is left, and nothing is held against the candidate"):
+        failed = make([("update", "nix-store", 2, "EIO", "--add-root", "gcroots/ekiben/"), ("update", "nix-store", 1, "kill", "--check-validity"),
+                       ("update", "nix-store", 1, "EIO", "--add-root", "/gc.lock"), ("update", "nix", 2, "kill", "--out-link", "app/candidate")])
+        assert not failed, failed
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed
     with subtest("what is ours or git's in the repository is to go, and the disk fails once"):
         places = [("ekiben", number, ".git/ekiben-app") for number in range(36, 46)]
         places += [("ekiben", number, "/.git/index") for number in range(1, 4)] + [("git", number, ".lock") for number in range(4, 7)]
-        words = {"ekiben": "candidate accept", "git": "update-ref"}
+        words = {"ekiben": "candidate accept", "git": "fast-forward"}
         failed = make(("update", program, number, "EIO", words[program], path) for program, number, path in places)
         assert not failed, failed
     with subtest("a git that is killed has not said no"):

@@ -96,16 +96,20 @@ pub fn reserve(path: &Path, size: u64) -> io::Result<()> {
     write(path, &contents, 0o600)
 }
 
-/// Takes away what those that were to write this file, and were killed, have left of that.
-fn tidy(path: &Path) {
+/// Takes away what those have left that were to write this file, and were killed, or a Nix that was to make this link: what it
+/// leaves among the roots of the store would be one for ever.
+pub fn tidy(path: &Path) {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str)) else { return };
     // numbers of processes come again
     let program = |process: &str| fs::read(Path::new("/proc").join(process).join("comm")).ok();
+    let ours = program("self");
+    let is_at_it = |writer: &str| program(writer).is_some_and(|program| Some(&program) == ours.as_ref() || program.starts_with(b"nix"));
     for other in fs::read_dir(directory).into_iter().flatten().flatten() {
         let other = other.path();
         let rest = other.file_name().and_then(OsStr::to_str).and_then(|other| other.strip_prefix(name)).unwrap_or_default();
-        let writer = rest.strip_prefix('.').and_then(|rest| rest.strip_suffix(".new")).filter(|writer| writer.parse::<u32>().is_ok());
-        if writer.is_some_and(|writer| program(writer) != program("self")) {
+        let of_nix = || Some(rest.strip_prefix(".tmp-")?.split_once('-')?.0);
+        let writer = rest.strip_prefix('.').and_then(|rest| rest.strip_suffix(".new")).or_else(of_nix);
+        if writer.is_some_and(|writer| writer.parse::<u32>().is_ok() && !is_at_it(writer)) {
             let _ = fs::remove_file(&other);
         }
     }
@@ -297,7 +301,8 @@ mod tests {
         let path = directory.path().join("x.json");
         let mut dead = std::process::Command::new("true").spawn().unwrap();
         dead.wait().unwrap();
-        let left = [dead.id(), 1].map(|writer| directory.path().join(format!("x.json.{writer}.new")));
+        let left = [dead.id(), 1].map(|writer| [format!("x.json.{writer}.new"), format!("x.json.tmp-{writer}-5")]).concat();
+        let left: Vec<_> = left.iter().map(|name| directory.path().join(name)).collect();
         let alive = directory.path().join(format!("x.json.{}.new", std::process::id()));
         for change in [|path: &Path| write(path, b"y", 0o600), remove] {
             for file in left.iter().chain([&alive]) {

@@ -209,9 +209,7 @@ pub fn check_system(target: &Path, root: &str) -> Result<()> {
         return refuse("not a store path");
     }
     let valid = as_root("nix-store").arg("--check-validity").arg(target);
-    if let Err(error) = valid.output(|| "ask the store".into(), None) {
-        return refuse(&error.to_string());
-    }
+    valid.output(|| format!("accept {target:?} as a system"), None)?;
     keep(target, root)?;
     check_is_system(Path::new(STORE), target).or_else(|why| refuse(&why))
 }
@@ -219,7 +217,8 @@ pub fn check_system(target: &Path, root: &str) -> Result<()> {
 /// Keeps a system from being collected as garbage until [`unroot`].
 pub fn keep(system: &Path, root: &str) -> Result<()> {
     let keep = as_root("nix-store").args(["--realise", "--add-root"]).arg(Path::new(GC_ROOTS).join(root));
-    keep.arg(system).output(|| format!("keep {}", system.display()), None).map(drop)
+    // a store that cannot do so has no say about the system
+    keep.arg(system).output(|| format!("keep {}", system.display()), None).map(drop).map_err(Error::transient)
 }
 
 /// What every NixOS system has.

@@ -78,6 +78,7 @@ impl Notes {
     /// link to an earlier candidate.
     pub fn begin(paths: &Paths) -> Result<Self> {
         let candidate = paths.candidate();
+        files::tidy(&candidate);
         files::clear(&candidate).doing("remove", &candidate)?;
         let notes = Self {
             run: run_id()?,

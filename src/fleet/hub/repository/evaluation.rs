@@ -71,6 +71,7 @@ impl FleetRepository {
             return Ok(());
         }
         let link = self.state.join("systems").join(&host.name);
+        files::tidy(&link);
         let build = nix().args(["build", "--print-build-logs"]).args(&self.flags).arg("--out-link").arg(link);
         self.within(build.arg(format!("{}^out", system.derivation)))
             .logged(|| format!("build {}", host.name), &self.log(&host.name))
