@@ -23,6 +23,12 @@ if wanted is None:
         failed = make([("update", "nix-store", 2, "EIO", "--add-root", "gcroots/ekiben/"), ("update", "nix-store", 1, "kill", "--check-validity"),
                        ("update", "nix-store", 1, "EIO", "--add-root", "/gc.lock"), ("update", "nix", 2, "kill", "--out-link", "app/candidate")])
         assert not failed, failed
+    with subtest("the metrics cannot be written once"):
+        for number in range(2, 7):
+            machine.fault("ekiben", number, "EIO", "metrics", "ekiben.prom")
+            machine.succeed("rm -f /root/ekiben.prom; ekiben metrics /root/ekiben.prom", "grep last_run_success /root/ekiben.prom")
+            assert machine.fault_met(), number
+        machine.no_fault()
     with subtest("a request is taken, and that cannot be synced"):
         failed = make([("update", "ekiben", 1, "EIO", "begin", "lib/ekiben/queue")])
         assert not failed, failed

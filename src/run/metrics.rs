@@ -52,11 +52,11 @@ const FAMILIES: [Family; 14] = [
     }),
 ];
 
-/// Writes the file, in one step.
+/// Writes the file, in one step. The next time is when something has happened, which may be in days.
 pub fn write(config: &Config, file: &Path) -> Result<()> {
     let instances: Vec<_> = config.instances.keys().map(|name| Paths::new(name)).collect();
     let instances: Vec<_> = instances.iter().map(|paths| (paths, Status::read(paths))).collect();
-    files::write(file, text(&instances).as_bytes(), 0o644).doing("write", file)
+    files::insist(|| files::write(file, text(&instances).as_bytes(), 0o644)).doing("write", file)
 }
 
 fn text(instances: &[(&Paths, Status)]) -> String {
