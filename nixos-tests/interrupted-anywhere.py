@@ -38,6 +38,9 @@ if wanted is None:
         words = {"ekiben": "candidate accept", "git": "fast-forward"}
         failed = make(("update", program, number, "EIO", words[program], path) for program, number, path in places)
         assert not failed, failed
+    with subtest("what has become the branch stays it, whatever becomes of the push"):
+        failed = make([("update", "git", 2, "read-only", "push --quiet", "refs/remotes/origin/main.lock")])
+        assert not failed, failed
     with subtest("a git that is killed has not said no"):
         path = re.search(r"\bPATH=(\S+)", machine.succeed("systemctl show --property Environment ekiben-app.service"))[1]
         drop_in = "/run/systemd/system/ekiben-app.service.d"

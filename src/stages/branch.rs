@@ -44,8 +44,19 @@ pub fn candidate(fate: Fate, paths: &Paths, instance: &Instance, proposal: Optio
 
 fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&Proposal>) -> Result<ExitCode> {
     let repository = Repository::open(instance);
+    // before this was cut off, or by the user
+    let is_done = match (&repository, proposal) {
+        (Ok(now), Some(it)) if fate == Fate::Accept && now.branch == *it.branch => now.contains(&now.head, &it.commit)?,
+        _ => false,
+    };
     if let Ok(repository) = &repository {
-        repository.recover(paths.name())?;
+        let recovered = repository.recover(paths.name());
+        // the machine runs what is the branch: what is left over then is for the next run
+        if is_done {
+            recovered.or_warn();
+        } else {
+            recovered?;
+        }
     }
     if fate == Fate::Drop {
         return git::drop_reference(instance, &paths.reference(), paths.name()).map(|()| ExitCode::SUCCESS);
@@ -56,9 +67,8 @@ fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&P
         let is_branch = repository.head == *proposal.commit;
         return if is_branch { Ok(()) } else { repository.keep(&paths.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
     }
-    let is_in_branch = || Ok(repository.branch == *proposal.branch && repository.contains(&repository.head, &proposal.commit)?);
-    if fate == Fate::Accept && is_in_branch()? {
-        // done before this was cut off, or by the user
+    if is_done {
+        // but for what follows
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != *proposal.commit {
