@@ -84,7 +84,10 @@ def check_kept():
 
 with subtest("init makes a repository, and changes nothing that is there"):
     write(hub, "/srv/fleet/README.md", "mine")
+    # no file can be of any size
+    hub.fail(fleet("init", "ulimit -f 0;"))
     assert "Created /srv/fleet/fleet.json." in hub.succeed(fleet("init"))
+    hub.fail("find /srv/fleet -name '*.new' | grep .")
     assert hub.succeed(fleet("init")) == ""
     assert hub.succeed("cat /srv/fleet/README.md") == "mine"
     settings = json.loads(hub.succeed("cat /srv/fleet/fleet.json"))

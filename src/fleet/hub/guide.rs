@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{Context, Result};
+use crate::files;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
 use crate::names::HostName;
@@ -44,11 +45,11 @@ pub fn init(directory: &Path) -> Result<String> {
     let mut next = "";
     for (name, text) in [("hosts/.gitkeep", ""), ("README.md", README), ("fleet.json", &settings)] {
         let path = directory.join(name);
-        let made_it = fs::File::create_new(&path).and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()));
-        match made_it {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
-            other => other.doing("write", &path)?,
+        if path.symlink_metadata().is_ok() {
+            continue;
         }
+        // a part of it would never become the whole
+        files::write(&path, text.as_bytes(), 0o644).doing("write", &path)?;
         made.extend(["Created ", &path.to_string_lossy(), ".\n"]);
         if name == "README.md" {
             next = "README.md says how to go on to the first host.\n";
