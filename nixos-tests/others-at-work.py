@@ -136,12 +136,14 @@ def interrupt(point, command, by_hand=False):
 
 UPDATE = "nix flake update other; git commit -qam 'by hand'"
 # on hosts alone
-POINTS = ("activate: switched", "activate: persisted", "accept: saved", "prepare: committed", "build: built", "activate: begun")
+POINTS = ("activate: switched", "activate: persisted", "accept: saved", "prepare: committed", "build: built", "activate: begun",
+          "candidate: opened")
 for point in POINTS:
     with subtest(f"a commit by hand at {point}: the run starts over from it"):
         # before there is a candidate, within the same run
         expected = ["deployed"] if point.startswith("prepare") else ["startedOver", "deployed"]
-        assert interrupt(point, UPDATE) == expected, status(machine, "app")
+        # the last one takes longer than somebody who is at work is waited for
+        assert interrupt(point, UPDATE, by_hand=point == "candidate: opened") == expected, status(machine, "app")
         check_deployed(machine, "app")
         assert shows(machine, "other") == machine.succeed("cat /srv/other/content").strip()
 

@@ -404,6 +404,15 @@ with subtest("the log of a run is one command away"):
     # who may not read the journal learns who may
     assert "systemd-journal" in machine.fail(f"{MEMBER} ekiben log app 2>&1")
 
+with subtest("what a run says last is in its log, however late journald comes to it"):
+    for content, trouble, end in (("13", "build", "failed in stage build"), ("14", "none", "deployed")):
+        publish(machine, "app", content, trouble=trouble)
+        machine.succeed("pkill -STOP -x systemd-journal", "systemctl start --no-block ekiben-app.service")
+        machine.wait_until_succeeds(f"pgrep -x journalctl || {is_idle('app')}")
+        machine.succeed("pkill -CONT -x systemd-journal")
+        wait_until_idle(machine, "app")
+        assert f"Run ended: {end}" in (said := machine.succeed("ekiben log app")), said
+
 with subtest("a run says who has asked for it, all of them; nobody can pretend to be another"):
     def asked(*commands, by):
         """Has a run follow several requests, or what looks like one; checks who has asked for it."""

@@ -4,7 +4,7 @@
 /// All places, in the order in which a run that succeeds, then one that goes back, and then one that has waited for a
 /// boot meets them.
 #[cfg(feature = "fault-points")]
-pub const POINTS: [&str; 30] = [
+pub const POINTS: [&str; 31] = [
     "begin: journal opened",
     "begin: request taken",
     "prepare: begun",
@@ -15,6 +15,7 @@ pub const POINTS: [&str; 30] = [
     "build: built",
     "build: noted",
     "activate: begun",
+    "candidate: opened",
     "activate: candidate checked",
     "activate: switching",
     "activate: switched",

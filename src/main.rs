@@ -39,13 +39,14 @@ use crate::help::{HELP, misunderstood};
 use crate::names::RunId;
 use crate::output::print;
 use crate::paths::Paths;
+use crate::run::ended::Ended;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch;
 use crate::stages::{activate, begin, boot, build, conclude, cut_off, prepare, publish, reboot, trial, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
-use crate::system::service;
+use crate::system::{service, units};
 
 fn main() -> ExitCode {
     start_logging();
@@ -121,11 +122,16 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
         ["conclude"] => conclude::conclude_all(&config()?),
         ["due", name] => paths(name).and_then(|paths| service::start_as_due(paths.name(), "start")),
         ["retry", name] => paths(name).and_then(|paths| begin::retry(&paths)),
-        ["conclude", name] => paths(name).and_then(|paths| {
-            let ended = conclude::conclude(&paths);
+        ["conclude", name] => {
+            let paths = paths(name)?;
+            let ended = conclude::conclude(&paths).or_error();
+            if ended.is_none() || !Status::read(&paths).runs.first().is_some_and(Ended::is_idle) {
+                // a busy journald would read it when the unit is over, and not know any more which run has said it
+                units::sync_journal();
+            }
             boot::end_all(&paths);
-            ended
-        }),
+            return Ok(ended.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS));
+        }
         // root to itself, as the instance's user
         ["forget-own-releases", name] => stage(file, name, seen::forget_own),
         ["candidate", fate, name, about] => {

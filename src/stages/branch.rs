@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Instance;
 use crate::error::{Error, OrLog, Result};
+use crate::fault;
 use crate::git::patience::patiently;
 use crate::git::{self, Repository};
 use crate::paths::Paths;
@@ -63,6 +64,7 @@ fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&P
     }
     let proposal = proposal.ok_or_else(|| Error::new("Failed to find the run's proposal"))?;
     let repository = repository?;
+    fault::point("candidate: opened");
     if fate == Fate::Keep {
         let is_branch = repository.head == *proposal.commit;
         return if is_branch { Ok(()) } else { repository.keep(&paths.reference(), &proposal.commit) }.map(|()| ExitCode::SUCCESS);
@@ -72,20 +74,23 @@ fn carry_out(fate: Fate, paths: &Paths, instance: &Instance, proposal: Option<&P
     } else if repository.has_moved_from(&proposal.branch, &proposal.head) {
         return Ok(ExitCode::from(MOVED));
     } else if repository.head != *proposal.commit {
-        let scratch = paths.scratch()?;
-        repository.check_lock_file_is_clean(&scratch)?;
-        repository.check_forward(&proposal.commit, paths.name(), &scratch)?;
-        if fate == Fate::Accept {
-            if let Err(error) = repository.forward(&proposal.commit, paths.name()) {
-                let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
-                return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
-            }
+        if let Err(error) = go_forward(fate, &repository, &proposal.commit, paths) {
+            // meanwhile
+            let moved = Repository::open(instance)?.has_moved_from(&proposal.branch, &proposal.head);
+            return if moved { Ok(ExitCode::from(MOVED)) } else { Err(error) };
         }
     }
     if fate == Fate::Accept {
         publish(&repository, proposal, paths, instance);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn go_forward(fate: Fate, repository: &Repository, commit: &str, paths: &Paths) -> Result<()> {
+    let scratch = paths.scratch()?;
+    repository.check_lock_file_is_clean(&scratch)?;
+    repository.check_forward(commit, paths.name(), &scratch)?;
+    if fate == Fate::Accept { repository.forward(commit, paths.name()) } else { Ok(()) }
 }
 
 /// What follows once the candidate is the branch; the machine runs it, so no failure undoes that.

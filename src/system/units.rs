@@ -166,12 +166,16 @@ impl Restarts {
     }
 }
 
+/// Has journald take in what was said so far, if it can within a while.
+pub fn sync_journal() {
+    let sync = Program::as_root("journalctl").arg("--sync").within(Duration::from_secs(20));
+    sync.output(|| "flush the journal".into(), None).or_warn();
+}
+
 /// Whether a service has ended the last so many times as one that is to be started again whenever it has done its work:
 /// what systemd knows of that is only in its journal, whose moments go by a clock that may have been set meanwhile.
 fn has_ended_well(name: &str, times: u64) -> bool {
-    // whatever has become of journald
-    let sync = Program::as_root("journalctl").arg("--sync").within(Duration::from_secs(20));
-    sync.output(|| "flush the journal".into(), None).or_warn();
+    sync_journal();
     let lines = format!("--lines={times}");
     let ask = Program::as_root("journalctl").args(["--quiet", "--output=json", "--output-fields=MESSAGE_ID", &lines, "_PID=1"]);
     let ask = ask.arg(format!("UNIT={name}")).args([ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}")));

@@ -5,6 +5,9 @@ use crate::fleet::DAY;
 use crate::names::{HostName, Sequence};
 use crate::run::Release;
 
+/// How far apart the clocks of those who publish may be, in seconds.
+const APART: u64 = 600;
+
 /// Those of a host that are known to have been published, by the clock of now.
 pub struct Numbers {
     known: Vec<Sequence>,
@@ -13,7 +16,7 @@ pub struct Numbers {
 
 impl Numbers {
     /// Those of these that later ones can exceed.
-    pub fn known(host: &HostName, heard: [Option<Sequence>; 4], now: u64) -> Result<Self, String> {
+    pub fn known(host: &HostName, heard: [Option<Sequence>; 3], now: u64) -> Result<Self, String> {
         let highest = Sequence::try_from(now + DAY)?;
         let (known, far): (Vec<_>, Vec<_>) = heard.into_iter().flatten().partition(|number| *number < highest);
         if let Some(number) = far.iter().max() {
@@ -22,6 +25,14 @@ impl Numbers {
             );
         }
         Ok(Self { known, now })
+    }
+
+    /// These, and that of a release that another has published, who may have a key of their own. It may also be the hub that
+    /// pretends to be one: far from the clock, it does not count.
+    pub fn beside(mut self, others: Option<&Release>) -> Self {
+        let number = others.map(|release| release.sequence);
+        self.known.extend(number.filter(|number| u64::from(*number) < self.now + APART));
+        self
     }
 
     /// Whether a later release than this one is known.

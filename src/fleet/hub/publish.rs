@@ -184,10 +184,9 @@ impl<'a> Standing<'a> {
         }
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let of = |release: fn(&Heartbeat) -> &Option<Release>| Some(release(heartbeat.as_ref()?).as_ref()?.sequence);
-        let (seen, deployed) = (of(|said| &said.seen), of(|said| &said.deployed));
-        // of several who publish, each may have a key of their own
-        let (now, others) = (now(), old.as_ref().filter(|_| !is_ours).map(|(old, _)| old.release.sequence));
-        let numbers = Numbers::known(host, [seen, deployed, memory.last(host), others], now).context(|| format!("publish {host}"))?;
+        let (seen, deployed, now) = (of(|said| &said.seen), of(|said| &said.deployed), now());
+        let numbers = Numbers::known(host, [seen, deployed, memory.last(host)], now).context(|| format!("publish {host}"))?;
+        let numbers = numbers.beside(old.as_ref().filter(|_| !is_ours).map(|(old, _)| &old.release));
         let refused = heartbeat.and_then(|heartbeat| heartbeat.refused);
         Ok(Self { hub, host, manner, scratch, old, is_ours, refused, numbers, deployed, now })
     }
