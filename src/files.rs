@@ -102,8 +102,7 @@ pub fn tidy(path: &Path) {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str)) else { return };
     // numbers of processes come again
     let program = |process: &str| fs::read(Path::new("/proc").join(process).join("comm")).ok();
-    let ours = program("self");
-    let is_at_it = |writer: &str| program(writer).is_some_and(|program| Some(&program) == ours.as_ref() || program.starts_with(b"nix"));
+    let is_at_it = |writer: &str| program(writer).is_some_and(|name| name.starts_with(b"nix") || Some(name) == program("self"));
     for other in fs::read_dir(directory).into_iter().flatten().flatten() {
         let other = other.path();
         let rest = other.file_name().and_then(OsStr::to_str).and_then(|other| other.strip_prefix(name)).unwrap_or_default();
