@@ -11,6 +11,8 @@ in
 {
   # what boots a virtual machine of a test is no boot loader
   onlyHosts = true;
+  # a reboot can be cut off between two file operations
+  fileFaults = true;
   nodes.machine = {
     services.ekiben = {
       enable = true;

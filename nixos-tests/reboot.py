@@ -63,6 +63,16 @@ with subtest("what waits for a boot is rebooted into, once, in its window, if it
     assert (seen := last_run(machine, "app"))["result"] == "deployed", seen
     check_stays()
 
+with subtest("a reboot that is cut off, at whichever operation, is made up for"):
+    system = awaits("app")
+    for number in range(1, 9):
+        machine.fault("ekiben", number, "kill", "reboot")
+        machine.fail("ekiben reboot")
+    machine.no_fault()
+    assert "app: awaits the next boot, for 0 s so far; this machine reboots within minutes\n" in shows_boot(), shows_boot()
+    reboots(system)
+    check_stays()
+
 with subtest("another hand boots an older system, again and again: that is never fought"):
     before, new = running(machine), awaits("app")
     reboots(new)

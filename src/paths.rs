@@ -72,14 +72,17 @@ places! {
     installed: "files/<instance>.json";
 }
 
-/// What this machine was rebooted for, a line each, the last one at the end: see [`rebooted_for`].
+/// What this machine was to be rebooted for, and in which boot, a line each, the last one at the end: see [`rebooted_for`].
 pub const REBOOTED: &str = "/var/lib/ekiben/rebooted";
 /// What a run has to write before it begins, in bytes.
 const ROOM: usize = 64 * 1024;
 
-/// What this machine was rebooted for: it is not rebooted twice for the same.
+/// What this machine was rebooted for: it is not rebooted twice for the same. What was noted in this very boot has come to
+/// nothing yet.
 pub fn rebooted_for() -> Vec<String> {
-    fs::read_to_string(REBOOTED).unwrap_or_default().lines().map(String::from).collect()
+    let (marks, this_boot) = (fs::read_to_string(REBOOTED).unwrap_or_default(), format!("\t{}", system::boot_id()));
+    let before = marks.lines().filter(|mark| !mark.ends_with(&this_boot));
+    before.filter_map(|mark| mark.split('\t').next()).map(String::from).collect()
 }
 
 /// The places that belong to one instance.

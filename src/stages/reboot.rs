@@ -71,16 +71,14 @@ pub fn reboot(config: &Config) -> Result<()> {
         log::info!("This machine was already rebooted for {}; not rebooting again.", system.display());
         return Ok(());
     }
-    let remember =
-        |marks: &[String]| files::write(Path::new(REBOOTED), marks.join("\n").as_bytes(), 0o644).doing("write", Path::new(REBOOTED));
-    let marks = [&rebooted[..], &[mark]].concat();
-    remember(&marks[marks.len().saturating_sub(REMEMBERED)..])?;
+    let marks = [&rebooted[..], &[format!("{mark}\t{}", system::boot_id())]].concat();
+    let marks = marks[marks.len().saturating_sub(REMEMBERED)..].join("\n");
+    files::write(Path::new(REBOOTED), marks.as_bytes(), 0o644).doing("write", Path::new(REBOOTED))?;
     match way {
         Way::Forward => log::warn!("Rebooting into the deployed system."),
         Way::Back => log::warn!("Rebooting into the previous system: the deployed one is not well."),
     }
-    // what has not begun may be tried again
-    by(policy.kexec, config.boot_loader, &next).inspect_err(|_| drop(remember(&rebooted)))
+    by(policy.kexec, config.boot_loader, &next)
 }
 
 fn part<'a>(name: &str, instance: &'a Instance, running: &Path, next: &Path) -> Part<'a> {
