@@ -193,7 +193,13 @@ impl Repository {
     /// git with another index than the user's.
     fn by(&self, index: &Path) -> Program {
         // a link that was made to a file, and is gone, is no edit; nothing is to be written beside the index
-        self.git().env("GIT_INDEX_FILE", index).args(["-c", "core.trustctime=false"])
+        self.by_own(index).args(["-c", "core.trustctime=false"])
+    }
+
+    /// git with an index that nobody else uses: what one that was killed has left there locks nobody out.
+    fn by_own(&self, index: &Path) -> Program {
+        let _ = fs::remove_file(index.with_extension("lock"));
+        self.git().env("GIT_INDEX_FILE", index)
     }
 
     /// Removes what no ref leads to: commits that have come to nothing.

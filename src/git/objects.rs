@@ -53,7 +53,7 @@ impl Repository {
         let doing = || format!("commit new lock files on top of {base}");
         let text = |program: Program, input| program.output(doing, input).map(|bytes| line(&bytes));
         files::clear(scratch).context(doing)?;
-        let private = || self.git().env("GIT_INDEX_FILE", scratch);
+        let private = || self.by_own(scratch);
         text(private().args(["read-tree", base]), None)?;
         for (path, lock) in locks {
             let blob = text(self.git().args(["hash-object", "-w", "--stdin"]), Some(lock))?;
@@ -80,7 +80,7 @@ impl Repository {
     ) -> Result<String> {
         let doing = || format!("commit {}", directory.display());
         files::clear(scratch).context(doing)?;
-        let private = || self.git().env("GIT_INDEX_FILE", scratch);
+        let private = || self.by_own(scratch);
         let add = private().arg("--git-dir").arg(&self.git_directory).arg("--work-tree").arg(directory);
         add.args(AS_IT_IS).args(["add", "--all", "--force", "."]).directory(directory).output(doing, None)?;
         let tree = private().args(["write-tree"]).output(doing, None).map(|bytes| line(&bytes))?;

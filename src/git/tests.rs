@@ -138,7 +138,11 @@ fn whatever_upstream_changes_is_followed() {
         let (repository, to) = repository(&directory, before, after);
         let untouched = snapshot(directory.path());
         let scratch = Directory::new();
+        // a git that was killed has left it
+        let lock = || fs::write(scratch.path().join("index.lock"), "").unwrap();
+        lock();
         repository.check_forward(&to, "app", scratch.path()).unwrap();
+        lock();
         repository.rehearse_forward(&to, scratch.path()).unwrap();
         assert_eq!(snapshot(directory.path()), untouched, "{after}");
         repository.forward(&to, "app").unwrap();
