@@ -62,7 +62,8 @@ in
     # as in src/paths.rs
     systemd.tmpfiles.rules = lib.mkIf cfg.enable [
       "d /var/lib/ekiben 0755 root root -"
-      "d /var/lib/ekiben/queue 2770 root ekiben -"
+      # runs may know that a request waits
+      "d /var/lib/ekiben/queue 2771 root ekiben -"
       "d /var/lib/ekiben/holds 2775 root ekiben -"
       # sticky: whose file it is says who has asked
       "d /var/lib/ekiben/rollbacks 3775 root ekiben -"

@@ -120,21 +120,49 @@ with subtest("what is published makes no other system: that is said"):
     becomes(hub, "web", "up to date")
     assert running(web) == before
 
-with subtest("what the hub has built, and the host can have, is neither evaluated nor built there"):
-    content = change_hosts(hub, "web")
-    hub.succeed(fleet("deploy web"))
+
+
+def substitute():
+    """Has web have what the hub has built for it, as a substituter would; returns the system."""
     shown = json.loads(hub.succeed("cat /var/lib/ekiben-hub/hosts/web/release/manifest.json"))
     toplevel = json.loads(shown["manifest"])["toplevel"]
-    # as a substituter would
     closure = hub.succeed(f"nix-store --query --requisites {toplevel}").split()
     missing = web.succeed(f"nix-store --check-validity --print-invalid {' '.join(closure)}").split()
     files = hub.succeed(f"nix-store --export {' '.join(missing)} | gzip | base64 -w0").strip()
     web.succeed(f"base64 -d <<< {files} | gzip -d | nix-store --import")
+    return toplevel
+
+
+with subtest("what the hub has built, and the host can have, is neither evaluated nor built there"):
+    content = change_hosts(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    toplevel = substitute()
     assert poll(web)["result"] == "deployed", last_run(web, "fleet")
     assert shows(web, "app") == content and running(web) == toplevel
     said = hub.succeed(fleet("log web"))
     assert "activating" in said and "evaluating" not in said and "building" not in said, said
 
+# on hosts alone
+with subtest("a host that waits for a cache goes on with the release that has been published since"):
+    web.succeed("cp -L /etc/ekiben/config.json /root; jq '.instances.fleet.build = \"substitute\"' /root/config.json > /root/new.json; "
+                "rm /etc/ekiben/config.json; cp /root/new.json /etc/ekiben/config.json")
+    change_hosts(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    before = runs(web, "fleet")
+    web.succeed("ekiben trigger fleet")
+    web.wait_until_succeeds(knows("fleet", '.waiting // "" | test("in no cache yet")'))
+    # as the timer does
+    web.succeed("systemctl start ekiben-look@fleet.service")
+    content = change_hosts(hub, "web")
+    hub.succeed(fleet("deploy web"))
+    web.wait_until_succeeds(knows("fleet", f"(.runs | length) > {before}"))
+    assert last_run(web, "fleet")["result"] == "startedOver", last_run(web, "fleet")
+    substitute()
+    assert wait_for_run(web, "fleet", before + 1)["result"] == "deployed" and shows(web, "app") == content, last_run(web, "fleet")
+    becomes(hub, "web", "up to date")
+    web.succeed("cp /root/config.json /etc/ekiben/config.json")
+
+# everywhere
 with subtest("what does not build is not published"):
     change_hosts(hub, "web", trouble="build")
     assert "trouble in build" in hub.fail(fleet("deploy web"))

@@ -145,6 +145,29 @@ with subtest("a cache that does not answer is waited for"):
     ci.succeed(f"systemd-run --unit=web-8001 --setenv=PATH=$PATH python3 /srv/web.py 8001 {CACHE}")
     ends("5")
 
+with subtest("what is newer, and asked for, is not kept waiting by what no cache will ever have; a request alone changes nothing"):
+    asked = "journalctl -b --sync > /dev/null 2>&1; journalctl -b -u ekiben-app -o cat | grep -c 'asking again in'"
+    before = runs(server, "app")
+    for content, ask in (("5b", "ekiben trigger app"), ("5d", "systemctl start ekiben-look@app.service")):
+        commit(content.replace("b", "a").replace("d", "c"))
+        server.succeed("systemd-run --unit=waiting ekiben trigger --wait app")
+        waits("app", "in no cache yet")
+        server.succeed(ask)
+        count = int(server.succeed(asked))
+        server.wait_until_succeeds(f"test $({asked}) -gt {count + 1}")
+        assert runs(server, "app") == before and status(server, "app")["waiting"], status(server, "app")
+        commit(content)
+        server.wait_until_succeeds(f"test $(ekiben status app --json | jq '.app.runs | length') -gt {before}")
+        waits("app", "in no cache yet")
+        fill(build())
+        ends(content)
+        # whoever has asked for the other one has this
+        server.wait_until_succeeds("systemctl show --property SubState --value waiting.service | grep -x dead")
+        known = status(server, "app")
+        assert [run["result"] for run in known["runs"][:2]] == ["deployed", "startedOver"] and known["bad"] is None, known
+        assert known["well"] and server.succeed("systemctl show --property ExecMainStatus --value waiting.service").strip() == "0"
+        before += 2
+
 with subtest("what evaluation imports is not built here, either"):
     on_ci("touch imports")
     commit("6")
@@ -164,7 +187,7 @@ with subtest("a rollback does not wait for a cache"):
     wait_until_at_rest(server, "app")
     known = status(server, "app")
     assert [run["result"] for run in known["runs"][:2]] == ["restored", "failed"] and known["bad"] is None, known
-    assert "since a rollback has been asked for" in known["runs"][1]["error"] and shows(server, "app") == "5", known
+    assert "since a rollback has been asked for" in known["runs"][1]["error"] and shows(server, "app") == "5d", known
 
 with subtest("what cannot be evaluated has failed at once"):
     # whatever is said

@@ -43,7 +43,7 @@ use crate::run::ended::Ended;
 use crate::run::status::Status;
 use crate::run::{Trigger, holding, metrics, notify, show, trigger};
 use crate::stages::branch;
-use crate::stages::{activate, begin, boot, build, conclude, cut_off, prepare, publish, reboot, trial, watch};
+use crate::stages::{activate, begin, boot, build, conclude, cut_off, look, prepare, publish, reboot, trial, watch};
 #[cfg(feature = "fault-points")]
 use crate::system::boot_loader::BootLoader;
 use crate::system::{service, units};
@@ -92,7 +92,7 @@ fn run(arguments: &[&str]) -> Result<ExitCode> {
             return Ok(begun.map_or(cut_off::TRY_AGAIN.into(), |()| ExitCode::SUCCESS));
         }
         ["watch", name] => stage(file, name, watch::watch),
-        ["look", name] => stage(file, name, prepare::look),
+        ["look", name] => stage(file, name, look::look),
         ["prepare", name] if running(name)?.is_none() => stage(file, name, |paths, instance| {
             delivery::tell(paths, instance);
             Ok(())

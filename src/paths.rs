@@ -62,6 +62,8 @@ places! {
     candidate: "instances/<instance>/candidate";
     /// What has the reason for which a timer has a run begin.
     found: "instances/<instance>/found";
+    /// What says that a timer has elapsed while a run is under way.
+    elapsed: "instances/<instance>/elapsed";
     /// What the branch's upstream was when it was seen last.
     upstream: "instances/<instance>/upstream";
     /// Where reports wait that the fleet's hub has not got yet. Root writes, the instance's user reads.

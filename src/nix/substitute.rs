@@ -34,8 +34,15 @@ struct Wanted {
 }
 
 /// Has `link` lead to a system as [`super::build_system`] does, and waits, for `limit` at most, until some cache has it, or
-/// `is_over`.
-pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Duration, is_over: impl Fn() -> bool) -> Result<()> {
+/// `is_over`; or it `is_overtaken`, which is asked no more often than the caches are.
+pub fn fetch_system(
+    source: &Source,
+    flags: &[String],
+    link: &Path,
+    limit: Duration,
+    is_over: impl Fn() -> bool,
+    is_overtaken: impl Fn() -> bool,
+) -> Result<()> {
     let deadline = Instant::now() + limit;
     let left = || deadline.saturating_duration_since(Instant::now());
     let mut wanted = match source {
@@ -53,6 +60,9 @@ pub fn fetch_system(source: &Source, flags: &[String], link: &Path, limit: Durat
         };
         let Some(lacking) = lacking else { return Ok(()) };
         let fail = |why: &str| Err(Error::new(format!("Failed to fetch {}: {lacking}; {why}", source.name())).transient());
+        if is_overtaken() {
+            return fail("not waited for any more, since something newer has been asked for");
+        }
         if left() <= pause {
             return fail(&format!("waited for {}, and nothing is built here", span(limit.as_secs())));
         }

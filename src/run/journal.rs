@@ -63,7 +63,7 @@ pub enum Decision {
     Withdraw,
     /// What could not be gone back to runs again.
     Restored,
-    /// The branch moved since the run began: another run has to start from there.
+    /// The branch moved since the run began, or something newer is wanted: another run has to start from there.
     #[serde(other)]
     StartOver,
 }

@@ -101,7 +101,7 @@ pub enum Outcome {
     Restored,
     /// Nothing is new since a deployment was undone by hand.
     Withheld,
-    /// The branch moved; another run starts from there.
+    /// The branch moved, or something newer was asked for; another run starts from there.
     StartedOver,
     /// It failed before anything was changed.
     Failed,

@@ -32,6 +32,9 @@ pub struct Notes {
     pub proposal: Option<Proposal>,
     /// Whether the proposal has been built.
     pub built: bool,
+    /// Whether it is not waited for any more, since something newer is wanted.
+    #[serde(default)]
+    pub overtaken: bool,
     /// How what was built differs from what runs, a line each.
     #[serde(default)]
     pub changes: Vec<String>,
@@ -86,6 +89,7 @@ impl Notes {
             expires: None,
             proposal: None,
             built: false,
+            overtaken: false,
             changes: Vec::new(),
             failure: None,
             stage: Stage::Prepare,

@@ -55,6 +55,9 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
 /// Finds the candidate, and takes the turn to run it; nothing where the run has come to its end already.
 fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<Option<PathBuf>> {
     run.notes = Notes::read_of(paths, &run.id)?;
+    if run.notes.as_ref().is_some_and(|notes| notes.overtaken) {
+        return run.decide(Decision::StartOver).map(|()| None);
+    }
     let proposal = run.proposal().ok_or("there is no proposal").context(|| "activate".into())?;
     if let Some(why) = proposal.withheld.clone() {
         run.warnings.push(why);

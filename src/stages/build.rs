@@ -1,5 +1,6 @@
 //! The second of the user's stages: build the candidate, from its commit and nothing else.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use crate::nix::{self, Source, substitute};
 use crate::paths::Paths;
 use crate::run::Stage;
 use crate::run::notes::{NEWS, Notes};
+use crate::stages::look;
 use crate::system::{self, now};
 
 /// Runs the stage; the system is what the link `candidate` points to.
@@ -27,6 +29,11 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
     (notes.stage, notes.build_began) = (Stage::Build, Some(now()));
     notes.write(paths)?;
     fault::point("build: begun");
+    let overtaken = Cell::new(false);
+    let is_overtaken = || {
+        overtaken.set(look::is_overtaken(paths, instance, &notes).or_warn().unwrap_or(false));
+        overtaken.get()
+    };
     let result = Repository::open(instance).and_then(|repository| {
         if let Some(publish) = &instance.publish {
             return candidate::build(paths, instance, publish, &repository, &commit);
@@ -35,7 +42,7 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
         let (flags, link) = (&instance.flags, paths.candidate());
         let build = |source: &Source| match instance.build {
             Build::Local => nix::build_system(source, flags, &link, limit),
-            Build::Substitute => substitute::fetch_system(source, flags, &link, limit, || paths.rollback().exists()),
+            Build::Substitute => substitute::fetch_system(source, flags, &link, limit, || paths.rollback().exists(), is_overtaken),
         };
         if instance.hub.is_some() {
             return release::build(&repository, &commit, &paths.own("source"), instance.build == Build::Substitute, build);
@@ -54,6 +61,11 @@ pub fn build(paths: &Paths, instance: &Instance) -> Result<()> {
             notes.write(paths)?;
             fault::point("build: noted");
             Ok(())
+        }
+        Err(error) if overtaken.get() => {
+            log::info!("{error}; starting over.");
+            notes.overtaken = true;
+            notes.write(paths)
         }
         // sources are fetched, too
         Err(error) => notes.fail(paths, error.of_network()),

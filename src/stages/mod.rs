@@ -14,6 +14,7 @@ pub mod conclude;
 
 pub mod branch;
 pub mod cut_off;
+pub mod look;
 pub mod release;
 pub mod rollback;
 pub mod settle;

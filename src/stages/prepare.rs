@@ -3,12 +3,8 @@
 //! A candidate is a commit: the branch's head, or its upstream's, with new revisions of the
 //! instance's inputs on top. It exists only as an object under a ref of ours. Nothing that the
 //! user can see is changed, and nothing at all is written if nothing is new.
-//!
-//! A timer looks first whether there is anything to do, by the same means, and asks for a run unless it is sure that
-//! there is not.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,18 +20,14 @@ use crate::git::{self, Repository, own};
 use crate::names::{Branch, ObjectId};
 use crate::nix::cache::Cache;
 use crate::paths::Paths;
-use crate::run::drift::{drift, is_deployed};
-use crate::run::hold::Hold;
+use crate::run::drift::is_deployed;
 use crate::run::notes::{NEWS, Notes, Proposal};
 use crate::run::status::Status;
 use crate::stages::wording::{describe, message, revisions, summary};
-use crate::system::{now, service};
 use crate::{fault, files, nix, text};
 
 /// The first pause before fetching is tried again; each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Why a look has a run begin comes after this.
-const NEEDED: &str = "Failed to do without a run: ";
 /// What programs say that cannot fetch, and what there is to see to.
 const ADVICE: [(&str, &str); 5] = [
     ("could not read Username", PASSWORD),
@@ -51,6 +43,7 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
     // a look comes to its end before
     let _turn = files::lock(&paths.own(""), FlockArg::LockExclusive)?;
     let mut notes = Notes::begin(paths)?;
+    let _ = files::clear(&paths.elapsed());
     if let Ok(found) = fs::read_to_string(paths.found()) {
         let _ = files::clear(&paths.found());
         if Status::read(paths).running.is_some_and(|running| running.by == ["timer"]) {
@@ -74,67 +67,6 @@ pub fn prepare(paths: &Paths, instance: &Instance) -> Result<()> {
         }
         Err(error) => notes.fail(paths, error),
     }
-}
-
-/// Looks for a timer: leaves in a file why a run is to begin, unless that would surely find all as the last one has left
-/// it. Whatever goes wrong is a run's to report; that has the reason in its log. Fails if nothing can be left.
-pub fn look(paths: &Paths, instance: &Instance) -> Result<()> {
-    let found = paths.found();
-    look_around(paths, instance).or_else(|error| fs::write(&found, error.to_string().trim_start_matches(NEEDED)).doing("write", &found))
-}
-
-fn look_around(paths: &Paths, instance: &Instance) -> Result<()> {
-    if service::has_been_at_work(paths.name()) {
-        log::info!("A run is under way; at its end, another one follows.");
-        return Ok(());
-    }
-    if instance.publish.is_some() {
-        return Err(needed("all hosts have to be looked at"));
-    }
-    let status = Status::read(paths);
-    let held = || Hold::read(paths).map(|hold| format!("held {}", hold.why()));
-    if let Some(why) = status.unsettled(now()).map(String::from).or_else(held).or_else(|| drift(paths)) {
-        return Err(needed(&why));
-    }
-    let turn = files::lock(&paths.own(""), FlockArg::LockExclusiveNonblock)?;
-    let _turn = turn.ok_or_else(|| needed("a run is under way"))?;
-    if let Some(hub) = &instance.hub {
-        poll::look(paths, instance, hub)?;
-    }
-    if instance.hub.as_ref().is_none_or(|hub| hub.self_update) {
-        look_at_repository(paths, instance)?;
-    }
-    files::clear(&paths.found()).doing("remove", &paths.found())?;
-    let looked = paths.looked();
-    // root has made it; it is its time that counts
-    let written = File::options().write(true).open(&looked).and_then(|mut file| file.write_all(b"\n"));
-    written.doing("write", &looked)
-}
-
-/// The part of a look that is about the repository and the inputs: neither is written to.
-fn look_at_repository(paths: &Paths, instance: &Instance) -> Result<()> {
-    let scratch = paths.scratch()?;
-    let repository = Repository::open(instance)?;
-    if repository.has_to_recover(paths.name()) {
-        return Err(needed("a run was cut off"));
-    }
-    repository.check_lock_file_is_clean(&scratch)?;
-    if !is_deployed(paths, &repository.head, instance) {
-        return Err(needed("there is another commit"));
-    }
-    if instance.pull && !repository.knows_upstream(&paths.upstream())? {
-        return Err(needed("the upstream has changed"));
-    }
-    for updated in update(instance, &repository, &repository.head, &scratch)? {
-        if !updated.changes()?.is_empty() {
-            return Err(needed("inputs have changed"));
-        }
-    }
-    Ok(())
-}
-
-fn needed(why: &str) -> Error {
-    Error::new(format!("{NEEDED}{why}"))
 }
 
 /// Proposes, again if somebody else commits meanwhile and that gets in the way.
@@ -241,7 +173,7 @@ fn propose(paths: &Paths, instance: &Instance, repository: &Repository, scratch:
 }
 
 /// The lock file of the instance's flake, with its inputs updated.
-fn update(instance: &Instance, repository: &Repository, base: &str, scratch: &Path) -> Result<Vec<Update>> {
+pub fn update(instance: &Instance, repository: &Repository, base: &str, scratch: &Path) -> Result<Vec<Update>> {
     let Some(asked) = &instance.inputs else { return Ok(Vec::new()) };
     let path = repository.lock_file();
     let old = repository.read_file(base, &path)?;

@@ -27,7 +27,7 @@ use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::drift::is_deployed;
 use crate::run::status::Status;
-use crate::run::{Outcome, Stage};
+use crate::run::{Outcome, Release, Stage};
 use crate::system::health::FINAL;
 use crate::system::now;
 use crate::text::ago;
@@ -85,6 +85,14 @@ pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
     let expires = known(paths, instance, hub, &manifest)?.expires;
     deliver_by(&mut peers, paths, hub, scratch.path(), &Heartbeat { expires, ..heartbeat::now(paths, hub, true) })?;
     peers.close()
+}
+
+/// Whether the hub offers a later release now than `known`, of something else.
+pub fn offers_another(paths: &Paths, hub: &Hub, known: &Release) -> Result<bool> {
+    let scratch = peers::scratch(paths)?;
+    let mut peers = Peers::of_releases(paths, hub, scratch.path(), LOOK, &[MANIFEST])?;
+    let offered = read_manifest(&fetch_manifest(peers.releases()?, hub, scratch.path())?, hub, scratch.path())?.release;
+    peers.close().map(|()| offered.id != known.id && offered.sequence > known.sequence)
 }
 
 /// What each poll fetches in its session with the hub.
