@@ -6,6 +6,8 @@ in
 {
   # what decides here is what the hub notes of its hosts, and the same everywhere
   onlyHosts = true;
+  # what ends a roll-out can be cut off between two file operations
+  fileFaults = true;
   nodes.hub = { lib, ... }: {
     imports = [
       collectsWhenTold

@@ -414,6 +414,17 @@ with subtest("abort has all who got the new release go back to what they ran bef
     assert {name: shows(machine, "app") for name, machine in HOSTS.items()} == good | {"plain": shows(plain, "app")}, follow
     collect()
     assert numbers() == after and "none is under way" in hub.fail(fleet("abort"))
+    # one that is cut off is completed by the next one, before the last that it does, too: or the next roll-out would be held
+    for number in (1, 7):
+        push("bad for all as well")
+        hub.fault("ekiben", number, "kill", "abort", "holds.json")
+        hub.fail(fleet("abort"))
+        hub.no_fault()
+        assert hub.succeed(fleet("abort")).endswith("roll-out: ended\n") and stands() == ""
+    # and the hold of one that something else has ended can be ended
+    push("held for ever")
+    hub.succeed(fleet("hold"), fleet("deploy"), fleet("resume"))
+    assert "none is under way" in hub.fail(fleet("resume"))
 
 with subtest("a release can be published again, as long as there is its archive"):
     # the hub leaves to publishers what is new

@@ -52,8 +52,8 @@ impl Fleet<'_> {
     fn change(&self, wanted: &[&str], said: &str, change: impl Fn(&mut Holds, Option<&HostName>, Option<&Rollout>)) -> Result<ExitCode> {
         collect::take_in(&self.hub, wanted, None, true)?;
         if wanted.is_empty() {
-            let rollout = self.rollout()?;
-            Holds::change(&self.hub, |holds| change(holds, None, Some(&rollout)))?;
+            let rollout = self.rollout_or_hold()?;
+            Holds::change(&self.hub, |holds| change(holds, None, rollout.as_ref()))?;
             return print(&format!("roll-out: {said}\n"));
         }
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
@@ -67,17 +67,23 @@ impl Fleet<'_> {
         rollout.ok_or_else(|| Error::new(format!("Failed to find a roll-out: none is under way; {how}see ekiben fleet deploy --waves")))
     }
 
+    /// The same; none where the hold of one is left that is over, or whose end was cut off.
+    fn rollout_or_hold(&self) -> Result<Option<Rollout>> {
+        let is_held = Holds::read(&self.hub)?.of(None).is_some();
+        self.rollout().map(Some).or_else(|error| if is_held { Ok(None) } else { Err(error) })
+    }
+
     /// Ends the roll-out, and publishes again what hosts have run well before it.
     pub(super) fn abort(&self) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         collect::take_in(&self.hub, &[], Some(history::FILE), true)?;
-        let plan = self.rollout()?.plan;
+        let plan = self.rollout_or_hold()?.map(|rollout| rollout.plan);
         let manner = self.manner(Provenance::default())?;
         // before anything is published: what is cut off in between is done by the next one, and no wave begins meanwhile
         let hold = Hold { since: now(), until: OPEN, by: asker::this_user(), reason: "abort".into() };
         Holds::change(&self.hub, |holds| holds.put(None, hold))?;
         let mut well = true;
-        for member in &plan.hosts {
+        for member in plan.iter().flat_map(|plan| &plan.hosts) {
             // by whatever number: it may have been renewed since
             let sees = self.hub.valid_manifest(&member.host)?.map(|(manifest, _)| manifest.release.id);
             if sees.as_ref() == Some(&member.release.id) && member.is_new() {
@@ -85,7 +91,7 @@ impl Fleet<'_> {
             }
         }
         if well {
-            rollout::end(&self.hub, Some(&plan))?;
+            rollout::end(&self.hub, plan.as_ref())?;
             Holds::change(&self.hub, |holds| holds.end(None))?;
             print("roll-out: ended\n")?;
         }
