@@ -95,7 +95,7 @@ impl ServedDirectory {
             let (id, end) = name.split_once('.').unwrap_or_default();
             // whatever somebody else is writing is neither
             let is_left = match Sha256::try_from(id) {
-                Ok(id) => (end.starts_with("tar.gz") || end.ends_with(NEXT)) && !kept.contains(&id),
+                Ok(id) => (end.starts_with("tar.gz") || end.contains(NEXT)) && !kept.contains(&id),
                 Err(_) => name.starts_with(MANIFEST) && name != MANIFEST,
             };
             let age = entry.metadata().and_then(|metadata| metadata.modified()).ok().and_then(|time| time.elapsed().ok());
@@ -185,6 +185,20 @@ mod tests {
     use super::*;
     use crate::fleet::hub::host_state::tests::{manifest, release};
     use crate::testing::Directory;
+
+    #[test]
+    fn what_somebody_was_writing_who_was_killed_does_not_stay() {
+        let place = Directory::new();
+        let hub = ServedDirectory::new(place.path()).unwrap();
+        let (host, id) = (HostName::try_from("web").unwrap(), "0".repeat(64));
+        fs::create_dir_all(hub.release(&host)).unwrap();
+        for name in [MANIFEST, "manifest.json.7.new", &format!("{id}.tar.gz.7.new"), &format!("{id}.5.next.7.new")] {
+            fs::write(hub.release(&host).join(name), "").unwrap();
+        }
+        hub.tidy(&host, &[], false).unwrap();
+        let left: Vec<_> = fs::read_dir(hub.release(&host)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, [MANIFEST]);
+    }
 
     #[test]
     fn what_has_expired_while_it_waited_is_not_offered() {
