@@ -254,7 +254,12 @@ with subtest("A release expires; what is half over is renewed, by deploy or alon
     write(hub, f"{release}/manifest.json", newest)
     hub.succeed("mv /home/deploy/.local/state/ekiben/published /tmp/published")
     assert "it is not known to be the last one that was published; deploy" in hub.fail(fleet("renew web"))
-    hub.succeed("mv /tmp/published /home/deploy/.local/state/ekiben/published")
+    # unless it has looked, and would publish the same
+    lasts(None)
+    assert "web: unchanged" in hub.succeed(fleet("deploy web"))
+    lasts(30)
+    assert "web: release" in hub.succeed(fleet("renew web"))
+    hub.succeed("rm -r /home/deploy/.local/state/ekiben/published; mv /tmp/published /home/deploy/.local/state/ekiben/published")
     hub.succeed(fleet("renew web"))
     write(hub, f"{web}/says", "1")
     hub.succeed(fleet("deploy web"))

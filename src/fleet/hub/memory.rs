@@ -9,6 +9,7 @@ use crate::fleet::Signed;
 use crate::fleet::archive::pack::identity;
 use crate::fleet::temporary::home;
 use crate::names::{HostName, Sequence};
+use crate::run::Release;
 
 /// The numbers of one hub, a file for each host; none where nothing is remembered.
 #[derive(Default)]
@@ -31,6 +32,14 @@ impl Memory {
         let Some(place) = &self.0 else { return Ok(()) };
         std::fs::create_dir_all(place).doing("create", place)?;
         files::write_json(&place.join(host), &number, 0o644)
+    }
+
+    /// Remembers the number of a release of this publisher's that the hub offers, since it has begun a wave; where none is known,
+    /// only if it `is_current`, as would be published now: that may be renewed, and an old one may not.
+    pub fn go_on(&self, host: &HostName, offered: Option<&Release>, is_current: bool) {
+        let last = self.last(host);
+        let number = offered.map(|release| release.sequence).filter(|number| last.map_or(is_current, |last| last < *number));
+        number.and_then(|number| self.note(host, number).or_warn());
     }
 
     /// Whether a release that the hub offers is, to the letter, the one that was found to be signed with this key last.

@@ -177,10 +177,7 @@ impl<'a> Standing<'a> {
             if is_ours && !is_vouched_for {
                 memory.vouch(host, signed, manner.key).or_warn();
             }
-            // the hub has begun a wave
-            if is_ours && memory.last(host).is_some_and(|last| last < old.release.sequence) {
-                memory.note(host, old.release.sequence).or_warn();
-            }
+            memory.go_on(host, Some(&old.release).filter(|_| is_ours), false);
         }
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let of = |release: fn(&Heartbeat) -> &Option<Release>| Some(release(heartbeat.as_ref()?).as_ref()?.sequence);
@@ -226,6 +223,7 @@ impl<'a> Standing<'a> {
         let manner = self.manner;
         let planned = manner.plan.as_ref().filter(|_| manner.waves).and_then(|plan| plan.get(self.host));
         let Some(what) = self.why_replace(built) else {
+            manner.memory.go_on(self.host, self.sees(), true);
             let placed = self.as_before("unchanged".into());
             let planned = planned.filter(|planned| Some(&planned.release) == self.sees()).cloned();
             return Ok(Ok(Placed { member: planned.or(placed.member), ..placed }));
