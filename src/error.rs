@@ -81,7 +81,7 @@ impl Error {
 }
 
 /// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
-const MACHINE: [&str; 23] = [
+const MACHINE: [&str; 25] = [
     // Nix could not open the file
     "acquiring/releasing lock",
     "attempt to write a readonly database",
@@ -106,6 +106,9 @@ const MACHINE: [&str; 23] = [
     "too many open files",
     "transport endpoint is not connected",
     "unexpected end-of-file",
+    // a program of ours, on whatever way its error has come
+    "was ended by signal 15",
+    "was ended by signal 9",
 ];
 
 /// What programs say when the network or the other side is at fault, in lower case.
@@ -245,6 +248,7 @@ mod tests {
             ("error: cannot open connection to remote store 'daemon': error: reading from file: Connection reset by peer", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 11 (Segmentation fault)", false, false),
+            ("Failed to make /x: Failed to remove /x: rm was ended by signal 9", true, false),
             ("kex_exchange_identification: Connection closed by remote host", false, true),
             ("Connection closed by 192.0.2.1 port 22", false, true),
             ("Connection to forge closed by remote host.", false, true),
