@@ -23,6 +23,9 @@ if wanted is None:
         failed = make([("update", "nix-store", 2, "EIO", "--add-root", "gcroots/ekiben/"), ("update", "nix-store", 1, "kill", "--check-validity"),
                        ("update", "nix-store", 1, "EIO", "--add-root", "/gc.lock"), ("update", "nix", 2, "kill", "--out-link", "app/candidate")])
         assert not failed, failed
+    with subtest("a root of the store cannot be removed once: no other stays for that, and it goes with the next run"):
+        failed = make(("update", "ekiben", number, "EIO", "activate app", "gcroots/ekiben/app") for number in range(1, 4))
+        assert not failed, failed
     with subtest("the metrics cannot be written once"):
         for number in range(2, 7):
             machine.fault("ekiben", number, "EIO", "metrics", "ekiben.prom")

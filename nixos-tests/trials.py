@@ -89,7 +89,7 @@ def left(but="none"):
                            f"find . -path {but} -prune -o '(' -name '*.lock' ! -name flake.lock -o -name '*.new' -o -name '*.tmp-*' ')' -print")[1].split()
 
 
-def judge(kind, content, before, asked, act):
+def judge(kind, content, before, asked, act, met):
     """Which end it is; fails if it is neither, or is reported wrongly."""
     after = what_stays(machine)
     known = status(machine, "app")
@@ -99,7 +99,7 @@ def judge(kind, content, before, asked, act):
     assert known["served"] >= asked, f"lost: the request {asked}, {known['served']} is served"
     assert known["running"] is None, f"misreported: {known['running']} is running"
     # what nobody could remove, what was being written and what is the user's goes with the next run
-    behind = [name for name in left("./instances") if not name.endswith(".new")] if act not in OF_THE_DISK else []
+    behind = [name for name in left("./instances") if not name.endswith(".new") and name not in met.split()] if act not in OF_THE_DISK else []
     assert not behind, f"left behind: {behind}"
     # but what took the machine down
     blamed = known["bad"] if kind == "update" else None
@@ -152,9 +152,9 @@ def trial(kind, program, number, act, words="", path=""):
     met, end = "", "failed"
     try:
         asked, met = faulty_run(program, number, act, words, path)
-        end = judge(kind, content, before, asked, act) if met else "unmet"
+        end = judge(kind, content, before, asked, act, met) if met else "unmet"
         # the next trial begins where nothing is held against a candidate
-        if end == "old" or kind == "back":
+        if end == "old" or kind == "back" or left():
             succeed_after(" afterwards")
         return end, ""
     except (AssertionError, Exception) as failure:

@@ -295,11 +295,10 @@ fn is_within(store: &Path, path: &Path) -> bool {
 
 /// Lets all that was kept for a run be collected as garbage.
 pub fn unroot(paths: &Paths) -> Result<()> {
-    for root in [paths.name().to_owned(), before_root(paths, "system"), before_root(paths, "generation")] {
-        let root = Path::new(GC_ROOTS).join(root);
-        crate::files::remove(&root).doing("remove", &root)?;
-    }
-    Ok(())
+    let roots = [paths.name().to_owned(), before_root(paths, "system"), before_root(paths, "generation")];
+    let remove = |root: &PathBuf| crate::files::remove(root).doing("remove", root);
+    // trouble with one does not keep the others
+    roots.map(|root| remove(&Path::new(GC_ROOTS).join(root))).into_iter().fold(Ok(()), Result::and)
 }
 
 /// The name of a root for what to go back to; no instance has a name like it.
