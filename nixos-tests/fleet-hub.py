@@ -227,6 +227,37 @@ with subtest("A release says what it is made from; the hub keeps what has been p
     assert "Mallory" in hub.succeed(fleet("history web")).splitlines()[1]
     write(hub, f"{release}/manifest.json", served)
 
+with subtest("Who deploys from a clone that is behind, or beside, is told what gets lost, before it does"):
+    def beside(commands):
+        return hub.succeed(as_deploy(f"cd /srv/beside; export NIX_PATH=nixpkgs={NIXPKGS}; {commands}"))
+
+    def say(what):
+        return f"echo {what} > hosts/web/says; git commit -qam 'web: say {what}'; "
+
+    hub.succeed("install -d -o deploy /srv/beside /srv/shallow", as_deploy("git clone -q /srv/fleet /srv/beside"))
+    hub.succeed(as_deploy("cd /srv/fleet; " + say(2)))
+    commit = hub.succeed(as_deploy("git -C /srv/fleet rev-parse HEAD")).strip()
+    assert " lose" not in hub.succeed(fleet("deploy"))
+    # no commit of this clone's
+    said = beside("ekiben fleet deploy 2>&1")
+    lines = rf"Publishing .*\nwarning: 1 host loses what has been published, last .* ago from commit {commit[:12]} by Deploy <deploy@localhost>: it is not part "
+    assert re.match(lines, said) and published(said) == ["web"], said
+    # what it has published is part of what follows
+    assert " lose" not in beside("ekiben fleet deploy 2>&1") + hub.succeed(fleet("deploy"))
+    # one of its own, and the other is known
+    done = beside(say(3) + "git fetch -q; ekiben fleet deploy --json 2> /tmp/said")
+    assert {host: one.get("lost") for host, one in json.loads(done).items() if "lost" in one} == {"web": commit}, done
+    assert len(re.findall("^warning: 1 host loses", hub.succeed("cat /tmp/said"), re.M)) == 1
+    # the last one before, on purpose
+    number = json.loads(hub.succeed(fleet("history --json web")))[1]["manifest"]["sequence"]
+    assert "again" in (said := hub.succeed(fleet(f"deploy --again {number} web"))) and " lose" not in said, said
+    assert " lose" not in beside("git merge -q -X ours origin/main; ekiben fleet deploy 2>&1")
+    # what a shallow clone does not know, it does not say
+    hub.succeed(as_deploy("git clone -q --depth 1 file:///srv/fleet /srv/shallow"))
+    said = beside("cd /srv/shallow; ekiben fleet deploy 2>&1")
+    assert published(said) == ["web"] and " lose" not in said, said
+    hub.succeed(as_deploy("cd /srv/fleet; " + say(1)), fleet("deploy web"), "rm -r /srv/beside /srv/shallow")
+
 with subtest("A release expires; what is half over is renewed, by deploy or alone, and nothing else with it"):
     def lasts(days, **more):
         write(hub, "/srv/fleet/fleet.json", json.dumps({**settings, "signingKey": "/home/deploy/key", "expiresAfter": days and days * 86400, **more}))

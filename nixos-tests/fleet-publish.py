@@ -261,6 +261,19 @@ with subtest("what is published is not rolled back here"):
     assert "revert the commit" in hub.fail("ekiben rollback publish 2>&1")
     assert published() == before
 
+with subtest("what somebody has published by hand, and not pushed, is lost, and the run says so"):
+    change("db")
+    hub.succeed(as_deploy("cd /srv/work; git add --all; git commit -q --no-gpg-sign -m 'by hand'; ekiben fleet deploy --unsigned db; "
+                          "git reset -q --hard HEAD^"))
+    content["db"] = change("db")
+    push("without what was done by hand")
+    ended = post()
+    assert ended["result"] == "deployed" and len(ended["warnings"]) == 1, ended
+    assert ended["warnings"][0].startswith("1 host loses what has been published, last "), ended
+    content["web"] = change("web")
+    push("the next")
+    assert (ended := post())["result"] == "deployed" and ended["warnings"] == [], ended
+
 with subtest("your edits stay yours, and are not published"):
     write(hub, "/srv/fleet/hosts/db/app/content", "an edit")
     content["web"] = change("web")

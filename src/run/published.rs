@@ -26,6 +26,9 @@ pub struct Published {
     pub hosts: BTreeMap<HostName, Offered>,
     /// Why no host could be found in these directories of the repository.
     pub unknown: BTreeMap<String, String>,
+    /// What others have published, and is lost.
+    #[serde(default)]
+    pub lost: Option<String>,
 }
 
 /// How a host stands with what is published for it, as others may know it.
@@ -227,7 +230,7 @@ mod tests {
         let paths = Paths::below(directory.path(), "publish");
         std::fs::create_dir_all(paths.own("")).unwrap();
         let run = RunId::try_from("0".repeat(32)).unwrap();
-        Published { run: run.clone(), hosts: BTreeMap::new(), unknown: BTreeMap::new() }.tell(&paths).unwrap();
+        Published { run: run.clone(), hosts: BTreeMap::new(), unknown: BTreeMap::new(), lost: None }.tell(&paths).unwrap();
         assert!(Published::told(&paths, &run).is_ok());
         assert!(Published::told(&paths, &RunId::try_from("1".repeat(32)).unwrap()).unwrap_err().to_string().ends_with("another run"));
         std::fs::write(paths.own("published.json"), format!(r#"{{"run": "{run}", "hosts": {{"../x": {{}}}}, "unknown": {{}}}}"#)).unwrap();

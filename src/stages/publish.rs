@@ -48,6 +48,7 @@ fn attempt(paths: &Paths, run: &mut Run) -> Result<()> {
         log::info!("{line}.");
     }
     published.keep(paths)?;
+    run.warnings.extend(published.lost.clone());
     run.left_out = published.failure();
     if let Some(failure) = run.left_out.clone().filter(|_| published.is_nothing()) {
         run.failure = Some(failure);

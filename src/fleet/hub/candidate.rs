@@ -21,9 +21,9 @@ use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::plan::{self, Member, Plan};
 use crate::fleet::hub::publish::{self, Built, Manner, Placed};
 use crate::fleet::hub::repository::{FleetRepository, Host};
-use crate::fleet::hub::rollout;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::settings::Settings;
+use crate::fleet::hub::{lost, rollout};
 use crate::fleet::temporary::Temporary;
 use crate::gather::gather;
 use crate::git::Repository;
@@ -43,6 +43,7 @@ struct Handover {
     built: Vec<Built>,
     left_out: BTreeMap<HostName, String>,
     unknown: BTreeMap<String, String>,
+    lost: Option<String>,
     waves: Vec<Wave>,
 }
 
@@ -109,7 +110,9 @@ pub fn build(paths: &Paths, instance: &Instance, publish: &Publish, repository: 
         return Err(first.unwrap_or_else(|| Error::new("Failed to build: there is no host in the repository")));
     }
     let origin = fleet.commit();
-    let handover = Handover { run: run_id()?, origin, expires_after: settings.expires_after, built, left_out, unknown, waves };
+    let replaced = hosts.iter().filter(|host| !left_out.contains_key(&host.name));
+    let lost = lost::said(&lost::lost(&ServedDirectory::new(&publish.directory)?, &fleet, &origin, replaced));
+    let handover = Handover { run: run_id()?, origin, expires_after: settings.expires_after, built, left_out, unknown, lost, waves };
     files::write_json(&paths.own("built.json"), &handover, 0o600)
 }
 
@@ -177,7 +180,7 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
     } else {
         rollout::end(&hub, manner.plan.as_ref())?;
     }
-    Published { run: run.clone(), hosts, unknown: handover.unknown }.tell(paths)
+    Published { run: run.clone(), hosts, unknown: handover.unknown, lost: handover.lost }.tell(paths)
 }
 
 /// The fleet's repository as it is in a commit. Of its settings, those count that are not about this machine.

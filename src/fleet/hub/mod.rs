@@ -12,6 +12,7 @@ mod history;
 mod holds;
 mod host_state;
 mod jobs;
+mod lost;
 mod memory;
 mod metrics;
 mod numbers;

@@ -17,8 +17,9 @@ use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::{self, Rollout};
-use crate::fleet::hub::{collect, push, signing};
+use crate::fleet::hub::{collect, lost, push, signing};
 use crate::gather::gather;
+use crate::names::{HostName, ObjectId};
 use crate::nix::profile::set_profile;
 use crate::output::{print, print_json};
 use crate::system;
@@ -74,6 +75,8 @@ impl Fleet<'_> {
             let changes = if *dirty { "uncommitted changes to " } else { "" };
             format!("{changes}{commit} by {}: {}", text(author), text(summary))
         });
+        let replaced = hosts.iter().filter(|host| manner.holds.of(Some(&host.name)).is_none());
+        let lost = lost::lost(&self.hub, &repository, &manner.origin, replaced);
         let json = self.arguments.has("--json");
         // what it prints is JSON then
         let say = |line: String| {
@@ -84,6 +87,9 @@ impl Fleet<'_> {
             Ok(())
         };
         say(format!("Publishing {what}"))?;
+        if let Some(said) = lost::said(&lost) {
+            log::warn!("{said}.");
+        }
         let done = self.each(&repository, &hosts, |host, say| {
             let mut placed = publish::deploy(&self.hub, &repository, host, &manner, say)?;
             let mut waits = None;
@@ -96,7 +102,8 @@ impl Fleet<'_> {
             Ok((waits.map_or(said.clone(), |wave| format!("{said}, for wave {}", wave + 1)), (placed, waits.is_some())))
         })?;
         let well = found && done.iter().all(Result::is_ok);
-        let results: BTreeMap<_, _> = gather(hosts.iter().zip(&done).map(|(host, done)| (&host.name, result(done))));
+        let lost = |host: &HostName| lost.iter().find(|lost| lost.host == *host).and_then(|lost| lost.origin.commit.as_ref());
+        let results: BTreeMap<_, _> = gather(hosts.iter().zip(&done).map(|(host, done)| (&host.name, result(done, lost(&host.name)))));
         match waves {
             Some((waves, _)) => {
                 let members = done.into_iter().flatten().filter_map(|(placed, _)| placed.member).collect();
@@ -165,7 +172,7 @@ fn activate(system: &Path, to_last: bool) -> Result<()> {
 }
 
 /// What came of a host, as `--json` shows it.
-fn result(released: &Result<(Placed, bool)>) -> Value {
+fn result(released: &Result<(Placed, bool)>, lost: Option<&ObjectId>) -> Value {
     match released {
         Ok((placed, waits)) => {
             let state = match (waits, placed.new) {
@@ -173,7 +180,11 @@ fn result(released: &Result<(Placed, bool)>) -> Value {
                 (_, true) => "published",
                 _ => "unchanged",
             };
-            json!({ "state": state, "release": placed.member.as_ref().map(|member| member.release.sequence) })
+            let mut result = json!({ "state": state, "release": placed.member.as_ref().map(|member| member.release.sequence) });
+            if let Some(lost) = lost {
+                result["lost"] = json!(lost);
+            }
+            result
         }
         Err(error) => json!({ "state": "failed", "error": error.to_string() }),
     }

@@ -179,6 +179,20 @@ impl FleetRepository {
         Provenance { commit, author: lines.next(), summary: lines.next(), dirty }
     }
 
+    /// Which of these commits are not part of the last one. A clone that is shallow knows of none.
+    pub fn lacks(&self, commits: BTreeSet<ObjectId>) -> BTreeSet<ObjectId> {
+        let git = |arguments: &[&str]| {
+            let git = git::git(&self.directory).env("GIT_NO_LAZY_FETCH", "1").args(arguments);
+            git.said(|| format!("compare commits of {}", self.directory.display()))
+        };
+        let all: Vec<&str> = commits.iter().map(|commit| &**commit).collect();
+        let has_all = || git(&[&["rev-list", "--max-count=1"], &all[..], &["--not", "HEAD"]].concat()).is_ok_and(|said| said.is_empty());
+        if all.is_empty() || has_all() || git(&["rev-parse", "--is-shallow-repository"]).is_ok_and(|said| said.trim() == "true") {
+            return BTreeSet::new();
+        }
+        commits.into_iter().filter(|commit| git(&["merge-base", "--is-ancestor", commit, "HEAD"]).is_err()).collect()
+    }
+
     /// Packs all directories with a flake.
     pub fn flakes(&self) -> Result<Vec<Packed>> {
         self.places()?.iter().filter(|(_, is_flake)| *is_flake).map(|(place, _)| self.pack(place, true)).collect()
