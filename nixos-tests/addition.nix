@@ -68,6 +68,19 @@ in
     (lib.mkIf (trouble == "unit-requires") {
       systemd.services.scenario-daemon.requires = [ "scenario-missing.service" ];
     })
+    (lib.mkIf (trouble == "reload") {
+      systemd.services.scenario-daemon = {
+        reloadIfChanged = true;
+        serviceConfig.ExecReload = "${pkgs.coreutils}/bin/false";
+      };
+    })
+    (lib.mkIf (trouble == "unit-late") {
+      systemd.services.scenario-trouble = {
+        wantedBy = [ "multi-user.target" ];
+        requires = [ "scenario-missing.service" ];
+        serviceConfig.ExecStart = "/bin/sh -c 'exec sleep infinity'";
+      };
+    })
     (lib.mkIf (trouble == "timer") {
       systemd.timers.scenario-clock.timerConfig.OnCalendar = lib.mkForce "on a Sunday";
     })

@@ -315,7 +315,26 @@ for what, trouble, unit in DOWN:
         server.require_unit_state("scenario-clock.timer", "active")
 works()
 
+with subtest("a unit is not started or reloaded, and has not failed: that is as bad"):
+    publish(server, "app", next(COUNT), trouble="unit-late")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
+    ended = run(server, "lenient")
+    assert ended["result"] == "deployed" and "scenario-trouble.service (not started)" in " ".join(ended["warnings"]), ended
+    # from then on, that is no later one's doing
+    publish(server, "app", next(COUNT), trouble="unit-late")
+    ended = run(server, "app")
+    assert ended["result"] == "deployed" and "scenario-trouble" not in " ".join(ended["warnings"]), ended
+    works()
+    publish(server, "app", next(COUNT), trouble="reload")
+    fails("rolledBack", "activate", "Failed to start scenario-daemon.service (not reloaded)")
+# on hosts alone
+    # a boot would end without it, as an emergency
+    publish(server, "app", next(COUNT), trouble="mount")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.mount (not started)")
+    works()
 
+
+# everywhere
 def while_it_waits(command, content, trouble="wait"):
     """Does something in the middle of an activation; returns how the run ended."""
     server.succeed("rm -f /run/scenario-go")

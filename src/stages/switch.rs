@@ -73,6 +73,10 @@ fn failed_again(before: &Before) -> Result<String> {
 /// if one is, unless that is to be kept.
 pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
     let mut worse = before.units.worse_under(&before.system, system)?;
+    if restarts.is_some() || run.phase != Phase::Observing {
+        // systemd takes its time for that
+        worse.append(&mut before.units.omitted_under(system)?);
+    }
     if let Some(restarts) = restarts {
         worse.append(&mut restarts.since(&before.units, &before.system, system)?);
     }

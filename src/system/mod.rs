@@ -2,6 +2,7 @@
 
 pub mod boot_loader;
 pub mod health;
+mod omitted;
 pub mod properties;
 pub mod service;
 pub mod switched;

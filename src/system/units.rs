@@ -15,7 +15,7 @@ use crate::gather::gather;
 use crate::program::Program;
 use crate::system::properties::Properties;
 use crate::system::switched::LOOK;
-use crate::system::{self, now};
+use crate::system::{self, now, omitted};
 use crate::{config, json, text};
 
 /// Where a system has its units.
@@ -55,6 +55,9 @@ pub struct Units {
     /// Those that systemd could not make sense of.
     #[serde(default, rename = "broken_units")]
     broken: BTreeSet<String>,
+    /// Those of [`omitted`], with what was not done; nothing, if it was another version that looked.
+    #[serde(default, rename = "omitted_units")]
+    omitted: Option<Worse>,
 }
 
 /// A unit as `systemctl list-units` shows it.
@@ -79,7 +82,7 @@ impl Units {
     pub fn before() -> Result<Self> {
         let lately = now().saturating_sub(LATELY);
         let restless = services(&["*.service"])?.into_iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
-        Ok(Self { restless: gather(restless.map(|(name, _)| name)), ..Self::now()? })
+        Ok(Self { restless: gather(restless.map(|(name, _)| name)), omitted: Some(omitted::now()?), ..Self::now()? })
     }
 
     /// How they are now.
@@ -132,6 +135,14 @@ impl Units {
             }
         }
         Ok(worse)
+    }
+
+    /// Those of the system `new` that have not failed, but that were not started or reloaded as they are to be; which was
+    /// not so before.
+    pub fn omitted_under(&self, new: &Path) -> Result<Worse> {
+        let Some(before) = &self.omitted else { return Ok(Worse::new()) };
+        let is_worse = |name: &String, state: &String| before.get(name) != Some(state) && brings(new, name);
+        Ok(omitted::now()?.into_iter().filter(|(name, state)| is_worse(name, state)).collect())
     }
 }
 

@@ -76,6 +76,11 @@ let
               ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
+            reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
+            unit-late) printf '[Unit]\nRequires=scenario-missing.service\n[Service]\nExecStart=sleep infinity\n[Install]\nWantedBy=multi-user.target\n' \
+              > $units/scenario-trouble.service ;;
+            mount) printf '[Unit]\nBefore=local-fs.target\n[Mount]\nWhat=/dev/scenario\nWhere=/scenario/trouble\n[Install]\nRequiredBy=local-fs.target\n' \
+              > $units/scenario-trouble.mount ;;
             timer) sed -i 's/^OnCalendar=.*/OnCalendar=on a Sunday/' $units/scenario-clock.timer ;;
           esac
           [ $trouble = no-nixos ] || printf '#!/bin/sh\nexec /sbin/init\n' > $out/init
