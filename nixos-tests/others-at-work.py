@@ -173,6 +173,18 @@ with subtest("nixos-rebuild by hand after the switch: it stays, and the run says
     settle()
     check_deployed(machine, "app")
 
+with subtest("another system is set for the next boot by hand after the switch: it stays, and what ran before runs again"):
+    before = running(machine)
+    begin("activate: switched")
+    machine.succeed(f"nix-env --profile {PROFILE} --rollback")
+    wanted = generation(machine)
+    ended = end("activate: switched")
+    assert ended["result"] == "rolledBack" and "set another system for the next boot" in ended["error"], ended
+    assert (running(machine), generation(machine)) == (before, wanted)
+    machine.succeed("ekiben trigger app")
+    settle()
+    check_deployed(machine, "app")
+
 # on hosts alone
 if is_host(machine):
     with subtest("a user stops what checks the candidate: nobody else waits for that"):

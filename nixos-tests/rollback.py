@@ -256,6 +256,36 @@ with subtest("somebody else is switching: waited for"):
     assert (seen := last_run(server, "app"))["result"] == "deployed", seen
     check_deployed(server, "app")
 
+# on hosts alone
+with subtest("somebody else is switching without end: nothing has changed, and nobody else is to blame"):
+    publish(server, "app", next(COUNT))
+    server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")
+    server.wait_until_fails("flock --nonblock /run/nixos/switch-to-configuration.lock true")
+    fails("failed", "activate", "something else has been switching this machine all the time", instance="hasty-activation")
+    server.succeed("systemctl stop holder")
+    assert (seen := run(server, "hasty-activation"))["result"] == "deployed", seen
+    check_deployed(server, "hasty-activation")
+
+with subtest("an administrator is switching, and what the run would switch to is bad: the administrator's system stays"):
+    publish(server, "app", "manual", trouble="wait")
+    server.succeed(as_deploy(f"git clone -q {REPOSITORY} /tmp/admin; cd /tmp/admin; nix flake update app"))
+    own = deploy(server, "nix build --no-link --print-out-paths /tmp/admin#nixosConfigurations.server.config.system.build.toplevel")
+    for unit, set_before in (("early", True), ("late", False)):
+        publish(server, "app", next(COUNT), trouble="unit")
+        follow(server, "app")
+        steps = [f"systemd-run --unit={unit} {own}/bin/switch-to-configuration switch", f"nix-env --profile {PROFILE} --set {own}"]
+        server.succeed("rm -f /run/scenario-go", *(steps[::-1] if set_before else steps[:1]))
+        server.wait_until_succeeds(f"journalctl -u {unit} -o cat | grep -F 'activating the configuration...'")
+        server.succeed("systemctl start --no-block ekiben-app.service")
+        wait_until_said(server, "app", "Something else is switching this machine; waiting ...")
+        server.succeed(*([] if set_before else steps[1:]), "touch /run/scenario-go")
+        wait_until_at_rest(server, "app")
+        assert [ended["result"] for ended in status(server, "app")["runs"][:2]] == ["rolledBack", "startedOver"], status(server, "app")
+        assert (running(server), generation(server).split()[1]) == (own, own)
+        assert "switched to by hand" in server.fail("ekiben status app")
+        works()
+
+# everywhere
 with subtest("the boot loader cannot be installed"):
     publish(server, "app", next(COUNT), trouble="boot-loader")
     fails("rolledBack", "activate", "Failed to install the boot loader: exited with 1")

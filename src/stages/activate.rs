@@ -26,7 +26,7 @@ use crate::stages::branch::Fate;
 use crate::stages::{boot, conclude, rollback, settle, switch, undo};
 use crate::system::boot_loader::BootLoader;
 use crate::system::units::{Restarts, Units};
-use crate::system::{self, Turn, health, switched};
+use crate::system::{self, BY_ANOTHER, Turn, health, switched};
 
 /// Runs the stage, and the run to its end: that is to start over if another's switch has taken the
 /// instance out of the configuration.
@@ -45,7 +45,8 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
             // its units have been stopped for that, and could not be started: the next boot goes on from here
             return Err(Error::new("Failed to activate: the machine is shutting down; the run will be ended after the next boot"));
         }
-        run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
+        let failure = run.failure.take().unwrap_or_else(|| Failure::new(Stage::Activate, &error));
+        run.failure = Some(failure).filter(|_| run.decision.is_none());
         // the end is the same if this cannot be written, but for the reason in its report
         let _ = run.save();
     }
@@ -131,10 +132,15 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
                 observed.inspect_err(|error| run.failure = Some(Failure::new(Stage::Observe, error)))?;
             }
         }
-        if !run.reboot_needed && system::current()? != target || profile::current_generation()? != generation {
+        let is_set = profile::current_generation()? != generation;
+        let fail = |why| Err(Error::new(format!("Failed to complete the switch: {why}")).transient());
+        if if run.reboot_needed { is_set } else { system::current()? != target } {
             // another hand: what it did is to stay
             switch::leave(run)?;
-            return Err(Error::new("Failed to complete the switch: something else has switched this machine in the meantime").transient());
+            return fail(BY_ANOTHER);
+        }
+        if is_set {
+            return fail("something else has set another system for the next boot in the meantime");
         }
     }
     if before.system == target && Run::load_unfit(&target)?.is_some() {
@@ -187,7 +193,8 @@ fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
 /// Has the boot loader boot the system: by default from now on, or, where only a boot can bring it and the boot loader
 /// is able to, once, and what was booted before by default.
 fn install(run: &mut Run, system: &Path, old: Option<Generation>) -> Result<()> {
-    let install = |system: &Path| system::switch_to(system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success();
+    let install =
+        |system: &Path| system::switch_to(system, "boot", run.instance.timeouts.activate, "install the boot loader", &[])?.switched();
     if let (Some(loader), Some(old)) = (run.booted_by(), old) {
         if install(&old.system).and_then(|()| loader.boot_once(system)).or_warn().is_some() {
             return Ok(());

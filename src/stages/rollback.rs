@@ -106,7 +106,11 @@ pub fn put_back(paths: &Paths, run: &Run, before: &Before, touched_boot: bool) -
     let current = system::current()?;
     // after a reboot the old system has come up by itself; and what only a boot brings, only a boot takes away
     let worse = if ours(&current) && !run.reboot_needed && (run.boot == boot_id() || current != before.system) {
-        put_back_system(paths, run, before)
+        match put_back_system(paths, run, before, &current) {
+            // while that was waited for
+            Err(_) if !ours(&system::current()?) => Ok(Worse::new()),
+            worse => worse,
+        }
     } else {
         Ok(Worse::new())
     };
@@ -126,21 +130,22 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
     }
     match profile::current_generation()? {
         Some(generation) if touched || is_other => {
-            system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader")?.success()
+            system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader", &[])?.switched()
         }
         _ => Ok(()),
     }
 }
 
 /// Activates the old system, and again if units that ran before do not come back within a while.
-fn put_back_system(paths: &Paths, run: &Run, before: &Before) -> Result<Worse> {
+fn put_back_system(paths: &Paths, run: &Run, before: &Before, current: &Path) -> Result<Worse> {
     let candidate = run.candidate.as_deref().unwrap_or(&before.system);
     let mut worse = Worse::new();
     for _ in 0..2 {
         system::again(|| {
-            let activate = || system::switch_back_to(&before.system, "test", run.instance.timeouts.activate, "activate the old system");
+            let (limit, from) = (run.instance.timeouts.activate, [current, &before.system]);
+            let activate = || system::switch_back_to(&before.system, "test", limit, "activate the old system", &from);
             let ended = service::letting_go_of_jobs(paths.name(), activate)?;
-            if ended.status.code() == Some(4) { Ok(()) } else { ended.success() }
+            if ended.status.code() == Some(4) { Ok(()) } else { ended.switched() }
         })?;
         let until = Instant::now() + RECOVERY;
         loop {

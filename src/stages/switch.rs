@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use crate::config::OnUnitFailure;
 use crate::error::Result;
 use crate::paths::Paths;
-use crate::run::Stage;
-use crate::run::journal::{Before, Phase, Run};
+use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::status::Status;
+use crate::run::{Stage, Trigger};
 use crate::stages::rollback;
 use crate::system::switched::{LOOK, Switched};
 use crate::system::units::{self, Restarts, Units};
@@ -20,9 +20,18 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
 const LOOKS: u32 = 5;
 
-/// Activates the candidate without making it what is booted.
+/// Activates the candidate without making it what is booted. Fails, and has the run start over, if another hand has switched before.
 pub fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
-    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system")?;
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system", &[&before.system]);
+    let ended = match ended {
+        Err(error) if ![system, &before.system].contains(&&*system::current()?) => {
+            // another hand: what it did is to stay
+            leave(run)?;
+            run.decision = Some(Decision::StartOver).filter(|_| run.trigger != Trigger::Rollback);
+            return Err(error);
+        }
+        ended => ended?,
+    };
     match Switched::of(ended)? {
         Switched::Runs { units_failed, users, tail } => {
             run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));

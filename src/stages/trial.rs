@@ -53,7 +53,7 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     }
     check_has_booted(run, &system)?;
     fault::point("boot: well");
-    system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader")?.success()?;
+    system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader", &[])?.switched()?;
     run.booted_by().map_or(Ok(()), |loader| loader.forget())?;
     fault::point("boot: boot loader set");
     integrity::sync()?;

@@ -34,6 +34,8 @@ const PERSISTENCE: Duration = Duration::from_secs(20);
 const MOMENT: Duration = Duration::from_secs(10);
 /// What is of this boot only.
 pub const RUNTIME: &str = "/run/ekiben";
+/// Why a run does not go on from there.
+pub const BY_ANOTHER: &str = "something else has switched this machine in the meantime";
 /// Held by whoever changes what this machine runs. Whoever could open it could hold it.
 const TURN: &str = "/run/ekiben/turn";
 
@@ -228,20 +230,24 @@ pub fn again<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
 }
 
 /// Has a system do one of `switch-to-configuration`'s actions, within a limit in seconds; while
-/// somebody else is switching, waits for that, with the same limit. `doing` is what that is for.
-pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Exited> {
-    switch(system, action, limit, doing, true)
+/// somebody else is switching, waits for that, with the same limit. `doing` is what that is for. Does nothing, and fails, if
+/// the system that runs then is none of `from`, where these are given: another hand has switched.
+pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path]) -> Result<Exited> {
+    switch(system, action, limit, doing, from, true)
 }
 
 /// The same on the way back: none of the old system's pre-switch checks may stand in it.
-pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str) -> Result<Exited> {
-    switch(system, action, limit, doing, false)
+pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path]) -> Result<Exited> {
+    switch(system, action, limit, doing, from, false)
 }
 
-fn switch(system: &Path, action: &str, limit: u64, doing: &str, with_checks: bool) -> Result<Exited> {
+fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], with_checks: bool) -> Result<Exited> {
     let deadline = Instant::now() + Duration::from_secs(limit);
     let mut has_waited = false;
     loop {
+        if !from.is_empty() && !from.contains(&&*current()?) {
+            return Err(Error::new(format!("Failed to {doing}: {BY_ANOTHER}")).transient());
+        }
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
         let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };

@@ -47,13 +47,16 @@ pub enum Switched {
     },
     /// Nothing has changed: only a boot can bring the new system, for this reason.
     AtBoot(String),
-    /// Nothing has changed: a check of the new system's is against it.
+    /// Nothing has changed: a check of the new system's is against it, or somebody else is switching.
     Refused(Error),
 }
 
 impl Switched {
     /// What it was; fails if the activation did.
     pub fn of(ended: Exited) -> Result<Self> {
+        if ended.is_locked() {
+            return Ok(Self::Refused(ended.locked_out()));
+        }
         let code = ended.status.code();
         if matches!(code, Some(0 | 4)) {
             if code == Some(4) && ended.seen.iter().any(|line| line.contains(SNIPPET)) {
@@ -85,6 +88,16 @@ impl Exited {
     /// Whether the program could do nothing, since somebody else is switching this machine.
     pub fn is_locked(&self) -> bool {
         self.says_last(LOCKED)
+    }
+
+    /// Fails unless it did what it was to do besides activating a system.
+    pub fn switched(self) -> Result<()> {
+        if self.is_locked() { Err(self.locked_out()) } else { self.success() }
+    }
+
+    fn locked_out(self) -> Error {
+        self.failed("something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock")
+            .transient()
     }
 
     /// Whether it has failed in none of the documented ways, and its last line begins like this.
@@ -163,6 +176,11 @@ mod tests {
                 1,
                 "Pre-switch check 'switchInhibitors' failed\nPre-switch checks failed\n",
                 "at boot: its pre-switch check switchInhibitors failed",
+            ),
+            (
+                11,
+                "Could not acquire lock\n",
+                "refused: Failed to activate it: something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock",
             ),
             // it is somebody else who says so, in the middle of an activation
             (2, refused, "failed: Failed to activate it: exited with 2"),

@@ -162,11 +162,11 @@ fn check_own(what: &str, wanted: &[&str]) -> Result<()> {
 
 /// Has this machine run a system, and, if that is to last, boot it; not what has been refused, or has broken off.
 fn activate(system: &Path, to_last: bool) -> Result<()> {
-    let activated = system::switch_to(system, "test", SWITCH, &format!("activate {}", system.display()))?;
+    let activated = system::switch_to(system, "test", SWITCH, &format!("activate {}", system.display()), &[])?;
     // some unit may have failed, and some systems wait for a boot
     if to_last && matches!(activated.status.code(), Some(0 | 4 | 100)) {
         set_profile(system)?;
-        system::switch_to(system, "boot", SWITCH, "install the boot loader")?.success()?;
+        system::switch_to(system, "boot", SWITCH, "install the boot loader", &[])?.switched()?;
     }
     activated.success()
 }
