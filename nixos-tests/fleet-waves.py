@@ -175,8 +175,11 @@ with subtest("a canary that dies when it has deployed, or that runs something el
     push("the canary dies")
     assert poll(db)["result"] == "deployed"
     collect()
-    # who could speak to nobody is not silent: the hub was away
+    # who could speak to nobody is not silent: the hub was away, and if that cannot be noted, it is yet to be
     hub.succeed(f"touch -d '2 hours ago' {DIRECTORY}/received/db/heartbeat.json {DIRECTORY}/received/all.json")
+    hub.fault("ekiben", 2, "EIO", "fleet collect", "return.json")
+    hub.fail("systemctl start ekiben-hub-collect.service")
+    hub.no_fault()
     collect()
     assert "wave 1 of 3: 0 of 1 healthy" in (seen := stands()) and "silent" not in seen and renewed(before) == {"db"}, seen
     hub.succeed(f"echo $(($(date +%s) - 7200)) > {DIRECTORY}/received/return.json")

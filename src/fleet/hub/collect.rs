@@ -44,13 +44,13 @@ const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 /// hub's user, whose all has to be that is collected. `goes_on` is to begin waves whose time has come.
 pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     hub.check_ours()?;
-    let returned = snapshot::note_return(&hub.collected());
+    // or it would never be known, and who was silent meanwhile would have failed
+    snapshot::note_return(&hub.collected())?;
     let (hosts, plan) = (hub.hosts()?, Plan::read(hub));
     // one may have been removed meanwhile
     let is_served = |host| hub.hosts().is_ok_and(|hosts| hosts.contains(host));
     let mut failed: Vec<_> =
         hosts.iter().filter_map(|host| collect_host(hub, host, plan.as_ref()).err().filter(|_| is_served(host))).collect();
-    failed.extend(returned.err());
     failed.extend(clean_up(hub, &hosts).err());
     failed.extend(goes_on.then(|| rollout::advance(hub)).and_then(Result::err));
     failed.extend(standing::keep(hub).err());
