@@ -12,6 +12,8 @@ let
   };
 in
 {
+  # root can be cut off between two file operations
+  fileFaults = true;
   nodes.hub = {
     imports = [ collectsWhenTold ];
     services.ekiben.hub = {

@@ -117,6 +117,20 @@ with subtest("what somebody has written stays, until it is moved away"):
     tells()
 
 # on hosts alone
+with subtest("what root was cut off at is done after the next poll"):
+    for number, act in ((1, "kill"), (5, "EIO")):
+        serve("plain", f"plain {act}")
+        web.fault("ekiben", number, act, "install fleet")
+        run(web, "fleet")
+        web.wait_until_succeeds("systemctl is-failed ekiben-files.service")
+        web.no_fault()
+        web.succeed("systemctl reset-failed ekiben-files.service")
+        run(web, "fleet")
+        web.wait_until_succeeds(f"grep -x 'plain {act}' {SECRETS}/plain")
+        wait_until_idle(web, "files")
+    serve("plain", "third plain")
+    ask()
+
 with subtest("the hub serves nothing that somebody else could have chosen"):
     hub.succeed("systemctl stop ekiben-hub-files.timer",
         "mkdir -p /srv/agenix.d/1; echo fourth plain > /srv/agenix.d/1/plain; chown nobody /srv/agenix.d/1/plain; "

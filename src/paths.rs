@@ -70,6 +70,8 @@ places! {
     outbox: "outbox/<instance>";
     /// What is wrong with the hub's files, for the hub.
     trouble_with_files: "outbox/<instance>/files";
+    /// Its time is that of the last index of the hub's files that root has come to the end of.
+    served: "files/<instance>.served";
     /// Which of the hub's files are in their places. Root's only.
     installed: "files/<instance>.json";
 }

@@ -368,7 +368,7 @@ in
         "d /var/lib/ekiben/outbox/fleet 2750 root ${config.users.users.${fleet.user}.group} -"
         # when another user has become the instance's
         "Z /var/lib/ekiben/outbox/fleet - root ${config.users.users.${fleet.user}.group} -"
-        "d /var/lib/ekiben/files 0700 root root -"
+        "d /var/lib/ekiben/files 0711 root root -"
       ]
       # one that is there stays as it is
       ++ map (directory: "d ${directory} :0711 :root :root -") fleet.fileDirectories;

@@ -5,12 +5,12 @@
 //! says below which directories that may be, so that not even a hub in wrong hands can write
 //! anywhere else. A file that somebody else has made or changed is never replaced or removed.
 
-use std::fs::{self, DirBuilder, Metadata, Permissions};
+use std::fs::{self, DirBuilder, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::unistd::{Group, User};
 use serde_json::Value;
@@ -63,12 +63,16 @@ pub fn fetch(session: &mut Session, paths: &Paths, scratch: &Path) -> Result<()>
             }
             let known = paths.own(INDEX);
             let is_same = fs::read(&known).is_ok_and(|known| known == contents) && files::age(&known).is_ok_and(|age| age < AGAIN);
-            // what could not be put in its place before may be possible now
-            let is_done = is_same && !paths.trouble_with_files().exists();
+            // what root could not put in its place before, or was cut off at, may be possible now
+            let is_done = is_same && time(&known) == time(&paths.served()) && !paths.trouble_with_files().exists();
             return if is_done { Ok(()) } else { files::write(&known, &contents, 0o600).context(doing) };
         }
     }
     Err("the file does not match the index").context(doing).map_err(Error::transient)
+}
+
+fn time(path: &Path) -> Option<SystemTime> {
+    path.symlink_metadata().and_then(|metadata| metadata.modified()).ok()
 }
 
 /// Fetches the files that are not there yet. Returns whether all are there then.
@@ -107,6 +111,7 @@ fn read_index(contents: &[u8]) -> Result<(Vec<Served>, Vec<String>)> {
 /// Puts what was fetched in its places, and removes what the hub has no more. What is wrong with one
 /// file does not keep the others waiting; the hub is told of it with the next heartbeat.
 pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
+    let read = time(&paths.own(INDEX));
     let contents = files::if_there(files::read_foreign_below(&paths.own(""), INDEX, SMALL));
     let Some(contents) = contents.context(|| "read the index of the hub's files".into())? else { return Ok(()) };
     let (served, mut failed) = read_index(&contents)?;
@@ -136,6 +141,8 @@ pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
     let text = failed.iter().take(SAID).map(String::as_str).collect::<Vec<_>>().join("; ");
     let told = if failed.is_empty() { files::remove(&trouble) } else { files::write(&trouble, text.as_bytes(), 0o640) };
     told.doing("write", &trouble)?;
+    let served = File::create(paths.served()).and_then(|file| read.map_or(Ok(()), |time| file.set_modified(time)));
+    served.doing("write", &paths.served())?;
     if failed.is_empty() { Ok(()) } else { Err(Error::new(format!("Failed to install {} of the hub's files", failed.len()))) }
 }
 
