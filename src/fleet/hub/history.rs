@@ -70,7 +70,11 @@ pub fn note(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>, others:
         let line = serde_json::to_vec(&noted).doing("write", &file)?;
         // what is damaged, or of a newer version, stays
         let lines: Vec<_> = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).chain([&*line]).collect();
-        let contents = lines[lines.len().saturating_sub(KEPT)..].join(&b'\n');
+        // nor more than can be read again, however much was signed
+        let mut room = LARGE;
+        let fits = |line: &&&[u8]| room.checked_sub(line.len() as u64 + 1).map(|left| room = left).is_some();
+        let count = lines.iter().rev().take(KEPT).take_while(fits).count();
+        let contents = lines[lines.len() - count..].join(&b'\n');
         files::write(&file, &[&contents[..], b"\n"].concat(), 0o644).doing("write", &file)?;
         kept.push(noted);
     }
@@ -177,7 +181,13 @@ mod tests {
         assert_eq!(numbers(), [2, 2]);
         publish(3, json!({}));
         assert_eq!(numbers(), [3, 2, 2]);
-        assert_eq!(fs::read_to_string(file(&hub, &host)).unwrap().lines().count(), 4, "what is damaged stays");
+        let shorter = fs::read_to_string(file(&hub, &host)).unwrap();
+        assert_eq!(shorter.lines().count(), 4, "what is damaged stays");
+        // what fills it up keeps nothing from being noted
+        fs::write(file(&hub, &host), ("x".repeat(1024 * 1024 - 1) + "\n").repeat(64)).unwrap();
+        publish(3, json!({}));
+        assert_eq!(numbers(), [3]);
+        fs::write(file(&hub, &host), shorter).unwrap();
         // at a time of the hub's, and not of the publisher's choice
         let manifest = hub.release(&host).join("manifest.json");
         let text = fs::read_to_string(&manifest).unwrap().replace(r#"\"sequence\":3"#, r#"\"sequence\":4"#);
