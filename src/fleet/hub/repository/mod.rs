@@ -235,7 +235,7 @@ impl FleetRepository {
 
     /// The path of a file that is gone when this command ends.
     pub fn scratch(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(format!("of-{name}"))
+        self.scratch.path().join(format!("{name}.scratch"))
     }
 
     /// Unpacks a source, as the host does, and calls `then` with where it is.
