@@ -13,6 +13,9 @@ use serde_json::Value;
 
 use crate::text;
 
+/// How many values a text may have: some take a hundred times the memory of their letters.
+const MOST: usize = 500_000;
+
 /// Why a text or a value is not what was expected: at which key, what was found and what was expected.
 #[derive(Debug)]
 pub struct Invalid(Box<What>);
@@ -86,7 +89,25 @@ pub fn flat<'de, D: Deserializer<'de>, T: DeserializeOwned>(object: D) -> Result
 }
 
 fn value(text: &[u8]) -> Result<Value, Invalid> {
+    if values(text) > MOST {
+        return Err(Invalid::custom(format!("more than {MOST} values")));
+    }
     serde_json::from_slice(text).map_err(Invalid::custom)
+}
+
+/// How many values there are in a text, about.
+fn values(text: &[u8]) -> usize {
+    let (mut is_string, mut is_escaped, mut count) = (false, false, 0);
+    for byte in text {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = is_string,
+            b'"' => is_string = !is_string,
+            b'{' | b'[' | b',' if !is_string => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 impl Invalid {
@@ -308,6 +329,16 @@ mod tests {
 
     fn error(text: &str) -> String {
         parse::<Sample>(text.as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_text_has_no_more_values_than_fit_into_memory() {
+        let of = |one: &str, count: usize| parse::<Value>(format!("[{}0]", one.repeat(count)).as_bytes()).map(drop);
+        for (one, count) in [(r#"{"":0},"#, MOST / 2), ("[],", MOST / 2), ("0,", MOST), (r#""\\",{"a":"\"{","b":0},"#, MOST / 4)] {
+            of(one, count - 1).unwrap();
+            assert_eq!(of(one, count).unwrap_err().to_string(), "more than 500000 values", "{one}");
+        }
+        of(&format!("{:?},", r#"[{,\,""#.repeat(MOST)), 1).unwrap();
     }
 
     #[test]

@@ -123,6 +123,26 @@ impl LockFile {
         }
     }
 
+    /// Fails if an input of an input is to be a file of this machine that was no input before: whoever writes the former
+    /// would have all see what only this user can read.
+    pub fn check_no_new_file(&self, new: &Self) -> Result<()> {
+        let own = new.inputs(&new.root).values().filter_map(|edge| new.nodes.get(edge.as_str()?));
+        let known: BTreeSet<_> = gather(self.nodes.values().chain(own).flat_map(files));
+        let (mut todo, mut seen) = (vec![(String::new(), new.root.as_str())], BTreeSet::new());
+        while let Some((path, node)) = todo.pop() {
+            if !seen.insert(node) {
+                continue;
+            }
+            if let Some(file) = new.nodes.get(node).and_then(|node| files(node).find(|file| !known.contains(file))) {
+                let why = "of this machine, and in its Nix store now; if that is meant, run nix flake update, and commit flake.lock";
+                return Err(Error::new(format!("Failed to update inputs: {path} would be {file} {why}")));
+            }
+            let slash = if path.is_empty() { "" } else { "/" };
+            todo.extend(new.inputs(node).iter().filter_map(|(name, edge)| Some((format!("{path}{slash}{name}"), edge.as_str()?))));
+        }
+        Ok(())
+    }
+
     /// The path of the first input that differs, from the top-level input `name` on downwards;
     /// whatever hangs on an input for which `skip` is true does not count.
     fn difference(&self, new: &Self, name: &str, skip: &dyn Fn(&str) -> bool) -> Option<String> {
@@ -168,6 +188,14 @@ impl LockFile {
     }
 }
 
+/// Which files of this machine a node is, but for those that everybody can read.
+fn files(node: &Value) -> impl Iterator<Item = &str> {
+    let of = |key| ["original", "locked"].into_iter().filter_map(move |reference| node.get(reference)?.get(key)?.as_str());
+    let is_file = |url: &&str| url.split_once(':').is_none_or(|(scheme, _)| scheme.to_ascii_lowercase().ends_with("file"));
+    let is_private = |path: &&str| path.starts_with('/') && (!path.starts_with("/nix/store/") || path.contains("/.."));
+    of("url").filter(is_file).chain(of("path").filter(is_private))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,6 +230,40 @@ mod tests {
         }
         let error = old.check_only_changed(&lock("2", "1", "2"), &app).unwrap_err();
         assert!(error.to_string().contains("input other would change"));
+    }
+
+    #[test]
+    fn an_input_brings_no_files_of_this_machine() {
+        let lock = |root: Value, below: Value| {
+            let inputs = json!({"app": "app", "own": "own", "other": ["app", "below"]});
+            let app = json!({"locked": {"type": "github"}, "inputs": {"below": "below"}});
+            let nodes = json!({"root": {"inputs": inputs}, "app": app, "own": {"original": root}, "below": {"locked": below}});
+            LockFile::parse(Some(json!({"version": 7, "root": "root", "nodes": nodes}).to_string().as_bytes())).unwrap()
+        };
+        let plain = json!({"type": "github", "owner": "o"});
+        let none = LockFile::parse(None).unwrap();
+        for (kind, at, place, is_accepted) in [
+            ("path", "path", "/home/alice/.ssh", false),
+            ("path", "path", "/nix/store/../../home/alice", false),
+            ("path", "path", "/nix/store/x-source", true),
+            ("path", "path", "./lib", true),
+            ("file", "url", "file:///home/alice/key", false),
+            ("file", "url", "FILE:/home/alice/key", false),
+            ("git", "url", "git+file:///home/alice/private", false),
+            ("git", "url", "/home/alice/private", false),
+            ("git", "url", "https://example.org/file:x", true),
+            ("git", "url", "git@example.org:x", true),
+        ] {
+            let new = lock(plain.clone(), json!({"type": kind, at: place}));
+            for old in [&none, &lock(plain.clone(), plain.clone())] {
+                let said = old.check_no_new_file(&new).map_err(|error| error.to_string());
+                assert!(said.as_ref().map_or_else(|said| said.contains("app/below would be"), |()| is_accepted), "{said:?}");
+                assert_eq!(said.is_ok(), is_accepted, "{place}");
+            }
+            // where it was before, or is an input of the flake's own
+            new.check_no_new_file(&new).unwrap();
+            none.check_no_new_file(&lock(json!({"type": kind, at: place}), json!({"type": kind, at: place}))).unwrap();
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! What is evaluated and built is always an unpacked archive, so it is what the host will get. What a
 //! flake evaluated to is remembered for as long as the archive and the arguments are the same.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Result};
 use crate::fleet::hub::repository::{FleetRepository, Host, Packed, label};
+use crate::git::lockfile::LockFile;
 use crate::names::{HostName, StorePath};
 use crate::nix::cache::Cache;
 use crate::nix::{Source, nix, updated_lock_file};
@@ -81,8 +83,12 @@ impl FleetRepository {
     /// The lock file of a flake with these inputs updated, or all if none are named.
     pub fn updated(&self, flake: &Packed, cache: &Cache, inputs: &[String], limit: Duration) -> Result<Option<Vec<u8>>> {
         self.with_unpacked(flake, "update", |directory| {
-            let flake = format!("path:{}", directory.display());
-            updated_lock_file(cache, &flake, inputs, &directory.with_extension("lock"), limit)
+            let (flake, path) = (format!("path:{}", directory.display()), directory.join("flake.lock"));
+            let old = files::if_there(fs::read(&path)).doing("read", &path)?;
+            let new = updated_lock_file(cache, &flake, inputs, &directory.with_extension("lock"), limit)?;
+            // of a machine that publishes, no input's author decides; of one that follows, whoever does is root anyway
+            LockFile::parse(old.as_deref())?.check_no_new_file(&LockFile::parse(new.as_deref())?)?;
+            Ok(new)
         })
     }
 
