@@ -107,6 +107,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
 
     let generation = profile::current_generation()?;
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
+    let running = system::current()?;
     let before = before(paths, run, generation.clone())?;
     run.before = Some(before.clone());
     integrity::sync()?;
@@ -117,7 +118,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
         if inhibitors.is_empty() {
             run.enter(Phase::Switching)?;
             fault::point("activate: switching");
-            switch::switch(run, &target, &before)?;
+            switch::switch(run, &target, &before, &running)?;
             fault::point("activate: switched");
         } else {
             switch::at_boot(run, &inhibitors.join("; "));

@@ -20,11 +20,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Each of so many of them is a close one: at what systemd has restarted, and at the health checks.
 const LOOKS: u32 = 5;
 
-/// Activates the candidate without making it what is booted. Fails, and has the run start over, if another hand has switched before.
-pub fn switch(run: &mut Run, system: &Path, before: &Before) -> Result<()> {
-    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system", &[&before.system]);
+/// Activates the candidate without making it what is booted. Fails, and has the run start over, if another hand has switched
+/// since this was `running`, which what is gone back to need not be.
+pub fn switch(run: &mut Run, system: &Path, before: &Before, running: &Path) -> Result<()> {
+    let ended = system::switch_to(system, "test", run.instance.timeouts.activate, "activate the new system", &[running]);
     let ended = match ended {
-        Err(error) if ![system, &before.system].contains(&&*system::current()?) => {
+        Err(error) if ![system, running].contains(&&*system::current()?) => {
             // another hand: what it did is to stay
             leave(run)?;
             run.decision = Some(Decision::StartOver).filter(|_| run.trigger != Trigger::Rollback);
@@ -153,6 +154,6 @@ pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> R
     run.warnings.push(format!("{error}; the old system failed, too, so the new one stays"));
     run.passed = local;
     run.enter(Phase::Switching)?;
-    switch(run, system, before)?;
+    switch(run, system, before, &before.system)?;
     health::verify(&checks, &run.passed).map(|()| true)
 }
