@@ -516,6 +516,38 @@ with subtest("flake-update takes inputs and hosts"):
     hub.succeed("mv /srv/away /srv/app")
     hub.succeed(fleet("deploy"))
 
+with subtest("Who writes an input cannot have this machine's files read"):
+    leak = lambda arguments: as_deploy(f"ekiben fleet --repository /home/deploy/leak {arguments} 2>&1")
+    lock_file = "/home/deploy/leak/hosts/leak/flake.lock"
+    hub.succeed(as_deploy("mkdir -p /home/deploy/lib; git init -qb main /home/deploy/lib; cp -r /srv/app /home/deploy/private"), leak("init"))
+    write(hub, "/home/deploy/leak/hosts/leak/flake.nix", f'''{{ inputs.lib.url = "git+file:///home/deploy/lib";
+      outputs = {{ self, lib }}: {{ nixosConfigurations.leak = {stand_in("leak", "lib.says")}; }}; }}''')
+
+    def change_lib(url, says):
+        inputs = f'inputs.key = {{ url = "{url}"; flake = false; }};' if url else ""
+        write(hub, "/home/deploy/lib/flake.nix", f"{{ {inputs} outputs = inputs: {{ says = {says}; }}; }}")
+        hub.succeed(as_deploy("cd /home/deploy/lib; rm -f flake.lock; git add --all; git commit -qm change"))
+
+    change_lib("", '"1"')
+    hub.succeed(leak("flake-update"))
+    before = hub.succeed(f"cat {lock_file}")
+    for url, says in (
+        ("path:/home/deploy/private", 'builtins.readFile "${inputs.key}/content"'),
+        ("file:///home/deploy/key", "builtins.readFile inputs.key"),
+        ("git+file:///home/deploy/private", 'builtins.readFile "${inputs.key}/content"'),
+    ):
+        change_lib(url, says)
+        for arguments in ("flake-update", "flake-update lib"):
+            said = hub.fail(leak(arguments))
+            assert "Failed to update inputs: lib/key would be" in said and "/home/deploy/" in said, said
+        assert hub.succeed(f"cat {lock_file}") == before
+    # if somebody means it
+    hub.succeed(as_deploy("cd /home/deploy/leak/hosts/leak; nix flake update --flake path:."))
+    assert "file:///home/deploy/private" in hub.succeed(f"cat {lock_file}")
+    hub.succeed(as_deploy("cd /home/deploy/lib; git commit -qm again --allow-empty"), leak("flake-update"))
+    assert "hosts/leak: unchanged" in hub.succeed(leak("flake-update lib"))
+    hub.succeed("rm -r /home/deploy/leak /home/deploy/lib /home/deploy/private")
+
 with subtest("Of two deploys at once, one waits, and both are seen"):
     said = hub.succeed(f"flock {SERVED}/received sleep 2 & sleep 0.5; " + fleet("deploy web", prefix="date +%s.%N;") + "; date +%s.%N")
     assert float(said.split()[-1]) - float(said.split()[0]) > 1 and "publishing;" in said, said
