@@ -179,8 +179,8 @@ let
           ];
           default = "rollback";
           description = ''
-            What to do if a unit fails in the switch that had not failed before: roll back, or keep the new
-            system and report a warning.
+            What to do if a unit fails in the switch that had not failed before, or cannot be started or
+            reloaded: roll back, or keep the new system and report a warning.
           '';
         };
         rollback = whether true ''
