@@ -345,7 +345,8 @@ if STAND_IN:
             publish(machine, "app", content)
             before = what_stays(machine)
             machine.succeed("systemctl start --no-block ekiben-app.service")
-            machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-app | grep -x activating")
+            # before that, there is no run yet
+            machine.wait_until_succeeds("test -e /var/lib/ekiben/runs/app.json")
             # anywhere within a run, which takes about a second
             time.sleep(random.random() * 1.2)
             machine.succeed("systemctl kill --kill-whom=all --signal=KILL ekiben-app.service || true")

@@ -81,20 +81,20 @@ impl Error {
 }
 
 /// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
-const MACHINE: [&str; 27] = [
+const MACHINE: [&str; 26] = [
+    // Nix, of one of its caches; what is damaged is said in other words
+    ".sqlite': unable to open database file",
     // Nix could not open the file
     "acquiring/releasing lock",
     "attempt to write a readonly database",
     "cannot allocate memory",
     "cannot connect to socket",
     "cannot open connection to remote store",
-    "cannot open sqlite database",
     "database or disk is full",
     "disk i/o error",
     "disk quota exceeded",
     "due to signal 15",
     "due to signal 9",
-    "executing sqlite",
     "exit code 137",
     "input/output error",
     "interrupted by the user",
@@ -247,6 +247,7 @@ mod tests {
             ("error: writing to file: No space left on device", true, false),
             ("error: executing SQLite statement 'insert': database or disk is full", true, false),
             ("error: cannot open SQLite database '/x/eval-cache-v5/y.sqlite': unable to open database file", true, false),
+            ("error: executing SQLite statement 'pragma': file is not a database, file is not a database (in '/x/y.sqlite')", false, false),
             ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, false),
             ("error: cannot open connection to remote store 'daemon': error: reading from file: Connection reset by peer", true, false),
             ("error: builder for '/nix/store/x.drv' failed due to signal 9 (Killed)", true, false),
