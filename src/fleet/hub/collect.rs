@@ -44,8 +44,9 @@ const ON_ITS_WAY: Duration = Duration::from_secs(3600);
 /// hub's user, whose all has to be that is collected. `goes_on` is to begin waves whose time has come.
 pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     hub.check_ours()?;
+    let incomplete = |error: &Error| Error::new(format!("Failed to collect all that hosts have sent: {error}"));
     // or it would never be known, and who was silent meanwhile would have failed
-    snapshot::note_return(&hub.collected())?;
+    snapshot::note_return(&hub.collected()).map_err(|error| incomplete(&error))?;
     let (hosts, plan) = (hub.hosts()?, Plan::read(hub));
     // one may have been removed meanwhile
     let is_served = |host| hub.hosts().is_ok_and(|hosts| hosts.contains(host));
@@ -59,8 +60,7 @@ pub fn collect(hub: &ServedDirectory, goes_on: bool) -> Result<()> {
     for error in &failed {
         log::error!("{error}.");
     }
-    let all = |error| Error::new(format!("Failed to collect all that hosts have sent: {error}"));
-    failed.first().map_or(Ok(()), |error| Err(all(error)))
+    failed.first().map_or(Ok(()), |error| Err(incomplete(error)))
 }
 
 /// Takes in what the named hosts have sent, or all; or what a hub elsewhere knows of them, with one more of its files:
