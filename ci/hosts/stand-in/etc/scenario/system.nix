@@ -71,7 +71,7 @@ let
             unit) printf '[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n' > $units/scenario-trouble.service ;;
             mortal*)
               set -- $trouble
-              printf '%s\n' [Unit] StartLimitIntervalSec=0 [Service] "ExecStart=/bin/sh -c 'sleep $2; exit $3'" Restart=$4 \
+              printf '%s\n' [Unit] StartLimitIntervalSec=0 [Service] "ExecStart=/bin/sh -c 'sleep $2; exit $3'" Restart=$4 RestartSec=0 \
                 [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
               ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
