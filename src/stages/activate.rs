@@ -45,8 +45,12 @@ pub fn activate(paths: &Paths, config: Option<&Config>) -> Result<()> {
             // its units have been stopped for that, and could not be started: the next boot goes on from here
             return Err(Error::new("Failed to activate: the machine is shutting down; the run will be ended after the next boot"));
         }
-        let failure = run.failure.take().unwrap_or_else(|| Failure::new(Stage::Activate, &error));
-        run.failure = Some(failure).filter(|_| run.decision.is_none());
+        if run.decision.is_some() {
+            // it has not failed, but starts over
+            run.failure = None;
+        } else {
+            run.failure.get_or_insert_with(|| Failure::new(Stage::Activate, &error));
+        }
         // the end is the same if this cannot be written, but for the reason in its report
         let _ = run.save();
     }
@@ -134,8 +138,9 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
             }
         }
         let is_set = profile::current_generation()? != generation;
+        let is_switched = if run.reboot_needed { is_set } else { system::current()? != target };
         let fail = |why| Err(Error::new(format!("Failed to complete the switch: {why}")).transient());
-        if if run.reboot_needed { is_set } else { system::current()? != target } {
+        if is_switched {
             // another hand: what it did is to stay
             switch::leave(run)?;
             return fail(BY_ANOTHER);
