@@ -116,6 +116,13 @@ with subtest("what somebody has written stays, until it is moved away"):
     is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
     tells()
 
+with subtest("a directory for files that somebody has removed is made again"):
+    web.succeed(f"rm -r {SECRETS}")
+    ask()
+    is_there(f"{SECRETS}/plain", "third plain", "400 root:root")
+    assert web.succeed(f"stat -c '%a %U' {SECRETS}") == "711 root\n"
+    tells()
+
 # on hosts alone
 with subtest("what root was cut off at is done after the next poll"):
     for number, act in ((1, "kill"), (5, "EIO")):

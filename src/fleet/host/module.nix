@@ -172,6 +172,10 @@ let
     };
     startLimitIntervalSec = 0;
     serviceConfig = offlineSandbox // {
+      # what somebody has removed since the boot; the sandbox is made of what there is then
+      ExecStartPre = "-+${lib.getExe' config.systemd.package "systemd-tmpfiles"} --create ${
+        lib.concatMapStringsSep " " (directory: "--prefix=${directory}") fleet.fileDirectories
+      }";
       ExecStart = "${ekiben} install fleet";
       # root, to read what the instance's user has fetched, and to hand it over; not to do what root otherwise may
       CapabilityBoundingSet = "CAP_CHOWN CAP_DAC_READ_SEARCH";
