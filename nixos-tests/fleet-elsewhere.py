@@ -184,11 +184,11 @@ with subtest("from a third machine, without root, a release is published, follow
     assert "web: unchanged" in desk.succeed(fleet("deploy"))
     becomes("new machine")
     follows(first)
-    assert "activating the configuration" in desk.succeed(fleet("log web"))
-    when, identifier, how = desk.succeed(fleet("log --list web")).splitlines()[1].split("  ")[:3]
+    assert "activating the configuration" in desk.succeed(fleet("log web last"))
+    when, identifier, how = desk.succeed(fleet("log web")).splitlines()[1].split("  ")[:3]
     assert when.endswith(" ago") and how == "deployed"
-    assert desk.succeed(fleet(f"log web {identifier}")) == desk.succeed(fleet("log web"))
-    assert "no report of run \"none\" has arrived; see ekiben fleet log --list web" in desk.fail(fleet("log web none"))
+    assert desk.succeed(fleet(f"log web {identifier}")) == desk.succeed(fleet("log web last"))
+    assert "no report of run \"none\" has arrived; see ekiben fleet log web" in desk.fail(fleet("log web none"))
     assert "up to date" in desk.succeed(fleet("diff"))
     assert "there is web" in desk.fail(fleet("log db")) and "there is web" in desk.fail(fleet("status db"))
     assert "on its own" in desk.fail(fleet("collect"))
@@ -284,7 +284,7 @@ with subtest("what one publisher leaves there runs nothing at another's, removes
         desk.succeed(f"printf %s {shlex.quote(index)} > /tmp/received.json; chmod 644 /tmp/received.json")
         desk.succeed(sftp("put /tmp/received.json hosts/web/release/evil", "rename hosts/web/release/evil hosts/web/release/received.json",
                           "put /tmp/received.json hosts/web/release/received.json.new"))
-        assert "activating the configuration" in desk.succeed(fleet("log web", "alice"))
+        assert "activating the configuration" in desk.succeed(fleet("log web last", "alice"))
         # the hub puts that right, and goes on
         hub.wait_until_succeeds(f"jq -e '.reports[-1] == \"{newest}\" and (.reports | length) < 10' {RELEASE}/received.json")
     assert hub.succeed(f"ls {HUB}/received/web") == reports

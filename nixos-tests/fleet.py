@@ -139,7 +139,7 @@ with subtest("what the hub has built, and the host can have, is neither evaluate
     toplevel = substitute()
     assert poll(web)["result"] == "deployed", last_run(web, "fleet")
     assert shows(web, "app") == content and running(web) == toplevel
-    said = hub.succeed(fleet("log web"))
+    said = hub.succeed(fleet("log web last"))
     assert "activating" in said and "evaluating" not in said and "building" not in said, said
 
 # on hosts alone
@@ -174,7 +174,7 @@ with subtest("what does not run is rolled back, and the hub says so"):
     assert poll(plain)["result"] == "rolledBack", last_run(plain, "fleet")
     becomes(hub, "plain", "rolled back")
     hub.fail(fleet("status plain"))
-    assert "Activation script snippet" in hub.succeed(fleet("log plain"))
+    assert "Activation script snippet" in hub.succeed(fleet("log plain last"))
     change_hosts(hub, "plain")
     hub.succeed(fleet("deploy plain"))
     assert poll(plain)["result"] == "deployed", last_run(plain, "fleet")

@@ -30,7 +30,7 @@ _ekiben() {
         "fleet status"*) words=$($hosts) options="--json --html --wide --once" ;;
         "fleet history"*) words=$($hosts) options="--json" ;;
         "fleet renew"*) words=$($hosts) options="--jobs" ;;
-        "fleet log"*) words=$($hosts) options="--list" ;;
+        "fleet log"*) words=$($hosts) ;;
         "fleet resume"* | "fleet diff"* | "fleet flake-update"*) words=$($hosts) ;;
     esac
     [[ $word != -* ]] || words=$options

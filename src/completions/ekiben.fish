@@ -53,7 +53,6 @@ complete -c ekiben -n "__ekiben_after fleet collect" -l html -r
 complete -c ekiben -n "__ekiben_after fleet collect" -l metrics -r
 complete -c ekiben -n "__ekiben_after fleet status" -l wide
 complete -c ekiben -n "__ekiben_after fleet status" -l once
-complete -c ekiben -n "__ekiben_after fleet log" -l list
 for command in build deploy hold resume renew status history log diff flake-update
     complete -c ekiben -n "__ekiben_after fleet $command" -a "(__ekiben_names ekiben fleet status --once)"
 end

@@ -31,7 +31,7 @@ _ekiben() {
         "fleet status"*) found=($($hosts)) options=(--json --html --wide --once) ;;
         "fleet history"*) found=($($hosts)) options=(--json) ;;
         "fleet renew"*) found=($($hosts)) options=(--jobs) ;;
-        "fleet log"*) found=($($hosts)) options=(--list) ;;
+        "fleet log"*) found=($($hosts)) ;;
         "fleet resume"* | "fleet diff"* | "fleet flake-update"*) found=($($hosts)) ;;
     esac
     [[ ${words[CURRENT]} != -* ]] || found=($options)

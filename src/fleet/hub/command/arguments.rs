@@ -29,8 +29,8 @@ Usage: ekiben fleet [--repository DIR] [--directory DIR] COMMAND
                      repository do not agree
   history [--json] [HOST...]
                      show what has been published, and from which commits
-  log HOST [RUN]     show the log of the last run on a host, or of that run
-  log --list HOST    list the runs of a host
+  log HOST [RUN]     list the runs of a host, or show the log of one of them,
+                     or of the last one, where RUN is last
   diff [HOST...]     show how running systems and repository differ
   hold [--for DURATION] [--reason TEXT] [HOST...]
                      have nothing new be published for hosts; without hosts,
@@ -64,7 +64,7 @@ pub const OPTIONS: [(&str, &[&str]); 14] = [
     ("renew", &["--jobs"]),
     ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
-    ("log", &["--list"]),
+    ("log", &[]),
     ("diff", &[]),
     ("flake-update", &[]),
     ("bootstrap", &[]),

@@ -81,11 +81,10 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
         ["history", ref hosts @ ..] => fleet.history(hosts),
         ["status", ref hosts @ ..] => fleet.status(hosts),
         ["log", ref hosts @ ..] if arguments.words[1..].iter().any(|word| word.starts_with('@')) => {
-            hosts.iter().try_fold(ExitCode::SUCCESS, |_, host| print(&format!("{host}:\n")).and_then(|_| fleet.log(host, None)))
+            hosts.iter().try_fold(ExitCode::SUCCESS, |_, host| print(&format!("{host}:\n")).and_then(|_| fleet.runs(host)))
         }
-        ["log", host] if arguments.has("--list") => fleet.runs(host),
-        ["log", host] => fleet.log(host, None),
-        ["log", host, run] => fleet.log(host, Some(run)),
+        ["log", host] => fleet.runs(host),
+        ["log", host, run] => fleet.log(host, run),
         ["diff", ref hosts @ ..] => fleet.diff(hosts),
         ["flake-update", ref words @ ..] => fleet.flake_update(words),
         ["bootstrap", host] => print(&guide::bootstrap(&fleet.settings, &fleet.hub, fleet.place.as_deref(), host)?),

@@ -18,6 +18,8 @@ use crate::{files, table};
 
 /// How many runs of a host are listed.
 const LISTED: usize = 30;
+/// The newest run of a host, whose identifier nobody has to know.
+const LAST: &str = "last";
 
 impl Fleet<'_> {
     /// The host of that name, and its runs of which reports have arrived, the newest last.
@@ -42,18 +44,19 @@ impl Fleet<'_> {
                 rows.push([ago(run.finished, now()), short(id), run.result.to_string(), release, run.error.unwrap_or_default()]);
             }
         }
-        print(&(table::lines(&rows).join("\n") + "\n")).map(|()| ExitCode::SUCCESS)
+        let lines = if runs.is_empty() { vec!["no report has arrived".into()] } else { table::lines(&rows) };
+        print(&(lines.join("\n") + "\n")).map(|()| ExitCode::SUCCESS)
     }
 
-    /// Shows the log of the last run of a host, or of the one whose identifier is or begins so.
-    pub(super) fn log(&self, host: &str, run: Option<&str>) -> Result<ExitCode> {
+    /// Shows the log of a run of a host: of that whose identifier is or begins so, or of the last one.
+    pub(super) fn log(&self, host: &str, run: &str) -> Result<ExitCode> {
         let (host, mut runs) = self.reported(host)?;
         let doing = || format!("show a log of {host}");
-        let run = if let Some(run) = run {
-            let known = runs.into_iter().rfind(|id| id.starts_with(run));
-            known.ok_or_else(|| format!("no report of run {run:?} has arrived; see ekiben fleet log --list {host}")).context(doing)?
-        } else {
+        let run = if run == LAST {
             runs.pop().ok_or("no report has arrived").context(doing)?
+        } else {
+            let known = runs.into_iter().rfind(|id| id.starts_with(run));
+            known.ok_or_else(|| format!("no report of run {run:?} has arrived; see ekiben fleet log {host}")).context(doing)?
         };
         let path = self.hub.received(&host).join(format!("{run}.log.gz"));
         self.hub.take_in_file(&path)?;
