@@ -185,6 +185,26 @@ with subtest("another system is set for the next boot by hand after the switch: 
     settle()
     check_deployed(machine, "app")
 
+with subtest("another system is set for the next boot by hand before a run: that is said, and how to have it back"):
+    publish(machine, "other", str(next(COUNT)))
+    deploy(machine, UPDATE)
+    build_into_profile(machine)
+    deploy(machine, "git reset -q --hard HEAD~1")
+    wanted = generation(machine)
+    number = wanted.split("-")[1]
+    assert f"generation {number} is set for the next boot by hand" in machine.fail("ekiben status")
+    publish(machine, "app", str(next(COUNT)))
+    ended = run(machine, "app")
+    said = [warning for warning in ended["warnings"] if warning.startswith(f"generation {number}, ")]
+    assert ended["result"] == "deployed" and len(said) == 1, ended
+    check_deployed(machine, "app")
+    machine.succeed("ekiben status")
+    machine.succeed(said[0].split("to have it back: ")[1])
+    assert generation(machine) == wanted
+    # what it is superseded by is what was deployed
+    rebuild(machine)
+    machine.succeed("ekiben status")
+
 # on hosts alone
 if is_host(machine):
     with subtest("a user stops what checks the candidate: nobody else waits for that"):

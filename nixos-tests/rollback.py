@@ -257,6 +257,23 @@ with subtest("somebody else is switching: waited for"):
     check_deployed(server, "app")
 
 # on hosts alone
+with subtest("somebody else is switching, and breaks something for a moment: that was not broken before"):
+    publish(server, "app", next(COUNT), trouble="network")
+    before = everything()
+    server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")
+    server.wait_until_fails("flock --nonblock /run/nixos/switch-to-configuration.lock true")
+    server.succeed("ip link set eth1 down")
+    follow(server, "app")
+    server.succeed("systemctl start --no-block ekiben-app.service")
+    wait_until_said(server, "app", "Something else is switching this machine; waiting ...")
+    server.succeed("ip link set eth1 up")
+    server.wait_until_succeeds("ping -c 1 -W 1 client")
+    server.succeed("systemctl stop holder")
+    wait_until_idle(server, "app")
+    ended = last_run(server, "app")
+    assert ended["result"] == "rolledBack" and "health check network" in ended["error"], ended
+    check_unchanged(before)
+
 with subtest("somebody else is switching without end: nothing has changed, and nobody else is to blame"):
     publish(server, "app", next(COUNT))
     server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use crate::config::{Config, Instance, Reboot, When, Window};
-use crate::nix::profile;
+use crate::nix::profile::{self, Generation, SYSTEM_PROFILE};
 use crate::paths::{Paths, rebooted_for};
 use crate::run::Outcome;
 use crate::run::hold::Hold;
+use crate::run::journal::Run;
 use crate::run::status::{Deployed, Status, all_deployed};
 use crate::system;
 use crate::text::span;
@@ -37,6 +38,41 @@ pub fn drift(paths: &Paths) -> Option<String> {
         profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
     };
     Some(format!("this machine runs {}{how}; {} is deployed{but}", name(&running), name(deployed)))
+}
+
+/// What is set for the next boot by hand, in a line: it neither runs, nor is anything that Ekiben has had be booted.
+pub fn pending(paths: &Paths) -> Option<String> {
+    let all: Vec<_> = paths.with_status().iter().map(Status::read).collect();
+    let is_ours = |status: &Status| status.running.as_ref().is_some_and(|running| running.stage.may_switch()) || is_stuck(status);
+    let (next, running) = (profile::current_generation().ok()??, system::current().ok()?);
+    let awaited = all.iter().filter_map(|status| Some(&status.awaiting.as_ref()?.system));
+    // what has booted and is not well has had what was before be booted next
+    let unfit = all.iter().any(|status| status.unfit.as_ref().is_some_and(|(boot, _)| *boot == system::boot_id()));
+    if unfit || all.iter().any(is_ours) || awaited.clone().any(|system| *system == next.system) {
+        return None;
+    }
+    is_by_hand(paths, &next, &running).then(|| {
+        format!("generation {} is set for the next boot by hand; reboot to that, or it is superseded by what is deployed next", next.number)
+    })
+}
+
+/// That a run whose system is booted from now on has taken the place of what was set for that by hand, and how to have it back.
+pub fn superseded(paths: &Paths, run: &Run) -> Option<String> {
+    let before = run.before.as_ref()?;
+    let next = before.generation.as_ref().filter(|next| !run.is_candidate(&next.system) && is_by_hand(paths, next, &before.system))?;
+    if matches!(Run::load_unfit(&before.system), Ok(Some(_))) {
+        return None;
+    }
+    Some(format!(
+        "generation {number}, which was set for the next boot by hand, is superseded; to have it back: \
+         nix-env -p {SYSTEM_PROFILE} --switch-generation {number} && {SYSTEM_PROFILE}/bin/switch-to-configuration boot",
+        number = next.number
+    ))
+}
+
+/// Whether a generation neither runs nor is what an instance has deployed last.
+fn is_by_hand(paths: &Paths, next: &Generation, running: &Path) -> bool {
+    !system::is_of(&next.system, running) && all_deployed(paths).iter().all(|deployed| deployed.system != next.system)
 }
 
 /// Whether the last run that has changed what this machine runs could not undo that.

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::gather::gather;
 use crate::nix::progress;
 use crate::paths::Paths;
-use crate::run::drift::{awaits, drift, unwell};
+use crate::run::drift::{awaits, drift, pending, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::notify::untold;
@@ -85,9 +85,9 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     // before all else: what began later is no fault
     let units = unit_states(&names);
     // of the machine, not of one of them
-    let drift = drift(&Paths::new(""));
+    let machine: Vec<_> = [drift, pending].iter().filter_map(|of| of(&Paths::new(""))).collect();
     let shown: BTreeMap<String, Details> =
-        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(config, name, &units, drift.as_deref()))));
+        gather(names.iter().map(|name| ((*name).to_owned(), Details::of(config, name, &units, &machine))));
     if json {
         return output::print_json(&shown).map(|()| ExitCode::SUCCESS);
     }
@@ -228,7 +228,7 @@ fn asked(trigger: Trigger, by: &[String]) -> String {
 }
 
 impl Details {
-    fn of(config: &Config, name: &str, units: &BTreeMap<String, Unit>, drift: Option<&str>) -> Self {
+    fn of(config: &Config, name: &str, units: &BTreeMap<String, Unit>, machine: &[String]) -> Self {
         let paths = Paths::new(name);
         let has_webhook = config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
         let (request, status) = (paths.request(), Status::read(&paths));
@@ -237,7 +237,7 @@ impl Details {
         let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
         let mut problems = problems(&paths, units, &status, since, now());
         problems.extend(unwell(&paths, &status).map(|why| format!("not well any more: {why}; see to that, or run ekiben rollback {name}")));
-        problems.extend(drift.map(String::from));
+        problems.extend_from_slice(machine);
         problems.extend(untold(&paths, now()));
         problems.extend(has_webhook.then(|| webhook_problems(units, now())).into_iter().flatten());
         Self {

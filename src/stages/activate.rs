@@ -113,6 +113,11 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     let is_booted = generation.as_ref().is_some_and(|generation| generation.system == system);
     let running = system::current()?;
     let before = before(paths, run, generation.clone())?;
+    if (profile::current_generation()?, system::current()?) != (generation.clone(), running.clone()) {
+        // another hand, which was waited for: where the run goes on from, it has not looked at
+        let fail = || Err(Error::new(format!("Failed to activate: {BY_ANOTHER}")).transient());
+        return if run.trigger == Trigger::Rollback { fail() } else { run.decide(Decision::StartOver) };
+    }
     run.before = Some(before.clone());
     integrity::sync()?;
 
@@ -239,11 +244,14 @@ fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Resul
         run.passed = passed;
         before
     } else {
-        if run.candidate.as_ref() != Some(&system) {
-            let (passing, ignored) = health::passing(&run.instance.health_checks);
-            run.passed = passing;
-            run.warnings.extend(ignored);
-        }
+        let is_new = run.candidate.as_ref() != Some(&system);
+        // what another hand's switch has stopped for a moment is not what was broken before
+        let ((passing, ignored), units) = system::at_rest(run.instance.timeouts.activate, || {
+            let checks = if is_new { health::passing(&run.instance.health_checks) } else { (run.passed.clone(), Vec::new()) };
+            Ok((checks, Units::before()?))
+        })?;
+        run.passed = passing;
+        run.warnings.extend(ignored);
         let units = match Run::load_unfit(&system)? {
             // what has booted and is not well is no measure
             Some(Run { before: Some(good), passed, instance: Instance { health_checks, .. }, .. }) => {
@@ -252,7 +260,7 @@ fn before(paths: &Paths, run: &mut Run, generation: Option<Generation>) -> Resul
                 run.worse = good.units.worse_under(&good.system, &system)?.into_keys().collect();
                 good.units
             }
-            _ => Units::before()?,
+            _ => units,
         };
         Before { system, generation, last_generation: profile::last_generation()?, units }
     };

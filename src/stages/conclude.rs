@@ -16,7 +16,7 @@ use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::host::outbox;
 use crate::nix::{self, integrity, profile};
 use crate::paths::Paths;
-use crate::run::drift::drift;
+use crate::run::drift::{drift, superseded};
 use crate::run::ended::Ended;
 use crate::run::journal::{Decision, Phase, Run, UNFIT};
 use crate::run::notes::{Notes, run_id};
@@ -264,6 +264,9 @@ fn forget_candidate(paths: &Paths, run: &mut Run) -> Result<()> {
 pub fn report(paths: &Paths, run: &Run, result: Outcome) -> Result<()> {
     let mut ended = Ended::new(run, result);
     ended.reboot_needed &= profile::current_generation()?.is_some_and(|next| system::current().is_ok_and(|current| current != next.system));
+    if matches!(result, Outcome::Deployed | Outcome::AwaitingBoot) {
+        ended.warnings.extend(superseded(paths, run));
+    }
     if let Some(undone) = &run.undoes {
         let what = undone.summary.as_deref().filter(|what| !what.is_empty()).map(|what| format!(": {what}")).unwrap_or_default();
         ended.summary = Some(format!("undo {}{what}", short(&undone.commit)));

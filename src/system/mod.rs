@@ -8,15 +8,16 @@ pub mod service;
 pub mod switched;
 pub mod units;
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{major, minor};
 use sd_notify::NotifyState;
 
 use crate::error::{Context, Error, Result};
@@ -26,6 +27,8 @@ use crate::system::switched::WATCHED;
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
+/// Held by `switch-to-configuration`.
+const SWITCH_LOCK: &str = "/run/nixos/switch-to-configuration.lock";
 /// Between two attempts to switch while somebody else does.
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long what ought to work is tried again.
@@ -265,9 +268,53 @@ fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], 
     }
 }
 
+/// Looks at this machine while nobody else switches it, and again where somebody has meanwhile; within a limit in seconds.
+pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(limit);
+    loop {
+        let before = is_being_switched()?;
+        let seen = if before.0 { None } else { Some(look()?) };
+        if let Some(seen) = seen.filter(|_| is_being_switched().is_ok_and(|after| after == before)) {
+            show("");
+            return Ok(seen);
+        }
+        if Instant::now() > deadline {
+            return Err(Error::new("Failed to look at what runs: something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock").transient());
+        }
+        log::info!("Something else is switching this machine; waiting ...");
+        show("something else is switching this machine");
+        thread::sleep(PAUSE);
+    }
+}
+
+/// Whether somebody switches this machine, and what tells one switch from the next. Who took the lock to find out would have
+/// another's switch fail.
+fn is_being_switched() -> Result<(bool, Option<SystemTime>)> {
+    let locks = fs::read_to_string("/proc/locks").doing("read", Path::new("/proc/locks"))?;
+    // as there: where a file is, and which it is
+    let name = |lock: Metadata| format!("{:02x}:{:02x}:{}", major(lock.dev()), minor(lock.dev()), lock.ino());
+    let lock = fs::metadata(SWITCH_LOCK).map(name).unwrap_or_default();
+    let current = fs::symlink_metadata(CURRENT).and_then(|metadata| metadata.modified());
+    Ok((has_lock(&locks, &lock), current.ok()))
+}
+
+/// Whether somebody has the lock of a file, rather than waits for it.
+fn has_lock(locks: &str, file: &str) -> bool {
+    locks.lines().any(|line| line.contains(" FLOCK ") && !line.contains(" -> ") && line.split_whitespace().any(|word| word == file))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_a_lock_is_told_from_who_waits_for_it() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 71 00:1a:123 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 72 00:1a:124 0 EOF\n\
+                     2: POSIX  ADVISORY  WRITE 73 00:1a:125 0 EOF\n";
+        let files = ["00:1a:123", "00:1b:123", "00:1a:23", "00:1a:124", "00:1a:125", ""];
+        let held: Vec<&str> = files.into_iter().filter(|file| has_lock(locks, file)).collect();
+        assert_eq!(held, ["00:1a:123"]);
+    }
 
     #[test]
     fn the_running_system_is_found_in_a_sandbox() {
