@@ -112,7 +112,10 @@ with subtest("Prometheus can read the metrics, and its alerts find what is wrong
 with subtest("who may only read is told that the hub does not collect, and is not told that all hosts are silent as if that were known"):
     seen = "cd /; ekiben fleet status db web 2>&1"
     old = f"touch -d '3 hours ago' {SERVED}/received/all.json {SERVED}/received/*/heartbeat.json"
+    # or what it collects in this moment is not old
+    hub.succeed("systemctl stop ekiben-hub-collect.timer ekiben-hub-collect.service")
     hub.succeed(f"mount --bind {SERVED}/received {SERVED}/received", f"{old}; mount -o remount,bind,ro {SERVED}/received")
+    hub.succeed("systemctl start ekiben-hub-collect.timer")
     code, said = hub.execute(seen)
     assert code == 3 and said.startswith("the hub has collected nothing for 3 h: "), (code, said)
     code, said = hub.execute(fleet("status web"))
