@@ -45,10 +45,10 @@ pub fn pending(paths: &Paths) -> Option<String> {
     let all: Vec<_> = paths.with_status().iter().map(Status::read).collect();
     let is_ours = |status: &Status| status.running.as_ref().is_some_and(|running| running.stage.may_switch()) || is_stuck(status);
     let (next, running) = (profile::current_generation().ok()??, system::current().ok()?);
-    let awaited = all.iter().filter_map(|status| Some(&status.awaiting.as_ref()?.system));
+    let is_awaited = all.iter().any(|status| status.awaiting.as_ref().is_some_and(|awaiting| awaiting.system == next.system));
     // what has booted and is not well has had what was before be booted next
     let unfit = all.iter().any(|status| status.unfit.as_ref().is_some_and(|(boot, _)| *boot == system::boot_id()));
-    if unfit || all.iter().any(is_ours) || awaited.clone().any(|system| *system == next.system) {
+    if unfit || is_awaited || all.iter().any(is_ours) {
         return None;
     }
     is_by_hand(paths, &next, &running).then(|| {

@@ -115,8 +115,10 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     let before = before(paths, run, generation.clone())?;
     if (profile::current_generation()?, system::current()?) != (generation.clone(), running.clone()) {
         // another hand, which was waited for: where the run goes on from, it has not looked at
-        let fail = || Err(Error::new(format!("Failed to activate: {BY_ANOTHER}")).transient());
-        return if run.trigger == Trigger::Rollback { fail() } else { run.decide(Decision::StartOver) };
+        if run.trigger == Trigger::Rollback {
+            return Err(Error::new(format!("Failed to activate: {BY_ANOTHER}")).transient());
+        }
+        return run.decide(Decision::StartOver);
     }
     run.before = Some(before.clone());
     integrity::sync()?;

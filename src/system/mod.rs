@@ -261,11 +261,15 @@ fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], 
         if !ended.is_locked() || Instant::now() > deadline {
             return Ok(ended);
         }
-        log::info!("Something else is switching this machine; waiting ...");
-        show("something else is switching this machine");
+        wait_for_another();
         has_waited = true;
-        thread::sleep(PAUSE);
     }
+}
+
+fn wait_for_another() {
+    log::info!("Something else is switching this machine; waiting ...");
+    show("something else is switching this machine");
+    thread::sleep(PAUSE);
 }
 
 /// Looks at this machine while nobody else switches it, and again where somebody has meanwhile; within a limit in seconds.
@@ -281,9 +285,7 @@ pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> 
         if Instant::now() > deadline {
             return Err(Error::new("Failed to look at what runs: something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock").transient());
         }
-        log::info!("Something else is switching this machine; waiting ...");
-        show("something else is switching this machine");
-        thread::sleep(PAUSE);
+        wait_for_another();
     }
 }
 
