@@ -6,44 +6,52 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::Result;
 use crate::gather::gather;
-use crate::system;
-use crate::system::properties::Properties;
+use crate::system::properties::{Properties, listed, show};
 
-/// What that is told from.
-const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,Job,\
-                          RefuseManualStart,WantedBy,RequiredBy,Conflicts,ConflictedBy,ReloadResult";
-/// Units of other kinds come and go by themselves.
-const KINDS: [&str; 8] = ["*.service", "*.socket", "*.timer", "*.path", "*.mount", "*.automount", "*.swap", "*.target"];
+/// What that is told from, of units that are up: what a target wants, and whether the unit could be reloaded.
+const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult";
+/// And of those that are not.
+const OF_INACTIVE: &str =
+    "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,Job,Conflicts,ConflictedBy";
 
-/// The units of which that is so now, with what was not done.
+/// The units of which that is so now, with what was not done. systemd is asked only about those that matter, see [`show`].
 pub fn now() -> Result<BTreeMap<String, String>> {
-    Ok(of(&system::systemctl(&[&["show", "--all", PROPERTIES, "--"], &KINDS[..]].concat())?))
+    let list = listed("--all")?;
+    let names = |active| list.iter().filter(move |unit| unit.load == "loaded" && unit.active == active).map(|unit| &*unit.name);
+    let up: Vec<_> = gather(names("active"));
+    let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service"])));
+    let active = show(OF_ACTIVE, &active)?;
+    let wanted = wanted(&active);
+    let suspects: Vec<_> = gather(names("inactive").filter(|name| wanted.contains(name)));
+    let suspects = show(OF_INACTIVE, &suspects)?;
+    let unstarted = Properties::all(&suspects).filter(|unit| unit.is_unstarted(&up)).map(|unit| (unit, "not started"));
+    let not_reloaded = Properties::all(&active).filter(Properties::is_not_reloaded).map(|unit| (unit, "not reloaded"));
+    Ok(gather(unstarted.chain(not_reloaded).map(|(unit, state)| (unit.of("Id").to_owned(), state.to_owned()))))
 }
 
-fn of(shown: &str) -> BTreeMap<String, String> {
-    let active = || Properties::all(shown).filter(|unit| unit.of("ActiveState") == "active");
-    let all: BTreeSet<&str> = gather(active().map(|unit| unit.of("Id")));
-    // a switch starts all targets that are active, and what these have come to want; others want it when they start
-    let targets = active().filter(|unit| unit.of("RefuseManualStart") == "no").map(|unit| unit.of("Id"));
-    let targets = gather(targets.filter(|name| name.ends_with(".target")));
-    let state = |unit: &Properties| match unit.of("ReloadResult") {
-        _ if unit.is_unstarted(&all, &targets) => Some("not started"),
-        "" | "success" => None,
-        _ => Some("not reloaded").filter(|_| all.contains(unit.of("Id"))),
-    };
-    gather(Properties::all(shown).filter_map(|unit| Some((unit.of("Id").to_owned(), state(&unit)?.to_owned()))))
+/// What the active targets want to be up. A switch starts all of these, and what they have come to want; others want it
+/// when they start.
+fn wanted(active: &str) -> BTreeSet<&str> {
+    let targets = Properties::all(active).filter(|unit| is_of(unit.of("Id"), &[".target"]) && unit.of("RefuseManualStart") == "no");
+    // a file system that is only wanted may be missing: that is what `nofail` means
+    let is_optional = |name: &&str| is_of(name, &[".mount", ".swap"]);
+    gather(targets.flat_map(|unit| unit.names("Requires").chain(unit.names("Wants").filter(|name| !is_optional(name)))))
+}
+
+fn is_of(name: &str, kinds: &[&str]) -> bool {
+    kinds.iter().any(|kind| name.ends_with(kind))
 }
 
 impl Properties<'_> {
-    fn is_unstarted(&self, active: &BTreeSet<&str>, targets: &BTreeSet<&str>) -> bool {
-        let are_in = |key, others: &BTreeSet<&str>| self.of(key).split_whitespace().any(|name| others.contains(name));
-        // a file system that is only wanted may be missing: that is what `nofail` means
-        let is_optional = [".mount", ".swap"].iter().any(|kind| self.of("Id").ends_with(kind));
-        let is_wanted = are_in("RequiredBy", targets) || !is_optional && are_in("WantedBy", targets);
+    fn is_unstarted(&self, up: &[&str]) -> bool {
+        let gives_way = ["Conflicts", "ConflictedBy"].iter().any(|key| self.names(key).any(|name| up.contains(&name)));
         let is_skipped = self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0;
-        let gives_way = are_in("Conflicts", active) || are_in("ConflictedBy", active);
-        let is_at_rest = self.of("LoadState") == "loaded" && self.of("ActiveState") == "inactive" && self.number("Job") == 0;
-        is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && is_wanted && !is_skipped && !gives_way
+        let is_at_rest = self.of("ActiveState") == "inactive" && self.number("Job") == 0;
+        is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && !is_skipped && !gives_way
+    }
+
+    fn is_not_reloaded(&self) -> bool {
+        !["", "success"].contains(&self.of("ReloadResult"))
     }
 }
 
@@ -51,51 +59,39 @@ impl Properties<'_> {
 mod tests {
     use super::*;
 
-    const OTHERS: &str = "Id=multi-user.target\nActiveState=active\nRefuseManualStart=no\n\n\
-                          Id=network-pre.target\nActiveState=active\nRefuseManualStart=yes\n\n\
-                          Id=idle.target\nActiveState=inactive\nRefuseManualStart=no\n\n\
-                          Id=app.service\nActiveState=active\nRefuseManualStart=no\nReloadResult=success\n\n";
-    const UNIT: &str = "Id=new.service\nLoadState=loaded\nActiveState=inactive\nInactiveExitTimestampMonotonic=0\nConditionResult=no\n\
-                        ConditionTimestampMonotonic=0\nRefuseManualStart=no\nConflicts=shutdown.target\nReloadResult=success\n";
+    const ACTIVE: &str = "Id=multi-user.target\nRefuseManualStart=no\nWants=new.service data.mount app.service\nRequires=must.mount\n\n\
+                          Id=network-pre.target\nRefuseManualStart=yes\nWants=other.service\n\n\
+                          Id=app.service\nRefuseManualStart=no\nWants=another.service\nReloadResult=success\n\n";
+    const UNIT: &str = "Id=new.service\nActiveState=inactive\nInactiveExitTimestampMonotonic=0\nConditionResult=no\n\
+                        ConditionTimestampMonotonic=0\nConflicts=shutdown.target\nJob=0\n";
 
-    fn found(shown: &str) -> String {
-        of(shown).into_iter().map(|(name, state)| name + " " + &state).collect()
+    #[test]
+    fn what_a_switch_starts_is_what_active_targets_want_and_what_they_must_have() {
+        assert_eq!(wanted(ACTIVE), ["app.service", "must.mount", "new.service"].into());
     }
 
     #[test]
-    fn what_is_to_be_up_and_was_never_started_is_found() {
-        for (more, expected) in [
-            ("WantedBy=idle.target multi-user.target", "new.service not started"),
-            ("RequiredBy=multi-user.target", "new.service not started"),
-            // when that starts, which a switch does not see to
-            ("WantedBy=idle.target network-pre.target app.service", ""),
-            ("", ""),
-            // yet
-            ("WantedBy=multi-user.target\nJob=7", ""),
-            ("WantedBy=multi-user.target\nConflictedBy=app.service", ""),
-        ] {
-            assert_eq!(found(&format!("{OTHERS}{UNIT}{more}\n")), expected, "{more}");
-        }
-        let wanted = format!("{OTHERS}{UNIT}WantedBy=multi-user.target\n");
+    fn what_was_never_started_and_need_not_wait_is_found() {
+        let is_unstarted = |old, new| Properties::one(&UNIT.replace(old, new)).is_unstarted(&["multi-user.target", "app.service"]);
+        assert!(is_unstarted("", ""));
         for (old, new) in [
             ("ConditionTimestampMonotonic=0", "ConditionTimestampMonotonic=5"),
             ("InactiveExitTimestampMonotonic=0", "InactiveExitTimestampMonotonic=5"),
-            ("loaded", "masked"),
-            ("inactive\nInactive", "activating\nInactive"),
-            ("new.service", "new.mount"),
+            ("inactive", "activating"),
+            ("Job=0", "Job=7"),
             ("Conflicts=", "Conflicts=app.service "),
+            ("Conflicts=shutdown.target", "ConflictedBy=app.service"),
         ] {
-            assert_eq!(found(&wanted.replace(old, new)), "", "{new}");
+            assert!(!is_unstarted(old, new), "{new}");
         }
-        let required = wanted.replace("new.service", "new.mount").replace("WantedBy", "RequiredBy");
-        assert_eq!(found(&required), "new.mount not started");
     }
 
     #[test]
     fn what_runs_and_could_not_be_reloaded_is_found() {
-        let shown = OTHERS.replace("=success", "=exit-code");
-        assert_eq!(found(&shown), "app.service not reloaded");
-        assert_eq!(found(&shown.replace("app.service\nActiveState=active", "app.service\nActiveState=inactive")), "");
-        assert_eq!(found(OTHERS), "");
+        let found = |shown: &str| {
+            Properties::all(shown).filter(Properties::is_not_reloaded).map(|unit| unit.of("Id").to_owned()).collect::<String>()
+        };
+        assert_eq!(found(ACTIVE), "");
+        assert_eq!(found(&ACTIVE.replace("=success", "=exit-code")), "app.service");
     }
 }

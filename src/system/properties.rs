@@ -1,4 +1,43 @@
-//! What `systemctl show` says of units.
+//! What systemctl says of units.
+
+use serde::Deserialize;
+
+use crate::error::{Context, Result};
+use crate::json;
+use crate::system::systemctl;
+
+/// A unit as `systemctl list-units` shows it.
+#[derive(Deserialize)]
+pub struct Listed {
+    #[serde(rename = "unit")]
+    pub name: String,
+    pub load: String,
+    pub active: String,
+    sub: String,
+}
+
+impl Listed {
+    /// Whether systemd waits to start it again.
+    pub fn is_restarting(&self) -> bool {
+        self.sub.starts_with("auto-restart")
+    }
+}
+
+/// The units that `systemctl list-units` lists with the option `which`.
+pub fn listed(which: &str) -> Result<Vec<Listed>> {
+    let list = systemctl(&["list-units", which, "--full", "--no-pager", "--output=json"])?;
+    json::parse(list.as_bytes()).context(|| "read the list of units".into())
+}
+
+/// What `systemctl show` says of these properties of `units`: of each, if none is a pattern; moments as `--timestamp=unix`
+/// has them. For that, systemd looks all of a unit's properties up, which costs it a millisecond or two for one at rest.
+pub fn show(properties: &str, units: &[&str]) -> Result<String> {
+    if units.is_empty() {
+        // of systemd itself, else
+        return Ok(String::new());
+    }
+    systemctl(&[&["show", "--timestamp=unix", "--property", properties, "--"], units].concat())
+}
 
 /// The properties of one unit, a line each.
 pub struct Properties<'a>(&'a str);
@@ -22,6 +61,11 @@ impl<'a> Properties<'a> {
     /// The value of a property; empty, if there is none.
     pub fn of(&self, key: &'static str) -> &'a str {
         self.each(key).next().unwrap_or_default()
+    }
+
+    /// The names of units that a property has.
+    pub fn names(&self, key: &'static str) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.of(key).split_whitespace()
     }
 
     /// A number, or a moment as `--timestamp=unix` has it; 0, if there is none.

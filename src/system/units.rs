@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, OrLog, Result};
+use crate::error::{Error, OrLog, Result};
 use crate::gather::gather;
 use crate::program::Program;
-use crate::system::properties::Properties;
+use crate::system::properties::{Listed, Properties, listed, show};
 use crate::system::switched::LOOK;
-use crate::system::{self, now, omitted};
-use crate::{config, json, text};
+use crate::system::{now, omitted};
+use crate::{config, text};
 
 /// Where a system has its units.
 const UNITS: &str = "etc/systemd/system";
@@ -29,7 +29,7 @@ const OF_USERS: [&str; 2] = ["user@", "user-runtime-dir@"];
 /// Of Ekiben's units, those that have failed where something is to be seen to; each instance has one more.
 const REPORTS: [&str; 3] = ["deliver", "hub-collect", "webhook-tokens"];
 /// What the state of a unit is told from.
-const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
+const PROPERTIES: &str = "Id,LoadState,ActiveState,SubState,WantedBy,RequiredBy,UpheldBy,TriggeredBy,ConditionResult,ConditionTimestampMonotonic,Result,\
                           RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic,Job";
 
 /// Before the switch: what has been restarted since then, in seconds, may well be again.
@@ -60,23 +60,6 @@ pub struct Units {
     omitted: Option<Worse>,
 }
 
-/// A unit as `systemctl list-units` shows it.
-#[derive(Deserialize)]
-struct Listed {
-    #[serde(rename = "unit")]
-    name: String,
-    load: String,
-    active: String,
-    sub: String,
-}
-
-impl Listed {
-    /// Whether systemd waits to start it again.
-    fn is_restarting(&self) -> bool {
-        self.sub.starts_with("auto-restart")
-    }
-}
-
 impl Units {
     /// How they are now, before a switch.
     pub fn before() -> Result<Self> {
@@ -96,8 +79,7 @@ impl Units {
     }
 
     fn listed(which: &str) -> Result<Self> {
-        let list = system::systemctl(&["list-units", which, "--full", "--no-pager", "--output=json"])?;
-        let list: Vec<Listed> = json::parse(list.as_bytes()).context(|| "read the list of units".into())?;
+        let list = listed(which)?;
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
         let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
         let mut units = Self::default();
@@ -127,7 +109,7 @@ impl Units {
         if suspects.is_empty() {
             return Ok(worse);
         }
-        let shown = system::systemctl(&[&["show", PROPERTIES, "--"], &suspects[..]].concat())?;
+        let shown = show(PROPERTIES, &suspects)?;
         for (name, unit) in suspects.iter().zip(Properties::all(&shown)) {
             if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
                 let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
@@ -206,8 +188,7 @@ struct Service {
 
 /// Those that are loaded of these names, or patterns. systemd takes its time for many.
 fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
-    let ask = ["show", "--timestamp=unix", "--property=Id,NRestarts,ExecMainStartTimestamp,Result", "--"];
-    let shown = system::systemctl(&[&ask, names].concat())?;
+    let shown = show("Id,NRestarts,ExecMainStartTimestamp,Result", names)?;
     let service = |unit: Properties| {
         let (restarts, started) = (unit.number("NRestarts"), unit.number("ExecMainStartTimestamp"));
         (unit.of("Id").to_owned(), Service { restarts, started, result: unit.of("Result").to_owned() })
@@ -244,10 +225,6 @@ fn failed_of(user: &str) -> Result<String> {
 }
 
 impl Properties<'_> {
-    fn names(&self, key: &'static str) -> impl Iterator<Item = &str> {
-        self.of(key).split_whitespace()
-    }
-
     /// Whether it should be up and is not. `active` are the units that are.
     fn is_down(&self, active: &BTreeSet<String>, was_active: bool, changed: bool) -> bool {
         let is_active = |name: &str| active.contains(name);
