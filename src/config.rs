@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::json;
 use crate::names::{Account, FilePath, HostName, Mode};
+use crate::text::consists_of;
 
 /// Where the module puts the file.
 pub const DEFAULT: &str = "/etc/ekiben/config.json";
@@ -454,16 +455,13 @@ impl TryFrom<String> for FlakeRef {
                 Some(("rev" | "ref" | "narHash", _)) | None => {
                     return Err(format!("expected no fixed revision, found {parameter:?}"));
                 }
-                Some(_) if parameter.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"=_-./".contains(&byte)) => {
-                    parameters.push(parameter.to_owned());
-                }
+                Some(_) if consists_of(parameter, b"=_-./") => parameters.push(parameter.to_owned()),
                 Some(_) => return Err(expected()),
             }
         }
         absolute(&directory)?;
         let configuration = configuration.trim_matches('"');
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte);
-        if configuration.is_empty() || !configuration.bytes().all(plain) {
+        if configuration.is_empty() || !consists_of(configuration, b"_-.") {
             return Err(expected());
         }
         Ok(Self { directory, parameters, configuration: configuration.to_owned(), text })
@@ -508,8 +506,7 @@ pub fn instance_name(name: &str) -> Result<(), String> {
 }
 
 fn file_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-    if name.is_empty() || name.len() > 64 || name.starts_with('-') || !name.bytes().all(plain) {
+    if name.is_empty() || name.len() > 64 || name.starts_with('-') || !consists_of(name, b"_-") {
         return Err(format!("expected a name of letters, digits, _ and -, found {name:?}"));
     }
     Ok(())
@@ -518,9 +515,8 @@ fn file_name(name: &str) -> Result<(), String> {
 /// Whether `path` means the same in a flake reference, a unit file and an argument.
 fn absolute(path: &Path) -> Result<(), String> {
     let text = path.to_str().unwrap_or_default();
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._+-@".contains(&byte);
     let tidy = !text.split('/').skip(1).any(|part| part.is_empty() || part == "." || part == "..");
-    if text.starts_with('/') && text.bytes().all(plain) && tidy {
+    if text.starts_with('/') && consists_of(text, b"/._+-@") && tidy {
         return Ok(());
     }
     Err(format!("expected an absolute path of letters, digits and . _ + - @, found {text:?}"))
@@ -532,10 +528,7 @@ fn is_url_path(path: &str) -> bool {
 
 /// Whether `input` can be the name of a flake's input, or of an input's input (`a/b`).
 pub fn is_input(input: &str) -> bool {
-    input.split('/').all(|part| {
-        part.starts_with(|first: char| first.is_ascii_alphabetic())
-            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
-    })
+    input.split('/').all(|part| part.starts_with(|first: char| first.is_ascii_alphabetic()) && consists_of(part, b"_-"))
 }
 
 #[cfg(test)]

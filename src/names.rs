@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::text::consists_of;
+
 /// Defines a type of text that `is_one` has accepted as what was expected.
 macro_rules! name {
     ($(#[$doc:meta])* $name:ident, $expected:expr, $is_one:expr) => {
@@ -107,10 +109,7 @@ name!(
     /// A user's or a group's.
     Account,
     "the name of a user or a group",
-    |text| {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.$".contains(&byte);
-        (1..=64).contains(&text.len()) && text.bytes().all(plain)
-    }
+    |text| (1..=64).contains(&text.len()) && consists_of(text, b"_-.$")
 );
 
 name!(
@@ -210,8 +209,7 @@ fn digits(text: &str, count: usize) -> bool {
 /// Whether this is a whole path of the store, by its form: `/nix/store/<hash>-<name>`.
 pub fn is_store_path(path: &Path) -> bool {
     let name = path.to_str().and_then(|text| text.strip_prefix("/nix/store/")).unwrap_or_default();
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-._?=".contains(&byte);
-    name.len() > 33 && name.as_bytes()[32] == b'-' && name.bytes().all(plain) && !name.starts_with('.')
+    name.len() > 33 && name.as_bytes()[32] == b'-' && consists_of(name, b"+-._?=") && !name.starts_with('.')
 }
 
 #[cfg(test)]

@@ -94,9 +94,8 @@ fn next_secret(text: &str) -> Option<(usize, usize)> {
     });
     let of_parameter = text.match_indices('=').find_map(|(at, _)| {
         let name = text[..at].rfind(['?', '&']).map(|before| text[before + 1..at].to_ascii_lowercase())?;
-        let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
         let end = until(at + 1, &|letter| ends_word(letter) || matches!(letter, '&' | '#'));
-        let secret = plain && SECRET.iter().any(|word| name.contains(word));
+        let secret = consists_of(&name, b"_-.") && SECRET.iter().any(|word| name.contains(word));
         Some((at + 1, end)).filter(|_| secret && text[at + 1..end] != *MASK)
     });
     let of_header = ["Bearer ", "Basic "].iter().find_map(|scheme| {
@@ -109,6 +108,11 @@ fn next_secret(text: &str) -> Option<(usize, usize)> {
         Some((from, until(from, &|letter| letter == '\''))).filter(|(from, end)| text[*from..*end] != *MASK)
     });
     [of_url, of_parameter, of_header, of_setting].into_iter().flatten().filter(|(from, end)| from < end).min()
+}
+
+/// Whether there is nothing in a text but ASCII letters, digits and these characters.
+pub fn consists_of(text: impl AsRef<[u8]>, more: &[u8]) -> bool {
+    text.as_ref().iter().all(|byte| byte.is_ascii_alphanumeric() || more.contains(byte))
 }
 
 /// How often something was done.

@@ -20,6 +20,7 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::error::{Context, Result};
+use crate::text::consists_of;
 use crate::webhook::answer::Answer;
 
 /// Connections at a time. With two descriptors more for an answer, far below `LimitNOFILE=`.
@@ -277,7 +278,7 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Request>, Answer> {
     for line in lines {
         let mut parts = line.splitn(2, |&byte| byte == b':');
         let (Some(name), Some(value)) = (parts.next(), parts.next()) else { return bad("a header without a colon") };
-        if name.is_empty() || !name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte)) {
+        if name.is_empty() || !consists_of(name, b"!#$%&'*+-.^_`|~") {
             return bad("invalid header name");
         }
         let used = [

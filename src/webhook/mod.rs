@@ -10,7 +10,7 @@ mod gate;
 mod token;
 
 use std::net::TcpListener;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -89,17 +89,13 @@ fn inherited_listener() -> Result<Listener> {
         return Err("expected exactly one: start ekiben-webhook.socket").context(doing);
     };
     let family = getsockname::<SockaddrStorage>(fd).context(doing)?.family();
-    let socket = own(fd);
+    #[allow(unsafe_code)]
+    // SAFETY: systemd opened it for this process alone, and this is called once
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     Ok(match family {
         Some(AddressFamily::Unix) => Listener::Unix(UnixListener::from(socket)),
         _ => Listener::Tcp(TcpListener::from(socket)),
     })
-}
-
-#[allow(unsafe_code)]
-fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: systemd opened it for this process alone, and this is called once
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Answers a request: a request for a run, the state of an instance, or a refusal.

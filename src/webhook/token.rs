@@ -9,6 +9,7 @@ use constant_time_eq::constant_time_eq_n;
 
 use crate::config::Project;
 use crate::error::{Context, Error, Result};
+use crate::text::consists_of;
 
 /// The longest token, in bytes; all are compared as if they were this long.
 const LONGEST: usize = 256;
@@ -97,8 +98,7 @@ fn check(token: &[u8]) -> Result<(), &'static str> {
     if token.len() < SHORTEST {
         return Err(if token.is_empty() { "missing or empty" } else { "shorter than 16 characters" });
     }
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(byte);
-    if body.is_empty() || !body.iter().all(plain) {
+    if body.is_empty() || !consists_of(body, b"-._~+/") {
         return Err("contains characters other than letters, digits and - . _ ~ + / with = at the end (RFC 6750)");
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::error::{Context, Result};
 use crate::nix::nix;
 use crate::program::Program;
+use crate::text::consists_of;
 
 /// How long to copy, and to activate, may take.
 const LIMIT: Duration = Duration::from_secs(3600);
@@ -25,8 +26,7 @@ exit $$status";
 
 /// Fails unless `target` can be one, as in `root@web`.
 pub fn check(target: &str) -> Result<()> {
-    let plain = target.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"@._-:[]%".contains(&byte));
-    let well = plain && !target.is_empty() && !target.starts_with('-');
+    let well = consists_of(target, b"@._-:[]%") && !target.is_empty() && !target.starts_with('-');
     well.then_some(()).ok_or_else(|| format!("expected [user@]host, found {target:?}")).context(|| "understand --target".into())
 }
 
