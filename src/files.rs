@@ -139,6 +139,15 @@ pub fn clear(path: &Path) -> io::Result<()> {
     remove.output(|| format!("remove {}", path.display()), None).map(drop).map_err(|error| io::Error::other(error.to_string()))
 }
 
+/// Removes what is in a directory, but for what is to be kept.
+pub fn clean(directory: &Path, is_kept: impl Fn(&Path) -> bool) -> Result<()> {
+    let found = fs::read_dir(directory).doing("read", directory)?.flatten().map(|entry| entry.path());
+    for path in found.filter(|path| !is_kept(path)) {
+        clear(&path).and_then(|()| sync(directory)).doing("remove", &path)?;
+    }
+    Ok(())
+}
+
 /// Keeps what makes no sense beside its place, before something else is put there. Returns where.
 pub fn keep_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = aside(path);

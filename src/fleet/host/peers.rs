@@ -25,23 +25,22 @@ impl Peers {
     /// releases come from a store and no files from the hub, the hub need not be there.
     pub fn open(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
         let store = store(paths, hub, paths.own(""), limit);
-        if hub.servers.is_empty() {
-            return Ok(Self { session: None, store });
-        }
-        match identity(paths).and_then(|identity| Session::open(hub, &identity, directory, limit, ahead)) {
+        let open = || Session::open(hub, &identity(paths)?, directory, limit, ahead);
+        let session = match (!hub.servers.is_empty()).then(open).transpose() {
             Err(error) if store.is_some() && hub.file_directories.is_empty() => {
                 log::warn!("{error}.");
-                Ok(Self { session: None, store })
+                None
             }
-            session => Ok(Self { session: Some(session?), store }),
-        }
+            session => session?,
+        };
+        Ok(Self { session, store })
     }
 
     /// What releases come from alone, of which nothing is kept.
     pub fn of_releases(paths: &Paths, hub: &Hub, directory: &Path, limit: Duration, ahead: &[&str]) -> Result<Self> {
         let store = store(paths, hub, directory.to_owned(), limit);
         let open = || Session::open(hub, &identity(paths)?, directory, limit, ahead);
-        let session = if store.is_none() { Some(open()?) } else { None };
+        let session = store.is_none().then(open).transpose()?;
         Ok(Self { session, store })
     }
 

@@ -89,10 +89,15 @@ pub fn look(paths: &Paths, instance: &Instance, hub: &Hub) -> Result<()> {
 
 /// Whether the hub offers a later release now than `known`, of something else.
 pub fn offers_another(paths: &Paths, hub: &Hub, known: &Release) -> Result<bool> {
-    let scratch = peers::scratch(paths)?;
-    let mut peers = Peers::of_releases(paths, hub, scratch.path(), LOOK, &[MANIFEST])?;
-    let offered = read_manifest(&fetch_manifest(peers.releases()?, hub, scratch.path())?, hub, scratch.path())?.release;
-    peers.close().map(|()| offered.id != known.id && offered.sequence > known.sequence)
+    let offered = offered(paths, hub, peers::scratch(paths)?.path(), LOOK)?;
+    Ok(offered.id != known.id && offered.sequence > known.sequence)
+}
+
+/// The release that the hub offers now.
+fn offered(paths: &Paths, hub: &Hub, scratch: &Path, limit: Duration) -> Result<Release> {
+    let mut peers = Peers::of_releases(paths, hub, scratch, limit, &[MANIFEST])?;
+    let manifest = read_manifest(&fetch_manifest(peers.releases()?, hub, scratch)?, hub, scratch)?;
+    peers.close().map(|()| manifest.release)
 }
 
 /// What each poll fetches in its session with the hub.
@@ -144,14 +149,14 @@ fn take(
 ) -> Result<(Manifest, String)> {
     let current = release::of(repository, &repository.head)?;
     let committed = current.as_ref().map(|manifest| manifest.release.clone());
-    let file = fetch_manifest(place, hub, scratch)?;
+    let (file, source) = (fetch_manifest(place, hub, scratch)?, scratch.join("source"));
     let accept = || {
         let manifest = read_manifest(&file, hub, scratch)?;
         let release = &manifest.release;
         if let Err(error) = seen::check(paths, release, committed.clone(), now()) {
             let Some(current) = current.clone().filter(|_| hub.url.is_some() && seen::is_behind(paths, release)) else { return Err(error) };
             log::warn!("{error}. For an hour, this counts as nothing new: a cache may have kept it.");
-            return Ok((current, scratch.join("source"), true));
+            return Ok((current, true));
         }
         let known = committed.is_some_and(|committed| committed.id == release.id);
         if let Some(expires) = manifest.expires.filter(|_| !known && manifest.has_expired(now())) {
@@ -159,8 +164,9 @@ fn take(
             return Err(why).context(|| format!("accept release {} of {}", release.sequence, release.id));
         }
         let tarball = paths.own(&manifest.archive());
-        remove_archives(paths, Some(&tarball).filter(|_| !known))?;
-        let source = scratch.join("source");
+        let is_archive = |path: &Path| path.to_string_lossy().ends_with(".tar.gz");
+        // of releases that came to nothing
+        files::clean(&paths.own(""), |path| !is_archive(path) || !known && path == tarball)?;
         if !known {
             fetch_archive(place, &manifest, &tarball)?;
             unpack(&tarball, &source)?;
@@ -169,12 +175,12 @@ fn take(
         // lost in a crash, it is only made again
         let accepted = files::read_foreign(&file, SMALL).doing("read", &file)?;
         fs::write(paths.own(ACCEPTED), as_accepted(&accepted, hub)?).doing("write", &paths.own(ACCEPTED))?;
-        Ok((manifest, source, known))
+        Ok((manifest, known))
     };
     let accepted = accept();
     // whatever becomes of the note, the reason is what the run ends with
     note_refusal(paths, accepted.as_ref().err()).or_warn();
-    let (manifest, source, known) = accepted?;
+    let (manifest, known) = accepted?;
     if known {
         return Ok((manifest, repository.head.clone()));
     }
@@ -198,17 +204,6 @@ fn note_refusal(paths: &Paths, error: Option<&Error>) -> Result<()> {
         None => files::remove(&path),
     }
     .doing("write", &path)
-}
-
-/// Removes the archives that were fetched, but for `kept`: of releases that came to nothing.
-fn remove_archives(paths: &Paths, kept: Option<&PathBuf>) -> Result<()> {
-    let directory = paths.own("");
-    for file in fs::read_dir(&directory).doing("read", &directory)?.flatten() {
-        if file.file_name().as_encoded_bytes().ends_with(b".tar.gz") && Some(&file.path()) != kept {
-            files::clear(&file.path()).doing("remove", &file.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// Fetches the archive, unless it is there already; what has been fetched of it before is not fetched again.
@@ -270,13 +265,7 @@ pub fn reach(name: &str, instance: &Instance) -> Result<()> {
     }
     let paths = Paths::new(name);
     let scratch = peers::scratch(&paths)?;
-    let offered = || {
-        let mut peers = Peers::of_releases(&paths, hub, scratch.path(), REACH, &[MANIFEST])?;
-        let manifest = fetch_manifest(peers.releases()?, hub, scratch.path())?;
-        read_manifest(&manifest, hub, scratch.path())?;
-        peers.close()
-    };
-    match offered() {
+    match offered(&paths, hub, scratch.path(), REACH).map(drop) {
         // the network is there, and so is the hub; what serves is not, which is no doing of this machine's
         Err(error) if SERVES_NOBODY.iter().any(|words| error.to_string().contains(words)) => Ok(()),
         Err(error) if !error.is_transient() => Err(Error::new(format!("{error}; {FINAL}"))),

@@ -18,9 +18,9 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Context, Error, OrLog, Result};
 use crate::fleet::hub::plan::Plan;
-use crate::fleet::hub::served::ServedDirectory;
+use crate::fleet::hub::served::{ServedDirectory, hosts_in};
 use crate::fleet::hub::{history, rollout, snapshot, standing};
-use crate::fleet::{FORMAT, HEARTBEAT, Heartbeat, LARGE, Received, Report, SMALL, reports_in};
+use crate::fleet::{FORMAT, HEARTBEAT, Heartbeat, LARGE, RECEIVED, Received, Report, SMALL, reports_in};
 use crate::gather::{gather, sorted};
 use crate::names::{HostName, RunId};
 use crate::{files, json};
@@ -78,12 +78,8 @@ pub fn take_in(hub: &ServedDirectory, wanted: &[&str], also: Option<&str>, exact
 /// Removes what was collected of hosts that the hub neither knows nor serves any more.
 fn clean_up(hub: &ServedDirectory, served: &[HostName]) -> Result<()> {
     let Some(known) = hub.known() else { return Ok(()) };
-    let place = hub.collected();
-    for entry in fs::read_dir(&place).doing("read", &place)?.flatten() {
-        let host = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok());
-        if host.is_some_and(|host| !known.contains(&host) && !served.contains(&host)) && entry.path().is_dir() {
-            files::clear(&entry.path()).doing("remove", &entry.path())?;
-        }
+    for host in hosts_in(&hub.collected())?.iter().filter(|host| !known.contains(host) && !served.contains(host)) {
+        files::clear(&hub.received(host)).doing("remove", &hub.received(host))?;
     }
     Ok(())
 }
@@ -117,8 +113,8 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
         files::write_json(&hub.index_file(host), &index, 0o644)?;
     }
     if !index.reports.is_empty() {
-        // others may write there, too: it is put right each time
-        files::put_json(&hub.acknowledged(host), &index, 0o644)?;
+        // for the host; publishers may write there, too: it is put right each time
+        files::put_json(&hub.release(host).join(RECEIVED), &index, 0o644)?;
     }
     // what is published is not the host's doing
     history::note(hub, host, plan, true).or_warn();
@@ -473,7 +469,7 @@ mod tests {
         let fixture = Fixture::new();
         fixture.send(&format!("{}.json", run(1)), &report("web", &run(1)));
         fixture.collect();
-        let told = fixture.hub.acknowledged(&fixture.host);
+        let told = fixture.hub.release(&fixture.host).join(RECEIVED);
         let right = fs::read(&told).unwrap();
         fs::write(fixture.place.path().join("precious.json"), "").unwrap();
         let names: Vec<_> =

@@ -11,6 +11,7 @@ use std::path::Path;
 use crate::config::{Offer, Offers};
 use crate::error::{Context, Error, OrLog, Result};
 use crate::files;
+use crate::fleet::hub::served::hosts_in;
 use crate::fleet::{KNOWN, REMOVED, SMALL, Served, sha256};
 use crate::names::{FilePath, HostName};
 use crate::run::hold::moment;
@@ -35,11 +36,8 @@ pub fn serve(hub: &Offers) -> Result<()> {
         one(host, wanted);
     }
     // hosts that are gone leave nothing secret behind
-    for entry in fs::read_dir(&hosts).doing("read", &hosts)?.flatten() {
-        let host = entry.file_name().to_string_lossy().into_owned();
-        if hub.files.keys().all(|known| **known != *host) && entry.path().join("files").is_dir() {
-            one(&host, &BTreeMap::new());
-        }
+    for host in hosts_in(&hosts)?.iter().filter(|host| !hub.files.contains_key(host) && hosts.join(host).join("files").is_dir()) {
+        one(host, &BTreeMap::new());
     }
     files::put_json(&hosts.join(KNOWN), &hub.files.keys().collect::<Vec<_>>(), 0o644)?;
     put_aside(&hosts, |host| hub.files.contains_key(host), now())?;
@@ -59,29 +57,19 @@ fn serve_host(hosts: &Path, host: &str, wanted: &BTreeMap<FilePath, Offer>) -> R
         index.push(Served { path, mode, owner, group, file: sha256.clone(), sha256 });
     }
     files::put_json(&directory.join(INDEX), &index, MODE)?;
-    for entry in fs::read_dir(&directory).doing("read", &directory)?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name != INDEX && index.iter().all(|served| *served.file != *name) {
-            files::remove(&entry.path()).doing("remove", &entry.path())?;
-        }
-    }
-    Ok(())
+    files::clean(&directory, |path| path.ends_with(INDEX) || index.iter().any(|served| path.ends_with(&served.file)))
 }
 
 /// Puts aside the directories of hosts that have had no key for [`GRACE`], and writes down when it will be that for others.
 fn put_aside(hosts: &Path, is_known: impl Fn(&HostName) -> bool, now: u64) -> Result<()> {
     let before: BTreeMap<String, u64> = files::read_json(&hosts.join(REMOVED)).ok().flatten().unwrap_or_default();
     let mut removed = BTreeMap::new();
-    for entry in fs::read_dir(hosts).doing("read", hosts)?.flatten() {
-        let Some(host) = entry.file_name().to_str().and_then(|name| HostName::try_from(name).ok()) else { continue };
-        if is_known(&host) || !entry.path().is_dir() {
-            continue;
-        }
+    for host in hosts_in(hosts)?.into_iter().filter(|host| !is_known(host)) {
         let when = before.get(&*host).map_or(now + GRACE, |when| *when.min(&(now + GRACE)));
         if when <= now {
-            let aside = hosts.join(ASIDE).join(format!("{host}.{now}"));
-            fs::rename(entry.path(), aside).doing("remove", &entry.path())?;
-            log::info!("Removed {}.", entry.path().display());
+            let (place, aside) = (hosts.join(&host), hosts.join(ASIDE).join(format!("{host}.{now}")));
+            fs::rename(&place, aside).doing("remove", &place)?;
+            log::info!("Removed {}.", place.display());
             continue;
         }
         if !before.contains_key(&*host) {

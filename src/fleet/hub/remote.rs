@@ -20,6 +20,7 @@ use crate::fleet::temporary::Temporary;
 use crate::fleet::{HEARTBEAT, KNOWN, MANIFEST, REMOVED, ROLLOUT};
 use crate::names::HostName;
 use crate::system;
+use crate::text::consists_of;
 
 /// Why a release is not published that is not on top of the last one.
 pub const MEANWHILE: &str = "another release was published in the meantime; deploy again";
@@ -102,10 +103,11 @@ impl Elsewhere {
         fs::create_dir_all(&place).doing("create", &place).map(|()| place)
     }
 
-    /// Fetches one more file, if it is there.
-    pub fn fetch_file(&self, file: &str) -> Result<()> {
+    /// Fetches one more file into its place here, if it is there.
+    pub fn fetch_file(&self, place: &Path) -> Result<()> {
+        let Ok(file) = place.strip_prefix(self.place()) else { return Ok(()) };
         let mut session = self.open(FETCH)?;
-        session.fetch(file, &self.place().join(file))?;
+        session.fetch(&file.to_string_lossy(), place)?;
         session.close()
     }
 
@@ -170,9 +172,7 @@ impl Elsewhere {
 fn parse(url: &str) -> Result<(String, String), &'static str> {
     let rest = url.strip_prefix(SCHEME).unwrap_or_default();
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let is =
-        |text: &str, more: &[u8]| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte) || more.contains(&byte));
-    if server.is_empty() || server.starts_with('-') || !is(server, b"@:[]%") || !is(path, b"/") {
+    if server.is_empty() || server.starts_with('-') || !consists_of(server, b"._-@:[]%") || !consists_of(path, b"._-/") {
         return Err("expected sftp://[user@]host[:port][/path]");
     }
     let path = path.trim_end_matches('/');

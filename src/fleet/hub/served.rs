@@ -5,7 +5,6 @@
 //! read here becomes a type or an error, within limits, and is fit for a terminal. What hosts send is
 //! judged by `collect` before it comes here.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -35,6 +34,13 @@ pub struct ServedDirectory {
 /// Whether this is no directory here, but one of another machine.
 pub fn leads_elsewhere(directory: &Path) -> bool {
     directory.to_str().is_some_and(|text| text.starts_with(SCHEME))
+}
+
+/// The hosts that have a directory in this one.
+pub fn hosts_in(directory: &Path) -> Result<Vec<HostName>> {
+    let entries = fs::read_dir(directory).doing("read", directory)?;
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
+    Ok(sorted(names.filter(|name: &HostName| directory.join(name).is_dir())))
 }
 
 impl ServedDirectory {
@@ -88,12 +94,7 @@ impl ServedDirectory {
 
     /// Fetches one of its files, if it is elsewhere.
     pub fn take_in_file(&self, path: &Path) -> Result<()> {
-        self.there(path).map_or(Ok(()), |(elsewhere, file)| elsewhere.fetch_file(&file))
-    }
-
-    /// The hub, if it is elsewhere, and what a path is called there.
-    fn there<'a>(&self, path: &'a Path) -> Option<(&Elsewhere, Cow<'a, str>)> {
-        Some((self.elsewhere.as_ref()?, path.strip_prefix(&self.directory).ok()?.to_string_lossy()))
+        self.elsewhere.as_ref().map_or(Ok(()), |elsewhere| elsewhere.fetch_file(path))
     }
 
     /// Where plans and holds are.
@@ -103,10 +104,7 @@ impl ServedDirectory {
 
     /// The hosts that the hub serves.
     pub fn hosts(&self) -> Result<Vec<HostName>> {
-        let directory = self.directory.join("hosts");
-        let entries = fs::read_dir(&directory).doing("read", &directory)?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()?.try_into().ok());
-        Ok(sorted(names.filter(|name: &HostName| directory.join(name).is_dir())))
+        hosts_in(&self.directory.join("hosts"))
     }
 
     /// Those of them that have a key; `None` if nobody says.
@@ -165,12 +163,7 @@ impl ServedDirectory {
         if heartbeat.host == *host { Ok(Some((heartbeat, arrived))) } else { Err("it names another host").doing("read", &path) }
     }
 
-    /// The file that tells a host which of its reports have arrived; publishers may write there.
-    pub fn acknowledged(&self, host: &HostName) -> PathBuf {
-        self.release(host).join(RECEIVED)
-    }
-
-    /// The hub's own of the same.
+    /// The file with which of its reports have arrived.
     pub fn index_file(&self, host: &HostName) -> PathBuf {
         self.received(host).join(RECEIVED)
     }
