@@ -151,9 +151,9 @@ pub fn release(paths: &Paths, publish: &Publish, run: &RunId) -> Result<()> {
         holds: Holds::read(&hub)?,
         plan: Plan::read(&hub),
         waves: !publish.waves.is_empty(),
+        scratch: Temporary::below(&std::env::temp_dir())?,
     };
-    let scratch = Temporary::below(&std::env::temp_dir())?;
-    let offer = |made: &Built| publish::offer(&hub, made, &archives(paths).join(&made.sha256), &manner, &scratch.path().join(&made.name));
+    let offer = |made: &Built| publish::offer(&hub, made, &archives(paths).join(&made.sha256), &manner);
     let mut hosts: BTreeMap<_, _> = gather(handover.left_out.iter().map(|(name, error)| (name.clone(), Offered::left_out(error))));
     let mut members = Vec::new();
     for (made, done) in handover.built.iter().zip(parallel(&handover.built, publish.parallel.get(), offer)) {

@@ -15,24 +15,18 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// Those of these that later ones can exceed.
-    pub fn known(host: &HostName, heard: [Option<Sequence>; 3], now: u64) -> Result<Self, String> {
+    /// Those of these that later ones can exceed, and that of a release that `others` have published, who may have a key of
+    /// their own. It may also be the hub that pretends to be one: far from the clock, it does not count.
+    pub fn known(host: &HostName, heard: [Option<Sequence>; 3], others: Option<&Release>, now: u64) -> Result<Self, String> {
         let highest = Sequence::try_from(now + DAY)?;
-        let (known, far): (Vec<_>, Vec<_>) = heard.into_iter().flatten().partition(|number| *number < highest);
+        let (mut known, far): (Vec<_>, Vec<_>) = heard.into_iter().flatten().partition(|number| *number < highest);
         if let Some(number) = far.iter().max() {
             log::warn!(
                 "{host} may have seen release {number}, which no later one can exceed: run `ekiben forget-releases` there, as root."
             );
         }
+        known.extend(others.map(|release| release.sequence).filter(|number| u64::from(*number) < now + APART));
         Ok(Self { known, now })
-    }
-
-    /// These, and that of a release that another has published, who may have a key of their own. It may also be the hub that
-    /// pretends to be one: far from the clock, it does not count.
-    pub fn beside(mut self, others: Option<&Release>) -> Self {
-        let number = others.map(|release| release.sequence);
-        self.known.extend(number.filter(|number| u64::from(*number) < self.now + APART));
-        self
     }
 
     /// Whether a later release than this one is known.

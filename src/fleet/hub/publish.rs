@@ -19,6 +19,7 @@ use crate::fleet::hub::repository::evaluation::System;
 use crate::fleet::hub::repository::{FleetRepository, Host};
 use crate::fleet::hub::served::ServedDirectory;
 use crate::fleet::hub::signing::{self, id, signed};
+use crate::fleet::temporary::Temporary;
 use crate::fleet::{DAY, FORMAT, Heartbeat, Manifest, Provenance, Signed};
 use crate::names::{HostName, Sequence, Sha256, StorePath};
 use crate::run::Release;
@@ -46,6 +47,8 @@ pub struct Manner<'a> {
     pub plan: Option<Plan>,
     /// Whether something new waits for its wave.
     pub waves: bool,
+    /// A directory for what is needed in between.
+    pub scratch: Temporary,
 }
 
 impl Manner<'_> {
@@ -95,8 +98,6 @@ struct Standing<'a> {
     hub: &'a ServedDirectory,
     host: &'a HostName,
     manner: &'a Manner<'a>,
-    /// A file for what is needed in between.
-    scratch: &'a Path,
     old: Option<(Manifest, Signed)>,
     /// Whether that is one of this fleet's.
     is_ours: bool,
@@ -111,8 +112,7 @@ struct Standing<'a> {
 /// Publishes a host's configuration unless it is published already, signed as it should be; builds it
 /// before that, if so asked for. `say` is told what is being done.
 pub fn deploy(hub: &ServedDirectory, repository: &FleetRepository, host: &Host, manner: &Manner, say: impl Fn(&str)) -> Result<Placed> {
-    let scratch = repository.scratch(&host.name);
-    let before = Standing::that_may_be_replaced(hub, &host.name, manner, &scratch)?;
+    let before = Standing::that_may_be_replaced(hub, &host.name, manner)?;
     if let Some(held) = before.held(&manner.holds) {
         return Ok(held);
     }
@@ -128,20 +128,20 @@ pub fn deploy(hub: &ServedDirectory, repository: &FleetRepository, host: &Host, 
     })
 }
 
-/// Publishes what was built for a host, unless it is published already, signed as it should be; `scratch` is a file for it.
-pub fn offer(hub: &ServedDirectory, built: &Built, archive: &Path, manner: &Manner, scratch: &Path) -> Result<Placed> {
-    let before = Standing::that_may_be_replaced(hub, &built.name, manner, scratch)?;
+/// Publishes what was built for a host, unless it is published already, signed as it should be.
+pub fn offer(hub: &ServedDirectory, built: &Built, archive: &Path, manner: &Manner) -> Result<Placed> {
+    let before = Standing::that_may_be_replaced(hub, &built.name, manner)?;
     before.held(&manner.holds).map_or_else(|| before.replace(built, archive, &|| Ok(())), Ok)
 }
 
 /// Publishes a release of a host's again, by another number, as it was: `noted` is of the hub, and has to be signed as it
 /// should be.
-pub fn again(hub: &ServedDirectory, noted: &Noted, manner: &Manner, scratch: &Path) -> Result<Sequence> {
+pub fn again(hub: &ServedDirectory, noted: &Noted, manner: &Manner) -> Result<Sequence> {
     let old = &noted.manifest;
     let doing = || format!("publish release {} of {} again", old.release.sequence, old.host);
     let from = || old.origin.commit.as_ref().map_or("its configuration".into(), |commit| format!("commit {commit}"));
-    let before = Standing::that_may_be_replaced(hub, &old.host, manner, scratch)?;
-    if !signing::is_ours(old, &noted.signed()?, manner.key, scratch)? {
+    let before = Standing::that_may_be_replaced(hub, &old.host, manner)?;
+    if !signing::is_ours(old, &noted.signed()?, manner.key, manner.scratch.path())? {
         return Err(format!("it is not known to be signed with the signingKey; check out {}, and deploy", from())).context(doing);
     }
     if !hub.keeps(old)? {
@@ -152,9 +152,8 @@ pub fn again(hub: &ServedDirectory, noted: &Noted, manner: &Manner, scratch: &Pa
 
 /// Publishes a host's release again, by another number, if more than half of its time is over. What is renewed is what
 /// was published last: nobody can have an old release renewed.
-pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostName, manner: &Manner) -> Result<Option<Sequence>> {
-    let scratch = repository.scratch(host);
-    let before = Standing::new(hub, host, manner, &scratch)?;
+pub fn renew(hub: &ServedDirectory, host: &HostName, manner: &Manner) -> Result<Option<Sequence>> {
+    let before = Standing::new(hub, host, manner)?;
     let doing = || format!("renew the release of {host}");
     // or what is to follow would be no later one
     let Some((old, _)) = before.old.as_ref().filter(|(old, _)| !manner.waits(old)) else { return Ok(None) };
@@ -168,12 +167,12 @@ pub fn renew(hub: &ServedDirectory, repository: &FleetRepository, host: &HostNam
 }
 
 impl<'a> Standing<'a> {
-    fn new(hub: &'a ServedDirectory, host: &'a HostName, manner: &'a Manner, scratch: &'a Path) -> Result<Self> {
+    fn new(hub: &'a ServedDirectory, host: &'a HostName, manner: &'a Manner) -> Result<Self> {
         let (old, memory) = (hub.valid_manifest(host)?, &manner.memory);
         let mut is_ours = false;
         if let Some((old, signed)) = &old {
             let is_vouched_for = memory.vouches(host, signed, manner.key);
-            is_ours = is_vouched_for || signing::is_ours(old, signed, manner.key, scratch)?;
+            is_ours = is_vouched_for || signing::is_ours(old, signed, manner.key, manner.scratch.path())?;
             if is_ours && !is_vouched_for {
                 memory.vouch(host, signed, manner.key).or_warn();
             }
@@ -182,16 +181,16 @@ impl<'a> Standing<'a> {
         let heartbeat = hub.heartbeat(host)?.map(|(heartbeat, _)| heartbeat);
         let of = |release: fn(&Heartbeat) -> &Option<Release>| Some(release(heartbeat.as_ref()?).as_ref()?.sequence);
         let (seen, deployed, now) = (of(|said| &said.seen), of(|said| &said.deployed), now());
-        let numbers = Numbers::known(host, [seen, deployed, memory.last(host)], now).context(|| format!("publish {host}"))?;
-        let numbers = numbers.beside(old.as_ref().filter(|_| !is_ours).map(|(old, _)| &old.release));
+        let others = old.as_ref().filter(|_| !is_ours).map(|(old, _)| &old.release);
+        let numbers = Numbers::known(host, [seen, deployed, memory.last(host)], others, now).context(|| format!("publish {host}"))?;
         let refused = heartbeat.and_then(|heartbeat| heartbeat.refused);
-        Ok(Self { hub, host, manner, scratch, old, is_ours, refused, numbers, deployed, now })
+        Ok(Self { hub, host, manner, old, is_ours, refused, numbers, deployed, now })
     }
 
     /// The same; fails unless the hub serves the host, and what it offers may be followed by what is published so.
-    fn that_may_be_replaced(hub: &'a ServedDirectory, host: &'a HostName, manner: &'a Manner, scratch: &'a Path) -> Result<Self> {
+    fn that_may_be_replaced(hub: &'a ServedDirectory, host: &'a HostName, manner: &'a Manner) -> Result<Self> {
         hub.check(host)?;
-        let before = Self::new(hub, host, manner, scratch)?;
+        let before = Self::new(hub, host, manner)?;
         let is_signed = before.old.as_ref().is_some_and(|(_, signed)| signed.signature.is_some());
         if is_signed && manner.key.is_none() && !manner.unsigned {
             return Err(manner.no_key).context(|| format!("publish {host}"));
@@ -231,7 +230,8 @@ impl<'a> Standing<'a> {
         let Some(planned) = planned.filter(|planned| planned.before.as_ref() == self.sees()) else { return Ok(Err(what)) };
         let Some((manifest, signed)) = self.hub.staged(self.host, &planned.release) else { return Ok(Err(what)) };
         let is_same = planned.release.id == id(&built.sha256, built.attr.as_ref(), Some(&built.toplevel))?;
-        if !is_same || !signing::is_ours(&manifest, &signed, manner.key, self.scratch)? || self.is_to_be_renewed(&manifest) {
+        let is_ours = signing::is_ours(&manifest, &signed, manner.key, manner.scratch.path())?;
+        if !is_same || !is_ours || self.is_to_be_renewed(&manifest) {
             return Ok(Err(what));
         }
         Ok(Ok(Placed { member: Some(planned.clone()), new: false, said: "unchanged".into() }))
@@ -357,12 +357,11 @@ mod tests {
             silent_after: 0,
         };
         let (origin, memory) = (Provenance::default(), Memory::default());
-        let (holds, plan) = (Holds::default(), None);
+        let (holds, plan, waves, scratch) = (Holds::default(), None, false, Temporary::below(place.path()).unwrap());
         let manner =
-            Manner { build: true, key: None, unsigned: false, no_key: "", lasting: None, origin, memory, holds, plan, waves: false };
+            Manner { build: true, key: None, unsigned: false, no_key: "", lasting: None, origin, memory, holds, plan, waves, scratch };
         let publish = |hold: Option<Hold>| {
-            let scratch = place.path().join("scratch");
-            let before = Standing::that_may_be_replaced(&hub, &host, &manner, &scratch).unwrap();
+            let before = Standing::that_may_be_replaced(&hub, &host, &manner).unwrap();
             let build = || hold.as_ref().map_or(Ok(()), |hold| Holds::change(&hub, |holds| holds.put(Some(&host), hold.clone())));
             before.replace(&built, &archive, &build).unwrap()
         };

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nix::unistd::{AccessFlags, access};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::fleet::{Manifest, NAMESPACE, Signed, sha256};
 use crate::names::{HostName, Sha256, StorePath};
 use crate::program::Program;
@@ -23,10 +23,10 @@ pub fn signed(manifest: &Manifest, key: Option<&Path>) -> Result<Signed> {
     Ok(Signed { manifest: text, signature })
 }
 
-/// Whether a release is one of the fleet with this key, or of one without; `scratch` is a file for the signature.
+/// Whether a release is one of the fleet with this key, or of one without; `scratch` is a directory to write to.
 pub fn is_ours(manifest: &Manifest, signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<bool> {
     let is_named_so = id(&manifest.sha256, manifest.attr.as_ref(), manifest.toplevel.as_ref())? == manifest.release.id;
-    Ok(is_named_so && is_signed_by(signed, key, scratch)?)
+    Ok(is_named_so && is_signed_by(signed, key, &scratch.join(&manifest.host))?)
 }
 
 fn is_signed_by(signed: &Signed, key: Option<&Path>, scratch: &Path) -> Result<bool> {
@@ -51,6 +51,5 @@ pub fn check(key: &Path) -> Result<()> {
 fn sign(text: &str, key: &Path) -> Result<String> {
     let doing = || format!("sign with {}", key.display());
     let sign = Program::new("ssh-keygen").args(["-Y", "sign", "-n", NAMESPACE, "-f"]).arg(key);
-    let signature = sign.output(doing, Some(text.as_bytes()))?;
-    String::from_utf8(signature).map_err(|_| Error::new(format!("Failed to {}: ssh-keygen returned invalid UTF-8", doing())))
+    sign.output(doing, Some(text.as_bytes())).map(|signature| String::from_utf8_lossy(&signature).into_owned())
 }

@@ -53,21 +53,15 @@ Options:
                      a hub elsewhere, with the ssh configuration of this user
 ";
 
-/// The options that each command takes besides those that all take.
-pub const OPTIONS: [(&str, &[&str]); 14] = [
-    ("init", &[]),
+/// The options that commands take besides those that all take.
+const OPTIONS: [(&str, &[&str]); 8] = [
     ("build", &["--jobs", "--target"]),
     ("deploy", &["--again", "--jobs", "--json", "--no-build", "--unsigned", "--waves"]),
     ("hold", &["--for", "--reason"]),
-    ("resume", &[]),
     ("abort", &["--unsigned"]),
     ("renew", &["--jobs"]),
     ("status", &["--html", "--json", "--once", "--wide"]),
     ("history", &["--json"]),
-    ("log", &[]),
-    ("diff", &[]),
-    ("flake-update", &[]),
-    ("bootstrap", &[]),
     ("collect", &["--html", "--metrics"]),
 ];
 

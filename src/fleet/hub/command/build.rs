@@ -18,6 +18,7 @@ use crate::fleet::hub::publish::{self, Manner, Placed};
 use crate::fleet::hub::repository::select;
 use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, lost, push, signing};
+use crate::fleet::temporary::Temporary;
 use crate::gather::gather;
 use crate::names::{HostName, ObjectId};
 use crate::nix::profile::set_profile;
@@ -124,11 +125,12 @@ impl Fleet<'_> {
     pub(super) fn renew(&self, wanted: &[&str]) -> Result<ExitCode> {
         let _turn = self.hub.turn()?;
         collect::take_in(&self.hub, wanted, None, true)?;
-        let repository = self.repository()?;
+        // without one, its settings would not count
+        self.repository()?;
         let manner = self.manner(Provenance::default())?;
         let hosts = select(self.hub.hosts()?, |name| name, wanted)?;
         let done = parallel(&hosts, self.arguments.jobs()?, |host| {
-            let Some(number) = publish::renew(&self.hub, &repository, host, &manner).or_error()? else { return Some(false) };
+            let Some(number) = publish::renew(&self.hub, host, &manner).or_error()? else { return Some(false) };
             print(&format!("{host}: release {number} published: renewed\n")).ok().map(|()| true)
         });
         if done.iter().all(|renewed| *renewed == Some(false)) {
@@ -143,8 +145,8 @@ impl Fleet<'_> {
         key.map_or(Ok(()), signing::check)?;
         let (build, unsigned, memory) = (!has("--no-build"), has("--unsigned"), Memory::new(&self.directory));
         let no_key = "its release is signed, and fleet.json has no signingKey; set it, or pass --unsigned";
-        let (holds, plan, waves) = (Holds::read(&self.hub)?, Plan::read(&self.hub), has("--waves"));
-        Ok(Manner { build, key, unsigned, no_key, lasting, origin, memory, holds, plan, waves })
+        let (holds, plan, waves, scratch) = (Holds::read(&self.hub)?, Plan::read(&self.hub), has("--waves"), Temporary::new()?);
+        Ok(Manner { build, key, unsigned, no_key, lasting, origin, memory, holds, plan, waves, scratch })
     }
 }
 

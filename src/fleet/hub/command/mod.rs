@@ -13,7 +13,7 @@ use ::nix::sys::stat::{Mode, umask};
 
 use crate::error::{Context, OrLog, Result};
 use crate::fleet::SMALL;
-use crate::fleet::hub::command::arguments::{Arguments, HELP, OPTIONS};
+use crate::fleet::hub::command::arguments::{Arguments, HELP};
 use crate::fleet::hub::jobs::{Board, LINES, parallel};
 use crate::fleet::hub::memory::Memory;
 use crate::fleet::hub::repository::{FleetRepository, Host, select};
@@ -61,9 +61,8 @@ pub fn command(arguments: &[&str]) -> Result<ExitCode> {
     let directory = arguments.options.get("--directory").map_or(settings.directory.clone(), PathBuf::from);
     let fleet = Fleet { place, settings, hub: ServedDirectory::new(&directory)?, directory, arguments: &arguments };
     let words = fleet.settings.expand(&arguments.words)?;
-    let is_first = |verb: &&str| words.first() == Some(verb);
-    let needs_hub = OPTIONS.iter().any(|(verb, _)| is_first(verb)) && !["build", "flake-update", "bootstrap"].iter().any(is_first);
-    if needs_hub {
+    let of_hub = ["abort", "collect", "deploy", "diff", "history", "hold", "log", "renew", "resume", "status"];
+    if words.first().is_some_and(|verb| of_hub.contains(verb)) {
         fleet.hub.check_readable()?;
     }
     match words[..] {

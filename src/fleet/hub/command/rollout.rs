@@ -12,7 +12,6 @@ use crate::fleet::hub::publish::{self, Manner};
 use crate::fleet::hub::repository::{Host, select};
 use crate::fleet::hub::rollout::{self, Rollout};
 use crate::fleet::hub::{collect, history};
-use crate::fleet::temporary::Temporary;
 use crate::names::{HostName, Sequence};
 use crate::run::hold::Hold;
 use crate::run::{asker, holding};
@@ -121,13 +120,12 @@ impl Fleet<'_> {
 
     /// The same for one host; whether that went well.
     fn publish_again(&self, host: &HostName, number: Option<Sequence>, manner: &Manner) -> Result<bool> {
-        let scratch = Temporary::new()?;
         let publish = || -> Result<String> {
             let number = number.ok_or("nothing is known to have run there before").context(|| format!("publish for {host}"))?;
             let found = history::find(&self.hub, host, number)?;
             let found =
                 found.ok_or_else(|| Error::new(format!("Failed to find release {number} of {host}: see ekiben fleet history {host}")))?;
-            let new = publish::again(&self.hub, &found, manner, &scratch.path().join(host))?;
+            let new = publish::again(&self.hub, &found, manner)?;
             let from = found.manifest.origin.short();
             let from = if from.is_empty() { from } else { format!(", of {from}") };
             Ok(format!("release {new} published: {number} again{from}"))

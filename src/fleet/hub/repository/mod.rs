@@ -169,8 +169,7 @@ impl FleetRepository {
     pub fn commit(&self) -> Provenance {
         let git = |arguments: &[&str]| {
             let doing = || format!("read the last commit of {}", self.directory.display());
-            let said = git::git(&self.directory).args(arguments).output(doing, None).ok()?;
-            String::from_utf8(said).ok()
+            git::git(&self.directory).args(arguments).said(doing).ok()
         };
         let said = git(&["log", "-1", "--format=%H%n%an <%ae>%n%s"]).unwrap_or_default();
         let mut lines = said.lines().map(text::line);
@@ -231,11 +230,6 @@ impl FleetRepository {
     /// Where what nix fetches for updates is kept.
     pub fn cache(&self) -> PathBuf {
         self.state.join("fetched")
-    }
-
-    /// The path of a file that is gone when this command ends.
-    pub fn scratch(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(format!("{name}.scratch"))
     }
 
     /// Unpacks a source, as the host does, and calls `then` with where it is.
