@@ -126,10 +126,7 @@ fn next(stream: &mut impl Read, names: &mut Names) -> Result<Option<Entry>, Opti
         return Ok(None);
     }
     check_header(&header)?;
-    let mut name = match &long {
-        Some(name) => until_nul(name).to_vec(),
-        None => until_nul(&header[..100]).to_vec(),
-    };
+    let mut name = until_nul(long.as_deref().unwrap_or(&header[..100])).to_vec();
     // POSIX has the beginning of a long name there, GNU something else
     let prefix = until_nul(&header[345..500]);
     if header[257..263] == *b"ustar\0" && !prefix.is_empty() && long.is_none() {

@@ -123,12 +123,11 @@ pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
     // before anything is put anywhere, or a crash could leave files that are nobody's
     files::write_json(&paths.installed(), &[&before[..], &served].concat(), 0o600)?;
     let mut installed = Vec::new();
-    let gone = before.iter().filter(|old| served.iter().all(|new| new.path != old.path)).map(|old| (old, remove(old, hub)));
-    let placed = served.iter().map(|new| (new, place(paths, hub, new, &before)));
+    let gone = before.iter().filter(|old| served.iter().all(|new| new.path != old.path)).map(|old| (old, remove(old, hub).map(|()| None)));
+    let placed = served.iter().map(|new| (new, place(paths, hub, new, &before).map(|()| Some(new))));
     for (file, done) in gone.chain(placed) {
         match done {
-            Ok(true) => installed.push(file.clone()),
-            Ok(false) => {}
+            Ok(there) => installed.extend(there.cloned()),
             Err(error) => {
                 log::error!("{error}.");
                 installed.extend(before.iter().filter(|old| old.path == file.path).cloned());
@@ -147,7 +146,7 @@ pub fn install(paths: &Paths, hub: &Hub) -> Result<()> {
 }
 
 /// Puts a file in its place, unless it is there; `before` are the files that are ours.
-fn place(paths: &Paths, hub: &Hub, served: &Served, before: &[Served]) -> Result<bool> {
+fn place(paths: &Paths, hub: &Hub, served: &Served, before: &[Served]) -> Result<()> {
     let path: &Path = served.path.as_ref();
     let doing = || format!("install {path:?}");
     let contents = files::read_foreign_below(&paths.own(""), format!("files/{}", served.file), SMALL).context(doing)?;
@@ -166,7 +165,7 @@ fn place(paths: &Paths, hub: &Hub, served: &Served, before: &[Served]) -> Result
         if there == served.sha256 {
             let metadata = fs::metadata(path).context(doing)?;
             if (metadata.mode() & 0o7777, metadata.uid(), metadata.gid()) == (mode, owner, group) {
-                return Ok(true);
+                return Ok(());
             }
         } else if !before.iter().any(|old| old.path == served.path && old.sha256 == there) {
             return Err("the file was not installed by Ekiben; move it away to have it replaced").context(doing);
@@ -178,11 +177,11 @@ fn place(paths: &Paths, hub: &Hub, served: &Served, before: &[Served]) -> Result
     let handed_over = fs::set_permissions(&new, Permissions::from_mode(mode)).and_then(|()| chown(&new, Some(owner), Some(group)));
     handed_over.and_then(|()| fs::rename(&new, path)).and_then(|()| files::sync_parent(path)).context(doing)?;
     log::info!("Installed {}.", path.display());
-    Ok(true)
+    Ok(())
 }
 
-/// Removes a file that is ours. Returns whether it is there all the same.
-fn remove(served: &Served, hub: &Hub) -> Result<bool> {
+/// Removes a file that is ours.
+fn remove(served: &Served, hub: &Hub) -> Result<()> {
     let path: &Path = served.path.as_ref();
     let doing = || format!("remove {path:?}");
     let directories = directories(path, hub).and_then(|directories| {
@@ -193,7 +192,7 @@ fn remove(served: &Served, hub: &Hub) -> Result<bool> {
         Ok(directories) => directories,
         Err(error) => {
             log::warn!("Keeping {}: {error}.", path.display());
-            return Ok(false);
+            return Ok(());
         }
     };
     match is_there(path).context(doing)? {
@@ -212,16 +211,14 @@ fn remove(served: &Served, hub: &Hub) -> Result<bool> {
         }
         Some(_) => log::warn!("Keeping {}: no longer offered by the hub, but changed on this host.", path.display()),
     }
-    Ok(false)
+    Ok(())
 }
 
 /// The SHA-256 of the file that is there, if one is.
 fn is_there(path: &Path) -> Result<Option<Sha256>, String> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Ok(metadata) if metadata.is_file() => sha256::of_file(path).map(Some).map_err(|error| error.to_string()),
-        Ok(_) => Err("not a regular file".into()),
-        Err(error) => Err(error.to_string()),
+    match files::if_there(fs::symlink_metadata(path)).map_err(|error| error.to_string())? {
+        Some(metadata) if !metadata.is_file() => Err("not a regular file".into()),
+        there => there.map(|_| sha256::of_file(path)).transpose().map_err(|error| error.to_string()),
     }
 }
 
