@@ -158,6 +158,7 @@ fn not_expected(what: &str, found: Unexpected<'_>, expected: &dyn Expected) -> I
         Unexpected::Str(text) => format!("string {text:?}"),
         Unexpected::Seq => "sequence".into(),
         Unexpected::Map => "map".into(),
+        Unexpected::Unit => "null".into(),
         Unexpected::Other(other) => other.into(),
         _ => "another value".into(),
     };
@@ -170,7 +171,7 @@ impl Node<'_> {
     #[inline(never)]
     fn is_not(&self, expected: &dyn Expected) -> Invalid {
         let found = match self.0 {
-            Value::Null => Unexpected::Other("null"),
+            Value::Null => Unexpected::Unit,
             Value::Bool(value) => Unexpected::Bool(*value),
             Value::Number(number) => match (number.as_u64(), number.as_i64()) {
                 (Some(number), _) => Unexpected::Unsigned(number),
@@ -185,56 +186,26 @@ impl Node<'_> {
     }
 }
 
-/// Methods of a [`Node`] for numbers.
-macro_rules! numbers {
-    ($($method:ident)*) => {
-        $(fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
-            let number = self.0.as_number();
-            match (number.and_then(|number| number.as_u64()), number.and_then(|number| number.as_i64())) {
-                (Some(number), _) => visitor.visit_u64(number),
-                (None, Some(number)) => visitor.visit_i64(number),
-                _ => Err(self.is_not(&visitor)),
-            }
-        })*
-    };
-}
-
-/// Methods of a [`Node`] that are as another one.
-macro_rules! same {
-    ($($method:ident($($more:ty),*) as $other:ident;)*) => {
-        $(fn $method<V: Visitor<'de>>(self, $(_: $more,)* visitor: V) -> Result<V::Value, Invalid> {
-            self.$other(visitor)
-        })*
-    };
-}
-
 impl<'de> Deserializer<'de> for Node<'_> {
     type Error = Invalid;
 
+    // what is not expected, the visitor refuses
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
         match self.0 {
             Value::Null => visitor.visit_unit(),
-            Value::Bool(_) => self.deserialize_bool(visitor),
-            Value::Number(_) => self.deserialize_u64(visitor),
-            Value::String(_) => self.deserialize_str(visitor),
-            Value::Array(_) => self.deserialize_seq(visitor),
-            Value::Object(_) => self.deserialize_map(visitor),
+            Value::Bool(value) => visitor.visit_bool(*value),
+            Value::Number(number) => match (number.as_u64(), number.as_i64()) {
+                (Some(number), _) => visitor.visit_u64(number),
+                (None, Some(number)) => visitor.visit_i64(number),
+                _ => Err(self.is_not(&visitor)),
+            },
+            Value::String(text) => visitor.visit_str(text),
+            Value::Array(items) => visitor.visit_seq(Items(items.iter(), 0)),
+            Value::Object(object) => visitor.visit_map(Entries(object.iter(), None)),
         }
     }
 
-    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
-        if let Value::Bool(value) = self.0 { visitor.visit_bool(*value) } else { Err(self.is_not(&visitor)) }
-    }
-
-    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
-        if let Value::String(text) = self.0 { visitor.visit_str(text) } else { Err(self.is_not(&visitor)) }
-    }
-
-    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
-        if let Value::Array(items) = self.0 { visitor.visit_seq(Items(items.iter(), 0)) } else { Err(self.is_not(&visitor)) }
-    }
-
-    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Invalid> {
+    fn deserialize_struct<V: Visitor<'de>>(self, _: &'static str, _: &'static [&'static str], visitor: V) -> Result<V::Value, Invalid> {
         if let Value::Object(object) = self.0 { visitor.visit_map(Entries(object.iter(), None)) } else { Err(self.is_not(&visitor)) }
     }
 
@@ -261,18 +232,10 @@ impl<'de> Deserializer<'de> for Node<'_> {
         visitor.visit_unit()
     }
 
-    numbers! {
-        deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64
-        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf
+        unit unit_struct seq tuple tuple_struct map identifier
     }
-    same! {
-        deserialize_string() as deserialize_str;
-        deserialize_identifier() as deserialize_str;
-        deserialize_struct(&'static str, &'static [&'static str]) as deserialize_map;
-        deserialize_tuple(usize) as deserialize_seq;
-        deserialize_tuple_struct(&'static str, usize) as deserialize_seq;
-    }
-    forward_to_deserialize_any! { f32 f64 char bytes byte_buf unit unit_struct i128 u128 }
 }
 
 /// What is left of an array, and the index of the next one.
