@@ -243,6 +243,24 @@ with subtest("what waits for a boot is superseded while its own instance has a r
     boot()
     check_deployed(machine, "other")
 
+with subtest("what was set for the next boot by hand is superseded by what is to wait for that: it is said how to have it back"):
+    publish(machine, "other", str(next(COUNT)))
+    deploy(machine, "nix flake update other; git commit -qam 'by hand'")
+    build_into_profile(machine)
+    deploy(machine, "git reset -q --hard HEAD~1")
+    wanted = generation(machine)
+    awaits()
+    ended = last_run(machine, "app")
+    said = [warning for warning in ended["warnings"] if warning.startswith(f"generation {wanted.split('-')[1]}, which was set for the next boot")]
+    assert len(said) == 1, ended
+    assert "superseded" not in machine.succeed("ekiben status"), machine.succeed("ekiben status")
+    machine.succeed(said[0].split("to have it back: ")[1])
+    assert generation(machine) == wanted
+    boot()
+    assert generation(machine) == wanted and running(machine) == wanted.split()[1], status(machine, "app")
+    ended = last_run(machine, "app")
+    assert ended["result"] == "rolledBack" and not [warning for warning in ended["warnings"] if "until it is rebooted" in warning], ended
+
 
 for way, point in itertools.product(("kill", "stop", "crash"), [point for point in POINTS if point.startswith(("activate: p", "activate: b", "conclude: r"))]):
     if point == "activate: begun":

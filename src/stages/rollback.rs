@@ -46,12 +46,13 @@ pub fn back(paths: &Paths, run: &mut Run, result: Outcome) -> Outcome {
             if result != Outcome::Failed {
                 return result;
             }
+            let is_next = |system: &Path| before.generation.as_ref().is_some_and(|next| next.system == *system);
             if !run.reboot_needed {
                 // what was not well before proves nothing
                 if !matches!(Run::load_unfit(&before.system), Ok(Some(_))) {
                     excuse(run, &same);
                 }
-            } else if let Some(current) = system::current().ok().filter(|current| *current != before.system) {
+            } else if let Some(current) = system::current().ok().filter(|current| *current != before.system && !is_next(current)) {
                 run.warnings.push(format!("this machine runs {} until it is rebooted", current.display()));
             }
             Outcome::RolledBack
