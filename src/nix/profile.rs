@@ -34,7 +34,8 @@ pub fn current_generation() -> Result<Option<Generation>> {
     let doing = || format!("read {SYSTEM_PROFILE}");
     let Ok(link) = fs::read_link(profile) else { return Ok(None) };
     let number = link.file_name().and_then(number_of);
-    let number = number.ok_or_else(|| format!("{} is not a generation", link.display())).context(doing)?;
+    let way_out = || format!("{0} is not a generation; run nix-env --profile {SYSTEM_PROFILE} --set {0}", link.display());
+    let number = number.ok_or_else(way_out).context(doing)?;
     Ok(Some(Generation { number, system: fs::canonicalize(profile).context(doing)? }))
 }
 
