@@ -182,6 +182,8 @@ with subtest("a canary that dies when it has deployed, or that runs something el
     hub.no_fault()
     collect()
     assert "wave 1 of 3: 0 of 1 healthy" in (seen := stands()) and "silent" not in seen and renewed(before) == {"db"}, seen
+    # nor was that a part of its soak, be it that the hub was away or that its clock was behind
+    assert noted()["healthy"]["db"][1] == int(hub.succeed(f"cat {DIRECTORY}/received/return.json")), noted()
     hub.succeed(f"echo $(($(date +%s) - 7200)) > {DIRECTORY}/received/return.json")
     collect()
     assert "stopped in wave 1: db has been silent since it has got the release" in (seen := stands()) and renewed(before) == {"db"}, seen

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::fleet::LARGE;
+use crate::fleet::hub::health::Seen;
 use crate::fleet::hub::plan::Plan;
 use crate::fleet::hub::served::ServedDirectory;
 use crate::names::{HostName, Sequence};
@@ -55,10 +56,27 @@ impl Headway {
         Self { id: plan.id.clone(), healthy: self.healthy, hears_since: self.hears_since, ..Self::default() }
     }
 
+    /// Notes since when the hub hears hosts, and of all what has arrived last. Who had not soaked before has to from then on:
+    /// nobody knows what was meanwhile, nor, where it was the clock that went on, whether any time has passed.
+    pub fn hear_since(&mut self, hears_since: u64, plan: &Plan, seen: &[Seen]) {
+        if std::mem::replace(&mut self.hears_since, hears_since) == hears_since {
+            return;
+        }
+        for (member, _, arrived, _) in seen {
+            let soak = plan.waves[member.wave].soak;
+            if let Some((_, since)) = self.healthy.get_mut(&member.host)
+                && (*arrived >= hears_since || *arrived < since.saturating_add(soak))
+            {
+                *since = hears_since.max(*since);
+            }
+        }
+    }
+
     /// Since when a host has been healthy on this number, by what has arrived by then: a clock that was ahead has noted what is
     /// yet to come.
     pub fn since(&self, host: &HostName, offered: Option<Sequence>, arrived: u64) -> Option<u64> {
-        self.healthy.get(host).filter(|(number, since)| Some(*number) == offered && *since <= arrived).map(|(_, since)| *since)
+        let by = arrived.max(self.hears_since);
+        self.healthy.get(host).filter(|(number, since)| Some(*number) == offered && *since <= by).map(|(_, since)| *since)
     }
 
     /// What tells its last stop from others, or, if it is not stopped, where it stands.

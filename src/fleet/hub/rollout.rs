@@ -155,12 +155,16 @@ pub fn step<'a>(plan: &Plan, holds: &Holds, headway: &mut Headway, seen: &[Seen<
 /// Begins the next wave if it is time for that; the hub does, each time that it has collected.
 pub fn advance(hub: &ServedDirectory) -> Result<()> {
     // whoever publishes may be about to replace the plan
-    let Some(_turn) = hub.turn_if_free()? else { return Ok(()) };
+    let Some(_turn) = hub.turn_if_free()? else {
+        log::info!("The roll-out waits: somebody is publishing.");
+        return Ok(());
+    };
     // of what is over, no host need be looked at
     let Some(Rollout { plan, holds, mut headway }) = Rollout::read(hub)?.filter(|rollout| !rollout.headway.done) else { return Ok(()) };
     let was_stopped = headway.stopped.is_some();
-    headway.hears_since = snapshot::hears_since(&hub.collected());
-    let seen = seen(hub, &plan, &holds, headway.hears_since)?;
+    let hears_since = snapshot::hears_since(&hub.collected());
+    let seen = seen(hub, &plan, &holds, hears_since)?;
+    headway.hear_since(hears_since, &plan, &seen);
     let next = step(&plan, &holds, &mut headway, &seen);
     if let Some(why) = headway.stopped.as_ref().filter(|_| !was_stopped) {
         log::error!("The roll-out of {} is stopped in {why}.", plan.origin.short());
@@ -241,13 +245,15 @@ mod tests {
         headway: Headway,
         /// The number that all are offered.
         offered: u64,
+        /// Since when the hub hears them.
+        hears_since: u64,
     }
 
     impl Story {
         fn new(waves: &[Wave], hosts: &[(&str, usize)]) -> Self {
             let hosts = hosts.iter().map(|(host, wave)| member(host, *wave)).collect();
             let plan = Plan { format: FORMAT, id: "x".into(), origin: Provenance::default(), waves: waves.to_vec(), hosts };
-            Self { plan, holds: Holds::default(), headway: Headway::default(), offered: 2 }
+            Self { plan, holds: Holds::default(), headway: Headway::default(), offered: 2, hears_since: 0 }
         }
 
         /// Who is offered something, by how hosts do, and by when that arrived.
@@ -257,6 +263,7 @@ mod tests {
             let seen: Vec<_> =
                 members.iter().zip(seen).map(|(member, (_, health, arrived))| (member, *health, *arrived, offered)).collect();
             self.headway = std::mem::take(&mut self.headway).with(&self.plan);
+            self.headway.hear_since(self.hears_since, &self.plan, &seen);
             let next = step(&self.plan, &self.holds, &mut self.headway, &seen);
             next.iter().map(|member| member.host.to_string()).collect::<Vec<_>>().join(" ")
         }
@@ -284,6 +291,25 @@ mod tests {
         assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Pending, 50)]), "");
         assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 40), ("c", Well, 60)]), "");
         assert!(story.headway.done);
+    }
+
+    #[test]
+    fn time_that_the_hub_was_away_or_its_clock_has_skipped_is_no_soak() {
+        let hosts = [("a", 0), ("b", 0), ("c", 1)];
+        let mut story = Story::new(&[wave(&["a", "b"], 10, 0, false), wave(&["*"], 0, 0, false)], &hosts);
+        assert_eq!(story.step(&[("a", Well, 20), ("b", Well, 25), ("c", Waits, 5)]), "");
+        // the one has soaked by then
+        assert_eq!(story.step(&[("a", Well, 30), ("b", Well, 34), ("c", Waits, 5)]), "");
+        story.hears_since = 1000;
+        assert_eq!(story.step(&[("a", Pending, 30), ("b", Pending, 34), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Gone, 30), ("b", Well, 1003), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Gone, 30), ("b", Well, 1009), ("c", Waits, 5)]), "");
+        assert_eq!(story.stopped(), "");
+        // and back: what is to come proves nothing
+        story.hears_since = 40;
+        assert_eq!(story.step(&[("a", Pending, 30), ("b", Pending, 1009), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 41), ("b", Well, 45), ("c", Waits, 5)]), "");
+        assert_eq!(story.step(&[("a", Well, 41), ("b", Well, 55), ("c", Waits, 5)]), "c");
     }
 
     #[test]

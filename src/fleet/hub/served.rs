@@ -192,7 +192,7 @@ impl ServedDirectory {
         if let Some(turn) = self.turn_if_free()? {
             return Ok(turn);
         }
-        log::info!("Another user is publishing; waiting ...");
+        log::info!("Another user is publishing; waiting; if that does not end, lslocks says what has {} ...", directory.display());
         files::lock(&directory, FlockArg::LockExclusive)?.ok_or_else(|| Error::new("Failed to wait for another publisher"))
     }
 }
