@@ -133,6 +133,11 @@ with subtest("all is signed at once, and offered wave by wave, when the hosts be
     assert run(hub, "publish")["result"] == "unchanged"
     assert numbers() == signed and stands() == ""
     assert "first" in hub.succeed(fleet("history plain"))
+    # a plan of a newer version is none here, which is said
+    plan = f"{DIRECTORY}/rollout/plan.json"
+    hub.succeed(f"cp -a {plan} /tmp/plan; jq '.format = 2' /tmp/plan > {plan}")
+    assert "unsupported format 2" in (seen := hub.execute(f"{fleet('status --once')} 2>&1")[1]), seen
+    hub.succeed(f"cp -a /tmp/plan {plan}")
 
 with subtest("a canary that rolls back stops it, for all to see, until somebody has it go on"):
     before = numbers()

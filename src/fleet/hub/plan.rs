@@ -61,10 +61,16 @@ impl Plan {
 
     /// The one that there is; what is no plan is none.
     pub fn read(hub: &ServedDirectory) -> Option<Self> {
-        let found: Option<Self> = files::read_foreign_json(&Self::file(hub), LARGE).or_warn().flatten();
-        found.filter(|plan| {
-            plan.format == FORMAT && !plan.waves.is_empty() && plan.hosts.iter().all(|member| member.wave < plan.waves.len())
-        })
+        let file = Self::file(hub);
+        let plan: Self = files::read_foreign_json(&file, LARGE).or_warn().flatten()?;
+        if plan.format > FORMAT {
+            let (file, format) = (file.display(), plan.format);
+            log::warn!(
+                "Failed to read {file}: unsupported format {format}, expected {FORMAT}: its waves go on once Ekiben is updated here"
+            );
+        }
+        let is_plan = plan.format == FORMAT && !plan.waves.is_empty() && plan.hosts.iter().all(|member| member.wave < plan.waves.len());
+        is_plan.then_some(plan)
     }
 
     /// Puts it in the place of the one that there was when the hub was looked at.
