@@ -195,7 +195,7 @@ impl Repository {
         let doing = || format!("move {} to {commit}", self.branch);
         let git = self.git().args(["update-ref", "-m", "ekiben: fast-forward", "--stdin"]);
         let errors = savepoint.errors();
-        let mut git = git.talk(Some(File::create(&errors).context(doing)?))?;
+        let mut git = git.talk(File::create(&errors).context(doing)?)?;
         let locked = git
             .ask("start", "start: ok")
             .and_then(|()| git.say(&format!("update {} {commit} {}", self.branch, self.head)))

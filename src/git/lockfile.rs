@@ -100,13 +100,13 @@ impl LockFile {
 
     /// The top-level inputs that differ in any way, with their old and new revisions.
     fn changes(&self, new: &Self) -> Vec<(String, String, String)> {
-        let names: BTreeSet<_> = gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned());
-        let changed = |name: &String| self.difference(new, name, &|_| false).is_some();
-        let revisions = |name: String| {
-            let (old, new) = (self.revision(&name), new.revision(&name));
-            (name, old, new)
-        };
-        names.into_iter().filter(changed).map(revisions).collect()
+        let names = self.names(new).into_iter().filter(|name| self.difference(new, name, &|_| false).is_some());
+        names.map(|name| (name.clone(), self.revision(name), new.revision(name))).collect()
+    }
+
+    /// The top-level inputs that there were, or are.
+    fn names<'a>(&'a self, new: &'a Self) -> BTreeSet<&'a String> {
+        gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()))
     }
 
     /// Fails if an input changed that neither is one of `allowed` nor hangs on one; an input's
@@ -116,8 +116,7 @@ impl LockFile {
             return Ok(());
         }
         let is_allowed = |path: &str| allowed.iter().any(|input| input == path);
-        let names: BTreeSet<_> = gather(self.inputs(&self.root).keys().chain(new.inputs(&new.root).keys()).cloned());
-        match names.iter().find_map(|name| self.difference(new, name, &is_allowed)) {
+        match self.names(new).into_iter().find_map(|name| self.difference(new, name, &is_allowed)) {
             Some(path) => Err(Error::new(format!("Failed to update {}: input {path} would change, too; {NO_FIT}", allowed.join(", ")))),
             None => Ok(()),
         }

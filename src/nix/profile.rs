@@ -62,10 +62,11 @@ pub fn systems() -> Result<Vec<PathBuf>> {
     Ok(generations()?.into_values().filter_map(|link| fs::canonicalize(link).ok()).collect())
 }
 
-/// The latest generation of a system.
-pub fn generation_of(system: &Path) -> Option<u64> {
-    let generations = generations().ok()?;
-    generations.into_iter().rev().find(|(_, link)| fs::read_link(link).is_ok_and(|target| target == system)).map(|(number, _)| number)
+/// What people call a system: the latest generation of it, if there is one.
+pub fn name_of(system: &Path) -> String {
+    let mut generations = generations().unwrap_or_default().into_iter().rev();
+    let latest = generations.find(|(_, link)| fs::read_link(link).is_ok_and(|target| target == system));
+    latest.map_or_else(|| system.display().to_string(), |(number, _)| format!("generation {number}"))
 }
 
 /// The highest number of a generation.

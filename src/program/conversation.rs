@@ -16,12 +16,9 @@ pub struct Conversation {
 }
 
 impl Program {
-    /// Starts the program for a conversation; its errors go to `errors`, if that is given.
-    pub fn talk(mut self, errors: Option<File>) -> Result<Conversation> {
-        if let Some(file) = errors {
-            self.command.stderr(file);
-        }
-        let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    /// Starts the program for a conversation; its errors go to a file.
+    pub fn talk(mut self, errors: File) -> Result<Conversation> {
+        let child = self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors).spawn();
         let mut child = child.context(|| format!("run {}", self.name))?;
         match (child.stdin.take(), child.stdout.take()) {
             (Some(input), Some(output)) => Ok(Conversation { child, input, output: BufReader::new(output) }),

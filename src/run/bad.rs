@@ -50,18 +50,11 @@ impl Bad {
         (FIRST_PAUSE << self.tries.saturating_sub(1).min(16)).min(LONGEST_PAUSE)
     }
 
-    /// Whether it may not be tried yet; a clock that has been set back does not make that longer.
-    fn is_too_early(&self, now: u64) -> bool {
-        now.abs_diff(self.tried) < self.pause()
-    }
-
     /// Fails if the candidate is this one, and was not asked for, or too soon.
     pub fn check(&self, instance: &str, proposal: &Proposal, options: &Instance, is_asked: bool) -> Result<()> {
-        if !self.is(proposal, options) {
-            return Ok(());
-        }
-        let is_too_early = self.is_too_early(now());
-        if is_asked && !is_too_early {
+        // a clock that has been set back does not make that longer
+        let is_too_early = now().abs_diff(self.tried) < self.pause();
+        if !self.is(proposal, options) || is_asked && !is_too_early {
             return Ok(());
         }
         let ask = format!("run `ekiben trigger {instance}` to try it again");

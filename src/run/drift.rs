@@ -34,10 +34,7 @@ pub fn drift(paths: &Paths) -> Option<String> {
         _ if all.iter().any(is_stuck) => (", whose rollback failed", "; switch to that, or deploy another one"),
         _ => (", switched to by hand", "; switch to that, or deploy another one"),
     };
-    let name = |system: &Path| {
-        profile::generation_of(system).map_or_else(|| system.display().to_string(), |number| format!("generation {number}"))
-    };
-    Some(format!("this machine runs {}{how}; {} is deployed{but}", name(&running), name(deployed)))
+    Some(format!("this machine runs {}{how}; {} is deployed{but}", profile::name_of(&running), profile::name_of(deployed)))
 }
 
 /// What is set for the next boot by hand, in a line: it neither runs, nor is anything that Ekiben has had be booted.

@@ -60,7 +60,7 @@ pub fn choose(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<O
     let next = profile::current_generation()?.map(|next| next.system);
     for other in next.into_iter().chain([system::current()?]) {
         if ![&deployed.system, &system].iter().any(|known| system::is_of(known, &other)) {
-            let other = profile::generation_of(&other).map_or_else(|| other.display().to_string(), |number| format!("generation {number}"));
+            let other = profile::name_of(&other);
             return Err(fail(&format!("this machine has been switched to {other} by hand; use nixos-rebuild to go on from there")));
         }
     }

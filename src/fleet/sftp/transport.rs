@@ -93,7 +93,7 @@ impl Transport {
             .args(defaults.into_iter().flat_map(|option| ["-o", option]))
             .args(["-s", "--", destination, "sftp"])
             .within(limit)
-            .talk(Some(file))?;
+            .talk(file)?;
         Ok(Self { ssh, errors, is_pinned: false, server, sent: 0, is_greeted: false, later: Vec::new() })
     }
 

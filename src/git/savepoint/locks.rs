@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::cut_off::{join, split};
-use crate::git::savepoint::{Savepoint, identity};
+use crate::git::savepoint::{Savepoint, above, identity};
 
 /// How old a lock is that no git which is alive holds; and the time between two looks at a younger one.
 const OLD: Duration = Duration::from_secs(10);
@@ -20,12 +20,10 @@ impl Savepoint {
     /// Notes which locks and directories, of those that git may make when it moves this branch, or
     /// fetches or removes a ref, are not there.
     pub fn note_locks(&self, branch: &str) -> Result<()> {
-        let below = |place: &str| {
-            let path = Path::new(place).join(branch);
-            path.ancestors().skip(1).filter(|path| !path.as_os_str().is_empty()).map(Path::to_owned).collect::<Vec<_>>()
-        };
+        let reflog = Path::new("logs").join(branch);
         let locks = ["HEAD.lock", "packed-refs.lock", "packed-refs.new", "shallow.lock", &format!("{branch}.lock")].map(PathBuf::from);
-        let all = locks.into_iter().chain(below("")).chain(below("logs"));
+        let directories = [above(Path::new(branch)), above(&reflog)].concat();
+        let all = locks.into_iter().chain(directories.into_iter().map(Path::to_owned));
         let absent: Vec<_> = all.filter(|path| self.git_directory.join(path).symlink_metadata().is_err()).collect();
         let exists = self.exists();
         let note = || {

@@ -70,16 +70,13 @@ impl Savepoint {
     fn look(&self, from: &str, to: &str, branch: &str, files: &[Changed]) -> io::Result<CutOff> {
         let mut directories = BTreeMap::new();
         for file in files {
-            let above: Vec<_> = file.path.ancestors().skip(1).filter(|path| !path.as_os_str().is_empty()).collect();
-            for path in above.into_iter().rev() {
+            for path in above(&file.path).into_iter().chain([&*file.path]) {
                 if let Some(metadata) = self.at(path).filter(Metadata::is_dir) {
                     directories.insert(path.to_owned(), metadata.mode() & 0o7777);
                 }
             }
-            if self.at(&file.path).is_some_and(|metadata| metadata.is_dir()) && file.after {
+            if file.after && directories.contains_key(&file.path) {
                 self.look_below(&file.path, &mut directories)?;
-            } else if let Some(metadata) = self.at(&file.path).filter(Metadata::is_dir) {
-                directories.insert(file.path.clone(), metadata.mode() & 0o7777);
             }
         }
         let reflogs = [PathBuf::from("logs/HEAD"), Path::new("logs").join(branch)];
@@ -125,16 +122,14 @@ impl Savepoint {
 
     /// What is at a path, without following links on the way there.
     fn at(&self, path: &Path) -> Option<Metadata> {
-        let above = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty());
-        let reached = above.into_iter().all(|above| self.top.join(above).symlink_metadata().is_ok_and(|above| above.is_dir()));
+        let reached = above(path).into_iter().all(|above| self.top.join(above).symlink_metadata().is_ok_and(|above| above.is_dir()));
         self.top.join(path).symlink_metadata().ok().filter(|_| reached)
     }
 
     /// What is in the way of a path that the fast-forward writes; what it replaces or removes is not.
     pub fn in_the_way(&self, path: &Path, removed: &BTreeSet<&Path>) -> Option<PathBuf> {
         let foreign = |path: &Path| !removed.contains(path);
-        let above: Vec<_> = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect();
-        for above in above.into_iter().rev() {
+        for above in above(path).into_iter().rev() {
             match self.at(above) {
                 Some(there) if there.is_dir() => {}
                 Some(_) => return Some(above.to_owned()).filter(|above| foreign(above)),
@@ -212,6 +207,11 @@ impl Savepoint {
     fn saved(&self, number: usize) -> PathBuf {
         self.directory.join(number.to_string())
     }
+}
+
+/// The directories that lead to a path, the deepest first.
+fn above(path: &Path) -> Vec<&Path> {
+    path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()).collect()
 }
 
 fn mode_of(path: &Path) -> u32 {
