@@ -55,13 +55,13 @@ impl Program {
                 ended = child.try_wait().context(doing)?.map(|status| (status, Instant::now()));
             }
             match (heard, ended) {
-                (Heard::Something, Some((_, since))) if since.elapsed() < ECHO => {}
+                (Some(1..), Some((_, since))) if since.elapsed() < ECHO => {}
                 (_, Some((status, _))) => {
                     end(&mut child);
                     let lines = tail.finish();
                     return Ok(Exited { status, tail: lines, seen: tail.seen, doing: doing(), reason: self.reason });
                 }
-                (Heard::End, None) => std::thread::sleep(ENDING_TICK),
+                (Some(0), None) => std::thread::sleep(ENDING_TICK),
                 _ => {}
             }
             if ended.is_none() && Instant::now() >= deadline {
@@ -89,13 +89,6 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// What came of waiting for output.
-enum Heard {
-    Something,
-    Nothing,
-    End,
-}
-
 /// The last lines of an output.
 #[derive(Default)]
 struct Tail {
@@ -108,12 +101,12 @@ struct Tail {
 }
 
 impl Tail {
-    /// Waits a moment for output and passes it on.
-    fn follow(&mut self, reader: &mut File) -> io::Result<Heard> {
+    /// Waits a moment for output and passes it on: so many bytes, none at its end; nothing if none has come.
+    fn follow(&mut self, reader: &mut File) -> io::Result<Option<usize>> {
         let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
         let mut ready = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
         match poll(&mut ready, timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(Heard::Nothing),
+            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(None),
             Ok(_) => {}
             Err(error) => return Err(error.into()),
         }
@@ -126,7 +119,7 @@ impl Tail {
                 self.partial.push(byte);
             }
         }
-        Ok(if count > 0 { Heard::Something } else { Heard::End })
+        Ok(Some(count))
     }
 
     fn end_line(&mut self) {

@@ -22,71 +22,60 @@ const SOCKET: &str = "ekiben-webhook.socket";
 const HUB: [&str; 2] = ["ekiben-hub-collect", "ekiben-hub-files"];
 /// What is asked of systemd.
 const PROPERTIES: &str = "--property=Id,LoadState,ActiveState,SubState,InactiveEnterTimestamp,StatusText,NextElapseUSecRealtime,ExecStart";
-/// What systemd says of a unit.
-#[derive(Default)]
-pub(super) struct Unit {
-    pub(super) state: String,
-    /// Whether systemd knows it: `loaded`, `masked` or `not-found`.
-    load: String,
-    /// Since when it is not active; 0 if it never was.
-    off_since: u64,
-    /// Of a timer: whether it is not to elapse again.
-    is_over: bool,
-    /// Of a timer: when it elapses next.
-    pub(super) next: Option<u64>,
-    /// Of a service: whether it is in the second of the user's stages, which root does not announce, and what it waits for.
-    pub(super) is_building: bool,
-    pub(super) waiting: Option<String>,
-}
 
-/// How systemd says that the instances' units are, by their names; nothing if it does not say.
-pub(super) fn unit_states(instances: &[&str]) -> BTreeMap<String, Unit> {
+/// What systemd says of units, by their names.
+pub(super) type Units<'a> = BTreeMap<&'a str, Properties<'a>>;
+
+/// What it says of the instances' units and those around them; nothing if it does not answer.
+pub(super) fn ask(instances: &[&str]) -> String {
     let units = instances.iter().flat_map(|name| KINDS.map(|kind| format!("ekiben-{name}.{kind}"))).chain(WEBHOOK.map(Into::into));
     let units = units.chain(HUB.into_iter().flat_map(|name| ["timer", "service"].map(|kind| format!("{name}.{kind}"))));
     let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
-    let said = ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default();
-    let unit = |unit: Properties| {
-        let runs = |line: &str| !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]") && line.contains(" build ");
-        let (state, next) = (unit.of("ActiveState").to_owned(), Some(unit.number("NextElapseUSecRealtime")).filter(|next| *next > 0));
-        let waiting = Some(unit.of("StatusText").to_owned()).filter(|text| !text.is_empty());
-        let (load, is_over) = (unit.of("LoadState").to_owned(), unit.of("SubState") == "elapsed");
-        let (off_since, is_building) = (unit.number("InactiveEnterTimestamp"), unit.each("ExecStart").any(runs));
-        (unit.of("Id").to_owned(), Unit { state, load, off_since, is_over, next, is_building, waiting })
-    };
-    gather(Properties::all(&said).map(unit))
+    ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default()
+}
+
+/// The same, by their names.
+pub(super) fn by_name(said: &str) -> Units<'_> {
+    gather(Properties::all(said).map(|unit| (unit.of("Id"), unit)))
+}
+
+/// Whether a service is in the second of the user's stages, which root does not announce.
+pub(super) fn is_building(service: &Properties) -> bool {
+    let runs = |line: &str| !line.contains(" pid=0 ") && line.contains("stop_time=[n/a]") && line.contains(" build ");
+    service.each("ExecStart").any(runs)
 }
 
 /// What there is to see to of the webhook.
-pub(super) fn webhook_problems(units: &BTreeMap<String, Unit>, now: u64) -> impl Iterator<Item = String> {
+pub(super) fn webhook_problems(units: &Units, now: u64) -> impl Iterator<Item = String> {
     let failed = WEBHOOK.into_iter().filter_map(|name| failed(name, units.get(name)?));
     let off = units.get(SOCKET).and_then(|state| off("socket", SOCKET, state, now));
     failed.chain(off)
 }
 
 /// What there is to see to of the hub that this machine is.
-pub(super) fn hub_problems(units: &BTreeMap<String, Unit>, now: u64) -> Vec<String> {
+pub(super) fn hub_problems(units: &Units, now: u64) -> Vec<String> {
     let all = HUB.into_iter().flat_map(|name| known(units, name, &["timer", "service"]));
     all.filter_map(|(kind, name, unit)| failed(name, unit).or_else(|| off(kind, name, unit, now))).collect()
 }
 
 /// Of a unit's kinds, those that systemd has told of, with their names.
-fn known<'a>(units: &'a BTreeMap<String, Unit>, name: &'a str, kinds: &'a [&str]) -> impl Iterator<Item = (&'a str, &'a str, &'a Unit)> {
-    kinds.iter().filter_map(move |kind| units.get_key_value(&format!("{name}.{kind}")).map(|(name, unit)| (*kind, &**name, unit)))
+fn known<'a>(units: &'a Units, name: &'a str, kinds: &'a [&str]) -> impl Iterator<Item = (&'a str, &'a str, &'a Properties<'a>)> {
+    kinds.iter().filter_map(move |kind| units.get_key_value(&*format!("{name}.{kind}")).map(|(name, unit)| (*kind, *name, unit)))
 }
 
 /// That a unit has failed, and what to do.
-fn failed(name: &str, unit: &Unit) -> Option<String> {
-    (unit.state == "failed").then(|| format!("{name} has failed; see systemctl status {name}"))
+fn failed(name: &str, unit: &Properties) -> Option<String> {
+    (unit.of("ActiveState") == "failed").then(|| format!("{name} has failed; see systemctl status {name}"))
 }
 
 /// What there is to see to of an instance, besides how its last run ended.
-pub(super) fn problems(paths: &Paths, units: &BTreeMap<String, Unit>, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
+pub(super) fn problems(paths: &Paths, units: &Units, status: &Status, requested: Option<u64>, now: u64) -> Vec<String> {
     let name = paths.name();
     let (unit, has_failed) = (format!("ekiben-{name}"), status.has_failed());
     let own: Vec<_> = known(units, &unit, &KINDS).collect();
     // the clock may have been ahead then
     let is_old = |since: &u64| now.abs_diff(*since) > PATIENCE;
-    let is_idle = own.iter().any(|(kind, _, unit)| *kind == "service" && matches!(&*unit.state, "inactive" | "failed"));
+    let is_idle = own.iter().any(|(kind, _, unit)| *kind == "service" && matches!(unit.of("ActiveState"), "inactive" | "failed"));
     // of a run that has failed, there is a report
     let failed = own.iter().filter(|(kind, ..)| *kind != "service" || !has_failed).filter_map(|(kind, name, unit)| {
         let said = failed(name, unit)?;
@@ -108,14 +97,16 @@ pub(super) fn problems(paths: &Paths, units: &BTreeMap<String, Unit>, status: &S
 }
 
 /// Why a unit will not do what it is there for, and what to do.
-fn off(kind: &str, name: &str, unit: &Unit, now: u64) -> Option<String> {
-    Some(match &*unit.load {
+fn off(kind: &str, name: &str, unit: &Properties, now: u64) -> Option<String> {
+    // since 1970, if it never was active
+    let off_for = now.abs_diff(unit.number("InactiveEnterTimestamp"));
+    Some(match unit.of("LoadState") {
         "masked" => format!("{name} is masked; enable it in the configuration"),
         // whoever wants no timer has none
         "not-found" if kind != "timer" => format!("{name} is missing; run systemctl daemon-reload, or nixos-rebuild"),
-        "loaded" if unit.is_over => format!("{name} will not elapse again; correct the instance's dates"),
+        "loaded" if unit.of("SubState") == "elapsed" => format!("{name} will not elapse again; correct the instance's dates"),
         // a switch may have stopped it, to start it again
-        "loaded" if kind != "service" && unit.state == "inactive" && now.abs_diff(unit.off_since) > PATIENCE => {
+        "loaded" if kind != "service" && unit.of("ActiveState") == "inactive" && off_for > PATIENCE => {
             format!("{name} is not active; run systemctl start {name}")
         }
         _ => return None,
@@ -138,9 +129,9 @@ mod tests {
         };
         let found = |service: &str, path: &str, status: &Status, requested| {
             let units = [("service", service), ("path", path), ("timer", "active")];
-            let unit = |state: &str| Unit { state: state.to_owned(), load: "loaded".into(), off_since: new, ..Unit::default() };
-            let units = units.map(|(kind, state)| (format!("ekiben-app.{kind}"), unit(state))).into();
-            problems(&Paths::new("app"), &units, status, requested, now).join("; ")
+            let unit =
+                |(kind, state)| format!("Id=ekiben-app.{kind}\nActiveState={state}\nLoadState=loaded\nInactiveEnterTimestamp=@{new}\n");
+            problems(&Paths::new("app"), &by_name(&units.map(unit).join("\n")), status, requested, now).join("; ")
         };
         let (idle, none) = (Status::default(), "");
         assert_eq!(found("inactive", "active", &idle, None), none);
@@ -154,9 +145,10 @@ mod tests {
                 .ends_with("an interrupted run has not been ended; run systemctl start ekiben-app")
         );
         assert_eq!(found("inactive", "failed", &idle, None), "ekiben-app.path has failed; see systemctl status ekiben-app.path");
-        let off = |kind: &str, load: &str, off_since, is_over| {
-            let unit = Unit { state: "inactive".into(), load: load.into(), off_since, is_over, ..Unit::default() };
-            off(kind, &format!("x.{kind}"), &unit, now).unwrap_or_default()
+        let off = |kind: &str, load: &str, off_since: u64, is_over: bool| {
+            let state = if is_over { "elapsed" } else { "dead" };
+            let unit = format!("ActiveState=inactive\nLoadState={load}\nSubState={state}\nInactiveEnterTimestamp=@{off_since}\n");
+            off(kind, &format!("x.{kind}"), &Properties::one(&unit), now).unwrap_or_default()
         };
         assert_eq!(off("path", "loaded", new, false) + &off("service", "loaded", old, false) + &off("timer", "not-found", 0, false), none);
         for since in [0, old] {

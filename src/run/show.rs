@@ -15,7 +15,7 @@ use crate::run::drift::{awaits, drift, pending, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::notify::untold;
-use crate::run::problems::{Unit, hub_problems, problems, unit_states, webhook_problems};
+use crate::run::problems::{Units, ask, by_name, hub_problems, is_building, problems, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::system::{now, seconds, service};
@@ -46,7 +46,7 @@ const CHANGES: usize = 20;
 const EARLIER: usize = 10;
 
 /// An instance as `ekiben status --json` shows it.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Details {
     /// Whether there is nothing to see to.
     well: bool,
@@ -83,7 +83,8 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
         None => config.instances.keys().map(String::as_str).collect(),
     };
     // before all else: what began later is no fault
-    let units = unit_states(&names);
+    let said = ask(&names);
+    let units = by_name(&said);
     // of the machine, not of one of them
     let machine: Vec<_> = [drift, pending].iter().filter_map(|of| of(&Paths::new(""))).collect();
     let shown: BTreeMap<String, Details> =
@@ -228,13 +229,13 @@ fn asked(trigger: Trigger, by: &[String]) -> String {
 }
 
 impl Details {
-    fn of(config: &Config, name: &str, units: &BTreeMap<String, Unit>, machine: &[String]) -> Self {
+    fn of(config: &Config, name: &str, units: &Units, machine: &[String]) -> Self {
         let paths = Paths::new(name);
         let has_webhook = config.webhook.iter().flat_map(|webhook| webhook.projects.values()).any(|project| project.instance == name);
         let (request, status) = (paths.request(), Status::read(&paths));
         let since = request.symlink_metadata().and_then(|metadata| metadata.modified()).ok().map(seconds);
-        let service = units.get(&service::unit(name));
-        let said = service.and_then(|service| service.waiting.clone()).filter(|_| status.running.is_some());
+        let service = units.get(&*service::unit(name));
+        let said = service.map(|service| service.of("StatusText")).filter(|said| !said.is_empty() && status.running.is_some());
         let mut problems = problems(&paths, units, &status, since, now());
         problems.extend(unwell(&paths, &status).map(|why| format!("not well any more: {why}; see to that, or run ekiben rollback {name}")));
         problems.extend_from_slice(machine);
@@ -245,10 +246,10 @@ impl Details {
             problems,
             queued: if status.held.is_some() { Some(true) } else { request.try_exists().ok() },
             hold: Hold::read(&paths),
-            next: units.get(&format!("ekiben-{name}.timer")).and_then(|timer| timer.next),
+            next: units.get(&*format!("ekiben-{name}.timer")).map(|timer| timer.number("NextElapseUSecRealtime")).filter(|next| *next > 0),
             looked: paths.last_looked().filter(|looked| status.runs.first().is_some_and(|last| last.finished <= *looked)),
-            is_building: service.is_some_and(|service| service.is_building),
-            waiting: said.clone().filter(|text| !text.starts_with(progress::BEGIN)),
+            is_building: service.is_some_and(is_building),
+            waiting: said.filter(|text| !text.starts_with(progress::BEGIN)).map(String::from),
             awaits: config.instances.get(name).and_then(|instance| awaits(config, &status, &instance.reboot, now())),
             progress: said.and_then(|text| text.strip_prefix(progress::BEGIN).map(String::from)),
             status,
@@ -279,21 +280,8 @@ mod tests {
             let status = Status::read(&Paths::below(directory.path(), name));
             // of an instance that nothing is known of yet, too
             assert_eq!(serde_json::to_value(&status).unwrap()["format"], 1);
-            let details = Details {
-                well: problems.is_empty(),
-                problems: problems.iter().map(ToString::to_string).collect(),
-                queued: None,
-                hold: None,
-                next: None,
-                looked: None,
-                is_building: false,
-                waiting: None,
-                awaits: None,
-                progress: None,
-                status,
-                output: String::new(),
-            };
-            (name.to_owned(), details)
+            let problems = problems.iter().map(ToString::to_string).collect();
+            (name.to_owned(), Details { problems, status, ..Details::default() })
         };
         let full = "the disk is full";
         let shown = [of("app", &[full, "ekiben-app.path is masked"]), of("live", &[]), of("web", &[full])];

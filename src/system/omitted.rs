@@ -45,9 +45,8 @@ fn is_of(name: &str, kinds: &[&str]) -> bool {
 impl Properties<'_> {
     fn is_unstarted(&self, up: &[&str]) -> bool {
         let gives_way = ["Conflicts", "ConflictedBy"].iter().any(|key| self.names(key).any(|name| up.contains(&name)));
-        let is_skipped = self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0;
         let is_at_rest = self.of("ActiveState") == "inactive" && self.number("Job") == 0;
-        is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && !is_skipped && !gives_way
+        is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && !self.is_skipped() && !gives_way
     }
 
     fn is_not_reloaded(&self) -> bool {

@@ -68,6 +68,11 @@ impl<'a> Properties<'a> {
         self.of(key).split_whitespace()
     }
 
+    /// Whether a unit's configuration says not to start it now.
+    pub fn is_skipped(&self) -> bool {
+        self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0
+    }
+
     /// A number, or a moment as `--timestamp=unix` has it; 0, if there is none.
     pub fn number(&self, key: &'static str) -> u64 {
         self.of(key).trim_start_matches('@').parse().unwrap_or(0)

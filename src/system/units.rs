@@ -240,12 +240,10 @@ impl Properties<'_> {
         if self.number("Job") > 0 {
             return false;
         }
-        // its configuration says not to start it now
-        let skipped = self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0;
         // it is started when somebody connects
         let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
         let fine = self.of("Result") == "success";
-        !(fine && (skipped || waits || self.has_ended_by_itself()))
+        !(fine && (self.is_skipped() || waits || self.has_ended_by_itself()))
     }
 
     /// A process that ends makes its unit inactive; one that is ended for that ends after it.
