@@ -101,7 +101,7 @@ struct Tail {
 }
 
 impl Tail {
-    /// Waits a moment for output and passes it on: so many bytes, none at its end; nothing if none has come.
+    /// Waits a moment for output and passes it on; returns how many bytes that were, 0 at its end, or nothing if none came.
     fn follow(&mut self, reader: &mut File) -> io::Result<Option<usize>> {
         let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::ZERO);
         let mut ready = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use crate::error::OrLog;
-use crate::gather::gather;
 use crate::paths::Paths;
 use crate::program::Program;
 use crate::run::Stage;
@@ -32,11 +31,6 @@ pub(super) fn ask(instances: &[&str]) -> String {
     let units = units.chain(HUB.into_iter().flat_map(|name| ["timer", "service"].map(|kind| format!("{name}.{kind}"))));
     let ask = Program::new("systemctl").args(["show", "--timestamp=unix", PROPERTIES, "--"]).args(units);
     ask.said(|| "ask systemd".into()).or_warn().unwrap_or_default()
-}
-
-/// The same, by their names.
-pub(super) fn by_name(said: &str) -> Units<'_> {
-    gather(Properties::all(said).map(|unit| (unit.of("Id"), unit)))
 }
 
 /// Whether a service is in the second of the user's stages, which root does not announce.
@@ -131,7 +125,7 @@ mod tests {
             let units = [("service", service), ("path", path), ("timer", "active")];
             let unit =
                 |(kind, state)| format!("Id=ekiben-app.{kind}\nActiveState={state}\nLoadState=loaded\nInactiveEnterTimestamp=@{new}\n");
-            problems(&Paths::new("app"), &by_name(&units.map(unit).join("\n")), status, requested, now).join("; ")
+            problems(&Paths::new("app"), &Properties::by_name(&units.map(unit).join("\n")), status, requested, now).join("; ")
         };
         let (idle, none) = (Status::default(), "");
         assert_eq!(found("inactive", "active", &idle, None), none);

@@ -15,9 +15,10 @@ use crate::run::drift::{awaits, drift, pending, unwell};
 use crate::run::hold::{Hold, moment};
 use crate::run::log::INVOCATION;
 use crate::run::notify::untold;
-use crate::run::problems::{Units, ask, by_name, hub_problems, is_building, problems, webhook_problems};
+use crate::run::problems::{Units, ask, hub_problems, is_building, problems, webhook_problems};
 use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
+use crate::system::properties::Properties;
 use crate::system::{now, seconds, service};
 use crate::text::{ago, short, span, times};
 use crate::{output, table};
@@ -84,7 +85,7 @@ pub fn show(config: &Config, instance: Option<&str>, json: bool) -> Result<ExitC
     };
     // before all else: what began later is no fault
     let said = ask(&names);
-    let units = by_name(&said);
+    let units = Properties::by_name(&said);
     // of the machine, not of one of them
     let machine: Vec<_> = [drift, pending].iter().filter_map(|of| of(&Paths::new(""))).collect();
     let shown: BTreeMap<String, Details> =

@@ -39,6 +39,10 @@ pub fn show(properties: &str, units: &[&str]) -> Result<String> {
     systemctl(&[&["show", "--timestamp=unix", "--property", properties, "--"], units].concat())
 }
 
+use std::collections::BTreeMap;
+
+use crate::gather::gather;
+
 /// The properties of one unit, a line each.
 pub struct Properties<'a>(&'a str);
 
@@ -51,6 +55,11 @@ impl<'a> Properties<'a> {
     /// Those of all units that were asked about.
     pub fn all(said: &'a str) -> impl Iterator<Item = Self> {
         said.split("\n\n").map(Self)
+    }
+
+    /// The same, by their names.
+    pub fn by_name(said: &'a str) -> BTreeMap<&'a str, Self> {
+        gather(Self::all(said).map(|unit| (unit.of("Id"), unit)))
     }
 
     /// The values of a property: there may be several.

@@ -64,8 +64,10 @@ impl Units {
     /// How they are now, before a switch.
     pub fn before() -> Result<Self> {
         let lately = now().saturating_sub(LATELY);
-        let restless = services(&["*.service"])?.into_iter().filter(|(_, service)| service.restarts > 0 && service.started > lately);
-        Ok(Self { restless: gather(restless.map(|(name, _)| name)), omitted: Some(omitted::now()?), ..Self::now()? })
+        let shown = services(&["*.service"])?;
+        let is_restless = |service: &Properties| service.number("NRestarts") > 0 && service.number("ExecMainStartTimestamp") > lately;
+        let restless = Properties::all(&shown).filter(is_restless).map(|service| service.of("Id").to_owned());
+        Ok(Self { restless: gather(restless), omitted: Some(omitted::now()?), ..Self::now()? })
     }
 
     /// How they are now.
@@ -81,7 +83,8 @@ impl Units {
     fn listed(which: &str) -> Result<Self> {
         let list = listed(which)?;
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
-        let restarting = if restarting.is_empty() { BTreeMap::new() } else { services(&restarting)? };
+        let restarting = services(&restarting)?;
+        let restarting = Properties::by_name(&restarting);
         let mut units = Self::default();
         for unit in list {
             let Listed { name, load, active, .. } = &unit;
@@ -89,7 +92,7 @@ impl Units {
                 units.broken.insert(name.clone());
             }
             // it may well have done its work
-            let is_failing = unit.is_restarting() && restarting.get(name).is_none_or(|service| service.result != "success");
+            let is_failing = unit.is_restarting() && restarting.get(&**name).is_none_or(|service| service.of("Result") != "success");
             if active == "failed" || is_failing {
                 units.failed.insert(name.clone());
             } else if is_up(active) && active != "activating" {
@@ -135,24 +138,23 @@ pub fn newly_failed(failed: &BTreeSet<String>, before: &BTreeSet<String>, system
 }
 
 /// How often systemd has started services again, because they had ended.
-pub struct Restarts {
-    counts: BTreeMap<String, u64>,
-}
+pub struct Restarts(BTreeMap<String, u64>);
 
 impl Restarts {
     /// Up to now.
     pub fn now() -> Result<Self> {
-        Ok(Self { counts: gather(services(&["*.service"])?.into_iter().map(|(name, service)| (name, service.restarts))) })
+        let shown = services(&["*.service"])?;
+        Ok(Self(gather(Properties::all(&shown).map(|service| (service.of("Id").to_owned(), service.number("NRestarts"))))))
     }
 
     /// The services of the systems `old` and `new` that have died since then, and had not been dying before.
     pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<Worse> {
         let mut died = BTreeMap::new();
-        for (name, Service { restarts, .. }) in services(&["*.service"])? {
-            let is_restless = before.restless.contains(&name) || before.failed.contains(&name);
-            let times = restarts.saturating_sub(self.counts.get(&name).copied().unwrap_or(0));
-            if times > 0 && !is_restless && (brings(old, &name) || brings(new, &name)) && !has_ended_well(&name, times) {
-                died.insert(name, "died and was restarted".to_owned());
+        for (name, service) in Properties::by_name(&services(&["*.service"])?) {
+            let is_restless = before.restless.contains(name) || before.failed.contains(name);
+            let times = service.number("NRestarts").saturating_sub(self.0.get(name).copied().unwrap_or(0));
+            if times > 0 && !is_restless && (brings(old, name) || brings(new, name)) && !has_ended_well(name, times) {
+                died.insert(name.to_owned(), "died and was restarted".to_owned());
             }
         }
         Ok(died)
@@ -176,24 +178,10 @@ fn has_ended_well(name: &str, times: u64) -> bool {
     said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
 }
 
-/// What systemd knows of a service.
-struct Service {
-    /// How often it has started it again by itself.
-    restarts: u64,
-    /// When it was started last, in seconds since 1970.
-    started: u64,
-    /// How it has ended, if it is down.
-    result: String,
-}
-
-/// Those that are loaded of these names, or patterns. systemd takes its time for many.
-fn services(names: &[&str]) -> Result<BTreeMap<String, Service>> {
-    let shown = show("Id,NRestarts,ExecMainStartTimestamp,Result", names)?;
-    let service = |unit: Properties| {
-        let (restarts, started) = (unit.number("NRestarts"), unit.number("ExecMainStartTimestamp"));
-        (unit.of("Id").to_owned(), Service { restarts, started, result: unit.of("Result").to_owned() })
-    };
-    Ok(gather(Properties::all(&shown).map(service)))
+/// What systemd knows of the services that are loaded of these names, or patterns: how often it has started each again by
+/// itself, when last, and how it has ended. It takes its time for many.
+fn services(names: &[&str]) -> Result<String> {
+    show("Id,NRestarts,ExecMainStartTimestamp,Result", names)
 }
 
 /// Units that are worse off than before, with their states.
