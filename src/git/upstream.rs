@@ -17,11 +17,7 @@ struct Upstream {
 
 impl Upstream {
     fn remember(&self, memory: &Path, commit: &str) -> Result<()> {
-        let text = self.text(commit);
-        if fs::read_to_string(memory).is_ok_and(|known| known == text) {
-            return Ok(());
-        }
-        files::write(memory, text.as_bytes(), 0o600).doing("write", memory)
+        files::put(memory, self.text(commit).as_bytes(), 0o600)
     }
 
     fn text(&self, commit: &str) -> String {

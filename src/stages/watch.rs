@@ -1,7 +1,5 @@
 //! Whether what a fleet's host has deployed still is well: before each poll root looks, and the hub is told.
 
-use std::fs;
-
 use crate::config::{Instance, OnUnitFailure};
 use crate::error::{Context, Error, Result};
 use crate::files;
@@ -22,8 +20,7 @@ pub fn watch(paths: &Paths, instance: &Instance) -> Result<()> {
         None => None,
     };
     match trouble {
-        Some(known) if fs::read_to_string(&path).is_ok_and(|noted| noted == known) => Ok(()),
-        Some(trouble) => files::write(&path, trouble.as_bytes(), 0o644).doing("write", &path),
+        Some(trouble) => files::put(&path, trouble.as_bytes(), 0o644),
         // systemd is asked only where its answer counts: there are many polls
         None if path.exists() && system::has_come_up()? => files::remove(&path).doing("remove", &path),
         None => Ok(()),

@@ -55,8 +55,7 @@ fn attempt(name: &str, check: &HealthCheck) -> Result<()> {
     let limit = Duration::from_secs(check.timeout);
     let doing = || format!("pass health check {name}");
     if !check.units.is_empty() {
-        let active = Program::as_root("systemctl").args(["is-active", "--"]).args(&check.units).run(limit, doing)?;
-        active.success()?;
+        Program::as_root("systemctl").args(["is-active", "--"]).args(&check.units).run(limit, doing)?.success()?;
     }
     let Some(command) = &check.command else { return Ok(()) };
     // the programs of the system that is checked
