@@ -204,3 +204,18 @@ impl Paths {
         format!("refs/ekiben/{}", self.name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Paths {
+        /// Those of an instance `app` below a directory in which there is room for all that a run leaves.
+        pub fn of_test(root: &Path) -> Self {
+            for directory in ["queue", "holds", "rollbacks", "runs", "status", "heard", "instances/app"] {
+                fs::create_dir_all(root.join(directory)).unwrap();
+            }
+            Self::below(root, "app")
+        }
+    }
+}

@@ -54,17 +54,10 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    fn paths(directory: &Directory) -> Paths {
-        for below in ["queue", "status"] {
-            fs::create_dir(directory.path().join(below)).unwrap();
-        }
-        Paths::below(directory.path(), "app")
-    }
-
     #[test]
     fn clients_learn_what_is_bad_and_from_when_on_it_is_tried_again() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let options = instance(Path::new("/srv/x"));
         let bad =
             json!({ "base": "0", "tree": "0", "options": options, "commit": "0".repeat(40), "error": "x", "tries": 2, "tried": 1_000_000 });
@@ -77,7 +70,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_not_deployed() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let result = || -> Result<(u64, Option<String>)> {
             let state: Value = serde_json::from_str(&for_clients(&paths)?).unwrap();
             Ok((state["served"].as_u64().unwrap(), state["last"]["result"].as_str().map(String::from)))

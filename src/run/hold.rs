@@ -80,8 +80,7 @@ mod tests {
     #[test]
     fn a_hold_ends_by_itself_and_what_is_none_holds_nothing() {
         let directory = Directory::new();
-        std::fs::create_dir(directory.path().join("holds")).unwrap();
-        let paths = Paths::below(directory.path(), "app");
+        let paths = Paths::of_test(directory.path());
         let hold = |until| Hold { since: 0, until, by: "alice".into(), reason: "audit\n\u{1b}[2J".into() };
         assert!(Hold::read(&paths).is_none());
         hold(now() + 60).write(&paths).unwrap();

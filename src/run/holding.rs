@@ -128,10 +128,8 @@ mod tests {
     #[test]
     fn a_hold_whose_request_cannot_be_asked_for_again_is_over_and_is_ended_later() {
         let directory = Directory::new();
-        let paths = Paths::below(directory.path(), "app");
-        for below in ["holds", "status"] {
-            fs::create_dir(directory.path().join(below)).unwrap();
-        }
+        let paths = Paths::of_test(directory.path());
+        fs::remove_dir(directory.path().join("queue")).unwrap();
         Hold { since: 0, until: now() + 60, by: "alice".into(), reason: String::new() }.write(&paths).unwrap();
         fs::write(paths.status(), r#"{"format": 1, "held": 5}"#).unwrap();
         lift(&paths).unwrap_err();

@@ -274,9 +274,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn journal(directory: &Directory) -> (PathBuf, Value) {
-        let (paths, id) = (Paths::below(directory.path(), "app"), RunId::try_from("0".repeat(32)).unwrap());
+        let (paths, id) = (Paths::of_test(directory.path()), RunId::try_from("0".repeat(32)).unwrap());
         let run = Run::new(&paths, id, instance(Path::new("/srv/x")));
-        fs::create_dir(directory.path().join("runs")).unwrap();
         (paths.journal(), serde_json::to_value(run).unwrap())
     }
 

@@ -203,10 +203,7 @@ mod tests {
     #[test]
     fn hosts_stand_as_they_were_heard_of_the_release_that_was_published() {
         let directory = crate::testing::Directory::new();
-        let paths = Paths::below(directory.path(), "publish");
-        for below in ["status", "heard"] {
-            std::fs::create_dir_all(directory.path().join(below)).unwrap();
-        }
+        let paths = Paths::of_test(directory.path());
         assert!(Published::standings(&paths, false).unwrap().is_none());
         let host = json!({"release": {"id": "a".repeat(64), "sequence": 5}, "new": true, "error": null});
         let left_out = json!({"release": null, "new": false, "error": "x"});
@@ -227,8 +224,7 @@ mod tests {
     #[test]
     fn what_another_run_or_a_stranger_has_left_counts_for_nothing() {
         let directory = crate::testing::Directory::new();
-        let paths = Paths::below(directory.path(), "publish");
-        std::fs::create_dir_all(paths.own("")).unwrap();
+        let paths = Paths::of_test(directory.path());
         let run = RunId::try_from("0".repeat(32)).unwrap();
         Published { run: run.clone(), hosts: BTreeMap::new(), unknown: BTreeMap::new(), lost: None }.tell(&paths).unwrap();
         assert!(Published::told(&paths, &run).is_ok());

@@ -170,13 +170,6 @@ mod tests {
     use super::*;
     use crate::testing::Directory;
 
-    fn paths(directory: &Directory) -> Paths {
-        for below in ["queue", "status"] {
-            fs::create_dir(directory.path().join(below)).unwrap();
-        }
-        Paths::below(directory.path(), "app")
-    }
-
     /// What a run does about requests, up to the end of it.
     fn take(paths: &Paths) -> Option<u64> {
         let number = waiting(paths).unwrap();
@@ -189,7 +182,7 @@ mod tests {
     #[test]
     fn requests_before_a_run_are_one_and_later_ones_are_higher() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         assert_eq!(take(&paths), None);
         let first = request(&paths, 0, "alice").unwrap();
         assert_eq!(request(&paths, 0, "alice").unwrap(), first);
@@ -204,7 +197,7 @@ mod tests {
     #[test]
     fn those_who_join_in_are_said_once_and_of_this_request_alone() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let me = asker::of_file(geteuid().as_raw(), Some("alice")).unwrap();
         fs::write(with_joined(&paths).nth(2).unwrap(), "5 app alice").unwrap();
         fs::write(with_joined(&paths).nth(4).unwrap(), "x").unwrap();
@@ -228,7 +221,7 @@ mod tests {
     #[test]
     fn a_number_out_of_reach_is_none() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let first = request(&paths, 0, "alice").unwrap();
         take(&paths);
         for odd in [&u64::MAX.to_string(), &(now() + 2 * REACH).to_string(), &first.to_string(), "1", "-1", "x", "", &"1".repeat(30)] {
@@ -244,7 +237,7 @@ mod tests {
     #[test]
     fn whatever_lies_in_the_place_of_a_request_is_cleared_away_but_no_request_that_follows() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         fs::create_dir_all(paths.request().join("deep")).unwrap();
         assert!(request(&paths, 0, "alice").is_err());
         let odd = waiting(&paths).unwrap();
@@ -264,7 +257,7 @@ mod tests {
     #[test]
     fn nothing_that_others_make_in_the_queue_is_in_the_way() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         fs::create_dir(directory.path().join("queue").join(format!(".app-{}", std::process::id()))).unwrap();
         request(&paths, 0, "alice").unwrap();
     }

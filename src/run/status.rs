@@ -339,11 +339,6 @@ mod tests {
     use crate::testing::Directory;
     use serde_json::{Value, json};
 
-    fn paths(directory: &Directory) -> Paths {
-        fs::create_dir(directory.path().join("status")).unwrap();
-        Paths::below(directory.path(), "app")
-    }
-
     fn ended(id: &str, result: &str) -> Value {
         json!({
             "id": id, "result": result, "trigger": "timer", "started": 1, "finished": 2, "commit": null, "summary": null, "stage": null,
@@ -354,7 +349,7 @@ mod tests {
     #[test]
     fn what_a_newer_version_has_written_hides_nothing_else() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let mut odd = ended("3", "deployed");
         (odd["started"], odd["release"]) = (json!("now"), json!({"id": 5}));
         let status = json!({
@@ -381,7 +376,7 @@ mod tests {
     #[test]
     fn all_attempts_to_begin_are_one_run() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         for id in ["a", "a", "b", "c"].map(|id| RunId::try_from(id.repeat(32)).unwrap()) {
             Status::report_unopened(&paths, &id, "no room").unwrap();
             let status = Status::read(&paths);
@@ -392,7 +387,7 @@ mod tests {
     #[test]
     fn a_status_that_makes_no_sense_is_said_to_and_kept() {
         let directory = Directory::new();
-        let paths = paths(&directory);
+        let paths = Paths::of_test(directory.path());
         let (path, aside) = (paths.status(), files::aside(&paths.status()));
         assert!(Status::read(&paths).unreadable.is_none());
         for text in ["", "{", "[]", "\0\0\0", r#"{"format": 99, "served": 5}"#, r#"{"served": 5}"#, r#"{"format": "x"}"#] {

@@ -135,8 +135,7 @@ mod tests {
     #[test]
     fn what_is_no_wish_is_removed() {
         let directory = Directory::new();
-        std::fs::create_dir(directory.path().join("rollbacks")).unwrap();
-        let paths = Paths::below(directory.path(), "app");
+        let paths = Paths::of_test(directory.path());
         assert!(waiting(&paths).unwrap().is_none());
         ask(&paths, &"a".repeat(40)).unwrap();
         assert_eq!(waiting(&paths).unwrap().unwrap().commit, "a".repeat(40));
