@@ -25,11 +25,8 @@ impl Repository {
         let removed: BTreeSet<_> = gather(files.iter().filter(|file| file.before).map(|file| file.path.as_path()));
         let written = files.iter().filter(|file| file.after);
         if let Some(path) = written.into_iter().find_map(|file| savepoint.in_the_way(&file.path, &removed)) {
-            let path = path.display();
-            return Err(Error::new(format!(
-                "Failed to fast-forward from {} to {commit}: {path} would be overwritten; move or commit it",
-                self.head
-            )));
+            let why = format!("{} would be overwritten; move or commit it", path.display());
+            return Err(why).context(|| format!("fast-forward from {} to {commit}", self.head));
         }
         for name in ["index", "HEAD", &self.branch] {
             let [file, lock] = [name, &format!("{name}.lock")].map(|name| self.git_directory.join(name));

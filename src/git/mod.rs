@@ -76,24 +76,18 @@ impl Repository {
         let mut next = || said.next().unwrap_or_default();
         let top = PathBuf::from(next());
         if top != fs::canonicalize(&instance.flake_path).context(|| format!("open {place}"))? {
-            return Err(Error::new(format!(
-                "Failed to open the repository {place}: its top is {}; set flakePath to that, and flakeRef to the flake in it",
-                top.display()
-            )));
+            return Err(format!("its top is {}; set flakePath to that, and flakeRef to the flake in it", top.display())).context(doing);
         }
         let git_directory = PathBuf::from(next());
         if !git_directory.starts_with(&top) {
-            return Err(Error::new(format!(
-                "Failed to open the repository {place}: it is a worktree or submodule of {}; use a clone of its own",
-                git_directory.display()
-            )));
+            return Err(format!("it is a worktree or submodule of {}; use a clone of its own", git_directory.display())).context(doing);
         }
         for (question, can_read, what) in formats {
             let format = next();
             // an older git does not know other ones
             if format != can_read && format != question {
                 let only = format!("it has {what} of format {format}, Nix reads {can_read} only; use a clone of that format");
-                return Err(Error::new(format!("Failed to open the repository {place}: {only}")));
+                return Err(only).context(doing);
             }
         }
         let prefix = next();

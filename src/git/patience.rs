@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use crate::config::Instance;
 use crate::error::Result;
 use crate::git::Repository;
-use crate::git::savepoint::locks::is_young;
+use crate::git::savepoint::locks::{is_young, wait_while};
 
 /// How long somebody is waited for who does one thing after the other; tests wait for it.
 const LIMIT: Duration = Duration::from_secs(if cfg!(feature = "fault-points") { 1 } else { 10 });
@@ -49,10 +49,7 @@ impl Repository {
     /// Fails unless all of a commit's files are there, and stay: once a ref leads to it, a git gc does not take them away; but
     /// one may, with `--prune=now`, that began before, so such a one is waited for.
     pub fn check_is_whole(&self, commit: &str) -> Result<()> {
-        let until = Instant::now() + GC_LIMIT;
-        while self.is_collecting() && Instant::now() < until {
-            thread::sleep(PAUSE);
-        }
+        wait_while(GC_LIMIT, || self.is_collecting());
         self.ask(["rev-list", "--objects", "--no-walk", "--quiet", commit]).map(drop)
     }
 

@@ -23,7 +23,7 @@ use sd_notify::NotifyState;
 use crate::error::{Context, Error, Result};
 use crate::program::Program;
 use crate::program::exited::Exited;
-use crate::system::switched::WATCHED;
+use crate::system::switched::{BY_ANOTHER_ALL_THE_TIME, WATCHED};
 
 /// What NixOS runs.
 const CURRENT: &str = "/run/current-system";
@@ -283,7 +283,7 @@ pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> 
             return Ok(seen);
         }
         if Instant::now() > deadline {
-            return Err(Error::new("Failed to look at what runs: something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock").transient());
+            return Err(Error::new(format!("Failed to look at what runs: {BY_ANOTHER_ALL_THE_TIME}")).transient());
         }
         wait_for_another();
     }

@@ -31,6 +31,9 @@ const REFUSED: &str = "Pre-switch checks failed";
 const INHIBITORS: &str = "switchInhibitors";
 /// The last line where somebody else is switching.
 const LOCKED: &str = "Could not acquire lock";
+/// Why nothing could be done while it was.
+pub const BY_ANOTHER_ALL_THE_TIME: &str =
+    "something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock";
 /// More than the file of inhibitors has, in bytes.
 const INHIBITORS_BYTES: u64 = 64 * 1024;
 
@@ -96,8 +99,7 @@ impl Exited {
     }
 
     fn locked_out(self) -> Error {
-        self.failed("something else has been switching this machine all the time; lslocks says what has switch-to-configuration.lock")
-            .transient()
+        self.failed(BY_ANOTHER_ALL_THE_TIME).transient()
     }
 
     /// Whether it has failed in none of the documented ways, and its last line begins like this.

@@ -43,7 +43,7 @@ impl Savepoint {
     pub fn remove_locks(&self) -> Result<()> {
         let (directories, files): (Vec<_>, Vec<_>) = self.noted().into_iter().partition(|path| path.is_dir());
         let mut left: Vec<_> = files.into_iter().filter(|path| path.is_file()).map(|path| (identity(&path), path)).collect();
-        wait_while(|| {
+        wait_while(OLD, || {
             left.retain(|(was, path)| identity(path) == *was);
             left.iter().any(|(_, path)| is_young(path))
         });
@@ -76,16 +76,16 @@ impl Savepoint {
 /// Makes a lock, or looks for it, once no git which is alive holds it; fails with [`io::ErrorKind::AlreadyExists`] if it stays.
 pub fn once_free(lock: &Path, mut attempt: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let mut done = Ok(());
-    wait_while(|| {
+    wait_while(OLD, || {
         done = attempt();
         done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) && is_young(lock)
     });
     done
 }
 
-/// Looks again and again, until what may be held by a git that is alive is free or old.
-fn wait_while(mut is_held: impl FnMut() -> bool) {
-    let until = Instant::now() + OLD;
+/// Looks again and again, until what may be held by a git that is alive is free, or has been held for long.
+pub fn wait_while(limit: Duration, mut is_held: impl FnMut() -> bool) {
+    let until = Instant::now() + limit;
     while is_held() && Instant::now() < until {
         thread::sleep(PAUSE);
     }
