@@ -253,12 +253,4 @@ mod tests {
         assert!(fs::metadata("/etc/passwd").is_ok());
         assert_eq!(fs::read_dir(directory.path().join("queue")).unwrap().count(), 0);
     }
-
-    #[test]
-    fn nothing_that_others_make_in_the_queue_is_in_the_way() {
-        let directory = Directory::new();
-        let paths = Paths::of_test(directory.path());
-        fs::create_dir(directory.path().join("queue").join(format!(".app-{}", std::process::id()))).unwrap();
-        request(&paths, 0, "alice").unwrap();
-    }
 }

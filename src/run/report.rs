@@ -125,8 +125,7 @@ impl Status {
 
 /// Has whoever wants to know be told of the end of a run.
 fn tell(paths: &Paths, run: &str) {
-    let unit = |run: &str| format!("ekiben-notify-{}@{run}.service", paths.name());
-    service::start_if_there(&unit(run), &unit(""));
+    service::start_if_there(&format!("ekiben-notify-{}@{run}.service", paths.name()));
 }
 
 /// What a run has deployed, after what had been deployed `earlier`.

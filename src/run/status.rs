@@ -308,7 +308,7 @@ impl Status {
             self.unreadable = None;
         }
         files::write_json(&path, self, 0o644)?;
-        service::start_if_there("ekiben-metrics.service", "ekiben-metrics.service");
+        service::start_if_there("ekiben-metrics.service");
         Ok(())
     }
 }

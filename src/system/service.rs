@@ -10,6 +10,7 @@ use crate::error::{Context, OrLog, Result};
 use crate::names::RunId;
 use crate::program::Program;
 use crate::system::properties::Properties;
+use crate::system::units::files;
 use crate::system::{PAUSE, RUNTIME, again, has_unit, make_runtime_directory, microseconds, systemctl, unless_soon};
 
 /// So many looks at which a run is at work mean that it is not at its very end.
@@ -30,9 +31,9 @@ fn enqueue(how: &str, service: &str) -> Result<()> {
     again(|| Program::as_root("systemctl").args([how, "--no-block", "--", service]).output(|| format!("{how} {service}"), None)).map(drop)
 }
 
-/// Has a unit run, or run again, without waiting for it, where there is this file of it; for root only.
-pub fn start_if_there(unit: &str, file: &str) {
-    if has_unit(file) {
+/// Has a unit run, or run again, without waiting for it, where there is one; for root only.
+pub fn start_if_there(unit: &str) {
+    if files(unit).iter().any(|file| has_unit(file)) {
         let start = Program::as_root("systemctl").args(["restart", "--no-block", "--", unit]);
         start.output(|| format!("start {unit}"), None).or_warn();
     }

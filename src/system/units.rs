@@ -271,7 +271,7 @@ fn brings(system: &Path, name: &str) -> bool {
 }
 
 /// The files that can be a unit's: its own, and that of what it is an instance of.
-fn files(name: &str) -> Vec<String> {
+pub fn files(name: &str) -> Vec<String> {
     let template = name.split_once('@').zip(name.rsplit_once('.')).map(|((stem, _), (_, kind))| format!("{stem}@.{kind}"));
     std::iter::once(name.to_owned()).chain(template).collect()
 }
