@@ -369,10 +369,10 @@ fn look_for<'a>(directory: &Path, arguments: impl IntoIterator<Item = &'a str>, 
 
 /// A git that fails says no; one that was killed, or that this machine has let down, says nothing.
 fn answered(answer: Result<String>) -> Result<Option<String>> {
-    if let Err(error) = answer {
-        return if error.is_transient() { Err(error) } else { Ok(None) };
+    match answer {
+        Err(error) if !error.is_transient() => Ok(None),
+        other => other.map(Some),
     }
-    answer.map(Some)
 }
 
 fn line(bytes: &[u8]) -> String {

@@ -27,9 +27,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
     let known = |word: &str| runs.iter().find(|id| id.starts_with(word)).cloned().unwrap_or(word.into());
     let unknown = |word: &str| format!("Failed to find run {word:?}: for those of {name}, see ekiben status {name}");
     let run = run.map(|run| RunId::try_from(known(run)).map_err(|_| Error::new(unknown(run)))).transpose()?;
-    let unit = format!("--unit={}", service::unit(name));
-    let journalctl = Program::new("journalctl").arg("--output=short-iso");
-    let journalctl = if follow { journalctl.arg("--follow") } else { journalctl };
+    let journalctl = Program::new("journalctl").arg("--output=short-iso").args(follow.then_some("--follow"));
     let journalctl = match run.map(|run| run.to_string()).or_else(|| if follow { None } else { runs.first().cloned() }) {
         // what the unit has printed, what systemd says of it, and, of a boot, what has judged it
         Some(run) => journalctl.args([
@@ -40,7 +38,7 @@ pub fn log(config: &Config, name: &str, words: &[&str]) -> Result<()> {
             format!("_BOOT_ID={run}"),
             "_SYSTEMD_UNIT=ekiben-boot.service".into(),
         ]),
-        None => journalctl.arg(unit),
+        None => journalctl.arg("--unit").arg(service::unit(name)),
     };
     Err(journalctl.replace())
 }

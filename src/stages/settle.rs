@@ -26,9 +26,7 @@ pub fn accept(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<b
     }
     Turn::retake(turn)?;
     check_is_in_place(run)?;
-    let Some(mine) = turn.take() else { return Ok(false) };
-    let (settled, kept) = mine.lend(|| settle(paths, run, Fate::Accept));
-    *turn = kept;
+    let settled = Turn::lend(turn, || settle(paths, run, Fate::Accept));
     Turn::retake(turn)?;
     let is_branch = settled?;
     if is_branch {

@@ -88,10 +88,8 @@ impl Turn {
     }
 
     /// Does what a user may hold up, and lets others have the turn if that takes longer than a moment.
-    pub fn lend<T>(self, work: impl FnOnce() -> T) -> (T, Option<Self>) {
-        let mut turn = Some(self);
-        let result = unless_soon(work, || drop(turn.take()));
-        (result, turn)
+    pub fn lend<T>(turn: &mut Option<Self>, work: impl FnOnce() -> T) -> T {
+        unless_soon(work, || drop(turn.take()))
     }
 }
 
