@@ -6,8 +6,7 @@
 //! whether a run came after his own; then the instance's name, and who asks, as far as its owner may say that.
 //!
 //! Many requests before a run are one: they all get the number of the file that is there, and a few leave files beside
-//! it that say so. A run
-//! removes the file when its journal has the number, and before it looks at anything that may be new.
+//! it that say so. A run removes the file when its journal has the number, and before it looks at anything that may be new.
 
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsRawFd;

@@ -44,7 +44,7 @@ const INTERRUPTED: u8 = 130;
 /// Asks for a run.
 pub fn trigger(config: &Config, name: &str) -> Result<()> {
     let paths = paths(config, name, "trigger", Paths::request)?;
-    let number = request(&paths)?;
+    let number = queue::request(&paths, 0, &asker::this_user())?;
     let held = Hold::read(&paths).map(|hold| held(name, &hold)).unwrap_or_default();
     output::print(&format!("Request {number} for {name}; see ekiben status {name}.\n{held}"))
 }
@@ -54,7 +54,7 @@ pub fn trigger(config: &Config, name: &str) -> Result<()> {
 pub fn trigger_and_wait(config: &Config, name: &str) -> Result<ExitCode> {
     let paths = paths(config, name, "trigger", Paths::request)?;
     follow(&paths, |interrupt| {
-        let number = request(&paths)?;
+        let number = queue::request(&paths, 0, &asker::this_user())?;
         Ok(wait(&paths, interrupt, false, |status| serving(&status.runs, number).cloned()))
     })
 }
@@ -215,8 +215,4 @@ pub fn paths(config: &Config, name: &str, what: &str, file: fn(&Paths) -> PathBu
         _ => {}
     }
     Ok(paths)
-}
-
-fn request(paths: &Paths) -> Result<u64> {
-    queue::request(paths, Status::read(paths).served, &asker::this_user())
 }
