@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::error::{Context, Result};
 use crate::files;
 use crate::git::savepoint::locks::once_free;
-use crate::git::savepoint::{Savepoint, identity, is_same, rename_if_there};
+use crate::git::savepoint::{Savepoint, identity, rename_if_there};
 
 impl Savepoint {
     /// Locks the index, once no other git does: by a file that nobody can take for another's.
@@ -19,10 +19,7 @@ impl Savepoint {
 
     /// Locks the index, unless this has done so before.
     pub fn owns_index(&self) -> Result<()> {
-        match (self.lock().symlink_metadata(), self.index_lock().symlink_metadata()) {
-            (Ok(ours), Ok(lock)) if is_same(&ours, &lock) => Ok(()),
-            _ => self.lock_index(),
-        }
+        if self.has_index() { Ok(()) } else { self.lock_index() }
     }
 
     /// Copies the user's index to the private one. git takes a file for edited that is as young as its

@@ -177,15 +177,18 @@ impl Savepoint {
         let discard = || -> io::Result<()> {
             // first what gives it a meaning
             files::remove(&self.begun()).or_else(|error| if self.directory.is_dir() { Err(error) } else { Ok(()) })?;
-            let lock = self.index_lock();
-            if let (Ok(ours), Ok(lock_)) = (self.lock().symlink_metadata(), lock.symlink_metadata()) {
-                if is_same(&ours, &lock_) {
-                    files::remove(&lock)?;
-                }
+            if self.has_index() {
+                files::remove(&self.index_lock())?;
             }
             files::clear(&self.directory)
         };
         files::insist(discard).doing("remove", &self.directory)
+    }
+
+    /// Whether it is this that has locked the index.
+    fn has_index(&self) -> bool {
+        let [ours, lock] = [self.lock(), self.index_lock()].map(|path| path.symlink_metadata());
+        ours.is_ok_and(|ours| lock.is_ok_and(|lock| is_same(&ours, &lock)))
     }
 
     fn user_index(&self) -> PathBuf {
