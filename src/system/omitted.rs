@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::Result;
 use crate::gather::gather;
-use crate::system::properties::{Properties, listed, show};
+use crate::system::properties::{Listed, Properties, show};
 
 /// What that is told from, of units that are up: what a target wants, and whether the unit could be reloaded.
 const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult";
@@ -14,9 +14,9 @@ const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult";
 const OF_INACTIVE: &str =
     "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,Job,Conflicts,ConflictedBy";
 
-/// The units of which that is so now, with what was not done. systemd is asked only about those that matter, see [`show`].
-pub fn now() -> Result<BTreeMap<String, String>> {
-    let list = listed("--all")?;
+/// The units of which that is so now, of those that there are, with what was not done. systemd is asked only about those that
+/// matter, see [`show`].
+pub fn among(list: &[Listed]) -> Result<BTreeMap<String, String>> {
     let names = |active| list.iter().filter(move |unit| unit.load == "loaded" && unit.active == active).map(|unit| &*unit.name);
     let up: Vec<_> = gather(names("active"));
     let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service"])));

@@ -67,21 +67,21 @@ impl Units {
         let shown = services(&["*.service"])?;
         let is_restless = |service: &Properties| service.number("NRestarts") > 0 && service.number("ExecMainStartTimestamp") > lately;
         let restless = Properties::all(&shown).filter(is_restless).map(|service| service.of("Id").to_owned());
-        Ok(Self { restless: gather(restless), omitted: Some(omitted::now()?), ..Self::now()? })
+        let list = listed("--all")?;
+        Ok(Self { restless: gather(restless), omitted: Some(omitted::among(&list)?), ..Self::of(list)? })
     }
 
     /// How they are now.
     pub fn now() -> Result<Self> {
-        Self::listed("--all")
+        Self::of(listed("--all")?)
     }
 
     /// Of these, those that have failed now, or are started again and again; which is soon asked.
     pub fn failed_now() -> Result<BTreeSet<String>> {
-        Ok(Self::listed("--state=failed,auto-restart,auto-restart-queued")?.failed)
+        Ok(Self::of(listed("--state=failed,auto-restart,auto-restart-queued")?)?.failed)
     }
 
-    fn listed(which: &str) -> Result<Self> {
-        let list = listed(which)?;
+    fn of(list: Vec<Listed>) -> Result<Self> {
         let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
         let restarting = services(&restarting)?;
         let restarting = Properties::by_name(&restarting);
@@ -127,7 +127,7 @@ impl Units {
     pub fn omitted_under(&self, new: &Path) -> Result<Worse> {
         let Some(before) = &self.omitted else { return Ok(Worse::new()) };
         let is_worse = |name: &String, state: &String| before.get(name) != Some(state) && brings(new, name);
-        Ok(omitted::now()?.into_iter().filter(|(name, state)| is_worse(name, state)).collect())
+        Ok(omitted::among(&listed("--all")?)?.into_iter().filter(|(name, state)| is_worse(name, state)).collect())
     }
 }
 
