@@ -16,57 +16,74 @@ pub const FAILING: u8 = 2;
 /// What a host has said last, and when that has arrived.
 pub type Heard = (Heartbeat, SystemTime);
 
-/// How a host can be; what is graver comes first.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum HostState {
+/// Defines the states: what each is called, and which kind of trouble it is, as an exit status; 0 if it is none.
+macro_rules! states {
+    ($($(#[$doc:meta])* $state:ident: $name:literal, $trouble:expr;)*) => {
+        /// How a host can be; what is graver comes first.
+        #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+        pub enum HostState {
+            $($(#[$doc])* $state,)*
+        }
+
+        impl HostState {
+            fn about(self) -> (&'static str, u8) {
+                match self {
+                    $(Self::$state => ($name, $trouble),)*
+                }
+            }
+        }
+    };
+}
+
+states! {
     /// The release did not run well, nor could the host go back.
-    RollbackFailed,
+    RollbackFailed: "rollback failed", FAILING;
     /// It could not be built, or was not tried any further.
-    Failing,
+    Failing: "failing", FAILING;
     /// It did not run well, and the host went back.
-    RolledBack,
+    RolledBack: "rolled back", FAILING;
     /// Somebody at the host has had it undone.
-    Undone,
+    Undone: "undone by hand", FAILING;
     /// The host does not accept what it is offered.
-    Refusing,
+    Refusing: "refusing", FAILING;
     /// It runs something else than what it deployed: by another hand.
-    Drifted,
+    Drifted: "drifted", FAILING;
     /// It runs the published release, and is not well any more.
-    Unwell,
+    Unwell: "not well any more", FAILING;
     /// It has not been heard of for long.
-    Silent,
+    Silent: "silent", 3;
     /// Its release has expired.
-    Stale,
+    Stale: "stale", 3;
     /// The hub offers less than what was published last.
-    WentBack,
+    WentBack: "hub went back", 4;
     /// What is published for it, or what it has sent, cannot be read.
-    Unreadable,
+    Unreadable: "unreadable", 4;
     /// It is in the repository, and the hub does not know it.
-    Unkeyed,
+    Unkeyed: "no key on the hub", 4;
     /// The hub serves it, and it is not in the repository.
-    Unlisted,
+    Unlisted: "not in repository", 4;
     /// The next boot brings the published release, and decides.
-    AwaitingBoot,
+    AwaitingBoot: "awaiting boot", 0;
     /// It is at work on the published release.
-    Building,
+    Building: "building", 0;
     /// It does not have the published release yet.
-    RebuildPending,
+    RebuildPending: "rebuild pending", 0;
     /// It is to get something new in a later wave.
-    Waiting,
+    Waiting: "waiting", 0;
     /// It does not have the published release yet, but runs the same system.
-    SyncPending,
+    SyncPending: "sync pending", 0;
     /// It has never been heard of.
-    NewMachine,
+    NewMachine: "new machine", 0;
     /// Nothing is published for it.
-    NotDeployed,
+    NotDeployed: "not deployed", 0;
     /// It runs the published release, and took more than one run to.
-    ExtraRuns,
+    ExtraRuns: "extra runs", 0;
     /// It runs the published release, with inputs it has updated by itself.
-    AutoUpdated,
+    AutoUpdated: "auto updated", 0;
     /// It runs the published release.
-    UpToDate,
+    UpToDate: "up to date", 0;
     /// Its directory is what is left of it.
-    Removed,
+    Removed: "removed", 0;
 }
 
 impl HostState {
@@ -117,36 +134,6 @@ impl HostState {
     /// Which kind of trouble this is, as an exit status; 0 if it is none.
     pub fn trouble(self) -> u8 {
         self.about().1
-    }
-
-    /// What it is called, and which kind of trouble it is.
-    fn about(self) -> (&'static str, u8) {
-        match self {
-            Self::RollbackFailed => ("rollback failed", FAILING),
-            Self::Failing => ("failing", FAILING),
-            Self::RolledBack => ("rolled back", FAILING),
-            Self::Undone => ("undone by hand", FAILING),
-            Self::Refusing => ("refusing", FAILING),
-            Self::Drifted => ("drifted", FAILING),
-            Self::Unwell => ("not well any more", FAILING),
-            Self::Silent => ("silent", 3),
-            Self::Stale => ("stale", 3),
-            Self::WentBack => ("hub went back", 4),
-            Self::Unreadable => ("unreadable", 4),
-            Self::Unkeyed => ("no key on the hub", 4),
-            Self::Unlisted => ("not in repository", 4),
-            Self::AwaitingBoot => ("awaiting boot", 0),
-            Self::Building => ("building", 0),
-            Self::RebuildPending => ("rebuild pending", 0),
-            Self::Waiting => ("waiting", 0),
-            Self::SyncPending => ("sync pending", 0),
-            Self::NewMachine => ("new machine", 0),
-            Self::NotDeployed => ("not deployed", 0),
-            Self::ExtraRuns => ("extra runs", 0),
-            Self::AutoUpdated => ("auto updated", 0),
-            Self::UpToDate => ("up to date", 0),
-            Self::Removed => ("removed", 0),
-        }
     }
 }
 
