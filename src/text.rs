@@ -14,8 +14,6 @@ const SKEW: u64 = 60;
 const REPLACEMENT: char = '\u{fffd}';
 /// Takes the place of a secret.
 const MASK: &str = "***";
-/// What stands before the secrets of a setting of Nix.
-const SETTING: &str = "access-tokens ";
 /// What the name of a parameter of a URL has in it if its value is a secret, in lower case.
 const SECRET: [&str; 7] = ["token", "secret", "passw", "key", "auth", "sig", "credential"];
 
@@ -80,6 +78,7 @@ fn masked(text: &str) -> String {
 fn next_secret(text: &str) -> Option<(usize, usize)> {
     let ends_word = |letter: char| letter.is_whitespace() || matches!(letter, '"' | '\'' | '<' | '>' | '`');
     let until = |from: usize, end: &dyn Fn(char) -> bool| text[from..].find(end).map_or(text.len(), |at| from + at);
+    let unless_masked = |from: usize, end: usize| (!matches!(&text[from..end], "" | MASK)).then_some((from, end));
     let of_url = text.match_indices("://").find_map(|(at, _)| {
         let from = at + 3;
         let end = until(from, &|letter| ends_word(letter) || matches!(letter, '/' | '?' | '#'));
@@ -90,24 +89,20 @@ fn next_secret(text: &str) -> Option<(usize, usize)> {
             None if !web => return None,
             _ => from,
         };
-        Some((secret, from + user.len())).filter(|(secret, end)| text[*secret..*end] != *MASK)
+        unless_masked(secret, from + user.len())
     });
     let of_parameter = text.match_indices('=').find_map(|(at, _)| {
         let name = text[..at].rfind(['?', '&']).map(|before| text[before + 1..at].to_ascii_lowercase())?;
-        let end = until(at + 1, &|letter| ends_word(letter) || matches!(letter, '&' | '#'));
-        let secret = consists_of(&name, b"_-.") && SECRET.iter().any(|word| name.contains(word));
-        Some((at + 1, end)).filter(|_| secret && text[at + 1..end] != *MASK)
+        let is_secret = consists_of(&name, b"_-.") && SECRET.iter().any(|word| name.contains(word));
+        unless_masked(at + 1, until(at + 1, &|letter| ends_word(letter) || matches!(letter, '&' | '#'))).filter(|_| is_secret)
     });
-    let of_header = ["Bearer ", "Basic "].iter().find_map(|scheme| {
-        let from = text.find(&format!("uthorization: {scheme}")).map(|at| at + "uthorization: ".len() + scheme.len())?;
-        Some((from, until(from, &ends_word))).filter(|(from, end)| text[*from..*end] != *MASK)
-    });
+    let behind = |words: &str, end: &dyn Fn(char) -> bool| {
+        text.match_indices(words).map(|(at, _)| at + words.len()).find_map(|from| unless_masked(from, until(from, end)))
+    };
+    let of_header = ["Bearer ", "Basic "].map(|scheme| behind(&format!("uthorization: {scheme}"), &ends_word));
     // of Nix, which shows the line of its configuration that it does not understand
-    let of_setting = text.find(SETTING).and_then(|at| {
-        let from = at + SETTING.len();
-        Some((from, until(from, &|letter| letter == '\''))).filter(|(from, end)| text[*from..*end] != *MASK)
-    });
-    [of_url, of_parameter, of_header, of_setting].into_iter().flatten().filter(|(from, end)| from < end).min()
+    let of_setting = behind("access-tokens ", &|letter| letter == '\'');
+    of_header.into_iter().chain([of_url, of_parameter, of_setting]).flatten().min()
 }
 
 /// Whether there is nothing in a text but ASCII letters, digits and these characters.
@@ -194,6 +189,10 @@ mod tests {
             ("https://host/@scope/x", "https://host/@scope/x"),
             ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
             ("https://***@host", "https://***@host"),
+            // each of several, in whatever order
+            ("Authorization: Basic abc Authorization: Bearer def", "Authorization: Basic *** Authorization: Bearer ***"),
+            ("Authorization: Bearer *** Authorization: Bearer def", "Authorization: Bearer *** Authorization: Bearer ***"),
+            ("https://@host https://abc@host", "https://@host https://***@host"),
             ("a=b token=c", "a=b token=c"),
             (
                 "syntax error in line 'access-tokens github.com=ghp_a' in 'nix.conf'",
