@@ -188,13 +188,8 @@ fn remove(served: &Served, hub: &Hub) -> Result<()> {
         let other = directories.iter().find(|directory| !directory.symlink_metadata().is_ok_and(|metadata| is_roots(&metadata)));
         other.map_or(Ok(directories.clone()), |other| Err(format!("{} is not a directory owned by root", other.display())))
     });
-    let directories = match directories {
-        Ok(directories) => directories,
-        Err(error) => {
-            log::warn!("Keeping {}: {error}.", path.display());
-            return Ok(());
-        }
-    };
+    let keeping = |error: &String| log::warn!("Keeping {}: {error}.", path.display());
+    let Ok(directories) = directories.inspect_err(keeping) else { return Ok(()) };
     match is_there(path).context(doing)? {
         None => {}
         Some(there) if there == served.sha256 => {

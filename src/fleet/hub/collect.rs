@@ -121,14 +121,14 @@ fn collect_host(hub: &ServedDirectory, host: &HostName, plan: Option<&Plan>) -> 
     Ok(())
 }
 
-/// What became of a file.
-enum Taken {
-    Yes,
+/// Why a file was not taken.
+enum Left {
     /// It may be on its way still, or what belongs to it.
     NotYet,
-    No(String),
+    Odd(String),
     /// Nor can it be removed.
-    Never(String),
+    ForEver(String),
+    Failed(Error),
 }
 
 /// Takes the file of this name, or removes it, or leaves it for another time.
@@ -143,15 +143,16 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
         path = aside;
     }
     let is_young = time.elapsed().unwrap_or_else(|error| error.duration()) < ON_ITS_WAY;
-    match take(received, host, name, &path, time.min(SystemTime::now()), index)? {
-        Taken::Yes => {}
-        Taken::NotYet if is_young => return Ok(()),
-        Taken::NotYet => log::warn!("Dropped {name:?} of {host}: its report is missing."),
-        Taken::No(why) => log::warn!("Dropped {name:?} of {host}: {why}."),
-        Taken::Never(why) => {
+    match take(received, host, name, &path, time.min(SystemTime::now()), index) {
+        Ok(()) => {}
+        Err(Left::NotYet) if is_young => return Ok(()),
+        Err(Left::NotYet) => log::warn!("Dropped {name:?} of {host}: its report is missing."),
+        Err(Left::Odd(why)) => log::warn!("Dropped {name:?} of {host}: {why}."),
+        Err(Left::ForEver(why)) => {
             log::warn!("Skipped {name:?} of {host}: {why}.");
             return Ok(());
         }
+        Err(Left::Failed(error)) => return Err(error),
     }
     let removed = files::if_there(fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)));
     removed.context(|| format!("remove {name:?} of {host}")).or_warn();
@@ -159,28 +160,24 @@ fn take_one(received: &Path, host: &HostName, directory: &Path, name: &OsStr, ti
 }
 
 /// Takes the file `path`, which was sent by this name.
-fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemTime, index: &Received) -> Result<Taken> {
+fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemTime, index: &Received) -> Result<(), Left> {
     let target = received.join(name);
-    let doing = || format!("write {}", target.display());
     let run = |end| name.strip_suffix(end).and_then(|run| RunId::try_from(run).ok());
     let (log, report) = (run(LOG), run(REPORT));
     if name != HEARTBEAT && report.is_none() && log.is_none() {
-        return Ok(if path.extension().is_some_and(|end| end == "new") { Taken::NotYet } else { Taken::No("unexpected file name".into()) });
+        return Err(if path.extension().is_some_and(|end| end == "new") { Left::NotYet } else { Left::Odd("unexpected file name".into()) });
     }
-    let bytes = match files::read_foreign(path, if log.is_some() { LARGE } else { SMALL }) {
-        Ok(bytes) => bytes,
-        Err(error) => match error.kind() {
-            ErrorKind::NotFound => return Ok(Taken::NotYet),
-            // the host's doing or the hub's: nothing is lost by leaving it there
-            ErrorKind::PermissionDenied => return Ok(Taken::Never(error.to_string())),
-            _ => return Ok(Taken::No(error.to_string())),
-        },
-    };
+    let bytes = files::read_foreign(path, if log.is_some() { LARGE } else { SMALL }).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Left::NotYet,
+        // the host's doing or the hub's: nothing is lost by leaving it there
+        ErrorKind::PermissionDenied => Left::ForEver(error.to_string()),
+        _ => Left::Odd(error.to_string()),
+    })?;
     let judged = if let Some(run) = log {
         if !received.join(format!("{run}{REPORT}")).exists() {
-            return Ok(Taken::NotYet);
+            return Err(Left::NotYet);
         }
-        prune(received, index, bytes.len() as u64)?;
+        prune(received, index, bytes.len() as u64).map_err(Left::Failed)?;
         Ok(bytes)
     } else if let Some(run) = report {
         let is_right = |report: &Report| (report.format, &report.host, report.run.id.as_str()) == (FORMAT, host, &run);
@@ -189,14 +186,10 @@ fn take(received: &Path, host: &HostName, name: &str, path: &Path, time: SystemT
         let is_right = |heartbeat: &Heartbeat| (heartbeat.format, &heartbeat.host) == (FORMAT, host);
         judge(&bytes, is_right, &format!("a heartbeat of format {FORMAT} by {host}"))
     };
-    let contents = match judged {
-        Ok(contents) => contents,
-        Err(why) => return Ok(Taken::No(why)),
-    };
-    files::write(&target, &contents, 0o644).context(doing)?;
+    let written = files::write(&target, &judged.map_err(Left::Odd)?, 0o644);
     // when it arrived
-    File::options().append(true).open(&target).and_then(|file| file.set_modified(time)).context(doing)?;
-    Ok(Taken::Yes)
+    let written = written.and_then(|()| File::options().append(true).open(&target)?.set_modified(time));
+    written.doing("write", &target).map_err(Left::Failed)
 }
 
 fn judge<T: DeserializeOwned + Serialize>(bytes: &[u8], is_right: impl Fn(&T) -> bool, expected: &str) -> Result<Vec<u8>, String> {
