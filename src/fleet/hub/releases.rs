@@ -50,8 +50,7 @@ impl ServedDirectory {
     /// What was put there.
     pub fn staged(&self, host: &HostName, release: &Release) -> Option<(Manifest, Signed)> {
         let text = files::read_foreign(&self.release(host).join(next(release)), SMALL).ok()?;
-        let (manifest, signed) = parse(&text, host).ok()?;
-        manifest.filter(|manifest| manifest.release == *release).map(|manifest| (manifest, signed))
+        parse(&text, host).ok()?.filter(|(manifest, _)| manifest.release == *release)
     }
 
     /// Whether all is there for that, and its host would take it.
@@ -118,8 +117,8 @@ impl ServedDirectory {
             },
         };
         match parsed {
-            Ok((Some(manifest), signed)) => Ok(Some(Ok((manifest, signed)))),
-            Ok((None, _)) => Err("unsupported format").doing("read", &path),
+            Ok(Some(found)) => Ok(Some(Ok(found))),
+            Ok(None) => Err("unsupported format").doing("read", &path),
             Err(why) => Ok(Some(Err(format!("{}: {}", path.display(), text::line(&why))))),
         }
     }
@@ -165,8 +164,8 @@ fn next(release: &Release) -> String {
     format!("{}.{}{NEXT}", release.id, release.sequence)
 }
 
-/// The manifest of a host that is in a file; none in the place of one of another format.
-fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), String> {
+/// The manifest of a host that is in a file; none if it is of another format.
+fn parse(text: &[u8], host: &HostName) -> Result<Option<(Manifest, Signed)>, String> {
     #[derive(Deserialize)]
     struct Format {
         format: u32,
@@ -174,10 +173,10 @@ fn parse(text: &[u8], host: &HostName) -> Result<(Option<Manifest>, Signed), Str
     let signed: Signed = json::parse(text).map_err(|error| error.to_string())?;
     let Format { format } = json::parse(signed.manifest.as_bytes()).map_err(|error| error.to_string())?;
     if format != FORMAT {
-        return Ok((None, signed));
+        return Ok(None);
     }
     let manifest = signed.read().map_err(|error| error.to_string())?;
-    if manifest.host == *host { Ok((Some(manifest), signed)) } else { Err(format!("it is for host {}", manifest.host)) }
+    if manifest.host == *host { Ok(Some((manifest, signed))) } else { Err(format!("it is for host {}", manifest.host)) }
 }
 
 #[cfg(test)]

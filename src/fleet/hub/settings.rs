@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -59,11 +59,10 @@ impl Settings {
     /// they have to be this user's own, as the directory that they are in.
     pub fn read(repository: &Path) -> Result<Self> {
         let path = repository.join("fleet.json");
-        let mut file = File::open(&path).doing("read", &path)?;
+        let file = File::open(&path).doing("read", &path)?;
         check_owner(&path, &file.metadata().doing("read", &path)?)?;
         check_owner(repository, &fs::metadata(repository).doing("read", &path)?)?;
-        let mut text = String::new();
-        file.by_ref().take(SMALL).read_to_string(&mut text).doing("read", &path)?;
+        let text = io::read_to_string(file.take(SMALL)).doing("read", &path)?;
         let mut settings: Self = json::parse(text.as_bytes()).doing("read", &path)?;
         if !settings.directory.is_absolute() && !served::leads_elsewhere(&settings.directory) {
             return Err(format!("directory: expected an absolute path or sftp://..., found {:?}", settings.directory)).doing("read", &path);
