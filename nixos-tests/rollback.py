@@ -380,6 +380,20 @@ with subtest("a unit is not started or reloaded, and has not failed: that is as 
     fails("rolledBack", "activate", "Failed to start scenario-trouble.mount (not started)")
     works()
 
+with subtest("a file system cannot be mounted anew, as is asked for, so that a boot would end without it: that is as bad"):
+    publish(server, "app", next(COUNT), trouble="mounted")
+    assert (seen := run(server, "app"))["result"] == "deployed", seen
+    # in use, but by nothing that systemd would stop for it
+    server.succeed("systemd-run --unit=user-of-data sh -c 'cd /scenario/data; exec sleep infinity'")
+    for trouble, state in (("remount", "not reloaded"), ("mount-another", "not restarted")) * 2:
+        publish(server, "app", next(COUNT), trouble=trouble)
+        fails("rolledBack", "activate", f"Failed to start scenario-data.mount ({state})")
+    server.succeed("systemctl stop user-of-data")
+    publish(server, "app", next(COUNT), trouble="mount-another")
+    ended = run(server, "app")
+    assert ended["result"] == "deployed" and "ramfs" in server.succeed("findmnt /scenario/data"), ended
+    works()
+
 
 # everywhere
 def while_it_waits(command, content, trouble="wait"):

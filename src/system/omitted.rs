@@ -1,6 +1,7 @@
 //! What a switch has left undone though no unit has failed: units that are to be up and were never started, since what they
 //! need is missing, such as another unit, or a file system's device; and those that still run as they did, since they could
-//! not be reloaded. Of most of that `switch-to-configuration` says nothing; and a boot may end in an emergency for it.
+//! not be reloaded, such as a file system that could not be mounted anew. Of most of that `switch-to-configuration` says
+//! nothing; and a boot may end in an emergency for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,25 +9,32 @@ use crate::error::Result;
 use crate::gather::gather;
 use crate::system::properties::{Listed, Properties, show};
 
-/// What that is told from, of units that are up: what a target wants, and whether the unit could be reloaded.
-const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult";
+/// What that is told from, of units that are up: what a target wants, and whether the unit could be reloaded, or a file
+/// system mounted anew or unmounted.
+const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult,ExecRemount,ExecUnmount";
 /// And of those that are not.
 const OF_INACTIVE: &str =
     "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,Job,Conflicts,ConflictedBy";
+const NOT_STARTED: &str = "not started";
+
+/// Whether that can be no other's doing than the last switch's: systemd forgets how mounting has ended when it is reloaded.
+pub fn is_of_last_switch(name: &str, state: &str) -> bool {
+    is_of(name, &[".mount"]) && state != NOT_STARTED
+}
 
 /// The units of which that is so now, of those that there are, with what was not done. systemd is asked only about those that
 /// matter, see [`show`].
 pub fn among(list: &[Listed]) -> Result<BTreeMap<String, String>> {
     let names = |active| list.iter().filter(move |unit| unit.load == "loaded" && unit.active == active).map(|unit| &*unit.name);
     let up: Vec<_> = gather(names("active"));
-    let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service"])));
+    let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service", ".mount"])));
     let active = show(OF_ACTIVE, &active)?;
     let wanted = wanted(&active);
     let suspects: Vec<_> = gather(names("inactive").filter(|name| wanted.contains(name)));
     let suspects = show(OF_INACTIVE, &suspects)?;
-    let unstarted = Properties::all(&suspects).filter(|unit| unit.is_unstarted(&up)).map(|unit| (unit, "not started"));
-    let not_reloaded = Properties::all(&active).filter(Properties::is_not_reloaded).map(|unit| (unit, "not reloaded"));
-    Ok(gather(unstarted.chain(not_reloaded).map(|(unit, state)| (unit.of("Id").to_owned(), state.to_owned()))))
+    let unstarted = Properties::all(&suspects).filter(|unit| unit.is_unstarted(&up)).map(|unit| (unit, NOT_STARTED));
+    let not_changed = Properties::all(&active).filter_map(|unit| unit.as_before().map(|state| (unit, state)));
+    Ok(gather(unstarted.chain(not_changed).map(|(unit, state)| (unit.of("Id").to_owned(), state.to_owned()))))
 }
 
 /// What the active targets want to be up. A switch starts all of these, and what they have come to want; others want it
@@ -49,8 +57,17 @@ impl Properties<'_> {
         is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && !self.is_skipped() && !gives_way
     }
 
-    fn is_not_reloaded(&self) -> bool {
-        !["", "success"].contains(&self.of("ReloadResult"))
+    /// What it would have taken to have it be as it is to be, where that has failed.
+    fn as_before(&self) -> Option<&'static str> {
+        // nothing is known of a program that had done its work before it ended
+        let has_failed = |key| {
+            let ended = self.of(key);
+            !ended.is_empty() && !ended.ends_with(" status=0 }") && !ended.contains(" code=(null) ")
+        };
+        match self.of("ReloadResult") {
+            "" | "success" if !has_failed("ExecRemount") => has_failed("ExecUnmount").then_some("not restarted"),
+            _ => Some("not reloaded"),
+        }
     }
 }
 
@@ -86,11 +103,24 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_and_could_not_be_reloaded_is_found() {
-        let found = |shown: &str| {
-            Properties::all(shown).filter(Properties::is_not_reloaded).map(|unit| unit.of("Id").to_owned()).collect::<String>()
+    fn what_runs_and_could_not_be_reloaded_or_mounted_anew_is_found() {
+        let ended = |how: &str, status: &str| {
+            format!("{how}={{ path=/bin/mount ; argv[]=/bin/mount -o status=1 ; pid=9 ; code=exited ; status={status} }}\n")
         };
-        assert_eq!(found(ACTIVE), "");
-        assert_eq!(found(&ACTIVE.replace("=success", "=exit-code")), "app.service");
+        let remounted = |status| ended("ExecRemount", status);
+        for (shown, state) in [
+            ("", None),
+            ("ReloadResult=success\n", None),
+            ("ReloadResult=exit-code\n", Some("not reloaded")),
+            (&(remounted("0") + &ended("ExecUnmount", "0")), None),
+            (&ended("ExecUnmount", "0/0").replace("exited", "(null)"), None),
+            (&remounted("32"), Some("not reloaded")),
+            (&remounted("15/TERM"), Some("not reloaded")),
+            (&ended("ExecUnmount", "32"), Some("not restarted")),
+        ] {
+            assert_eq!(Properties::one(shown).as_before(), state, "{shown}");
+        }
+        assert!(is_of_last_switch("data.mount", "not reloaded") && !is_of_last_switch("data.mount", NOT_STARTED));
+        assert!(!is_of_last_switch("app.service", "not reloaded"));
     }
 }

@@ -126,7 +126,8 @@ impl Units {
     /// not so before.
     pub fn omitted_under(&self, new: &Path) -> Result<Worse> {
         let Some(before) = &self.omitted else { return Ok(Worse::new()) };
-        let is_worse = |name: &String, state: &String| before.get(name) != Some(state) && brings(new, name);
+        let is_new = |name: &String, state: &String| before.get(name) != Some(state) || omitted::is_of_last_switch(name, state);
+        let is_worse = |name: &String, state: &String| is_new(name, state) && brings(new, name);
         Ok(omitted::among(&listed("--all")?)?.into_iter().filter(|(name, state)| is_worse(name, state)).collect())
     }
 }

@@ -81,6 +81,10 @@ let
               > $units/scenario-trouble.service ;;
             mount) printf '[Unit]\nBefore=local-fs.target\n[Mount]\nWhat=/dev/scenario\nWhere=/scenario/trouble\n[Install]\nRequiredBy=local-fs.target\n' \
               > $units/scenario-trouble.mount ;;
+            mounted | remount | mount-another)
+              case $trouble in mounted) set -- tmpfs size=1M ;; remount) set -- tmpfs size=1M,nonsense=1 ;; *) set -- ramfs size=1M ;; esac
+              printf '%s\n' [Mount] What=tmpfs Where=/scenario/data Type=$1 Options=$2 [Install] WantedBy=multi-user.target > $units/scenario-data.mount
+              ;;
             timer) sed -i 's/^OnCalendar=.*/OnCalendar=on a Sunday/' $units/scenario-clock.timer ;;
           esac
           [ $trouble = no-nixos ] || printf '#!/bin/sh\nexec /sbin/init\n' > $out/init
