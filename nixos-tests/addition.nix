@@ -61,6 +61,14 @@ in
         };
       };
     })
+    # one that ran, and now never comes up, however often that is tried
+    (lib.mkIf (trouble == "unit-again") {
+      systemd.services.scenario-daemon.serviceConfig = {
+        Restart = "always";
+        RestartSec = 0;
+        ExecStartPre = "/bin/sh -c 'sleep 5; exit 1'";
+      };
+    })
     # units that ran, and now cannot be loaded, or miss what they require
     (lib.mkIf (trouble == "unit-broken") {
       systemd.services.scenario-daemon.serviceConfig.ExecStart = lib.mkForce "";

@@ -334,6 +334,11 @@ with subtest("the same, where that is to be kept"):
     check_deployed(server, "lenient")
     works()
 
+with subtest("a unit that has run fails to start, and is just being started again"):
+    publish(server, "app", next(COUNT), trouble="unit-again")
+    fails("rolledBack", "activate", "Failed to start scenario-daemon.service")
+    works()
+
 with subtest("a unit fails that had failed before: a warning"):
     assert "failed again: scenario-flaky.service" in " ".join(works()["warnings"]), last_run(server, "app")
 

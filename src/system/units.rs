@@ -78,22 +78,20 @@ impl Units {
 
     /// Of these, those that have failed now, or are started again and again; which is soon asked.
     pub fn failed_now() -> Result<BTreeSet<String>> {
-        Ok(Self::of(listed("--state=failed,auto-restart,auto-restart-queued")?)?.failed)
+        Ok(Self::of(listed("--state=failed,activating")?)?.failed)
     }
 
     fn of(list: Vec<Listed>) -> Result<Self> {
-        let restarting: Vec<&str> = list.iter().filter(|unit| unit.is_restarting()).map(|unit| &*unit.name).collect();
-        let restarting = services(&restarting)?;
-        let restarting = Properties::by_name(&restarting);
+        let starting: Vec<&str> = list.iter().filter(|unit| is_starting(unit)).map(|unit| &*unit.name).collect();
+        let starting = services(&starting)?;
+        let starting = Properties::by_name(&starting);
         let mut units = Self::default();
         for unit in list {
             let Listed { name, load, active, .. } = &unit;
             if is_broken(load) {
                 units.broken.insert(name.clone());
             }
-            // it may well have done its work
-            let is_failing = unit.is_restarting() && restarting.get(&**name).is_none_or(|service| service.of("Result") != "success");
-            if active == "failed" || is_failing {
+            if active == "failed" || is_starting(&unit) && is_failing(&unit, starting.get(&**name)) {
                 units.failed.insert(name.clone());
             } else if is_up(active) && active != "activating" {
                 units.active.insert(name.clone());
@@ -239,6 +237,20 @@ impl Properties<'_> {
     fn has_ended_by_itself(&self) -> bool {
         let ended = self.number("ExecMainExitTimestampMonotonic");
         self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.number("ActiveExitTimestampMonotonic")
+    }
+}
+
+/// Whether systemd waits to start a service again, or starts it, which may be for another time.
+fn is_starting(unit: &Listed) -> bool {
+    unit.is_restarting() || unit.active == "activating" && unit.name.ends_with(".service") && !is_report(&unit.name)
+}
+
+/// Whether it has failed, then: it may well have done its work.
+fn is_failing(unit: &Listed, service: Option<&Properties>) -> bool {
+    match service {
+        Some(service) if unit.is_restarting() => service.of("Result") != "success",
+        Some(service) => service.number("NRestarts") > 0 && !has_ended_well(&unit.name, 1),
+        None => unit.is_restarting(),
     }
 }
 

@@ -74,6 +74,7 @@ let
               printf '%s\n' [Unit] StartLimitIntervalSec=0 [Service] "ExecStart=/bin/sh -c 'sleep $2; exit $3'" Restart=$4 RestartSec=0 \
                 [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
               ;;
+            unit-again) sed -i "s/^\\[Service\\]/&\\nRestart=always\\nRestartSec=0\\nExecStartPre=\\/bin\\/sh -c 'sleep 5; exit 1'/" $units/scenario-daemon.service ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
             reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
