@@ -317,6 +317,11 @@ with subtest("an activation script fails"):
     fails("rolledBack", "activate", "Failed to activate the new system: an activation script failed")
     works()
 
+with subtest("an activation ends half-way, and says that all is well"):
+    publish(server, "app", next(COUNT), trouble="activation-ends")
+    fails("rolledBack", "activate", "its activation ended half-way")
+    works()
+
 with subtest("the activation never ends"):
     publish(server, "app", next(COUNT), trouble="hang")
     fails("rolledBack", "activate", "Failed to activate the new system: timed out after", instance="hasty-activation")
@@ -401,6 +406,18 @@ with subtest("a file system cannot be mounted anew, as is asked for, so that a b
 
 
 # everywhere
+with subtest("a switch by hand was cut off: a run that finds its system running completes it"):
+    publish(server, "app", next(COUNT))
+    deploy(server, "nix flake update app; git commit -qam 'by hand'")
+    rebuild(server)
+    # where it was killed before it came to that
+    server.succeed("systemctl stop scenario-daemon; echo scenario-daemon.service > /run/nixos/start-list")
+    assert (seen := run(server, "app"))["result"] == "deployed", seen
+    check_deployed(server, "app")
+    server.require_unit_state("scenario-daemon.service", "active")
+    server.succeed("test ! -e /run/nixos/start-list")
+
+
 def while_it_waits(command, content, trouble="wait"):
     """Does something in the middle of an activation; returns how the run ended."""
     server.succeed("rm -f /run/scenario-go")

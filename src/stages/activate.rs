@@ -124,7 +124,7 @@ fn attempt(paths: &Paths, run: &mut Run, turn: &mut Option<Turn>) -> Result<()> 
     integrity::sync()?;
 
     let target = specialised(run, &system, &before)?;
-    if run.instance.operation == Operation::Switch && before.system != target {
+    if run.instance.operation == Operation::Switch && (before.system != target || switched::is_unfinished()) {
         let inhibitors = switched::inhibitors(&system::current()?, &target);
         if inhibitors.is_empty() {
             run.enter(Phase::Switching)?;

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::config::OnUnitFailure;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::paths::Paths;
 use crate::run::journal::{Before, Decision, Phase, Run};
 use crate::run::status::Status;
@@ -34,6 +34,10 @@ pub fn switch(run: &mut Run, system: &Path, before: &Before, running: &Path) -> 
         ended => ended?,
     };
     match Switched::of(ended)? {
+        Switched::Runs { tail, .. } if running != system && system::current()? == running => {
+            let why = "Failed to activate the new system: its activation ended half-way, as where one of its scripts says `exit`";
+            Err(Error::new(why).with_tail(tail))
+        }
         Switched::Runs { units_failed, users, tail } => {
             run.warnings.extend((!users.is_empty()).then(|| units::of_users_failed(&users)));
             let is_well = check_units(run, system, before, None).map_err(|error| error.with_tail(tail))?;

@@ -2,7 +2,7 @@
 //! program, of whichever release; what is relied on is listed in `ci/switch-to-configuration.md`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
@@ -115,6 +115,11 @@ fn refusal(tail: &[String]) -> (String, String) {
     let name = tail.get(at).and_then(|line| Some(line.strip_prefix(CHECK)?.split_once('\'')?.0));
     let said = tail[..at].iter().map(|line| line.trim()).rfind(|line| !line.is_empty());
     (name.unwrap_or("(unnamed)").to_owned(), said.unwrap_or_default().to_owned())
+}
+
+/// Whether a switch was cut off: what it was to start, restart or reload yet is noted for the next one.
+pub fn is_unfinished() -> bool {
+    ["start", "restart", "reload"].iter().any(|what| fs::metadata(format!("/run/nixos/{what}-list")).is_ok_and(|list| list.len() > 0))
 }
 
 /// In what the system `new` differs from the running one that must not change while a system runs, by its own account.
