@@ -296,6 +296,17 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
     db.succeed("touch /var/well")
     look(db)
     db.succeed("ekiben status fleet")
+    # nor is what another hand's switch has stopped for a moment
+    lock = "/run/nixos/switch-to-configuration.lock"
+    db.succeed(f"rm /var/well; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
+    db.wait_until_fails(f"flock --nonblock {lock} true")
+    look(db)
+    db.succeed("ekiben status fleet", "systemctl stop holder")
+    look(db)
+    assert f"not well any more: {check}; see to that" in db.fail("ekiben status fleet")
+    db.succeed("touch /var/well")
+    look(db)
+    db.succeed("ekiben status fleet")
     have_canary(" |= del(.healthChecks.well)")
     push("as before")
     follow_all()

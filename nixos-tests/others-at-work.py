@@ -158,6 +158,22 @@ for point, command in MOVES:
         assert interrupt(point, command) == ["startedOver", "deployed"], status(machine, "app")
         check_deployed(machine, "app")
 
+with subtest("nixos-rebuild by hand as the run is to switch, of a NixOS whose program waits by itself: what it switches to stays"):
+    before = last_id("app")
+    machine.succeed("touch /run/scenario-patience")
+    begin("activate: switching")
+    publish(machine, "app", str(next(COUNT)), trouble="wait")
+    deploy(machine, "nix flake update app; git commit -qam 'by hand'")
+    machine.succeed(f"systemd-run --unit=by-hand {build_into_profile(machine)}/bin/switch-to-configuration switch")
+    machine.wait_until_succeeds("journalctl -u by-hand -o cat | grep -F 'activating the configuration...'")
+    go_on(machine, "activate: switching")
+    wait_until_said(machine, "app", "Something else is switching this machine; waiting ...")
+    machine.succeed("touch /run/scenario-go")
+    settle()
+    assert results("app", before) == ["startedOver", "deployed"], status(machine, "app")
+    check_deployed(machine, "app")
+    machine.succeed("rm /run/scenario-patience")
+
 # everywhere
 with subtest("nixos-rebuild by hand before the switch: the run starts over from it"):
     assert interrupt("activate: begun", UPDATE, by_hand=True) == ["startedOver", "deployed"], status(machine, "app")

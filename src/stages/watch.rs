@@ -16,7 +16,8 @@ pub fn watch(paths: &Paths, instance: &Instance) -> Result<()> {
     }
     let path = paths.unwell();
     let trouble = match Status::read(paths).deployed {
-        Some(deployed) => trouble(instance, &deployed)?.map(|why| format!("{} {why}", deployed.number)),
+        // nor is what another hand's switch has stopped for a moment: the next look comes soon
+        Some(deployed) => system::at_rest(0, || trouble(instance, &deployed))?.map(|why| format!("{} {why}", deployed.number)),
         None => None,
     };
     match trouble {

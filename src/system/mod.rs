@@ -244,23 +244,24 @@ pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str, from
 
 fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], with_checks: bool) -> Result<Exited> {
     let deadline = Instant::now() + Duration::from_secs(limit);
-    let mut has_waited = false;
     loop {
+        // not by the program itself: some wait, and then have their system take effect whatever runs by then
+        if is_being_switched()?.0 && Instant::now() < deadline {
+            wait_for_another();
+            continue;
+        }
         if !from.is_empty() && !from.contains(&&*current()?) {
             return Err(Error::new(format!("Failed to {doing}: {BY_ANOTHER}")).transient());
         }
+        show("");
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
         let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };
         let ended = program.watch_for(WATCHED).run(Duration::from_secs(limit), || doing.into())?;
-        if has_waited {
-            show("");
-        }
         if !ended.is_locked() || Instant::now() > deadline {
             return Ok(ended);
         }
         wait_for_another();
-        has_waited = true;
     }
 }
 
