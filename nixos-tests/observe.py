@@ -86,6 +86,19 @@ with subtest("one that lives is deployed, though the clock is set back meanwhile
     restarted.succeed("test $(journalctl --lines=1 --output=json | jq -r .__REALTIME_TIMESTAMP) -lt $(($(date +%s) - 3600))000000",
                       f"rm -r {drop_in}; systemctl daemon-reload; systemctl restart systemd-journald")
 
+with subtest("what fails while another hand switches, and is well when that is over, lives"):
+    lock = "/run/nixos/switch-to-configuration.lock"
+    follow(late, "app")
+    begin(late, "alive", trouble="mortal 100000 1 no")
+    late.succeed(f"systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
+    late.wait_until_fails(f"flock --nonblock {lock} true")
+    late.succeed("systemctl kill --signal KILL scenario-trouble")
+    wait_until_said(late, "app", "Failed to keep up scenario-trouble.service, while something else is switching this machine")
+    late.succeed("systemctl start scenario-trouble; systemctl stop holder")
+    wait_until_idle(late, "app")
+    check_end(last_run(late, "app"), "deployed")
+    before[late] = running(late), generation(late)
+
 with subtest("no time is added where nothing is switched"):
     assert run(again, "app")["result"] == "unchanged"
     publish(again, "app", "later", trouble="reboot")

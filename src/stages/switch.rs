@@ -117,6 +117,7 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
     Status::announce(paths, run, Stage::Observe)?;
     let limit = Duration::from_secs(run.instance.observe);
     let mut until = Instant::now() + limit;
+    let patience = until + Duration::from_secs(run.instance.timeouts.activate);
     for look in 1.. {
         let left = until.saturating_duration_since(Instant::now());
         thread::sleep(left.min(PAUSE));
@@ -125,14 +126,22 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
             break;
         }
         let is_close = left.is_zero() || look % LOOKS == 0;
-        check_units(run, system, before, is_close.then_some(&restarts))?;
-        if is_close && verify(paths, run, system, before)? {
-            run.enter(Phase::Observing)?;
-            restarts = Restarts::now()?;
-            until = Instant::now() + limit;
-        } else if left.is_zero() {
-            break;
+        let checked = check_units(run, system, before, is_close.then_some(&restarts));
+        match checked.and_then(|_| if is_close { verify(paths, run, system, before) } else { Ok(false) }) {
+            // that may have stopped it for a moment
+            Err(error) if Instant::now() < patience && system::is_being_switched()?.0 => {
+                log::info!("{error}, while something else is switching this machine; observing it anew ...");
+                run.blamed.clear();
+            }
+            Ok(false) if left.is_zero() => break,
+            Ok(false) => continue,
+            is_new => {
+                is_new?;
+            }
         }
+        run.enter(Phase::Observing)?;
+        restarts = Restarts::now()?;
+        until = Instant::now() + limit;
     }
     Ok(())
 }

@@ -290,7 +290,7 @@ pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> 
 
 /// Whether somebody switches this machine, and what tells one switch from the next. Who took the lock to find out would have
 /// another's switch fail.
-fn is_being_switched() -> Result<(bool, Option<SystemTime>)> {
+pub fn is_being_switched() -> Result<(bool, Option<SystemTime>)> {
     let locks = fs::read_to_string("/proc/locks").doing("read", Path::new("/proc/locks"))?;
     // as there: where a file is, and which it is
     let name = |lock: Metadata| format!("{:02x}:{:02x}:{}", major(lock.dev()), minor(lock.dev()), lock.ino());
