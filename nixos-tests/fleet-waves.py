@@ -298,7 +298,7 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
     db.succeed("ekiben status fleet")
     # nor is what another hand's switch has stopped for a moment
     lock = "/run/nixos/switch-to-configuration.lock"
-    db.succeed(f"rm /var/well; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
+    db.succeed(f"rm /var/well; mkdir -p /run/nixos; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
     db.wait_until_fails(f"flock --nonblock {lock} true")
     look(db)
     db.succeed("ekiben status fleet", "systemctl stop holder")
