@@ -66,7 +66,6 @@ in
     (lib.mkIf (trouble == "unit-again") {
       systemd.services.scenario-daemon.serviceConfig = {
         Restart = "always";
-        RestartSec = 0;
         ExecStartPre = "/bin/sh -c 'sleep 5; exit 1'";
       };
     })
