@@ -127,21 +127,22 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
         }
         let is_close = left.is_zero() || look % LOOKS == 0;
         let checked = check_units(run, system, before, is_close.then_some(&restarts));
-        match checked.and_then(|_| if is_close { verify(paths, run, system, before) } else { Ok(false) }) {
+        let is_to_begin_anew = match checked.and_then(|_| if is_close { verify(paths, run, system, before) } else { Ok(false) }) {
             // that may have stopped it for a moment
             Err(error) if Instant::now() < patience && system::is_being_switched()?.0 => {
                 log::info!("{error}, while something else is switching this machine; observing it anew ...");
                 run.blamed.clear();
+                true
             }
-            Ok(false) if left.is_zero() => break,
-            Ok(false) => continue,
-            is_new => {
-                is_new?;
-            }
+            checked => checked?,
+        };
+        if is_to_begin_anew {
+            run.enter(Phase::Observing)?;
+            restarts = Restarts::now()?;
+            until = Instant::now() + limit;
+        } else if left.is_zero() {
+            break;
         }
-        run.enter(Phase::Observing)?;
-        restarts = Restarts::now()?;
-        until = Instant::now() + limit;
     }
     Ok(())
 }
