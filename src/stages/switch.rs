@@ -129,7 +129,7 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
         let checked = check_units(run, system, before, is_close.then_some(&restarts));
         let is_to_begin_anew = match checked.and_then(|_| if is_close { verify(paths, run, system, before) } else { Ok(false) }) {
             // that may have stopped it for a moment
-            Err(error) if Instant::now() < patience && system::is_being_switched()?.0 => {
+            Err(error) if Instant::now() < patience && system::is_being_switched()? => {
                 log::info!("{error}, while something else is switching this machine; observing it anew ...");
                 run.blamed.clear();
                 true

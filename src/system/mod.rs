@@ -246,7 +246,7 @@ fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], 
     let deadline = Instant::now() + Duration::from_secs(limit);
     loop {
         // not by the program itself: some wait, and then have their system take effect whatever runs by then
-        if is_being_switched()?.0 && Instant::now() < deadline {
+        if is_being_switched()? && Instant::now() < deadline {
             wait_for_another();
             continue;
         }
@@ -275,9 +275,9 @@ fn wait_for_another() {
 pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + Duration::from_secs(limit);
     loop {
-        let before = is_being_switched()?;
-        let seen = if before.0 { None } else { Some(look()?) };
-        if let Some(seen) = seen.filter(|_| is_being_switched().is_ok_and(|after| after == before)) {
+        let before = switched_at();
+        let seen = if is_being_switched()? { None } else { Some(look()?) };
+        if let Some(seen) = seen.filter(|_| is_being_switched().is_ok_and(|is| !is) && switched_at() == before) {
             show("");
             return Ok(seen);
         }
@@ -288,15 +288,17 @@ pub fn at_rest<T>(limit: u64, mut look: impl FnMut() -> Result<T>) -> Result<T> 
     }
 }
 
-/// Whether somebody switches this machine, and what tells one switch from the next. Who took the lock to find out would have
-/// another's switch fail.
-pub fn is_being_switched() -> Result<(bool, Option<SystemTime>)> {
+/// Whether somebody switches this machine. Who took the lock to find out would have another's switch fail.
+pub fn is_being_switched() -> Result<bool> {
     let locks = fs::read_to_string("/proc/locks").doing("read", Path::new("/proc/locks"))?;
     // as there: where a file is, and which it is
     let name = |lock: Metadata| format!("{:02x}:{:02x}:{}", major(lock.dev()), minor(lock.dev()), lock.ino());
-    let lock = fs::metadata(SWITCH_LOCK).map(name).unwrap_or_default();
-    let current = fs::symlink_metadata(CURRENT).and_then(|metadata| metadata.modified());
-    Ok((has_lock(&locks, &lock), current.ok()))
+    Ok(has_lock(&locks, &fs::metadata(SWITCH_LOCK).map(name).unwrap_or_default()))
+}
+
+/// What tells one switch from the next.
+fn switched_at() -> Option<SystemTime> {
+    fs::symlink_metadata(CURRENT).and_then(|metadata| metadata.modified()).ok()
 }
 
 /// Whether somebody has the lock of a file, rather than waits for it.

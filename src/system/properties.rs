@@ -1,8 +1,11 @@
 //! What systemctl says of units.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
 use crate::error::{Context, Result};
+use crate::gather::gather;
 use crate::json;
 use crate::system::systemctl;
 
@@ -38,10 +41,6 @@ pub fn show(properties: &str, units: &[&str]) -> Result<String> {
     }
     systemctl(&[&["show", "--timestamp=unix", "--property", properties, "--"], units].concat())
 }
-
-use std::collections::BTreeMap;
-
-use crate::gather::gather;
 
 /// The properties of one unit, a line each.
 pub struct Properties<'a>(&'a str);
