@@ -91,7 +91,7 @@ impl Units {
             if is_broken(load) {
                 units.broken.insert(name.clone());
             }
-            if active == "failed" || is_starting(&unit) && is_failing(&unit, starting.get(&**name)) {
+            if active == "failed" || starting.get(&**name).is_some_and(|service| is_failing(service, || has_ended_well(name, 1))) {
                 units.failed.insert(name.clone());
             } else if is_up(active) && active != "activating" {
                 units.active.insert(name.clone());
@@ -220,7 +220,10 @@ impl Properties<'_> {
             // what nothing wants may be left of a unit that was taken away but for some setting
             return wanted;
         }
-        if !was_active || is_up(self.of("ActiveState")) || self.of("LoadState") == "masked" || !(wanted || changed) {
+        let (state, fine) = (self.of("ActiveState"), self.of("Result") == "success");
+        // it may have failed, and wait to be started again, since it was listed
+        let is_up = is_up(state) && (fine || state != "activating");
+        if !was_active || is_up || self.of("LoadState") == "masked" || !(wanted || changed) {
             return false;
         }
         // systemd is to start it yet
@@ -229,7 +232,6 @@ impl Properties<'_> {
         }
         // it is started when somebody connects
         let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
-        let fine = self.of("Result") == "success";
         !(fine && (self.is_skipped() || waits || self.has_ended_by_itself()))
     }
 
@@ -240,18 +242,15 @@ impl Properties<'_> {
     }
 }
 
-/// Whether systemd waits to start a service again, or starts it, which may be for another time.
+/// Whether systemd starts a service, or waits to start it, which may be for another time.
 fn is_starting(unit: &Listed) -> bool {
     unit.is_restarting() || unit.active == "activating" && unit.name.ends_with(".service") && !is_report(&unit.name)
 }
 
-/// Whether it has failed, then: it may well have done its work.
-fn is_failing(unit: &Listed, service: Option<&Properties>) -> bool {
-    match service {
-        Some(service) if unit.is_restarting() => service.of("Result") != "success",
-        Some(service) => service.number("NRestarts") > 0 && !has_ended_well(&unit.name, 1),
-        None => unit.is_restarting(),
-    }
+/// Whether it has failed, then: it may well have done its work. When it is being started once more, its result is that of
+/// the new start, which may have begun since it was listed.
+fn is_failing(service: &Properties, has_ended_well: impl FnOnce() -> bool) -> bool {
+    service.of("Result") != "success" || service.number("NRestarts") > 0 && !has_ended_well()
 }
 
 fn is_broken(load: &str) -> bool {
@@ -321,6 +320,7 @@ mod tests {
         let wanted = with("WantedBy=multi-user.target\n");
         assert!(is_down(&wanted, false) && is_down(STOPPED, true));
         assert!(is_down(&wanted.replace("=inactive", "=failed"), false));
+        assert!(is_down(&wanted.replace("=inactive", "=activating").replace("=success", "=exit-code"), false));
         assert!(is_down(&with("RequiredBy=x.service multi-user.target\nTriggeredBy=app.timer\n"), false));
         assert!(is_down(&wanted.replace("=loaded", "=bad-setting"), false));
         assert!(!is_down(&STOPPED.replace("=loaded", "=bad-setting"), true));
@@ -335,6 +335,18 @@ mod tests {
         assert!(is_down(&done.replace("Result=success", "Result=exit-code"), true));
         assert!(is_down(&done.replace("RemainAfterExit=no", "RemainAfterExit=yes"), true));
         assert!(is_down(&wanted.replace("=200", "=0"), true));
+    }
+
+    #[test]
+    fn a_service_that_is_started_once_more_has_failed_unless_it_had_done_its_work() {
+        let is_failing = |shown: &str, ended_well| super::is_failing(&Properties::one(shown), || ended_well);
+        assert!(!is_failing("NRestarts=0\nResult=success\n", false));
+        for restarts in 0..2 {
+            assert!(is_failing(&format!("NRestarts={restarts}\nResult=exit-code\n"), true));
+        }
+        // it was waiting to be when it was listed, and is being started now
+        assert!(is_failing("NRestarts=1\nResult=success\n", false));
+        assert!(!is_failing("NRestarts=1\nResult=success\n", true));
     }
 
     #[test]
