@@ -321,6 +321,25 @@ for way, (point, content) in itertools.product(("kill", "crash"), [(point, "") f
             assert running(machine) == system and machine.succeed("ls -A /var/lib/ekiben/runs; ls /nix/var/nix/gcroots/ekiben || true") == ""
             assert run(machine, "app")["result"] == "unchanged"
 
+with subtest("what another hand's switch has stopped for a moment, as a system is judged, is not that system's fault"):
+    system = awaits()
+    machine.succeed(f"echo 'boot: begun' > {FAULT}")
+    machine.crash()
+    machine.start(wait=False)
+    held("boot: begun", "ekiben-boot")
+    lock = "/run/nixos/switch-to-configuration.lock"
+    machine.succeed(f"mkdir -p /run/nixos; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
+    machine.wait_until_fails(f"flock --nonblock {lock} true")
+    machine.succeed("echo sick > /tmp/sick; mount --bind /tmp/sick /etc/app")
+    go_on(machine, "boot: begun")
+    machine.wait_until_succeeds("journalctl -b -o cat -u ekiben-boot | grep -E 'Something else is switching|Failed to pass'")
+    machine.succeed("umount /etc/app; systemctl stop holder")
+    machine.wait_until_succeeds("systemctl show --property ActiveState --value ekiben-boot | grep -E '^(active|failed)$'")
+    assert (seen := last_run(machine, "app"))["result"] == "deployed", seen
+    check_deployed(machine, "app")
+    assert running(machine) == system
+    machine.succeed("rm /run/ekiben-fault")
+
 with subtest("what awaits a boot is withdrawn by a rollback, and not proposed again; cut off, too"):
     for point in (None, "activate: begun", "back: profile restored"):
         before = state()

@@ -41,17 +41,22 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(run.instance.observe);
     let (remote, local) = health::by_place(&run.instance.health_checks, &run.passed);
     loop {
-        switch::check_units(run, &system, &before, Some(&restarts))?;
-        health::verify(&run.instance.health_checks, &local)?;
-        // nobody can ask with the old system whose doing it is
-        health::verify(&run.instance.health_checks, &remote).map_err(Error::transient)?;
+        // what another hand's switch stops for a moment is not this system's doing
+        let trouble = system::at_rest(run.instance.timeouts.activate, || {
+            run.blamed.clear();
+            let checked = switch::check_units(run, &system, &before, Some(&restarts));
+            let checked = checked.and_then(|_| health::verify(&run.instance.health_checks, &local));
+            // nobody can ask with the old system whose doing it is
+            Ok(checked.and_then(|()| health::verify(&run.instance.health_checks, &remote).map_err(Error::transient)))
+        })?;
+        check_has_booted(run, &system)?;
+        trouble?;
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
         }
         thread::sleep(left.min(PAUSE));
     }
-    check_has_booted(run, &system)?;
     fault::point("boot: well");
     system::switch_to(&system, "boot", run.instance.timeouts.activate, "install the boot loader", &[])?.switched()?;
     run.booted_by().map_or(Ok(()), |loader| loader.forget())?;
