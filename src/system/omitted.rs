@@ -13,8 +13,8 @@ use crate::system::properties::{Listed, Properties, show};
 /// system mounted anew or unmounted.
 const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult,ExecRemount,ExecUnmount";
 /// And of those that are not.
-const OF_INACTIVE: &str =
-    "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,Job,Conflicts,ConflictedBy";
+const OF_INACTIVE: &str = "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,AssertResult,AssertTimestampMonotonic,Job,\
+     Conflicts,ConflictedBy";
 const NOT_STARTED: &str = "not started";
 
 /// Whether that can be no other's doing than the last switch's: systemd forgets how mounting has ended when it is reloaded.
@@ -54,7 +54,10 @@ impl Properties<'_> {
     fn is_unstarted(&self, up: &[&str]) -> bool {
         let gives_way = ["Conflicts", "ConflictedBy"].iter().any(|key| self.names(key).any(|name| up.contains(&name)));
         let is_at_rest = self.of("ActiveState") == "inactive" && self.number("Job") == 0;
-        is_at_rest && self.number("InactiveExitTimestampMonotonic") == 0 && !self.is_skipped() && !gives_way
+        let started = self.number("InactiveExitTimestampMonotonic");
+        // it may have done its work before, as it was to be then
+        let is_refused = self.of("AssertResult") == "no" && self.number("AssertTimestampMonotonic") > started;
+        is_at_rest && (started == 0 || is_refused) && !self.is_skipped() && !gives_way
     }
 
     /// What it would have taken to have it be as it is to be, where that has failed.
@@ -88,11 +91,15 @@ mod tests {
 
     #[test]
     fn what_was_never_started_and_need_not_wait_is_found() {
-        let is_unstarted = |old, new| Properties::one(&UNIT.replace(old, new)).is_unstarted(&["multi-user.target", "app.service"]);
+        let is_unstarted =
+            |old: &str, new: &str| Properties::one(&UNIT.replace(old, new)).is_unstarted(&["multi-user.target", "app.service"]);
         assert!(is_unstarted("", ""));
+        let refused = |at| format!("InactiveExitTimestampMonotonic=5\nAssertResult=no\nAssertTimestampMonotonic={at}");
+        assert!(is_unstarted("InactiveExitTimestampMonotonic=0", &refused(6)));
         for (old, new) in [
             ("ConditionTimestampMonotonic=0", "ConditionTimestampMonotonic=5"),
             ("InactiveExitTimestampMonotonic=0", "InactiveExitTimestampMonotonic=5"),
+            ("InactiveExitTimestampMonotonic=0", &refused(4)),
             ("inactive", "activating"),
             ("Job=0", "Job=7"),
             ("Conflicts=", "Conflicts=app.service "),
