@@ -109,6 +109,14 @@ pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Opti
     Ok(false)
 }
 
+/// The same after health checks, if they have taken a while since they `began`.
+pub fn look_again(run: &mut Run, system: &Path, before: &Before, began: Instant) -> Result<()> {
+    if began.elapsed() > PAUSE {
+        check_units(run, system, before, None)?;
+    }
+    Ok(())
+}
+
 /// Looks at units and health checks again until the end of the time for that: what fails then has failed. `restarts` is
 /// how often systemd had started services again by the end of the switch.
 pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut restarts: Restarts) -> Result<()> {
@@ -153,8 +161,12 @@ pub fn observe(paths: &Paths, run: &mut Run, system: &Path, before: &Before, mut
 pub fn verify(paths: &Paths, run: &mut Run, system: &Path, before: &Before) -> Result<bool> {
     let checks = run.instance.health_checks.clone();
     let (remote, local) = health::by_place(&checks, &run.passed);
+    let began = Instant::now();
     health::verify(&checks, &local)?;
-    let Err(error) = health::verify(&checks, &remote) else { return Ok(false) };
+    let Err(error) = health::verify(&checks, &remote) else {
+        look_again(run, system, before, began)?;
+        return Ok(false);
+    };
     if !run.instance.rollback {
         return Err(error);
     }

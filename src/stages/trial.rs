@@ -45,9 +45,11 @@ pub fn judge(paths: &Paths, run: &mut Run) -> Result<()> {
         let trouble = system::at_rest(run.instance.timeouts.activate, || {
             run.blamed.clear();
             let checked = switch::check_units(run, &system, &before, Some(&restarts));
+            let began = Instant::now();
             let checked = checked.and_then(|_| health::verify(&run.instance.health_checks, &local));
             // nobody can ask with the old system whose doing it is
-            Ok(checked.and_then(|()| health::verify(&run.instance.health_checks, &remote).map_err(Error::transient)))
+            let checked = checked.and_then(|()| health::verify(&run.instance.health_checks, &remote).map_err(Error::transient));
+            Ok(checked.and_then(|()| switch::look_again(run, &system, &before, began)))
         })?;
         check_has_booted(run, &system)?;
         trouble?;
