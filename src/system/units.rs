@@ -63,7 +63,7 @@ pub struct Units {
 impl Units {
     /// How they are now, before a switch.
     pub fn before() -> Result<Self> {
-        let lately = now().saturating_sub(LATELY);
+        let lately = lately();
         let shown = services(&["*.service"])?;
         let is_restless = |service: &Properties| service.number("NRestarts") > 0 && service.number("ExecMainStartTimestamp") > lately;
         let restless = Properties::all(&shown).filter(is_restless).map(|service| service.of("Id").to_owned());
@@ -78,20 +78,20 @@ impl Units {
 
     /// Of these, those that have failed now, or are started again and again; which is soon asked.
     pub fn failed_now() -> Result<BTreeSet<String>> {
-        Ok(Self::of(listed("--state=failed,activating")?)?.failed)
+        Ok(Self::of(listed("--state=failed,activating,deactivating")?)?.failed)
     }
 
     fn of(list: Vec<Listed>) -> Result<Self> {
-        let starting: Vec<&str> = list.iter().filter(|unit| is_starting(unit)).map(|unit| &*unit.name).collect();
-        let starting = services(&starting)?;
-        let starting = Properties::by_name(&starting);
+        let changing: Vec<&str> = list.iter().filter(|unit| is_changing(unit)).map(|unit| &*unit.name).collect();
+        let changing = services(&changing)?;
+        let changing = Properties::by_name(&changing);
         let mut units = Self::default();
         for unit in list {
             let Listed { name, load, active, .. } = &unit;
             if is_broken(load) {
                 units.broken.insert(name.clone());
             }
-            if active == "failed" || starting.get(&**name).is_some_and(|service| is_failing(service, || has_ended_well(name, 1))) {
+            if active == "failed" || changing.get(&**name).is_some_and(|service| is_failing(service, || ended_well(name, 1))) {
                 units.failed.insert(name.clone());
             } else if is_up(active) && active != "activating" {
                 units.active.insert(name.clone());
@@ -152,7 +152,7 @@ impl Restarts {
         for (name, service) in Properties::by_name(&services(&["*.service"])?) {
             let is_restless = before.restless.contains(name) || before.failed.contains(name);
             let times = service.number("NRestarts").saturating_sub(self.0.get(name).copied().unwrap_or(0));
-            if times > 0 && !is_restless && (brings(old, name) || brings(new, name)) && !has_ended_well(name, times) {
+            if times > 0 && !is_restless && (brings(old, name) || brings(new, name)) && ended_well(name, times) != Some(true) {
                 died.insert(name.to_owned(), "died and was restarted".to_owned());
             }
         }
@@ -166,21 +166,22 @@ pub fn sync_journal() {
     sync.output(|| "flush the journal".into(), None).or_warn();
 }
 
-/// Whether a service has ended the last so many times as one that is to be started again whenever it has done its work:
-/// what systemd knows of that is only in its journal, whose moments go by a clock that may have been set meanwhile.
-fn has_ended_well(name: &str, times: u64) -> bool {
+/// Whether a service has ended the last so many times, of this boot, as one that is to be started again whenever it has done
+/// its work: what systemd knows of that is only in its journal, whose moments go by a clock that may have been set meanwhile.
+fn ended_well(name: &str, times: u64) -> Option<bool> {
     sync_journal();
     let lines = format!("--lines={times}");
-    let ask = Program::as_root("journalctl").args(["--quiet", "--output=json", "--output-fields=MESSAGE_ID", &lines, "_PID=1"]);
+    let ask = Program::as_root("journalctl").args(["--quiet", "--boot", "--output=json", "--output-fields=MESSAGE_ID", &lines, "_PID=1"]);
     let ask = ask.arg(format!("UNIT={name}")).args([ENDED_WELL, HAS_FAILED].map(|id| format!("MESSAGE_ID={id}")));
     let said = ask.said(|| "read the journal".into()).unwrap_or_default();
-    said.contains(ENDED_WELL) && !said.contains(HAS_FAILED)
+    let has_failed = said.contains(HAS_FAILED);
+    (has_failed || said.contains(ENDED_WELL)).then_some(!has_failed)
 }
 
 /// What systemd knows of the services that are loaded of these names, or patterns: how often it has started each again by
 /// itself, when last, and how it has ended. It takes its time for many.
 fn services(names: &[&str]) -> Result<String> {
-    show("Id,NRestarts,ExecMainStartTimestamp,Result", names)
+    show("Id,ActiveState,NRestarts,ExecMainStartTimestamp,InactiveEnterTimestamp,Result", names)
 }
 
 /// Units that are worse off than before, with their states.
@@ -242,15 +243,24 @@ impl Properties<'_> {
     }
 }
 
-/// Whether systemd starts a service, or waits to start it, which may be for another time.
-fn is_starting(unit: &Listed) -> bool {
-    unit.is_restarting() || unit.active == "activating" && unit.name.ends_with(".service") && !is_report(&unit.name)
+/// Whether systemd starts a service, or waits to start it, which may be for another time; or stops it, or does what is to be
+/// done after its end.
+fn is_changing(unit: &Listed) -> bool {
+    unit.is_restarting()
+        || ["activating", "deactivating"].contains(&&*unit.active) && unit.name.ends_with(".service") && !is_report(&unit.name)
 }
 
-/// Whether it has failed, then: it may well have done its work. When it is being started once more, its result is that of
-/// the new start, which may have begun since it was listed.
-fn is_failing(service: &Properties, has_ended_well: impl FnOnce() -> bool) -> bool {
-    service.of("Result") != "success" || service.number("NRestarts") > 0 && !has_ended_well()
+/// Whether it has failed, then: it may well have done its work. When it is being started once more, its result is that of the
+/// new start, which may have begun since it was listed, and at the wish of others, such as a target that upholds it.
+fn is_failing(service: &Properties, ended_well: impl FnOnce() -> Option<bool>) -> bool {
+    let is_restarted = service.number("NRestarts") > 0;
+    let is_anew = service.of("ActiveState") != "deactivating" && (is_restarted || service.number("InactiveEnterTimestamp") > lately());
+    service.of("Result") != "success" || is_anew && !ended_well().unwrap_or(!is_restarted)
+}
+
+/// When what has been since then has been lately, in seconds since 1970.
+fn lately() -> u64 {
+    now().saturating_sub(LATELY)
 }
 
 fn is_broken(load: &str) -> bool {
@@ -340,13 +350,19 @@ mod tests {
     #[test]
     fn a_service_that_is_started_once_more_has_failed_unless_it_had_done_its_work() {
         let is_failing = |shown: &str, ended_well| super::is_failing(&Properties::one(shown), || ended_well);
-        assert!(!is_failing("NRestarts=0\nResult=success\n", false));
+        assert!(!is_failing("NRestarts=0\nResult=success\n", Some(false)));
         for restarts in 0..2 {
-            assert!(is_failing(&format!("NRestarts={restarts}\nResult=exit-code\n"), true));
+            assert!(is_failing(&format!("NRestarts={restarts}\nResult=exit-code\n"), Some(true)));
         }
         // it was waiting to be when it was listed, and is being started now
-        assert!(is_failing("NRestarts=1\nResult=success\n", false));
-        assert!(!is_failing("NRestarts=1\nResult=success\n", true));
+        assert!(is_failing("NRestarts=1\nResult=success\n", Some(false)) && is_failing("NRestarts=1\nResult=success\n", None));
+        assert!(!is_failing("NRestarts=1\nResult=success\n", Some(true)));
+        // for systemd, that is not a restart where another unit has it start
+        let upheld = format!("ActiveState=activating\nNRestarts=0\nResult=success\nInactiveEnterTimestamp=@{}\n", now());
+        assert!(is_failing(&upheld, Some(false)) && !is_failing(&upheld, Some(true)) && !is_failing(&upheld, None));
+        // what is to be done after its end takes its time
+        let ending = upheld.replace("activating", "deactivating");
+        assert!(!is_failing(&ending, Some(false)) && is_failing(&ending.replace("success", "signal"), Some(true)));
     }
 
     #[test]
