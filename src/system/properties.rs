@@ -78,7 +78,7 @@ impl<'a> Properties<'a> {
 
     /// Whether a unit's configuration says not to start it now.
     pub fn is_skipped(&self) -> bool {
-        self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0
+        self.of("Result") == "exec-condition" || self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0
     }
 
     /// A number, or a moment as `--timestamp=unix` has it; 0, if there is none.

@@ -231,9 +231,10 @@ impl Properties<'_> {
         if self.number("Job") > 0 {
             return false;
         }
-        // it is started when somebody connects
-        let waits = self.names("TriggeredBy").any(|name| name.ends_with(".socket") && is_active(name));
-        !(fine && (self.is_skipped() || waits || self.has_ended_by_itself()))
+        // it is started when somebody connects, or looks
+        let on_demand = |name: &str| [".socket", ".automount"].iter().any(|kind| name.ends_with(kind));
+        let waits = self.names("TriggeredBy").any(|name| on_demand(name) && is_active(name));
+        !(self.is_skipped() || fine && (waits || self.has_ended_by_itself()))
     }
 
     /// A process that ends makes its unit inactive; one that is ended for that ends after it.
@@ -339,6 +340,7 @@ mod tests {
         assert!(!is_down(STOPPED, false) && !is_down(&with("WantedBy=other.target\n"), false));
         assert!(!is_down(&wanted.replace("=loaded", "=masked"), false));
         assert!(!is_down(&wanted.replace("ConditionResult=yes", "ConditionResult=no"), false));
+        assert!(!is_down(&wanted.replace("Result=success", "Result=exec-condition"), true));
         assert!(!is_down(&with("TriggeredBy=app.socket\nWantedBy=multi-user.target\n"), true));
         let done = wanted.replace("=200", "=100");
         assert!(!is_down(&done, true));
