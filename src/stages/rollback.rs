@@ -148,6 +148,9 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before, current: &Path) ->
             let ended = service::letting_go_of_jobs(paths.name(), activate)?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.switched() }
         })?;
+        // what no target wants, and the candidate has taken away or stopped, no switch starts
+        let stopped = before.units.stopped_under(&before.system)?;
+        service::letting_go_of_jobs(paths.name(), || service::start_all(&stopped, run.instance.timeouts.activate)).or_warn();
         let until = Instant::now() + RECOVERY;
         loop {
             worse = before.units.worse_under(candidate, &before.system)?;

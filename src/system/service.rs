@@ -31,6 +31,15 @@ fn enqueue(how: &str, service: &str) -> Result<()> {
     again(|| Program::as_root("systemctl").args([how, "--no-block", "--", service]).output(|| format!("{how} {service}"), None)).map(drop)
 }
 
+/// Has units start, and waits for that, until a limit in seconds; for root only.
+pub fn start_all(units: &[String], limit: u64) -> Result<()> {
+    if units.is_empty() {
+        return Ok(());
+    }
+    let start = Program::as_root("systemctl").args(["start", "--"]).args(units);
+    start.run(Duration::from_secs(limit), || format!("start {}", units.join(", ")))?.success()
+}
+
 /// Has a unit run, or run again, without waiting for it, where there is one; for root only.
 pub fn start_if_there(unit: &str) {
     if files(unit).iter().any(|file| has_unit(file)) {

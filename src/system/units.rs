@@ -106,18 +106,30 @@ impl Units {
         let now = Self::now()?;
         let mut worse = newly_failed(&now.failed, &self.failed, &[old, new]);
         let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
-        let suspects: Vec<&str> = down.map(String::as_str).filter(|name| !worse.contains_key(*name) && brings(new, name)).collect();
-        if suspects.is_empty() {
-            return Ok(worse);
-        }
-        let shown = show(PROPERTIES, &suspects)?;
-        for (name, unit) in suspects.iter().zip(Properties::all(&shown)) {
-            if unit.is_down(&now.active, self.active.contains(*name), is_changed(old, new, name)) {
+        let down = down.filter(|name| !worse.contains_key(*name)).map(String::as_str).collect();
+        worse.append(&mut self.down(&now, down, new, |name| is_changed(old, new, name))?);
+        Ok(worse)
+    }
+
+    /// Those of a system that were active and have been stopped since, also if nothing that is up wants them: somebody had
+    /// started them.
+    pub fn stopped_under(&self, system: &Path) -> Result<Vec<String>> {
+        let now = Self::now()?;
+        let down = self.down(&now, self.active.difference(&now.active).map(String::as_str).collect(), system, |_| true)?;
+        Ok(gather(down.into_iter().filter(|(_, state)| state == "inactive").map(|(name, _)| name)))
+    }
+
+    /// Of these units of a system, those that are down, with their states; `should_be_up` tells it of what nothing wants.
+    fn down(&self, now: &Self, mut names: Vec<&str>, system: &Path, should_be_up: impl Fn(&str) -> bool) -> Result<Worse> {
+        names.retain(|name| brings(system, name));
+        let mut down = Worse::new();
+        for (name, unit) in names.iter().zip(Properties::all(&show(PROPERTIES, &names)?)) {
+            if unit.is_down(&now.active, self.active.contains(*name), should_be_up(name)) {
                 let state = if unit.of("LoadState") == "loaded" { unit.of("ActiveState") } else { unit.of("LoadState") };
-                worse.insert((*name).to_owned(), state.to_owned());
+                down.insert((*name).to_owned(), state.to_owned());
             }
         }
-        Ok(worse)
+        Ok(down)
     }
 
     /// Those of the system `new` that have not failed, but that were not started or reloaded as they are to be; which was
