@@ -6,8 +6,11 @@ let
       # ignored: it did not pass before
       never.command = "false";
       app = {
-        # as a program that is not served any more says it, and as the network would
-        command = "! grep sick /etc/app || { echo Connection refused; false; }";
+        # as a program that is not served any more says it, and as the network would; or as one that takes its time
+        command = ''
+          ! grep sick /etc/app || { echo Connection refused; false; } || exit
+          ! grep patient /etc/app || until systemctl is-failed scenario-trouble.service; do sleep 0.1; done
+        '';
         retries = 1;
       };
       network = {

@@ -390,6 +390,39 @@ with subtest("a unit is not started or reloaded, and has not failed: that is as 
     fails("rolledBack", "activate", "Failed to start scenario-trouble.mount (not started)")
     works()
 
+with subtest("a unit is refused that had done its work when it was started before"):
+    publish(server, "app", next(COUNT), trouble="once")
+    assert (seen := run(server, "app"))["result"] == "deployed", seen
+    publish(server, "app", next(COUNT), trouble="refused")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
+    works()
+
+with subtest("a unit has failed, which does not show when the switch ends: its last command runs yet, or another has it start anew"):
+    for trouble in ("lingers", "upheld"):
+        publish(server, "app", next(COUNT), trouble=trouble)
+        fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+    works()
+
+with subtest("a unit fails while health checks take their time"):
+    publish(server, "app", "patient", trouble="mortal 2 1 no")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+    works()
+
+with subtest("a unit's own condition is against it: that is no failure"):
+    publish(server, "app", next(COUNT), trouble="unit-condition")
+    ended = run(server, "app")
+    assert ended["result"] == "deployed" and "scenario-daemon" not in " ".join(ended["warnings"]), ended
+    works()
+    server.require_unit_state("scenario-daemon.service", "active")
+
+with subtest("a unit that somebody has started, and the new system does not have, is started again with the old one"):
+    publish(server, "app", next(COUNT), trouble="by-hand")
+    assert (seen := run(server, "app"))["result"] == "deployed", seen
+    server.succeed("systemctl start scenario-by-hand")
+    publish(server, "app", next(COUNT), trouble="unit")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+    works()
+
 with subtest("a file system cannot be mounted anew, as is asked for, so that a boot would end without it: that is as bad"):
     publish(server, "app", next(COUNT), trouble="mounted")
     assert (seen := run(server, "app"))["result"] == "deployed", seen

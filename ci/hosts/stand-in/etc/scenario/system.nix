@@ -78,6 +78,28 @@ let
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
             reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
+            lingers)
+              # the switch ends when its last command is under way
+              printf '%s\n' [Service] Type=exec ExecStart=false "ExecStopPost=/bin/sh -c 'exec sleep 5'" [Install] WantedBy=multi-user.target \
+                > $units/scenario-trouble.service
+              printf '%s\n' [Service] Type=oneshot \
+                "ExecStart=/bin/sh -c 'until systemctl show scenario-trouble.service | grep ^SubState=stop-post; do sleep 0.1; done'" \
+                [Install] WantedBy=multi-user.target > $units/scenario-waits.service
+              ;;
+            upheld)
+              # and here when it is started anew
+              printf '%s\n' [Service] Type=oneshot "ExecStart=/bin/sh -c 'sleep 3; exit 1'" > $units/scenario-trouble.service
+              printf '%s\n' [Unit] Upholds=scenario-trouble.service [Install] WantedBy=multi-user.target > $units/scenario-upholds.target
+              printf '%s\n' [Service] Type=oneshot \
+                "ExecStart=/bin/sh -c 'while systemctl show scenario-trouble.service | grep ^InactiveEnterTimestampMonotonic=0; do sleep 0.1; done'" \
+                [Install] WantedBy=multi-user.target > $units/scenario-waits.service
+              ;;
+            once | refused)
+              printf '%s\n' [Unit] "AssertPathExists=$([ $trouble = once ] && echo / || echo /scenario/missing)" [Service] Type=oneshot ExecStart=true \
+                [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
+              ;;
+            by-hand) printf '%s\n' [Service] "ExecStart=sleep infinity" > $units/scenario-by-hand.service ;;
+            unit-condition) sed -i 's/^\[Service\]/&\nExecCondition=false/' $units/scenario-daemon.service ;;
             unit-late) printf '[Unit]\nRequires=scenario-missing.service\n[Service]\nExecStart=sleep infinity\n[Install]\nWantedBy=multi-user.target\n' \
               > $units/scenario-trouble.service ;;
             mount) printf '[Unit]\nBefore=local-fs.target\n[Mount]\nWhat=/dev/scenario\nWhere=/scenario/trouble\n[Install]\nRequiredBy=local-fs.target\n' \
