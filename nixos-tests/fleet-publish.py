@@ -193,6 +193,20 @@ with subtest("a host whose build or evaluation does not come to its end holds ba
     assert post()["result"] == "deployed", last_run(hub, "publish")
     check_shown(content)
 
+with subtest("who publishes by hand, and takes his time, is waited for: status says where to look"):
+    content |= {"plain": change("plain")}
+    push("waits for another")
+    hub.succeed(f"systemd-run --unit=holder flock {DIRECTORY}/received $(command -v sleep) infinity")
+    hub.wait_until_fails(f"flock --nonblock {DIRECTORY}/received true")
+    hub.succeed(f"{POST} -X POST")
+    unit = hub.wait_until_succeeds("{ ekiben status publish || true; } | grep -oP '^ +waiting +for \\K.*'").strip()
+    hub.wait_until_succeeds(f"journalctl -o cat --unit {unit} | grep 'Another user is publishing; waiting'")
+    hub.succeed("systemctl stop holder")
+    wait_until_idle(hub, "publish")
+    assert last_run(hub, "publish")["result"] == "deployed", last_run(hub, "publish")
+    assert "waiting" not in hub.succeed("ekiben status publish")
+    check_shown(content)
+
 with subtest("what is cut off has published hosts wholly or not at all, and is completed by the next run"):
     for unit in ("ekiben-release-publish@*.service", "ekiben-publish.service"):
         content = {name: change(name) for name in HOSTS}

@@ -14,7 +14,11 @@ pub fn start(paths: &Paths, run: &Run) -> Result<()> {
     let unit = unit(paths, run);
     let limit = Duration::from_secs(run.instance.timeouts.activate);
     let start = Program::as_root("systemctl").args(["start", "--quiet", "--", &unit]);
-    start.run(limit, || format!("publish; see journalctl --unit {unit}"))?.success()
+    // it may wait for another publisher, and can tell its own journal only
+    system::show(&format!("for {unit}"));
+    let ended = start.run(limit, || format!("publish; see journalctl --unit {unit}"));
+    system::show("");
+    ended?.success()
 }
 
 /// Has it come to its end, whoever still waits for it.
