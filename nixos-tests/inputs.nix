@@ -108,6 +108,9 @@ in
         nested = hasty // {
           inputs = [ "app/lib" ];
         };
+        below = hasty // {
+          flakeRef = "/var/nixos-config?dir=hosts#server";
+        };
       };
     };
   };

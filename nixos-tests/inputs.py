@@ -255,3 +255,14 @@ with subtest("a user whom the Nix daemon does not let in"):
     assert "does not let deploy in; add that to nix.settings.allowed-users" in fails("", "patient")["error"]
     server.succeed("cp /root/nix.conf /etc/nix/nix.conf; systemctl restart nix-daemon")
     works()
+
+with subtest("a flake in a directory of its repository"):
+    deploy(server, "mkdir hosts; git mv $(git ls-files | cut -d/ -f1 | sort -u) hosts; echo note > note; git add note; git commit -qm below")
+    works("below")
+    assert deploy(server, "git show --name-only --format=; git status --short").split() == ["hosts/flake.lock"]
+    renew()
+    deploy(server, "echo >> hosts/flake.lock")
+    fails("hosts/flake.lock: it has uncommitted changes", "below")
+    deploy(server, "git restore hosts; echo mine > note")
+    assert run(server, "below")["result"] == "deployed"
+    assert deploy(server, "git show --name-only --format=; cat note").split() == ["hosts/flake.lock", "mine"]
