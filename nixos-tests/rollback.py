@@ -8,20 +8,15 @@ COUNT = iter(range(2, 1000))
 def everything():
     """All that a failed run has to leave as it was."""
     units = "systemctl list-units --plain --no-legend --state=active --type=service,socket,path,timer | awk '{ print $1 }'"
-    return {
-        "repository": digest(server),
-        "generation": generation(server),
-        "generations": server.succeed("ls /nix/var/nix/profiles"),
-        "running": running(server),
-        "shows": server.succeed("cat /etc/app /etc/other /etc/revision"),
-        # what comes and goes by itself
-        "units": sorted(set(server.succeed(units).split()) - {"nix-daemon.service", "systemd-hostnamed.service", "scenario-once.timer"}),
-    }
+    generations, active = server.succeed(f"ls /nix/var/nix/profiles; printf '\\0'; {units}").split("\0")
+    # what comes and goes by itself
+    passing = {"nix-daemon.service", "systemd-hostnamed.service", "scenario-once.timer"}
+    return {**what_stays(server), "generations": generations, "units": "\n".join(sorted(set(active.split()) - passing))}
 
 
 def check_unchanged(before):
     after = everything()
-    assert before == after, "\n".join(f"{key}:\n{before[key]}\n{after[key]}" for key in before if before[key] != after[key])
+    assert before == after, "\n".join(differences(before, after))
 
 
 def fails(result, stage, message, instance="app"):
