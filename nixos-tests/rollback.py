@@ -233,7 +233,9 @@ with subtest("the system profile cannot be written"):
     server.succeed("mount --bind -o ro /nix/var/nix/profiles /nix/var/nix/profiles")
     fails("rolledBack", "activate", "Failed to set the system profile")
     server.succeed("umount /nix/var/nix/profiles")
+# on hosts alone
     works()
+# everywhere
 
 with subtest("somebody else is switching: waited for"):
     publish(server, "app", next(COUNT))
@@ -301,7 +303,9 @@ with subtest("an administrator is switching, and what the run would switch to is
 with subtest("the boot loader cannot be installed"):
     publish(server, "app", next(COUNT), trouble="boot-loader")
     fails("rolledBack", "activate", "Failed to install the boot loader: exited with 1")
+# on hosts alone
     works()
+# everywhere
 
 with subtest("an activation script fails"):
     publish(server, "app", next(COUNT), trouble="activation")
@@ -315,7 +319,9 @@ with subtest("an activation script fails"):
 with subtest("an activation ends half-way, and says that all is well"):
     publish(server, "app", next(COUNT), trouble="activation-ends")
     fails("rolledBack", "activate", "its activation ended half-way")
+# on hosts alone
     works()
+# everywhere
 
 with subtest("the activation never ends"):
     publish(server, "app", next(COUNT), trouble="hang")
@@ -337,7 +343,9 @@ with subtest("the same, where that is to be kept"):
 with subtest("a unit that has run fails to start, and is just being started again"):
     publish(server, "app", next(COUNT), trouble="unit-again")
     fails("rolledBack", "activate", "Failed to start scenario-daemon.service")
+# on hosts alone
     works()
+# everywhere
 
 with subtest("a unit fails that had failed before: a warning"):
     assert "failed again: scenario-flaky.service" in " ".join(works()["warnings"]), last_run(server, "app")
