@@ -96,6 +96,18 @@ for what, more, words in (
         machine.require_unit_state("ekiben-boot.service", "active")
         assert len([run for run in status(machine, "app")["runs"] if run["id"] == ended["id"]]) == 1
 
+with subtest("a pre-switch check refuses what is to be booted: all is as before, and it is not held against the candidate"):
+    before = state()
+    publish(machine, "app", str(next(COUNT)))
+    machine.succeed("echo 'no room at all' > /run/scenario-refuses")
+    ended = run(machine, "app")
+    assert ended["result"] == "rolledBack" and "pre-switch check scenario failed: boot of /nix/store/" in ended["error"], ended
+    assert state() == before and status(machine, "app")["bad"]["commit"] != ended["commit"], status(machine, "app")
+    machine.succeed("rm /run/scenario-refuses")
+    assert run(machine, "app")["result"] == "awaitingBoot", last_run(machine, "app")
+    boot()
+    check_deployed(machine, "app")
+
 with subtest("another system boots: it is said which, and all is as before"):
     for _ in range(3):
         before = state()
@@ -493,6 +505,8 @@ with subtest("what somebody switches to, or sets for the next boot, by hand is b
 
 with subtest("what waits is booted once: until it is well, what was before is booted by default"):
     for crash in (True, False):
+        # where the old system is made the default, none of its checks is asked
+        machine.succeed("echo 'no room at all' > /run/scenario-refuses")
         old, system = running(machine), awaits()
         assert not (seen := last_run(machine, "app"))["warnings"], seen
         boot(crash=crash)

@@ -654,7 +654,11 @@ if is_host(server):
         server.succeed("rm /run/scenario-refuses; systemctl reset-failed ekiben-app; jq -e '.bad == null' /var/lib/ekiben/status/app.json")
         assert run(server, "app")["result"] == "deployed" and shows(server, "app") == content, last_run(server, "app")
 
-    with subtest("a check that has come to refuse in the middle of a switch does not stand in the way back"):
+    with subtest("a check that has come to refuse in the middle of a switch stands neither in its way nor in the way back"):
+        ended = while_it_waits("echo 'never again' > /run/scenario-refuses", str(next(COUNT)))
+        assert ended["result"] == "deployed", ended
+        check_deployed(server, "app")
+        server.succeed("rm /run/scenario-refuses")
         old = (running(server), generation(server))
         ended = while_it_waits("echo 'never again' > /run/scenario-refuses", "sick")
         assert ended["result"] == "rolledBack" and "health check app" in ended["error"], ended

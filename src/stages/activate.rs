@@ -206,18 +206,20 @@ fn renews(paths: &Paths, run: &mut Run, system: &Path) -> Result<bool> {
 /// Has the boot loader boot the system: by default from now on, or, where only a boot can bring it and the boot loader
 /// is able to, once, and what was booted before by default.
 fn install(run: &mut Run, system: &Path, old: Option<Generation>) -> Result<()> {
-    let install =
-        |system: &Path| system::switch_to(system, "boot", run.instance.timeouts.activate, "install the boot loader", &[])?.switched();
+    let (limit, doing) = (run.instance.timeouts.activate, "install the boot loader");
+    let unchecked = |system: &Path| system::switch_unchecked(system, "boot", limit, doing, &[])?.switched();
+    if !run.reboot_needed {
+        // its checks were made when it was switched to
+        return unchecked(system);
+    }
     if let (Some(loader), Some(old)) = (run.booted_by(), old) {
-        if install(&old.system).and_then(|()| loader.boot_once(system)).or_warn().is_some() {
+        if unchecked(&old.system).and_then(|()| loader.boot_once(system)).or_warn().is_some() {
             return Ok(());
         }
     }
-    install(system)?;
-    if run.reboot_needed {
-        run.boots_once = false;
-        run.warnings.push("the new system is what is booted by default already: the boot loader cannot boot it only once".into());
-    }
+    system::switch_to(system, "boot", limit, doing, &[])?.switched()?;
+    run.boots_once = false;
+    run.warnings.push("the new system is what is booted by default already: the boot loader cannot boot it only once".into());
     Ok(())
 }
 

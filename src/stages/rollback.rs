@@ -131,7 +131,7 @@ fn put_back_boot(run: &Run, before: &Before, touched: bool, ours: impl Fn(&Path)
     }
     match profile::current_generation()? {
         Some(generation) if touched || is_other => {
-            system::switch_back_to(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader", &[])?.switched()
+            system::switch_unchecked(&generation.system, "boot", run.instance.timeouts.activate, "restore the boot loader", &[])?.switched()
         }
         _ => Ok(()),
     }
@@ -144,7 +144,7 @@ fn put_back_system(paths: &Paths, run: &Run, before: &Before, current: &Path) ->
     for _ in 0..2 {
         system::again(|| {
             let (limit, from) = (run.instance.timeouts.activate, [current, &before.system]);
-            let activate = || system::switch_back_to(&before.system, "test", limit, "activate the old system", &from);
+            let activate = || system::switch_unchecked(&before.system, "test", limit, "activate the old system", &from);
             let ended = service::letting_go_of_jobs(paths.name(), activate)?;
             if ended.status.code() == Some(4) { Ok(()) } else { ended.switched() }
         })?;

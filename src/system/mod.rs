@@ -237,8 +237,8 @@ pub fn switch_to(system: &Path, action: &str, limit: u64, doing: &str, from: &[&
     switch(system, action, limit, doing, from, true)
 }
 
-/// The same on the way back: none of the old system's pre-switch checks may stand in it.
-pub fn switch_back_to(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path]) -> Result<Exited> {
+/// The same without the system's pre-switch checks: on the way back, in which none may stand, and where a switch has made them.
+pub fn switch_unchecked(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path]) -> Result<Exited> {
     switch(system, action, limit, doing, from, false)
 }
 

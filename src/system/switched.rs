@@ -75,15 +75,13 @@ impl Switched {
         if code == Some(100) {
             return Ok(Self::AtBoot("its init is incompatible with the running one".into()));
         }
-        let Some((check, said)) = ended.says_last(REFUSED).then(|| refusal(&ended.tail)) else {
+        if !ended.says_last(REFUSED) {
             return Err(ended.success().err().unwrap_or_else(|| Error::new("Failed to understand switch-to-configuration")));
-        };
-        if check == INHIBITORS {
-            return Ok(Self::AtBoot(format!("its pre-switch check {check} failed")));
         }
-        let said = if said.is_empty() { said } else { format!(": {said}") };
-        // it has looked at this machine, too, which may be another way next time
-        Ok(Self::Refused(ended.failed(&format!("pre-switch check {check} failed{said}")).transient()))
+        if refusal(&ended.tail).0 == INHIBITORS {
+            return Ok(Self::AtBoot(format!("its pre-switch check {INHIBITORS} failed")));
+        }
+        Ok(Self::Refused(ended.refused()))
     }
 }
 
@@ -95,7 +93,17 @@ impl Exited {
 
     /// Fails unless it did what it was to do besides activating a system.
     pub fn switched(self) -> Result<()> {
-        if self.is_locked() { Err(self.locked_out()) } else { self.success() }
+        if self.is_locked() {
+            return Err(self.locked_out());
+        }
+        if self.says_last(REFUSED) { Err(self.refused()) } else { self.success() }
+    }
+
+    fn refused(self) -> Error {
+        let (check, said) = refusal(&self.tail);
+        let said = if said.is_empty() { said } else { format!(": {said}") };
+        // it has looked at this machine, too, which may be another way next time
+        self.failed(&format!("pre-switch check {check} failed{said}")).transient()
     }
 
     fn locked_out(self) -> Error {
@@ -195,6 +203,16 @@ mod tests {
         ] {
             assert_eq!(of(status, said), meaning, "{status} {said}");
         }
+    }
+
+    #[test]
+    fn a_check_that_refuses_a_boot_is_told_from_a_boot_loader_that_fails() {
+        let failed = |said| ended(1, said).switched().unwrap_err();
+        let refused = failed("Pre-switch check 'disk' failed\nPre-switch checks failed\n");
+        assert_eq!(refused.to_string(), "Failed to activate it: pre-switch check disk failed");
+        let error = failed("Failed to install bootloader\n");
+        assert_eq!(error.to_string(), "Failed to activate it: exited with 1");
+        assert!(refused.is_transient() && !error.is_transient());
     }
 
     #[test]

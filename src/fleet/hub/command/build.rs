@@ -168,7 +168,7 @@ fn activate(system: &Path, to_last: bool) -> Result<()> {
     // some unit may have failed, and some systems wait for a boot
     if to_last && matches!(activated.status.code(), Some(0 | 4 | 100)) {
         set_profile(system)?;
-        system::switch_to(system, "boot", SWITCH, "install the boot loader", &[])?.switched()?;
+        system::switch_unchecked(system, "boot", SWITCH, "install the boot loader", &[])?.switched()?;
     }
     activated.success()
 }
