@@ -107,7 +107,7 @@ impl Units {
         let mut worse = newly_failed(&now.failed, &self.failed, &[old, new]);
         let down = self.active.difference(&now.active).chain(now.broken.difference(&self.broken));
         let down = down.filter(|name| !worse.contains_key(*name)).map(String::as_str).collect();
-        worse.append(&mut self.down(&now, down, new, |name| is_changed(old, new, name))?);
+        worse.append(&mut self.down(&now, down, new, |name| is_changed(old, new, name) && !is_given_up(old, new, name))?);
         Ok(worse)
     }
 
@@ -326,6 +326,17 @@ fn is_changed(old: &Path, new: &Path, name: &str) -> bool {
     text(old) != text(new)
 }
 
+/// Whether an instance of a template was the old system's own by what that adds to it, and the new one adds nothing: it is stopped.
+fn is_given_up(old: &Path, new: &Path, name: &str) -> bool {
+    // to what is disabled, nothing but /dev/null is added
+    let adds = |system: &Path| {
+        let added = fs::read_dir(system.join(UNITS).join(format!("{name}.d"))).into_iter().flatten().flatten();
+        added.into_iter().any(|entry| fs::metadata(entry.path()).is_ok_and(|file| file.is_file()))
+    };
+    let has_own = |system: &Path| fs::symlink_metadata(system.join(UNITS).join(name)).is_ok();
+    name.contains('@') && adds(old) && !adds(new) && !has_own(old) && !has_own(new)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -409,5 +420,17 @@ mod tests {
         fs::write(new.join(UNITS).join("app.service.d/more.conf"), "[Service]\n").unwrap();
         fs::write(new.join(UNITS).join("many@.service"), "[Service]\n").unwrap();
         assert!(is_changed(&old, &new, "app.service") && is_changed(&old, &new, "many@one.service"));
+        // what is added is taken away, or comes
+        let added = old.join(UNITS).join("many@one.service.d");
+        fs::create_dir(&added).unwrap();
+        assert!(!is_given_up(&old, &new, "many@one.service"));
+        fs::write(added.join("overrides.conf"), "[Service]\n").unwrap();
+        let off = new.join(UNITS).join("many@one.service.d");
+        fs::create_dir(&off).unwrap();
+        std::os::unix::fs::symlink("/dev/null", off.join("overrides.conf")).unwrap();
+        assert!(is_given_up(&old, &new, "many@one.service") && !is_given_up(&new, &old, "many@one.service"));
+        assert!(!is_given_up(&old, &new, "app.service"));
+        fs::write(new.join(UNITS).join("many@one.service"), "").unwrap();
+        assert!(!is_given_up(&old, &new, "many@one.service"));
     }
 }
