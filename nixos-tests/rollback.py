@@ -483,6 +483,18 @@ with subtest("a unit that is nobody's but a user's fails meanwhile: that is no o
     works()
 
 # on hosts alone
+with subtest("a switch ends half-way by itself: it is completed, there and back"):
+    publish(server, "app", next(COUNT), trouble="daemon")
+    server.succeed("echo 1 > /run/scenario-breaks-off")
+    assert (seen := run(server, "app"))["result"] == "deployed", seen
+    check_deployed(server, "app")
+    server.require_unit_state("scenario-daemon.service", "active")
+    publish(server, "app", next(COUNT))
+    server.succeed("echo 3 > /run/scenario-breaks-off")
+    fails("rolledBack", "activate", "Failed to activate the new system: exited with 1: Error: Failed to get GID for alice")
+    assert server.succeed("cat /run/scenario-breaks-off") == "0"
+    works()
+
 with subtest("a unit is just being started again when the old system comes back"):
     old = running(server)
     server.succeed(

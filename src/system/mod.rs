@@ -244,24 +244,33 @@ pub fn switch_unchecked(system: &Path, action: &str, limit: u64, doing: &str, fr
 
 fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], with_checks: bool) -> Result<Exited> {
     let deadline = Instant::now() + Duration::from_secs(limit);
+    let mut broken_off = None;
     loop {
         // not by the program itself: some wait, and then have their system take effect whatever runs by then
         if is_being_switched()? && Instant::now() < deadline {
             wait_for_another();
             continue;
         }
-        if !from.is_empty() && !from.contains(&&*current()?) {
+        let is_half_there = || Ok::<_, Error>(broken_off.is_some() && current()? == system);
+        if !from.is_empty() && !from.contains(&&*current()?) && !is_half_there()? {
             return Err(Error::new(format!("Failed to {doing}: {BY_ANOTHER}")).transient());
         }
         show("");
         log::info!("{}: {action} ...", system.display());
         let program = Program::as_root(system.join("bin/switch-to-configuration")).arg(action).directory(Path::new("/"));
-        let program = if with_checks { program } else { program.env("NIXOS_NO_CHECK", "1") };
+        let program = if with_checks && broken_off.is_none() { program } else { program.env("NIXOS_NO_CHECK", "1") };
         let ended = program.watch_for(WATCHED).run(Duration::from_secs(limit), || doing.into())?;
-        if !ended.is_locked() || Instant::now() > deadline {
+        if ended.is_locked() {
+            if Instant::now() > deadline {
+                return Ok(broken_off.unwrap_or(ended));
+            }
+            wait_for_another();
+        } else if action == "test" && broken_off.is_none() && ended.has_broken_off() {
+            log::warn!("switch-to-configuration has ended half-way; having it complete that ...");
+            broken_off = Some(ended);
+        } else {
             return Ok(ended);
         }
-        wait_for_another();
     }
 }
 

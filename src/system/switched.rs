@@ -91,6 +91,13 @@ impl Exited {
         self.says_last(LOCKED)
     }
 
+    /// Whether it has ended in the middle of a switch for a reason of its own, such as that logind did not answer; what it has
+    /// left undone, the next one does.
+    pub fn has_broken_off(&self) -> bool {
+        let is_known = matches!(self.status.code(), None | Some(2 | 4 | 100)) || self.says_last(REFUSED);
+        !is_known && is_unfinished()
+    }
+
     /// Fails unless it did what it was to do besides activating a system.
     pub fn switched(self) -> Result<()> {
         if self.is_locked() {

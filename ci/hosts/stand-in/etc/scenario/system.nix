@@ -75,6 +75,7 @@ let
                 [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
               ;;
             unit-again) sed -i "s/^\\[Service\\]/&\\nRestart=always\\nRestartSec=0\\nExecStartPre=\\/bin\\/sh -c 'sleep 5; exit 1'/" $units/scenario-daemon.service ;;
+            daemon) sed -i 's/^\[Service\]/&\nEnvironment=CHANGED=1/' $units/scenario-daemon.service ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
             reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
