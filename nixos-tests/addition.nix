@@ -76,6 +76,13 @@ in
     (lib.mkIf (trouble == "unit-requires") {
       systemd.services.scenario-daemon.requires = [ "scenario-missing.service" ];
     })
+    # and one that goes on as it was
+    (lib.mkIf (trouble == "restart") {
+      systemd.services.scenario-daemon = {
+        requires = [ "scenario-missing.service" ];
+        stopIfChanged = false;
+      };
+    })
     (lib.mkIf (trouble == "reload") {
       systemd.services.scenario-daemon = {
         reloadIfChanged = true;

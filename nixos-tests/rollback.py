@@ -375,7 +375,7 @@ for what, trouble, unit in DOWN:
         server.require_unit_state("scenario-clock.timer", "active")
 works()
 
-with subtest("a unit is not started or reloaded, and has not failed: that is as bad"):
+with subtest("a unit is not started, restarted or reloaded, and has not failed: that is as bad"):
     publish(server, "app", next(COUNT), trouble="unit-late")
     fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
     ended = run(server, "lenient")
@@ -385,6 +385,8 @@ with subtest("a unit is not started or reloaded, and has not failed: that is as 
     ended = run(server, "app")
     assert ended["result"] == "deployed" and "scenario-trouble" not in " ".join(ended["warnings"]), ended
     works()
+    publish(server, "app", next(COUNT), trouble="restart")
+    fails("rolledBack", "activate", "Failed to start scenario-daemon.service (not restarted)")
     publish(server, "app", next(COUNT), trouble="reload")
     fails("rolledBack", "activate", "Failed to start scenario-daemon.service (not reloaded)")
 # on hosts alone

@@ -1,6 +1,6 @@
 //! What a switch has left undone though no unit has failed: units that are to be up and were never started, since what they
 //! need is missing, such as another unit, or a file system's device; and those that still run as they did, since they could
-//! not be reloaded, such as a file system that could not be mounted anew. Of most of that `switch-to-configuration` says
+//! not be restarted for that, or not be reloaded, such as a file system that could not be mounted anew. Of most of that `switch-to-configuration` says
 //! nothing; and a boot may end in an emergency for it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,13 +27,14 @@ pub fn is_of_last_switch(name: &str, state: &str) -> bool {
 pub fn among(list: &[Listed]) -> Result<BTreeMap<String, String>> {
     let names = |active| list.iter().filter(move |unit| unit.load == "loaded" && unit.active == active).map(|unit| &*unit.name);
     let up: Vec<_> = gather(names("active"));
-    let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service", ".mount"])));
+    let active: Vec<_> = gather(names("active").filter(|name| is_of(name, &[".target", ".service", ".mount", ".timer"])));
     let active = show(OF_ACTIVE, &active)?;
     let wanted = wanted(&active);
     let suspects: Vec<_> = gather(names("inactive").filter(|name| wanted.contains(name)));
     let suspects = show(OF_INACTIVE, &suspects)?;
     let unstarted = Properties::all(&suspects).filter(|unit| unit.is_unstarted(&up)).map(|unit| (unit, NOT_STARTED));
-    let not_changed = Properties::all(&active).filter_map(|unit| unit.as_before().map(|state| (unit, state)));
+    let missing: Vec<_> = gather(list.iter().filter(|unit| unit.load == "not-found").map(|unit| &*unit.name));
+    let not_changed = Properties::all(&active).filter_map(|unit| unit.as_before(&missing).map(|state| (unit, state)));
     Ok(gather(unstarted.chain(not_changed).map(|(unit, state)| (unit.of("Id").to_owned(), state.to_owned()))))
 }
 
@@ -60,15 +61,18 @@ impl Properties<'_> {
         is_at_rest && (started == 0 || is_refused) && !self.is_skipped() && !gives_way
     }
 
-    /// What it would have taken to have it be as it is to be, where that has failed.
-    fn as_before(&self) -> Option<&'static str> {
+    /// What it would have taken to have it be as it is to be, where that has failed: what requires a unit that is `missing` is not
+    /// started again, but goes on as it was.
+    fn as_before(&self, missing: &[&str]) -> Option<&'static str> {
         // nothing is known of a program that had done its work before it ended
         let has_failed = |key| {
             let ended = self.of(key);
             !ended.is_empty() && !ended.ends_with(" status=0 }") && !ended.contains(" code=(null) ")
         };
         match self.of("ReloadResult") {
-            "" | "success" if !has_failed("ExecRemount") => has_failed("ExecUnmount").then_some("not restarted"),
+            "" | "success" if !has_failed("ExecRemount") => {
+                (has_failed("ExecUnmount") || self.names("Requires").any(|name| missing.contains(&name))).then_some("not restarted")
+            }
             _ => Some("not reloaded"),
         }
     }
@@ -124,8 +128,10 @@ mod tests {
             (&remounted("32"), Some("not reloaded")),
             (&remounted("15/TERM"), Some("not reloaded")),
             (&ended("ExecUnmount", "32"), Some("not restarted")),
+            ("Requires=some.service missing.service\n", Some("not restarted")),
+            ("Requires=some.service\n", None),
         ] {
-            assert_eq!(Properties::one(shown).as_before(), state, "{shown}");
+            assert_eq!(Properties::one(shown).as_before(&["missing.service"]), state, "{shown}");
         }
         assert!(is_of_last_switch("data.mount", "not reloaded") && !is_of_last_switch("data.mount", NOT_STARTED));
         assert!(!is_of_last_switch("app.service", "not reloaded"));

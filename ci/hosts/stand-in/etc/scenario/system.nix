@@ -78,6 +78,8 @@ let
             daemon) sed -i 's/^\[Service\]/&\nEnvironment=CHANGED=1/' $units/scenario-daemon.service ;;
             unit-broken) sed -i 's/^ExecStart=.*/ExecStart=/' $units/scenario-daemon.service ;;
             unit-requires) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/' $units/scenario-daemon.service ;;
+            restart) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/; s/^\[Service\]/&\nX-StopIfChanged=false/' \
+              $units/scenario-daemon.service ;;
             reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
             lingers)
               # the switch ends when its last command is under way
