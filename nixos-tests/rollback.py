@@ -181,7 +181,7 @@ with subtest("the disk of the state directory is full"):
     server.succeed("cp -a /var/lib/ekiben/. /var/lib/ekiben.away/; umount -l /var/lib/ekiben; "
                    "cp -a /var/lib/ekiben.away/. /var/lib/ekiben/")
 
-FULL = ("No space left on device", "disk is full", "disk I/O error", "could not write why into")
+FULL = ("No space left on device", "Out of diskspace", "disk is full", "disk I/O error", "could not write why into")
 for what, place in (("Nix's cache", "/var/cache/ekiben/app"), ("the instance's own state", "/var/lib/ekiben/instances/app")):
     with subtest(f"the disk of {what} is full: that is no candidate's fault, and nothing is called unchanged"):
         for spare in (0, 4, 64, 256):

@@ -81,7 +81,7 @@ impl Error {
 }
 
 /// What programs say when this machine, a disk of it or its Nix daemon is at fault, in lower case.
-const MACHINE: [&str; 26] = [
+const MACHINE: [&str; 27] = [
     // Nix, of one of its caches; what is damaged is said in other words
     ".sqlite': unable to open database file",
     // Nix could not open the file
@@ -100,6 +100,8 @@ const MACHINE: [&str; 26] = [
     "interrupted by the user",
     "nix daemon disconnected",
     "no space left on device",
+    // git
+    "out of diskspace",
     "out of memory",
     "read-only file system",
     "resource temporarily unavailable",
@@ -246,6 +248,7 @@ mod tests {
         for (line, transient, network) in [
             ("error: writing to file: No space left on device", true, false),
             ("error: executing SQLite statement 'insert': database or disk is full", true, false),
+            ("fatal: sha1 file '/x/index.lock' write error. Out of diskspace", true, false),
             ("error: cannot open SQLite database '/x/eval-cache-v5/y.sqlite': unable to open database file", true, false),
             ("error: executing SQLite statement 'pragma': file is not a database, file is not a database (in '/x/y.sqlite')", false, false),
             ("error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused", true, false),
