@@ -402,6 +402,11 @@ with subtest("a unit is refused that had done its work when it was started befor
     fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
     works()
 
+with subtest("a new unit has started, and was stopped since: that is as bad as one that has been there before"):
+    publish(server, "app", next(COUNT), trouble="bound")
+    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (stopped)")
+    works()
+
 with subtest("a unit has failed, which does not show when the switch ends: its last command runs yet, or another has it start anew"):
     for trouble in ("lingers", "upheld"):
         publish(server, "app", next(COUNT), trouble=trouble)

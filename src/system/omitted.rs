@@ -1,7 +1,7 @@
 //! What a switch has left undone though no unit has failed: units that are to be up and were never started, since what they
-//! need is missing, such as another unit, or a file system's device; and those that still run as they did, since they could
-//! not be restarted for that, or not be reloaded, such as a file system that could not be mounted anew. Of most of that `switch-to-configuration` says
-//! nothing; and a boot may end in an emergency for it.
+//! need is missing, such as another unit, or a file system's device, or were stopped, since that has ended; and those that
+//! still run as they did, since they could not be restarted for that, or not be reloaded, such as a file system that could not
+//! be mounted anew. Of most of that `switch-to-configuration` says nothing; and a boot may end in an emergency for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use crate::system::properties::{Listed, Properties, show};
 const OF_ACTIVE: &str = "Id,RefuseManualStart,Requires,Wants,ReloadResult,ExecRemount,ExecUnmount";
 /// And of those that are not.
 const OF_INACTIVE: &str = "Id,ActiveState,InactiveExitTimestampMonotonic,ConditionResult,ConditionTimestampMonotonic,AssertResult,AssertTimestampMonotonic,Job,\
-     Conflicts,ConflictedBy";
+     Conflicts,ConflictedBy,TriggeredBy,Result,RemainAfterExit,ExecMainExitTimestampMonotonic,ActiveExitTimestampMonotonic";
 const NOT_STARTED: &str = "not started";
 
 /// Whether that can be no other's doing than the last switch's: systemd forgets how mounting has ended when it is reloaded.
@@ -32,7 +32,7 @@ pub fn among(list: &[Listed]) -> Result<BTreeMap<String, String>> {
     let wanted = wanted(&active);
     let suspects: Vec<_> = gather(names("inactive").filter(|name| wanted.contains(name)));
     let suspects = show(OF_INACTIVE, &suspects)?;
-    let unstarted = Properties::all(&suspects).filter(|unit| unit.is_unstarted(&up)).map(|unit| (unit, NOT_STARTED));
+    let unstarted = Properties::all(&suspects).filter_map(|unit| unit.why_down(&up).map(|state| (unit, state)));
     let missing: Vec<_> = gather(list.iter().filter(|unit| unit.load == "not-found").map(|unit| &*unit.name));
     let not_changed = Properties::all(&active).filter_map(|unit| unit.as_before(&missing).map(|state| (unit, state)));
     Ok(gather(unstarted.chain(not_changed).map(|(unit, state)| (unit.of("Id").to_owned(), state.to_owned()))))
@@ -52,13 +52,20 @@ fn is_of(name: &str, kinds: &[&str]) -> bool {
 }
 
 impl Properties<'_> {
-    fn is_unstarted(&self, up: &[&str]) -> bool {
+    /// What has become of it instead, if it is to be up. `up` are those that are.
+    fn why_down(&self, up: &[&str]) -> Option<&'static str> {
         let gives_way = ["Conflicts", "ConflictedBy"].iter().any(|key| self.names(key).any(|name| up.contains(&name)));
         let is_at_rest = self.of("ActiveState") == "inactive" && self.number("Job") == 0;
+        if !is_at_rest || gives_way || self.is_skipped() {
+            return None;
+        }
         let started = self.number("InactiveExitTimestampMonotonic");
         // it may have done its work before, as it was to be then
-        let is_refused = self.of("AssertResult") == "no" && self.number("AssertTimestampMonotonic") > started;
-        is_at_rest && (started == 0 || is_refused) && !self.is_skipped() && !gives_way
+        if started == 0 || self.of("AssertResult") == "no" && self.number("AssertTimestampMonotonic") > started {
+            return Some(NOT_STARTED);
+        }
+        let was_up = is_of(self.of("Id"), &[".service"]) && self.number("ActiveExitTimestampMonotonic") > started;
+        (was_up && !self.rests_rightly(|name| up.contains(&name))).then_some("stopped")
     }
 
     /// What it would have taken to have it be as it is to be, where that has failed: what requires a unit that is `missing` is not
@@ -94,23 +101,30 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_started_and_need_not_wait_is_found() {
-        let is_unstarted =
-            |old: &str, new: &str| Properties::one(&UNIT.replace(old, new)).is_unstarted(&["multi-user.target", "app.service"]);
-        assert!(is_unstarted("", ""));
-        let refused = |at| format!("InactiveExitTimestampMonotonic=5\nAssertResult=no\nAssertTimestampMonotonic={at}");
-        assert!(is_unstarted("InactiveExitTimestampMonotonic=0", &refused(6)));
+    fn what_was_never_started_or_was_stopped_and_need_not_wait_is_found() {
+        let why_down = |old: &str, new: &str| Properties::one(&UNIT.replace(old, new)).why_down(&["multi-user.target", "app.service"]);
+        assert_eq!(why_down("", ""), Some(NOT_STARTED));
+        let never = "InactiveExitTimestampMonotonic=0";
+        let started = |more: &str| why_down(never, &format!("InactiveExitTimestampMonotonic=5\n{more}"));
+        assert_eq!(started("AssertResult=no\nAssertTimestampMonotonic=6"), Some(NOT_STARTED));
+        assert_eq!(started("AssertResult=no\nAssertTimestampMonotonic=4"), None);
         for (old, new) in [
             ("ConditionTimestampMonotonic=0", "ConditionTimestampMonotonic=5"),
-            ("InactiveExitTimestampMonotonic=0", "InactiveExitTimestampMonotonic=5"),
-            ("InactiveExitTimestampMonotonic=0", &refused(4)),
+            (never, "InactiveExitTimestampMonotonic=5"),
             ("inactive", "activating"),
             ("Job=0", "Job=7"),
             ("Conflicts=", "Conflicts=app.service "),
             ("Conflicts=shutdown.target", "ConflictedBy=app.service"),
         ] {
-            assert!(!is_unstarted(old, new), "{new}");
+            assert_eq!(why_down(old, new), None, "{new}");
         }
+        // as it was before it was started last; done; ended for what it is bound to
+        let ended = |main, active| {
+            started(&format!(
+                "Result=success\nRemainAfterExit=no\nExecMainExitTimestampMonotonic={main}\nActiveExitTimestampMonotonic={active}"
+            ))
+        };
+        assert_eq!((ended(6, 4), ended(6, 6), ended(7, 6)), (None, None, Some("stopped")));
     }
 
     #[test]

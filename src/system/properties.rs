@@ -81,6 +81,21 @@ impl<'a> Properties<'a> {
         self.of("Result") == "exec-condition" || self.of("ConditionResult") == "no" && self.number("ConditionTimestampMonotonic") > 0
     }
 
+    /// Whether a unit is not up, and need not be: its configuration says so, it is to wait, or it has done its work. `is_up`
+    /// are those that are.
+    pub fn rests_rightly(&self, is_up: impl Fn(&str) -> bool) -> bool {
+        // it is started when somebody connects, or looks
+        let on_demand = |name: &str| [".socket", ".automount"].iter().any(|kind| name.ends_with(kind));
+        let waits = || self.names("TriggeredBy").any(|name| on_demand(name) && is_up(name));
+        self.is_skipped() || self.of("Result") == "success" && (waits() || self.has_ended_by_itself())
+    }
+
+    /// A process that ends makes its unit inactive; one that is ended for that ends after it.
+    fn has_ended_by_itself(&self) -> bool {
+        let ended = self.number("ExecMainExitTimestampMonotonic");
+        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.number("ActiveExitTimestampMonotonic")
+    }
+
     /// A number, or a moment as `--timestamp=unix` has it; 0, if there is none.
     pub fn number(&self, key: &'static str) -> u64 {
         self.of(key).trim_start_matches('@').parse().unwrap_or(0)

@@ -233,9 +233,9 @@ impl Properties<'_> {
             // what nothing wants may be left of a unit that was taken away but for some setting
             return wanted;
         }
-        let (state, fine) = (self.of("ActiveState"), self.of("Result") == "success");
+        let state = self.of("ActiveState");
         // it may have failed, and wait to be started again, since it was listed
-        let is_up = is_up(state) && (fine || state != "activating");
+        let is_up = is_up(state) && (state != "activating" || self.of("Result") == "success");
         if !was_active || is_up || self.of("LoadState") == "masked" || !(wanted || changed) {
             return false;
         }
@@ -243,16 +243,7 @@ impl Properties<'_> {
         if self.number("Job") > 0 {
             return false;
         }
-        // it is started when somebody connects, or looks
-        let on_demand = |name: &str| [".socket", ".automount"].iter().any(|kind| name.ends_with(kind));
-        let waits = self.names("TriggeredBy").any(|name| on_demand(name) && is_active(name));
-        !(self.is_skipped() || fine && (waits || self.has_ended_by_itself()))
-    }
-
-    /// A process that ends makes its unit inactive; one that is ended for that ends after it.
-    fn has_ended_by_itself(&self) -> bool {
-        let ended = self.number("ExecMainExitTimestampMonotonic");
-        self.of("RemainAfterExit") == "no" && 0 < ended && ended <= self.number("ActiveExitTimestampMonotonic")
+        !self.rests_rightly(is_active)
     }
 }
 

@@ -97,6 +97,16 @@ let
                 "ExecStart=/bin/sh -c 'while systemctl show scenario-trouble.service | grep ^InactiveEnterTimestampMonotonic=0; do sleep 0.1; done'" \
                 [Install] WantedBy=multi-user.target > $units/scenario-waits.service
               ;;
+            bound)
+              # and here when what it is bound to has done its work, and so it was stopped
+              printf '%s\n' [Unit] BindsTo=scenario-bound.service After=scenario-bound.service [Service] "ExecStart=sleep infinity" \
+                [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
+              printf '%s\n' [Service] Type=exec "ExecStart=/bin/sh -c 'until systemctl is-active scenario-trouble.service; do sleep 0.1; done'" \
+                > $units/scenario-bound.service
+              printf '%s\n' [Service] Type=oneshot \
+                "ExecStart=/bin/sh -c 'until systemctl show scenario-trouble.service | grep ^ActiveExitTimestampMonotonic=[1-9]; do sleep 0.1; done'" \
+                [Install] WantedBy=multi-user.target > $units/scenario-waits.service
+              ;;
             once | refused)
               printf '%s\n' [Unit] "AssertPathExists=$([ $trouble = once ] && echo / || echo /scenario/missing)" [Service] Type=oneshot ExecStart=true \
                 [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
