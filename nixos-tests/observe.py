@@ -86,6 +86,16 @@ with subtest("one that lives is deployed, though the clock is set back meanwhile
     restarted.succeed("test $(journalctl --lines=1 --output=json | jq -r .__REALTIME_TIMESTAMP) -lt $(($(date +%s) - 3600))000000",
                       f"rm -r {drop_in}; systemctl daemon-reload; systemctl restart systemd-journald")
 
+with subtest("one that has died before, and dies more often now, is put back"):
+    begin(restarted, "alive", trouble="mortal 100000 1 always")
+    end(restarted, "deployed")
+    before[restarted] = running(restarted), generation(restarted)
+    restarted.succeed("systemctl kill --signal KILL scenario-trouble")
+    restarted.wait_until_succeeds("systemctl show scenario-trouble | grep -x NRestarts=1 && systemctl is-active scenario-trouble")
+    begin(restarted, "dying", trouble="mortal 1 1 always")
+    end(restarted, "rolledBack", "Failed to keep up scenario-trouble.service")
+    assert (running(restarted), generation(restarted)) == before[restarted]
+
 with subtest("what fails while another hand switches, and is well when that is over, lives"):
     lock = "/run/nixos/switch-to-configuration.lock"
     follow(late, "app")

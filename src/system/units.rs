@@ -49,6 +49,9 @@ pub struct Units {
     /// Those that had ended lately, and that systemd has started again.
     #[serde(default)]
     pub restless: BTreeSet<String>,
+    /// How often it had started these again; nothing, if it was another version that looked.
+    #[serde(default)]
+    restarts: BTreeMap<String, u64>,
     /// Those that were active.
     #[serde(default, rename = "active_units")]
     active: BTreeSet<String>,
@@ -66,9 +69,10 @@ impl Units {
         let lately = lately();
         let shown = services(&["*.service"])?;
         let is_restless = |service: &Properties| service.number("NRestarts") > 0 && service.number("ExecMainStartTimestamp") > lately;
-        let restless = Properties::all(&shown).filter(is_restless).map(|service| service.of("Id").to_owned());
+        let restless = Properties::all(&shown).filter(is_restless);
+        let restarts: BTreeMap<_, _> = gather(restless.map(|service| (service.of("Id").to_owned(), service.number("NRestarts"))));
         let list = listed("--all")?;
-        Ok(Self { restless: gather(restless), omitted: Some(omitted::among(&list)?), ..Self::of(list)? })
+        Ok(Self { restless: gather(restarts.keys().cloned()), restarts, omitted: Some(omitted::among(&list)?), ..Self::of(list)? })
     }
 
     /// How they are now.
@@ -98,6 +102,15 @@ impl Units {
             }
         }
         Ok(units)
+    }
+
+    /// How often a service may die before it is worse off: one that had died lately, as often as it had since it was started.
+    fn may_die(&self, name: &str) -> u64 {
+        match self.restarts.get(name) {
+            _ if self.failed.contains(name) => u64::MAX,
+            None if self.restless.contains(name) => u64::MAX,
+            times => times.copied().unwrap_or(0),
+        }
     }
 
     /// Those that are worse off under the system `new` than they were under `old`, with their states: they have
@@ -162,9 +175,8 @@ impl Restarts {
     pub fn since(&self, before: &Units, old: &Path, new: &Path) -> Result<Worse> {
         let mut died = BTreeMap::new();
         for (name, service) in Properties::by_name(&services(&["*.service"])?) {
-            let is_restless = before.restless.contains(name) || before.failed.contains(name);
             let times = service.number("NRestarts").saturating_sub(self.0.get(name).copied().unwrap_or(0));
-            if times > 0 && !is_restless && (brings(old, name) || brings(new, name)) && ended_well(name, times) != Some(true) {
+            if times > before.may_die(name) && (brings(old, name) || brings(new, name)) && ended_well(name, times) != Some(true) {
                 died.insert(name.to_owned(), "died and was restarted".to_owned());
             }
         }
@@ -379,6 +391,14 @@ mod tests {
         // what is to be done after its end takes its time
         let ending = upheld.replace("activating", "deactivating");
         assert!(!is_failing(&ending, Some(false)) && is_failing(&ending.replace("success", "signal"), Some(true)));
+    }
+
+    #[test]
+    fn what_had_died_before_may_die_again_but_no_more_often() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let restarts = [("flaky".to_owned(), 2), ("failed".to_owned(), 2)].into();
+        let units = Units { failed: names(&["failed"]), restless: names(&["flaky", "known"]), restarts, ..Units::default() };
+        assert_eq!(["flaky", "failed", "known", "well"].map(|name| units.may_die(name)), [2, u64::MAX, u64::MAX, 0]);
     }
 
     #[test]
