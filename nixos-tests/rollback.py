@@ -414,7 +414,7 @@ with subtest("a unit has failed, which does not show when the switch ends: its l
     works()
 
 with subtest("a unit fails while health checks take their time"):
-    publish(server, "app", "patient", trouble="mortal 2 1 no")
+    publish(server, "app", "patient", trouble="checked")
     fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
     works()
 

@@ -81,6 +81,10 @@ let
             restart) sed -i 's/^\[Unit\]/&\nRequires=scenario-missing.service/; s/^\[Service\]/&\nX-StopIfChanged=false/' \
               $units/scenario-daemon.service ;;
             reload) sed -i 's/^\[Service\]/&\nX-ReloadIfChanged=true\nExecReload=false/' $units/scenario-daemon.service ;;
+            checked)
+              printf '%s\n' [Service] "ExecStart=/bin/sh -c 'until test -e /run/scenario-checked; do sleep 0.1; done; sleep 2; exit 1'" \
+                [Install] WantedBy=multi-user.target > $units/scenario-trouble.service
+              ;;
             lingers)
               # the switch ends when its last command is under way
               printf '%s\n' [Service] Type=exec ExecStart=false "ExecStopPost=/bin/sh -c 'exec sleep 5'" [Install] WantedBy=multi-user.target \
