@@ -12,7 +12,7 @@ use crate::run::status::Status;
 use crate::run::{Stage, Trigger};
 use crate::stages::rollback;
 use crate::system::switched::{LOOK, Switched};
-use crate::system::units::{self, Restarts, Units};
+use crate::system::units::{self, Restarts, Units, Worse};
 use crate::system::{self, health};
 
 /// Between two looks at the units of a system that is observed.
@@ -86,14 +86,15 @@ fn failed_again(before: &Before) -> Result<String> {
 /// Whether no unit is worse off than before, nor has died since `restarts`, though systemd has started it again. Fails
 /// if one is, unless that is to be kept.
 pub fn check_units(run: &mut Run, system: &Path, before: &Before, restarts: Option<&Restarts>) -> Result<bool> {
-    let mut worse = before.units.worse_under(&before.system, system)?;
+    let mut worse = Worse::new();
     if restarts.is_some() || run.phase != Phase::Observing {
-        // systemd takes its time for that
         worse.append(&mut before.units.omitted_under(system)?);
     }
     if let Some(restarts) = restarts {
         worse.append(&mut restarts.since(&before.units, &before.system, system)?);
     }
+    // last: systemd takes its time for the others
+    worse.append(&mut before.units.worse_under(&before.system, system)?);
     if worse.is_empty() {
         return Ok(true);
     }
