@@ -251,8 +251,8 @@ fn switch(system: &Path, action: &str, limit: u64, doing: &str, from: &[&Path], 
             wait_for_another();
             continue;
         }
-        let is_half_there = || Ok::<_, Error>(broken_off.is_some() && current()? == system);
-        if !from.is_empty() && !from.contains(&&*current()?) && !is_half_there()? {
+        let is_half_there = broken_off.is_some() && current()? == system;
+        if !is_half_there && !from.is_empty() && !from.contains(&&*current()?) {
             return Err(Error::new(format!("Failed to {doing}: {BY_ANOTHER}")).transient());
         }
         show("");
