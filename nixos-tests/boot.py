@@ -339,9 +339,8 @@ with subtest("what another hand's switch has stopped for a moment, as a system i
     machine.crash()
     machine.start(wait=False)
     held("boot: begun", "ekiben-boot")
-    lock = "/run/nixos/switch-to-configuration.lock"
-    machine.succeed(f"mkdir -p /run/nixos; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
-    machine.wait_until_fails(f"flock --nonblock {lock} true")
+    machine.succeed("mkdir -p /run/nixos")
+    occupy(machine, SWITCH_LOCK)
     machine.succeed("echo sick > /tmp/sick; mount --bind /tmp/sick /etc/app")
     go_on(machine, "boot: begun")
     machine.wait_until_succeeds("journalctl -b -o cat -u ekiben-boot | grep -E 'Something else is switching|Failed to pass'")

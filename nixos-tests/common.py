@@ -7,6 +7,7 @@ import shlex
 
 REPOSITORY = "/var/nixos-config"
 PROFILE = "/nix/var/nix/profiles/system"
+SWITCH_LOCK = "/run/nixos/switch-to-configuration.lock"
 # lists the files of /etc/scenario that a machine's system is built from
 SYSTEM_FILES = "cd /etc/scenario; ls -d system.nix switch-to-configuration systems 2> /dev/null || true"
 
@@ -122,6 +123,12 @@ def hold(machine, *points):
 def go_on(machine, point):
     """Lets all runs go on from a fault point."""
     machine.succeed(f"echo {shlex.quote(f'go on: {point}')} >> /run/ekiben-fault")
+
+
+def occupy(machine, lock):
+    """Has somebody hold a lock until `systemctl stop holder`."""
+    machine.succeed(f"systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
+    machine.wait_until_fails(f"flock --nonblock {lock} true")
 
 
 def is_idle(instance):

@@ -196,8 +196,7 @@ with subtest("a host whose build or evaluation does not come to its end holds ba
 with subtest("who publishes by hand, and takes his time, is waited for: status says where to look"):
     content |= {"plain": change("plain")}
     push("waits for another")
-    hub.succeed(f"systemd-run --unit=holder flock {DIRECTORY}/received $(command -v sleep) infinity")
-    hub.wait_until_fails(f"flock --nonblock {DIRECTORY}/received true")
+    occupy(hub, f"{DIRECTORY}/received")
     hub.succeed(f"{POST} -X POST")
     unit = hub.wait_until_succeeds("{ ekiben status publish || true; } | grep -oP '^ +waiting +for \\K.*'").strip()
     hub.wait_until_succeeds(f"journalctl -o cat --unit {unit} | grep 'Another user is publishing; waiting'")

@@ -297,9 +297,8 @@ with subtest("a canary that has been healthy stops it when a unit fails later, o
     look(db)
     db.succeed("ekiben status fleet")
     # nor is what another hand's switch has stopped for a moment
-    lock = "/run/nixos/switch-to-configuration.lock"
-    db.succeed(f"rm /var/well; mkdir -p /run/nixos; systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
-    db.wait_until_fails(f"flock --nonblock {lock} true")
+    db.succeed("rm /var/well; mkdir -p /run/nixos")
+    occupy(db, SWITCH_LOCK)
     look(db)
     db.succeed("ekiben status fleet", "systemctl stop holder")
     look(db)

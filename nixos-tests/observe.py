@@ -97,11 +97,9 @@ with subtest("one that has died before, and dies more often now, is put back"):
     assert (running(restarted), generation(restarted)) == before[restarted]
 
 with subtest("what fails while another hand switches, and is well when that is over, lives"):
-    lock = "/run/nixos/switch-to-configuration.lock"
     follow(late, "app")
     begin(late, "alive", trouble="mortal 100000 1 no")
-    late.succeed(f"systemd-run --unit=holder flock {lock} $(command -v sleep) infinity")
-    late.wait_until_fails(f"flock --nonblock {lock} true")
+    occupy(late, SWITCH_LOCK)
     late.succeed("systemctl kill --signal KILL scenario-trouble")
     wait_until_said(late, "app", "Failed to keep up scenario-trouble.service, while something else is switching this machine")
     late.succeed("systemctl start scenario-trouble; systemctl stop holder")

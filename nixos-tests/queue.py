@@ -14,8 +14,8 @@ BLOCKED = itertools.count()
 def block():
     """Has the next run find something new, and wait before it changes anything, until `unblock`."""
     publish(server, "app", f"blocked-{next(BLOCKED)}")
-    server.succeed("mkdir -p -m 700 /run/ekiben; systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
-    server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    server.succeed("mkdir -p -m 700 /run/ekiben")
+    occupy(server, "/run/ekiben/turn")
 
 
 def unblock():

@@ -31,6 +31,12 @@ def fails(result, stage, message, instance="app"):
     return ended
 
 
+def rolls_back(trouble, message, instance="app"):
+    """The same of a run that has activated a system with this trouble."""
+    publish(server, "app", next(COUNT), trouble=trouble)
+    return fails("rolledBack", "activate", message, instance)
+
+
 def output(instance="app"):
     """What status says that the failing program said."""
     return status(server, instance)["output"]
@@ -239,8 +245,7 @@ with subtest("the system profile cannot be written"):
 
 with subtest("somebody else is switching: waited for"):
     publish(server, "app", next(COUNT))
-    server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")
-    server.wait_until_fails("flock --nonblock /run/nixos/switch-to-configuration.lock true")
+    occupy(server, SWITCH_LOCK)
     ended_before = runs(server, "app")
     server.succeed("systemctl start --no-block ekiben-app.service")
     server.wait_until_succeeds("journalctl -u ekiben-app -o cat -n 3 | grep -e 'waiting ...' -e 'test ...'")
@@ -257,8 +262,7 @@ with subtest("somebody else is switching: waited for"):
 with subtest("somebody else is switching, and breaks something for a moment: that was not broken before"):
     publish(server, "app", next(COUNT), trouble="network")
     before = everything()
-    server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")
-    server.wait_until_fails("flock --nonblock /run/nixos/switch-to-configuration.lock true")
+    occupy(server, SWITCH_LOCK)
     server.succeed("ip link set eth1 down")
     follow(server, "app")
     server.succeed("systemctl start --no-block ekiben-app.service")
@@ -273,8 +277,7 @@ with subtest("somebody else is switching, and breaks something for a moment: tha
 
 with subtest("somebody else is switching without end: nothing has changed, and nobody else is to blame"):
     publish(server, "app", next(COUNT))
-    server.succeed("systemd-run --unit=holder flock /run/nixos/switch-to-configuration.lock $(command -v sleep) infinity")
-    server.wait_until_fails("flock --nonblock /run/nixos/switch-to-configuration.lock true")
+    occupy(server, SWITCH_LOCK)
     fails("failed", "activate", "something else has been switching this machine all the time", instance="hasty-activation")
     server.succeed("systemctl stop holder")
     assert (seen := run(server, "hasty-activation"))["result"] == "deployed", seen
@@ -301,36 +304,30 @@ with subtest("an administrator is switching, and what the run would switch to is
 
 # everywhere
 with subtest("the boot loader cannot be installed"):
-    publish(server, "app", next(COUNT), trouble="boot-loader")
-    fails("rolledBack", "activate", "Failed to install the boot loader: exited with 1")
+    rolls_back("boot-loader", "Failed to install the boot loader: exited with 1")
 # on hosts alone
     works()
 # everywhere
 
 with subtest("an activation script fails"):
-    publish(server, "app", next(COUNT), trouble="activation")
-    fails("rolledBack", "activate", "Failed to activate the new system: exited with 2")
+    rolls_back("activation", "Failed to activate the new system: exited with 2")
     # the same behind the exit status of a unit that is broken anyway
     server.succeed("rm /run/scenario-calm; ! systemctl start scenario-flaky")
-    publish(server, "app", next(COUNT), trouble="activation")
-    fails("rolledBack", "activate", "Failed to activate the new system: an activation script failed")
+    rolls_back("activation", "Failed to activate the new system: an activation script failed")
     works()
 
 with subtest("an activation ends half-way, and says that all is well"):
-    publish(server, "app", next(COUNT), trouble="activation-ends")
-    fails("rolledBack", "activate", "its activation ended half-way")
+    rolls_back("activation-ends", "its activation ended half-way")
 # on hosts alone
     works()
 # everywhere
 
 with subtest("the activation never ends"):
-    publish(server, "app", next(COUNT), trouble="hang")
-    fails("rolledBack", "activate", "Failed to activate the new system: timed out after", instance="hasty-activation")
+    rolls_back("hang", "Failed to activate the new system: timed out after", instance="hasty-activation")
     works()
 
 with subtest("a unit fails that had not failed before"):
-    publish(server, "app", next(COUNT), trouble="unit")
-    ended = fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+    ended = rolls_back("unit", "Failed to start scenario-trouble.service")
     server.fail("systemctl list-units --all --plain | grep scenario-trouble")
 
 with subtest("the same, where that is to be kept"):
@@ -341,8 +338,7 @@ with subtest("the same, where that is to be kept"):
     works()
 
 with subtest("a unit that has run fails to start, and is just being started again"):
-    publish(server, "app", next(COUNT), trouble="unit-again")
-    fails("rolledBack", "activate", "Failed to start scenario-daemon.service")
+    rolls_back("unit-again", "Failed to start scenario-daemon.service")
 # on hosts alone
     works()
 # everywhere
@@ -369,15 +365,13 @@ DOWN = (
 )
 for what, trouble, unit in DOWN:
     with subtest(f"a unit that has run {what}: it is not active, which is as bad as failed"):
-        publish(server, "app", next(COUNT), trouble=trouble)
-        fails("rolledBack", "activate", f"Failed to start {unit}")
+        rolls_back(trouble, f"Failed to start {unit}")
         server.require_unit_state("scenario-daemon.service", "active")
         server.require_unit_state("scenario-clock.timer", "active")
 works()
 
 with subtest("a unit is not started, restarted or reloaded, and has not failed: that is as bad"):
-    publish(server, "app", next(COUNT), trouble="unit-late")
-    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
+    rolls_back("unit-late", "Failed to start scenario-trouble.service (not started)")
     ended = run(server, "lenient")
     assert ended["result"] == "deployed" and "scenario-trouble.service (not started)" in " ".join(ended["warnings"]), ended
     # from then on, that is no later one's doing
@@ -385,32 +379,26 @@ with subtest("a unit is not started, restarted or reloaded, and has not failed: 
     ended = run(server, "app")
     assert ended["result"] == "deployed" and "scenario-trouble" not in " ".join(ended["warnings"]), ended
     works()
-    publish(server, "app", next(COUNT), trouble="restart")
-    fails("rolledBack", "activate", "Failed to start scenario-daemon.service (not restarted)")
-    publish(server, "app", next(COUNT), trouble="reload")
-    fails("rolledBack", "activate", "Failed to start scenario-daemon.service (not reloaded)")
+    rolls_back("restart", "Failed to start scenario-daemon.service (not restarted)")
+    rolls_back("reload", "Failed to start scenario-daemon.service (not reloaded)")
 # on hosts alone
     # a boot would end without it, as an emergency
-    publish(server, "app", next(COUNT), trouble="mount")
-    fails("rolledBack", "activate", "Failed to start scenario-trouble.mount (not started)")
+    rolls_back("mount", "Failed to start scenario-trouble.mount (not started)")
     works()
 
 with subtest("a unit is refused that had done its work when it was started before"):
     publish(server, "app", next(COUNT), trouble="once")
     assert (seen := run(server, "app"))["result"] == "deployed", seen
-    publish(server, "app", next(COUNT), trouble="refused")
-    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (not started)")
+    rolls_back("refused", "Failed to start scenario-trouble.service (not started)")
     works()
 
 with subtest("a new unit has started, and was stopped since: that is as bad as one that has been there before"):
-    publish(server, "app", next(COUNT), trouble="bound")
-    fails("rolledBack", "activate", "Failed to start scenario-trouble.service (stopped)")
+    rolls_back("bound", "Failed to start scenario-trouble.service (stopped)")
     works()
 
 with subtest("a unit has failed, which does not show when the switch ends: its last command runs yet, or another has it start anew"):
     for trouble in ("lingers", "upheld"):
-        publish(server, "app", next(COUNT), trouble=trouble)
-        fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+        rolls_back(trouble, "Failed to start scenario-trouble.service")
     works()
 
 with subtest("a unit fails while health checks take their time"):
@@ -429,8 +417,7 @@ with subtest("a unit that somebody has started, and the new system does not have
     publish(server, "app", next(COUNT), trouble="by-hand")
     assert (seen := run(server, "app"))["result"] == "deployed", seen
     server.succeed("systemctl start scenario-by-hand")
-    publish(server, "app", next(COUNT), trouble="unit")
-    fails("rolledBack", "activate", "Failed to start scenario-trouble.service")
+    rolls_back("unit", "Failed to start scenario-trouble.service")
     works()
 
 with subtest("a file system cannot be mounted anew, as is asked for, so that a boot would end without it: that is as bad"):
@@ -439,8 +426,7 @@ with subtest("a file system cannot be mounted anew, as is asked for, so that a b
     # in use, but by nothing that systemd would stop for it
     server.succeed("systemd-run --unit=user-of-data sh -c 'cd /scenario/data; exec sleep infinity'")
     for trouble, state in (("remount", "not reloaded"), ("mount-another", "not restarted")) * 2:
-        publish(server, "app", next(COUNT), trouble=trouble)
-        fails("rolledBack", "activate", f"Failed to start scenario-data.mount ({state})")
+        rolls_back(trouble, f"Failed to start scenario-data.mount ({state})")
     server.succeed("systemctl stop user-of-data")
     publish(server, "app", next(COUNT), trouble="mount-another")
     ended = run(server, "app")
@@ -553,8 +539,7 @@ with subtest("what is known to be bad is not tried again by the timer, but when 
     def pass_time():
         server.succeed("cd /var/lib/ekiben/status; jq '.bad.tried -= 4000' app.json > app.new; mv app.new app.json")
 
-    publish(server, "app", next(COUNT), trouble="activation")
-    fails("rolledBack", "activate", "Failed to activate the new system")
+    rolls_back("activation", "Failed to activate the new system")
     said = output()
     assert "trouble" in said
     before = everything()
@@ -583,8 +568,7 @@ with subtest("what is known to be bad is not tried again by the timer, but when 
 
 # everywhere
 with subtest("the new system has no network"):
-    publish(server, "app", next(COUNT), trouble="network")
-    fails("rolledBack", "activate", "Failed to pass health check network")
+    rolls_back("network", "Failed to pass health check network")
     server.succeed("ping -c 1 -W 5 client")
     works()
 

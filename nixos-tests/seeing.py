@@ -73,8 +73,8 @@ with subtest("a hold ends by itself"):
 
 with subtest("a run that is under way when a hold begins does not switch"):
     publish(machine, "app", "4")
-    machine.succeed("mkdir -p -m 700 /run/ekiben; systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
-    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    machine.succeed("mkdir -p -m 700 /run/ekiben")
+    occupy(machine, "/run/ekiben/turn")
     machine.succeed("systemctl start --no-block ekiben-app.service")
     machine.wait_until_succeeds(knows("app", '.running.stage == "activate"'))
     assert "under way" in machine.succeed("ekiben hold app --reason 'not now'")
@@ -527,9 +527,8 @@ with subtest("who asks twice has it undone once; what is published for others si
     publish(machine, "app", "26")
     assert run(machine, "app")["result"] == "deployed"
     # as an instance that publishes has it
-    machine.succeed("cd /var/lib/ekiben/status; jq '.deployed.number += 1 | .deployed.system = \"\"' app.json > publish.json",
-                    "systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
-    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    machine.succeed("cd /var/lib/ekiben/status; jq '.deployed.number += 1 | .deployed.system = \"\"' app.json > publish.json")
+    occupy(machine, "/run/ekiben/turn")
     machine.succeed("systemd-run --unit=first --property=RemainAfterExit=yes ekiben rollback app")
     machine.wait_until_succeeds(knows("app", '.running.trigger == "rollback"'))
     machine.succeed("systemd-run --unit=second --property=RemainAfterExit=yes ekiben rollback app")
@@ -594,8 +593,7 @@ with subtest("who waits sees how far the run is, what it waits for, and may stop
     assert "The run ended: unchanged." in machine.succeed("ekiben trigger app --wait")
     # another's turn
     publish(machine, "app", "41")
-    machine.succeed("systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
-    machine.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+    occupy(machine, "/run/ekiben/turn")
     ended, said = machine.execute("timeout --preserve-status --signal=INT 15 ekiben trigger --wait app")
     assert ended == 130 and "app: waiting: another run is switching this machine\n" in said, (ended, said)
     assert "No longer waiting; the run of app goes on: see ekiben status app." in said, said

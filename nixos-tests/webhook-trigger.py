@@ -352,8 +352,7 @@ if is_host(server):
             publish(server, "app", f"lost-{number}")
             before = what_stays(server)
             if ask == "during":
-                server.succeed("systemd-run --unit=holder flock /run/ekiben/turn $(command -v sleep) infinity")
-                server.wait_until_fails("flock --nonblock /run/ekiben/turn true")
+                occupy(server, "/run/ekiben/turn")
                 server.succeed("systemctl start --no-block ekiben-app")
                 server.wait_until_succeeds(knows("app", '.running.stage == "activate"'))
             # the webhook may just be starting
